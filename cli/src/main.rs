@@ -1,0 +1,3 @@
+//! The `doppel` command.
+
+fn main() {}

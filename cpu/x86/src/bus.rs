@@ -1,0 +1,32 @@
+//! What a CPU sees of the machine around it: ports, device memory, its local APIC's interrupt line.
+//!
+//! The machine implements it; no CPU crate knows a device. Calls come from the vCPU's own thread.
+
+/// The machine as one vCPU sees it. No call may panic or block for long, whatever the guest asks for.
+pub trait Bus {
+    /// `in`: `size` is 1, 2 or 4 bytes. What is not there reads as all ones.
+    fn port_read(&mut self, port: u16, size: u8) -> u32;
+    /// `out`: `size` is 1, 2 or 4 bytes.
+    fn port_write(&mut self, port: u16, size: u8, value: u32);
+    /// A load from a physical address that is not RAM; `size` is 1, 2, 4 or 8 and the access is within one page.
+    fn mmio_read(&mut self, gpa: u64, size: u8) -> u64;
+    /// A store to a physical address that is not RAM.
+    fn mmio_write(&mut self, gpa: u64, size: u8, value: u64);
+
+    /// RDMSR of a local APIC register: IA32_APIC_BASE (0x1b), the x2APIC range (0x800..=0x8ff) or
+    /// IA32_TSC_DEADLINE (0x6e0). `None` raises #GP(0).
+    fn apic_msr_read(&mut self, msr: u32) -> Option<u64>;
+    /// WRMSR of one of them. `None` raises #GP(0). `tsc_now` is the guest's TSC at the write.
+    fn apic_msr_write(&mut self, msr: u32, value: u64, tsc_now: u64) -> Option<()>;
+    /// CR8: bits 7:4 of the local APIC's task priority register.
+    fn cr8(&mut self) -> u64;
+    /// A write to CR8 (0 to 15).
+    fn set_cr8(&mut self, value: u64);
+
+    /// True while the local APIC or the 8259 requests a maskable interrupt that the task priority allows.
+    fn interrupt_pending(&mut self) -> bool;
+    /// The INTA cycle: the vector of the interrupt that is delivered now.
+    fn interrupt_acknowledge(&mut self) -> Option<u8>;
+    /// Takes a pending non-maskable interrupt.
+    fn take_nmi(&mut self) -> bool;
+}

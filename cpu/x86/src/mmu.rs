@@ -1,0 +1,288 @@
+//! Memory as instructions see it: linear addresses in, RAM or devices out, or an exception.
+//!
+//! The fast path is a hit in the software TLB. Everything else (a miss, a device, an access that
+//! crosses a page, a write to a page with translated code) goes through [`Cpu::translate`], the only caller of the page walk.
+//! A write that crosses a page checks both pages before it changes either.
+
+use doppel_memory::{
+    AccessKind, HostPtr, PAGE_MASK, PAGE_SIZE, Privilege, Translation, Word, walk,
+};
+
+use crate::{Bus, Cpu, CpuMode, Exception};
+
+impl Cpu {
+    /// True where bits 63:47 are equal (48-bit linear addresses).
+    #[inline]
+    pub fn canonical(linear: u64) -> bool {
+        ((linear as i64) << 16 >> 16) as u64 == linear
+    }
+
+    /// Walks the page tables for one byte and enters the outcome into the TLB. Canonicality was checked before.
+    pub fn translate(
+        &mut self,
+        linear: u64,
+        kind: AccessKind,
+        privilege: Privilege,
+    ) -> Result<Translation, Exception> {
+        self.counters.page_walks += 1;
+        let paging = self.paging();
+        let t = walk(&self.ram, &paging, linear, kind, privilege)
+            .map_err(|f| Exception::pf(linear, f.error_code))?;
+        if kind == AccessKind::Write {
+            self.ram.tracker().mark_dirty(t.gpa);
+        }
+        if kind != AccessKind::Execute {
+            let rights = t.rights(&paging, privilege);
+            self.tlb[privilege as usize].fill(linear, &t, rights, &self.ram);
+        }
+        Ok(t)
+    }
+
+    /// Loads a value at a linear address.
+    #[inline]
+    pub fn load<T: Word>(
+        &mut self,
+        bus: &mut dyn Bus,
+        linear: u64,
+        privilege: Privilege,
+    ) -> Result<T, Exception> {
+        match self.tlb[privilege as usize].lookup_read(linear, T::SIZE) {
+            Some(p) => Ok(p.load()),
+            None => self
+                .load_slow(bus, linear, T::SIZE, privilege)
+                .map(T::truncate),
+        }
+    }
+
+    /// Stores a value at a linear address.
+    #[inline]
+    pub fn store<T: Word>(
+        &mut self,
+        bus: &mut dyn Bus,
+        linear: u64,
+        privilege: Privilege,
+        v: T,
+    ) -> Result<(), Exception> {
+        match self.tlb[privilege as usize].lookup_write(linear, T::SIZE) {
+            Some(p) => {
+                p.store(v);
+                Ok(())
+            }
+            None => self.store_slow(bus, linear, T::SIZE, privilege, v.into()),
+        }
+    }
+
+    #[cold]
+    fn load_slow(
+        &mut self,
+        bus: &mut dyn Bus,
+        linear: u64,
+        size: usize,
+        privilege: Privilege,
+    ) -> Result<u64, Exception> {
+        self.check_canonical(linear, size as u64)?;
+        let mut bytes = [0; 8];
+        self.load_bytes(bus, linear, privilege, &mut bytes[..size])?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+
+    #[cold]
+    fn store_slow(
+        &mut self,
+        bus: &mut dyn Bus,
+        linear: u64,
+        size: usize,
+        privilege: Privilege,
+        v: u64,
+    ) -> Result<(), Exception> {
+        self.check_canonical(linear, size as u64)?;
+        self.store_bytes(bus, linear, privilege, &v.to_le_bytes()[..size])
+    }
+
+    /// #GP(0) unless every byte is canonical. (A stack access raises #SS(0) instead: the caller maps it.)
+    pub fn check_canonical(&self, linear: u64, size: u64) -> Result<(), Exception> {
+        let last = linear.wrapping_add(size - 1);
+        if self.mode() == CpuMode::Bits64 && !(Self::canonical(linear) && Self::canonical(last)) {
+            return Err(Exception::gp(0));
+        }
+        Ok(())
+    }
+
+    /// Loads any number of bytes. The address wraps as the mode says.
+    pub fn load_bytes(
+        &mut self,
+        bus: &mut dyn Bus,
+        linear: u64,
+        privilege: Privilege,
+        out: &mut [u8],
+    ) -> Result<(), Exception> {
+        let mut at = linear;
+        let mut out = out;
+        while !out.is_empty() {
+            let (now, rest) = out.split_at_mut(out.len().min(room(at)));
+            let t = self.translate(at, AccessKind::Read, privilege)?;
+            match self.ram.ptr(t.gpa) {
+                Some(p) => p.read(now),
+                None => self.mmio_load(bus, t.gpa, now),
+            }
+            at = self.wrap(at.wrapping_add(now.len() as u64));
+            out = rest;
+            self.counters.page_crossings += u64::from(!out.is_empty());
+        }
+        Ok(())
+    }
+
+    /// Stores any number of bytes; checks every page before it changes the first.
+    pub fn store_bytes(
+        &mut self,
+        bus: &mut dyn Bus,
+        linear: u64,
+        privilege: Privilege,
+        data: &[u8],
+    ) -> Result<(), Exception> {
+        let first = self.translate(linear, AccessKind::Write, privilege)?;
+        let mut at = linear;
+        let mut left = data.len();
+        while left > room(at) {
+            left -= room(at);
+            at = self.wrap((at | PAGE_MASK).wrapping_add(1));
+            self.translate(at, AccessKind::Write, privilege)?;
+        }
+        let (mut at, mut data, mut t) = (linear, data, first);
+        loop {
+            let (now, rest) = data.split_at(data.len().min(room(at)));
+            self.store_physical(bus, t.gpa, now);
+            if rest.is_empty() {
+                return Ok(());
+            }
+            self.counters.page_crossings += 1;
+            at = self.wrap(at.wrapping_add(now.len() as u64));
+            data = rest;
+            t = self.translate(at, AccessKind::Write, privilege)?;
+        }
+    }
+
+    /// Stores within one page of guest physical memory, with everything that a write by this CPU entails.
+    pub fn store_physical(&mut self, bus: &mut dyn Bus, gpa: u64, data: &[u8]) {
+        match self.ram.ptr(gpa) {
+            Some(p) => {
+                self.note_write(gpa, data.len() as u32);
+                p.write(data);
+            }
+            None => self.mmio_store(bus, gpa, data),
+        }
+    }
+
+    /// Tells the trackers of a write to RAM that does not go through [`Self::store`].
+    pub fn note_write(&mut self, gpa: u64, len: u32) {
+        let tracker = self.ram.tracker();
+        tracker.mark_dirty(gpa);
+        if tracker.touches_code(gpa, u64::from(len)) {
+            self.counters.code_writes += 1;
+            self.code_writes.push((gpa, len));
+        }
+    }
+
+    /// A pointer for a read-modify-write (`lock` prefixed or not) of `size` bytes within one page of RAM:
+    /// `None` where the access crosses a page or is not RAM. The write is noted already.
+    pub fn rmw_ptr(
+        &mut self,
+        linear: u64,
+        size: usize,
+        privilege: Privilege,
+    ) -> Result<Option<HostPtr>, Exception> {
+        if let Some(p) = self.tlb[privilege as usize].lookup_write(linear, size) {
+            return Ok(Some(p));
+        }
+        self.check_canonical(linear, size as u64)?;
+        let t = self.translate(linear, AccessKind::Write, privilege)?;
+        if size > room(linear) {
+            return Ok(None);
+        }
+        let p = self.ram.ptr(t.gpa);
+        if p.is_some() {
+            self.note_write(t.gpa, size as u32);
+        }
+        Ok(p)
+    }
+
+    /// Reads instruction bytes from `linear` on, up to 15: as many as can be fetched without a fault. A fault on
+    /// the first byte is the exception; a fault further on only shortens the outcome, and the decoder that runs
+    /// out of bytes calls [`Self::translate`] for the byte that it misses.
+    pub fn fetch(&mut self, linear: u64, out: &mut [u8; 16]) -> Result<usize, Exception> {
+        let privilege = if self.cpl == 3 {
+            Privilege::User
+        } else {
+            Privilege::Supervisor
+        };
+        let first = self.translate(linear, AccessKind::Execute, privilege)?;
+        let len = room(linear).min(15);
+        match self.ram.ptr(first.gpa) {
+            Some(p) => p.read(&mut out[..len]),
+            None => out[..len].fill(0xff),
+        }
+        if len == 15 {
+            return Ok(15);
+        }
+        let next = self.wrap((linear | PAGE_MASK).wrapping_add(1));
+        let Ok(t) = self.translate(next, AccessKind::Execute, privilege) else {
+            return Ok(len);
+        };
+        match self.ram.ptr(t.gpa) {
+            Some(p) => p.read(&mut out[len..15]),
+            None => out[len..15].fill(0xff),
+        }
+        Ok(15)
+    }
+
+    /// Linear addresses are 32 bits wide outside 64-bit mode.
+    fn wrap(&self, linear: u64) -> u64 {
+        if self.mode() == CpuMode::Bits64 {
+            linear
+        } else {
+            linear & 0xffff_ffff
+        }
+    }
+
+    fn mmio_load(&mut self, bus: &mut dyn Bus, gpa: u64, out: &mut [u8]) {
+        self.counters.mmio_accesses += 1;
+        for (at, size) in device_units(gpa, out.len()) {
+            let v = bus.mmio_read(gpa + at as u64, size as u8).to_le_bytes();
+            out[at..at + size].copy_from_slice(&v[..size]);
+        }
+    }
+
+    fn mmio_store(&mut self, bus: &mut dyn Bus, gpa: u64, data: &[u8]) {
+        self.counters.mmio_accesses += 1;
+        for (at, size) in device_units(gpa, data.len()) {
+            let mut v = [0; 8];
+            v[..size].copy_from_slice(&data[at..at + size]);
+            bus.mmio_write(gpa + at as u64, size as u8, u64::from_le_bytes(v));
+        }
+    }
+}
+
+fn room(linear: u64) -> usize {
+    (PAGE_SIZE - (linear & PAGE_MASK)) as usize
+}
+
+/// Cuts an access to a device into naturally sized units: the whole where it is a power of two, else pieces.
+fn device_units(gpa: u64, len: usize) -> impl Iterator<Item = (usize, usize)> {
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let left = len - at;
+        if left == 0 {
+            return None;
+        }
+        let size = if left.is_power_of_two() && left <= 8 {
+            left
+        } else {
+            [8, 4, 2, 1]
+                .into_iter()
+                .find(|s| *s <= left && (gpa + at as u64).is_multiple_of(*s as u64))
+                .unwrap_or(1)
+        };
+        at += size;
+        Some((at - size, size))
+    })
+}

@@ -1,0 +1,142 @@
+//! Loads, stores and atomics on guest RAM through host pointers.
+//!
+//! Guest memory changes under us (other vCPUs, a hostile guest), so it is never borrowed as a Rust
+//! reference: every access is volatile or atomic, and copies whole values out.
+
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+
+/// An integer that the guest loads and stores as one unit.
+pub trait Word: Copy + Eq + Into<u64> {
+    /// Bytes of the unit.
+    const SIZE: usize;
+    /// The low bits of `v`.
+    fn truncate(v: u64) -> Self;
+    #[doc(hidden)]
+    fn compare_exchange(p: *mut u8, old: Self, new: Self) -> Result<Self, Self>;
+}
+
+macro_rules! word {
+    ($t:ty, $atomic:ty) => {
+        impl Word for $t {
+            const SIZE: usize = size_of::<$t>();
+            fn truncate(v: u64) -> Self {
+                v as $t
+            }
+            fn compare_exchange(p: *mut u8, old: Self, new: Self) -> Result<Self, Self> {
+                assert!(p.addr().is_multiple_of(Self::SIZE));
+                // SAFETY: `HostPtr` guarantees a live guest RAM address with room for the value,
+                // alignment is asserted, and guest RAM is only accessed atomically or volatilely.
+                let a = unsafe { <$atomic>::from_ptr(p.cast()) };
+                a.compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst)
+            }
+        }
+    };
+}
+word!(u8, AtomicU8);
+word!(u16, AtomicU16);
+word!(u32, AtomicU32);
+word!(u64, AtomicU64);
+
+/// A checked host address of guest RAM: at least the number of bytes that it was made for are valid there.
+///
+/// Made only by this crate; valid while the [`crate::GuestRam`] it came from lives (engines hold an `Arc` of it).
+#[derive(Clone, Copy, Debug)]
+pub struct HostPtr {
+    at: NonNull<u8>,
+    room: usize,
+}
+
+impl HostPtr {
+    /// # Safety
+    /// `room` bytes from `at` must be mapped guest RAM for as long as the value is used.
+    pub(crate) unsafe fn new(at: NonNull<u8>, room: usize) -> Self {
+        HostPtr { at, room }
+    }
+
+    /// The pointer that a matching TLB entry stands for, with room up to the end of its page.
+    #[inline]
+    pub(crate) fn from_tlb(host_page: u64, offset: u64) -> Self {
+        debug_assert!(host_page != 0 && offset < crate::PAGE_SIZE);
+        let at = (host_page + offset) as *mut u8;
+        // SAFETY: a matching tag implies that `host_page` came from `GuestRam::ptr` of a whole
+        // page (see the invariant in `tlb`), and the offset is inside it.
+        unsafe {
+            HostPtr::new(
+                NonNull::new_unchecked(at),
+                (crate::PAGE_SIZE - offset) as usize,
+            )
+        }
+    }
+
+    /// Bytes that may be accessed from here.
+    pub fn room(self) -> usize {
+        self.room
+    }
+
+    /// The raw address, for code generators and `libc` calls.
+    pub fn addr(self) -> u64 {
+        self.at.as_ptr() as u64
+    }
+
+    fn check(self, len: usize) -> *mut u8 {
+        assert!(
+            len <= self.room,
+            "access of {len} bytes where {} are",
+            self.room
+        );
+        self.at.as_ptr()
+    }
+
+    /// Loads a value (little endian, any alignment).
+    #[inline]
+    pub fn load<T: Word>(self) -> T {
+        let p = self.check(T::SIZE).cast::<T>();
+        // SAFETY: `check` bounds the access to guest RAM; unaligned volatile reads of integers
+        // through a packed wrapper are always valid.
+        unsafe { std::ptr::read_volatile(p.cast::<Packed<T>>()).0 }
+    }
+
+    /// Stores a value (little endian, any alignment).
+    #[inline]
+    pub fn store<T: Word>(self, v: T) {
+        let p = self.check(T::SIZE).cast::<T>();
+        // SAFETY: as for `load`.
+        unsafe { std::ptr::write_volatile(p.cast::<Packed<T>>(), Packed(v)) }
+    }
+
+    /// Atomic compare and exchange; `Err` holds what was there. The address must be aligned.
+    pub fn compare_exchange<T: Word>(self, old: T, new: T) -> Result<T, T> {
+        T::compare_exchange(self.check(T::SIZE), old, new)
+    }
+
+    /// Atomic compare and exchange of 16 bytes, as `lock cmpxchg16b` does. The address must be 16-byte aligned.
+    pub fn compare_exchange_16(self, old: u128, new: u128) -> Result<u128, u128> {
+        let p = self.check(16);
+        assert!(p.addr().is_multiple_of(16));
+        // SAFETY: bounds by `check`, alignment asserted; cmpxchg16b is part of every processor
+        // that Doppel's engines accept (checked at start).
+        let seen = unsafe {
+            core::arch::x86_64::cmpxchg16b(p.cast(), old, new, Ordering::SeqCst, Ordering::SeqCst)
+        };
+        if seen == old { Ok(seen) } else { Err(seen) }
+    }
+
+    /// Copies guest memory out.
+    pub fn read(self, out: &mut [u8]) {
+        let p = self.check(out.len());
+        // SAFETY: source in bounds by `check`; the destination is a Rust slice, which never overlaps guest RAM.
+        unsafe { std::ptr::copy_nonoverlapping(p, out.as_mut_ptr(), out.len()) }
+    }
+
+    /// Copies into guest memory.
+    pub fn write(self, data: &[u8]) {
+        let p = self.check(data.len());
+        // SAFETY: as for `read`, the other way.
+        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), p, data.len()) }
+    }
+}
+
+#[derive(Clone, Copy)]
+#[repr(C, packed)]
+struct Packed<T>(T);

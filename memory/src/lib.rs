@@ -1,0 +1,28 @@
+//! Memory virtualization: guest RAM, what its pages hold, the page walk and the software TLB.
+//!
+//! The one more level of indirection that a monitor adds: a guest *linear* address is walked through
+//! the guest's own page tables ([`walk`]) to a guest *physical* address, which [`GuestRam`] maps to
+//! host memory. [`Tlb`] remembers the outcome, so that the common access costs a compare and an add.
+//!
+//! Invariant of the whole crate: a host address that leaves it (as [`HostPtr`] or inside a [`Tlb`] entry)
+//! lies inside the mapping of some [`GuestRam`], with the access that was asked for in bounds.
+
+mod access_unsafe;
+mod mapping_unsafe;
+mod ram;
+mod tlb;
+mod track;
+mod walk;
+
+pub use access_unsafe::{HostPtr, Word};
+pub use ram::{GuestRam, HIGH_START, HOLE_START, RamError, VGA_HOLE};
+pub use tlb::{INVALID_TAG_XOR, TLB_ENTRIES, TLB_ENTRY_SHIFT, Tlb, TlbEntry};
+pub use track::{CodeGranules, PageTracker};
+pub use walk::{
+    AccessKind, PageFault, PageRights, Paging, PagingMode, Privilege, Translation, probe, walk,
+};
+
+/// Bytes in the smallest page.
+pub const PAGE_SIZE: u64 = 4096;
+/// Mask of the page-offset bits.
+pub const PAGE_MASK: u64 = PAGE_SIZE - 1;

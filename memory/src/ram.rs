@@ -1,0 +1,184 @@
+//! Guest physical RAM: its layout and checked access to it.
+//!
+//! Layout of a PC: RAM from 0 up to [`HOLE_START`], the hole for devices below 4 GiB, the rest of the
+//! RAM from [`HIGH_START`]. The legacy VGA window [`VGA_HOLE`] is never RAM.
+
+use std::fs::File;
+use std::ops::Range;
+
+use crate::mapping_unsafe::{Mapping, vm_memory_view};
+use crate::{HostPtr, PAGE_MASK, PAGE_SIZE, PageTracker, Word};
+
+/// Where RAM below 4 GiB ends at the latest.
+pub const HOLE_START: u64 = 0xc000_0000;
+/// Where RAM goes on above the device hole.
+pub const HIGH_START: u64 = 1 << 32;
+/// The legacy VGA window, which is never RAM.
+pub const VGA_HOLE: Range<u64> = 0xa_0000..0xc_0000;
+
+/// Why guest RAM could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum RamError {
+    /// The size is out of range or not a whole number of pages.
+    #[error(
+        "guest memory of {0} bytes is not possible: give a multiple of 4 KiB from 1 MiB to 1 TiB"
+    )]
+    Size(u64),
+    /// The host refused the memory.
+    #[error("the host gives no memory for {0} bytes of guest RAM: {1}")]
+    Host(u64, std::io::Error),
+    /// The `vm-memory` view could not be made.
+    #[error("guest RAM layout: {0}")]
+    View(String),
+}
+
+/// The guest's RAM, shared by every vCPU and device of a machine.
+#[derive(Debug)]
+pub struct GuestRam {
+    // Dropped before the mapping that it points into.
+    view: vm_memory::GuestMemoryMmap,
+    mapping: Mapping,
+    low: u64,
+    high: u64,
+    tracker: PageTracker,
+}
+
+impl GuestRam {
+    /// RAM of `size` bytes, zero filled; host memory is taken when a page is first touched.
+    pub fn new(size: u64) -> Result<Self, RamError> {
+        if !(1 << 20..=1 << 40).contains(&size) || size & PAGE_MASK != 0 {
+            return Err(RamError::Size(size));
+        }
+        let low = size.min(HOLE_START);
+        let high = size - low;
+        let end = if high > 0 { HIGH_START + high } else { low };
+        let mut pieces = vec![(0, low as usize)];
+        if high > 0 {
+            pieces.push((HIGH_START as usize, high as usize));
+        }
+        let mapping = Mapping::new(end as usize, &pieces).map_err(|e| RamError::Host(size, e))?;
+        let view_pieces: Vec<_> = pieces
+            .iter()
+            .map(|&(at, len)| (at as u64, at, len))
+            .collect();
+        let view = vm_memory_view(&mapping, &view_pieces).map_err(RamError::View)?;
+        Ok(GuestRam {
+            view,
+            mapping,
+            low,
+            high,
+            tracker: PageTracker::new(end / PAGE_SIZE),
+        })
+    }
+
+    /// Bytes of RAM.
+    pub fn size(&self) -> u64 {
+        self.low + self.high
+    }
+
+    /// The guest physical ranges that are RAM, in order (the VGA window counts as RAM's first piece here:
+    /// the memory map that the guest sees leaves it out).
+    pub fn ranges(&self) -> Vec<Range<u64>> {
+        let mut ranges = vec![0..VGA_HOLE.start, VGA_HOLE.end..self.low];
+        if self.high > 0 {
+            ranges.push(HIGH_START..HIGH_START + self.high);
+        }
+        ranges
+    }
+
+    /// True where the byte at this guest physical address is RAM.
+    #[inline]
+    pub fn is_ram(&self, gpa: u64) -> bool {
+        (gpa < self.low && !(VGA_HOLE.start..VGA_HOLE.end).contains(&gpa))
+            || (gpa >= HIGH_START && gpa < HIGH_START + self.high)
+    }
+
+    /// A pointer to RAM at `gpa` with room up to the end of its page, or `None` where there is no RAM.
+    #[inline]
+    pub fn ptr(&self, gpa: u64) -> Option<HostPtr> {
+        if !self.is_ram(gpa) {
+            return None;
+        }
+        let room = (PAGE_SIZE - (gpa & PAGE_MASK)) as usize;
+        Some(self.mapping.host_ptr(gpa as usize, room))
+    }
+
+    /// Loads a value that lies within one page.
+    #[inline]
+    pub fn load<T: Word>(&self, gpa: u64) -> Option<T> {
+        self.ptr(gpa)
+            .filter(|p| p.room() >= T::SIZE)
+            .map(HostPtr::load)
+    }
+
+    /// Stores a value that lies within one page. Does not tell translators: use it for tables only
+    /// they do not execute, or call [`PageTracker::mark_dirty`] and check for code yourself.
+    #[inline]
+    pub fn store<T: Word>(&self, gpa: u64, v: T) -> Option<()> {
+        self.ptr(gpa)
+            .filter(|p| p.room() >= T::SIZE)
+            .map(|p| p.store(v))
+    }
+
+    /// What the pages hold (written pages, translated code).
+    pub fn tracker(&self) -> &PageTracker {
+        &self.tracker
+    }
+
+    /// The same memory as `vm-memory` sees it, for boot loaders and virtqueues.
+    pub fn view(&self) -> &vm_memory::GuestMemoryMmap {
+        &self.view
+    }
+
+    /// The memfd behind the RAM: low RAM first, high RAM after it.
+    pub fn file(&self) -> &File {
+        self.mapping.file()
+    }
+
+    /// Host address of guest physical address 0; `host = base + gpa` for all RAM.
+    pub fn host_base(&self) -> u64 {
+        self.mapping.base().as_ptr() as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layout_leaves_the_holes_out() {
+        let ram = GuestRam::new(5 << 30).unwrap();
+        for (gpa, is) in [
+            (0, true),
+            (0x9_ffff, true),
+            (0xa_0000, false),
+            (0xb_ffff, false),
+            (0xc_0000, true),
+            (HOLE_START - 1, true),
+            (HOLE_START, false),
+            (HIGH_START, true),
+            (HIGH_START + (2 << 30) - 1, true),
+            (HIGH_START + (2 << 30), false),
+            (u64::MAX, false),
+        ] {
+            assert_eq!(ram.is_ram(gpa), is, "{gpa:#x}");
+            assert_eq!(ram.ptr(gpa).is_some(), is, "{gpa:#x}");
+        }
+    }
+
+    #[test]
+    fn values_come_back_and_do_not_cross_pages() {
+        let ram = GuestRam::new(1 << 20).unwrap();
+        ram.store(0x1003, 0x1122_3344_5566_7788u64).unwrap();
+        assert_eq!(ram.load::<u32>(0x1005), Some(0x3344_5566));
+        assert_eq!(ram.load::<u32>(0x1ffd), None);
+        assert_eq!(ram.load::<u8>(1 << 20), None);
+    }
+
+    #[test]
+    fn impossible_sizes_are_refused() {
+        for size in [0, 4095, (1 << 20) + 1, 2 << 40] {
+            assert!(matches!(GuestRam::new(size), Err(RamError::Size(_))));
+        }
+    }
+}

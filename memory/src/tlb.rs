@@ -1,0 +1,221 @@
+//! The software TLB: linear page → host page, direct mapped, one per privilege.
+//!
+//! Problem: translated code makes a memory access every few instructions; each must be checked against
+//! the guest's page tables and land in this guest's RAM.
+//! Idea: an entry keeps the linear page once per permission (`read_tag`, `write_tag`) and the host page.
+//! For an address `a` in slot `i`, `x = a ^ tag` is the offset in the page exactly when the tag matches,
+//! so that one compare, `x > 4096 - size`, catches a miss, a missing permission and an access that
+//! crosses the page; `x + host` is then the host address.
+//! Invariant: a tag that is not [invalid](INVALID_TAG_XOR) names a page whose `host` is mapped guest RAM and
+//! for which the permission was granted by a walk with the accessed (and for `write_tag` the dirty) bit set.
+//! `write_tag` is valid only where the RAM page is marked dirty and holds no translated code.
+//! Invalid tags: no address in slot `i` can match `!(i << 12)`, because its index bits differ.
+
+use crate::{GuestRam, HostPtr, PAGE_MASK, PageRights, Translation};
+
+/// Entries of one TLB; a power of two.
+pub const TLB_ENTRIES: usize = 1024;
+/// log2 of the bytes of one entry.
+pub const TLB_ENTRY_SHIFT: u32 = 5;
+/// The invalid tag of slot `i` is `(i << 12) ^ INVALID_TAG_XOR`.
+pub const INVALID_TAG_XOR: u64 = u64::MAX;
+
+/// One entry; the layout is relied on by generated code.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct TlbEntry {
+    /// Linear page that may be read, or the invalid tag.
+    read_tag: u64,
+    /// Linear page that may be written, or the invalid tag.
+    write_tag: u64,
+    /// Host address of the page.
+    host: u64,
+    /// Guest physical address of the page; bit 0 is set where the translation is global.
+    gpa: u64,
+}
+
+impl TlbEntry {
+    /// Offset of the tag for reads.
+    pub const READ_TAG: usize = std::mem::offset_of!(TlbEntry, read_tag);
+    /// Offset of the tag for writes.
+    pub const WRITE_TAG: usize = std::mem::offset_of!(TlbEntry, write_tag);
+    /// Offset of the host page.
+    pub const HOST: usize = std::mem::offset_of!(TlbEntry, host);
+
+    const fn invalid(slot: usize) -> Self {
+        let tag = ((slot as u64) << 12) ^ INVALID_TAG_XOR;
+        TlbEntry {
+            read_tag: tag,
+            write_tag: tag,
+            host: 0,
+            gpa: 0,
+        }
+    }
+}
+
+/// A direct-mapped TLB of [`TLB_ENTRIES`] entries.
+#[repr(C, align(64))]
+#[derive(Debug)]
+pub struct Tlb {
+    entries: [TlbEntry; TLB_ENTRIES],
+}
+
+impl Default for Tlb {
+    fn default() -> Self {
+        let mut slot = 0;
+        let entries = [(); TLB_ENTRIES].map(|()| {
+            slot += 1;
+            TlbEntry::invalid(slot - 1)
+        });
+        Tlb { entries }
+    }
+}
+
+#[inline]
+fn slot_of(linear: u64) -> usize {
+    (linear >> 12) as usize & (TLB_ENTRIES - 1)
+}
+
+impl Tlb {
+    /// The host address of a read of `size` bytes, where it is known and within one page.
+    #[inline]
+    pub fn lookup_read(&self, linear: u64, size: usize) -> Option<HostPtr> {
+        let e = &self.entries[slot_of(linear)];
+        e.resolve(linear ^ e.read_tag, size)
+    }
+
+    /// The host address of a write of `size` bytes, where it is known and within one page.
+    #[inline]
+    pub fn lookup_write(&self, linear: u64, size: usize) -> Option<HostPtr> {
+        let e = &self.entries[slot_of(linear)];
+        e.resolve(linear ^ e.write_tag, size)
+    }
+
+    /// Enters the page of `linear` with these rights. Pages that are not RAM are not entered.
+    pub fn fill(&mut self, linear: u64, t: &Translation, rights: PageRights, ram: &GuestRam) {
+        let gpa = t.gpa & !PAGE_MASK;
+        let Some(host) = ram.ptr(gpa) else { return };
+        let slot = slot_of(linear);
+        let mut e = TlbEntry::invalid(slot);
+        let page = linear & !PAGE_MASK;
+        if rights.read {
+            e.read_tag = page;
+        }
+        let tracker = ram.tracker();
+        if rights.write && t.dirty && tracker.is_dirty(gpa) && !tracker.has_code(gpa) {
+            e.write_tag = page;
+        }
+        e.host = host.addr();
+        e.gpa = gpa | u64::from(t.global);
+        self.entries[slot] = e;
+    }
+
+    /// Forgets everything.
+    pub fn flush(&mut self) {
+        for (slot, e) in self.entries.iter_mut().enumerate() {
+            *e = TlbEntry::invalid(slot);
+        }
+    }
+
+    /// Forgets what is not global.
+    pub fn flush_non_global(&mut self) {
+        for (slot, e) in self.entries.iter_mut().enumerate() {
+            if e.gpa & 1 == 0 {
+                *e = TlbEntry::invalid(slot);
+            }
+        }
+    }
+
+    /// Forgets the page of one linear address.
+    pub fn flush_page(&mut self, linear: u64) {
+        let slot = slot_of(linear);
+        self.entries[slot] = TlbEntry::invalid(slot);
+    }
+
+    /// Takes write permission from every entry of a guest physical page (it now holds translated code).
+    pub fn protect(&mut self, gpa: u64) {
+        for (slot, e) in self.entries.iter_mut().enumerate() {
+            if e.gpa & !1 == gpa & !PAGE_MASK {
+                e.write_tag = TlbEntry::invalid(slot).write_tag;
+            }
+        }
+    }
+}
+
+impl TlbEntry {
+    #[inline]
+    fn resolve(&self, offset: u64, size: usize) -> Option<HostPtr> {
+        (offset <= (PAGE_MASK + 1).wrapping_sub(size as u64) && size <= 4096)
+            .then(|| HostPtr::from_tlb(self.host, offset))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn translation(gpa: u64, global: bool) -> Translation {
+        Translation {
+            gpa,
+            page_shift: 12,
+            rights_user: true,
+            rights_write: true,
+            rights_execute: true,
+            global,
+            dirty: true,
+        }
+    }
+
+    const ALL: PageRights = PageRights {
+        read: true,
+        write: true,
+        execute: true,
+    };
+
+    #[test]
+    fn an_empty_tlb_matches_no_address() {
+        let tlb = Tlb::default();
+        for a in [
+            0,
+            0xfff,
+            0x8000_0000_0000_0000,
+            u64::MAX,
+            0xffff_ffff_ffc0_0000,
+            !0u64 << 22,
+        ] {
+            assert!(tlb.lookup_read(a, 1).is_none());
+            assert!(tlb.lookup_write(a, 8).is_none());
+        }
+    }
+
+    #[test]
+    fn hits_need_the_page_the_right_and_the_room() {
+        let ram = GuestRam::new(1 << 20).unwrap();
+        let mut tlb = Tlb::default();
+        tlb.fill(0x40_0123, &translation(0x5000, false), ALL, &ram);
+        assert!(tlb.lookup_read(0x40_0ff8, 8).is_some());
+        assert!(tlb.lookup_read(0x40_0ff9, 8).is_none());
+        assert!(tlb.lookup_read(0x80_0ff8, 8).is_none());
+        // A clean page gives no write permission.
+        assert!(tlb.lookup_write(0x40_0000, 1).is_none());
+        ram.tracker().mark_dirty(0x5000);
+        tlb.fill(0x40_0123, &translation(0x5000, false), ALL, &ram);
+        assert!(tlb.lookup_write(0x40_0000, 1).is_some());
+        tlb.protect(0x5008);
+        assert!(tlb.lookup_write(0x40_0000, 1).is_none());
+        assert!(tlb.lookup_read(0x40_0000, 1).is_some());
+    }
+
+    #[test]
+    fn flushes_spare_what_is_global() {
+        let ram = GuestRam::new(1 << 20).unwrap();
+        let mut tlb = Tlb::default();
+        tlb.fill(0x1000, &translation(0x1000, true), ALL, &ram);
+        tlb.fill(0x2000, &translation(0x2000, false), ALL, &ram);
+        tlb.flush_non_global();
+        assert!(tlb.lookup_read(0x1000, 8).is_some());
+        assert!(tlb.lookup_read(0x2000, 8).is_none());
+        tlb.flush_page(0x1fff);
+        assert!(tlb.lookup_read(0x1000, 8).is_none());
+    }
+}

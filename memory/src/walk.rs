@@ -1,0 +1,383 @@
+//! The page walk: a linear address through the guest's page tables (Intel SDM vol. 3A, chapter 5; AMD APM vol. 2, chapter 5).
+//!
+//! All formats of x86 are one loop over levels; a [`Format`] table says how wide the entries are, how many
+//! bits each level takes and where a large page may stand. Accessed and dirty bits are set with atomic
+//! compare-and-exchange, as processors do, and only once every check has passed: a walk that
+//! faults at its leaf has set the accessed bits of the levels above it and nothing else.
+
+use crate::{GuestRam, PAGE_MASK};
+
+/// How linear addresses are translated now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PagingMode {
+    /// CR0.PG = 0: linear is physical.
+    Off,
+    /// 32-bit paging; the flag is CR4.PSE.
+    Bits32 { pse: bool },
+    /// PAE paging, with the four PDPTE registers that the last CR3 load read.
+    Pae { pdpte: [u64; 4] },
+    /// 4-level paging (long mode).
+    Level4,
+}
+
+/// Everything about the CPU's state that the page walk depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Paging {
+    /// The format in force.
+    pub mode: PagingMode,
+    /// Physical address of the root table (CR3 without its low bits).
+    pub root: u64,
+    /// CR0.WP.
+    pub write_protect: bool,
+    /// EFER.NXE.
+    pub no_execute: bool,
+    /// CR4.SMEP.
+    pub smep: bool,
+    /// CR4.SMAP.
+    pub smap: bool,
+    /// CR4.PGE.
+    pub global_pages: bool,
+    /// Physical address width that CPUID announces (MAXPHYADDR).
+    pub physical_bits: u32,
+}
+
+/// What an access does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AccessKind {
+    /// A load.
+    Read,
+    /// A store or a read-modify-write.
+    Write,
+    /// An instruction fetch.
+    Execute,
+}
+
+/// With which right an access is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Privilege {
+    /// CPL 3.
+    User = 0,
+    /// CPL < 3, or implicit supervisor access (descriptor tables, TSS), with SMAP in force.
+    Supervisor = 1,
+    /// CPL < 3 with EFLAGS.AC = 1: SMAP lets user pages be accessed.
+    SupervisorAc = 2,
+}
+
+/// What a page may be used for with some privilege.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageRights {
+    /// Loads.
+    pub read: bool,
+    /// Stores.
+    pub write: bool,
+    /// Instruction fetches.
+    pub execute: bool,
+}
+
+/// The outcome of a walk: where the address lies and the combined rights of all levels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Translation {
+    /// Guest physical address of the byte asked for.
+    pub gpa: u64,
+    /// log2 of the size of the guest's page: 12, 21, 22 or 30.
+    pub page_shift: u32,
+    /// U/S of all levels.
+    pub rights_user: bool,
+    /// R/W of all levels.
+    pub rights_write: bool,
+    /// Not XD at any level.
+    pub rights_execute: bool,
+    /// The leaf is global and CR4.PGE is set.
+    pub global: bool,
+    /// The leaf's dirty bit is set now.
+    pub dirty: bool,
+}
+
+impl Translation {
+    /// What this page may be used for with `privilege`.
+    pub fn rights(&self, p: &Paging, privilege: Privilege) -> PageRights {
+        if privilege == Privilege::User {
+            return PageRights {
+                read: self.rights_user,
+                write: self.rights_user && self.rights_write,
+                execute: self.rights_user && self.rights_execute,
+            };
+        }
+        let smap = p.smap && self.rights_user && privilege == Privilege::Supervisor;
+        PageRights {
+            read: !smap,
+            write: !smap && (self.rights_write || !p.write_protect),
+            execute: self.rights_execute && !(p.smep && self.rights_user),
+        }
+    }
+}
+
+/// A page fault: the error code that #PF pushes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageFault {
+    /// P, W/R, U/S, RSVD and I/D bits.
+    pub error_code: u32,
+}
+
+const P: u64 = 1;
+const RW: u64 = 1 << 1;
+const US: u64 = 1 << 2;
+const A: u64 = 1 << 5;
+const D: u64 = 1 << 6;
+const PS: u64 = 1 << 7;
+const G: u64 = 1 << 8;
+const XD: u64 = 1 << 63;
+
+const PF_P: u32 = 1;
+const PF_W: u32 = 1 << 1;
+const PF_U: u32 = 1 << 2;
+const PF_RSVD: u32 = 1 << 3;
+const PF_ID: u32 = 1 << 4;
+
+struct Format {
+    entry_size: u64,
+    index_bits: u32,
+    /// Levels whose entries may map a page (bit per level; 1 is the page table).
+    large: u32,
+}
+
+const FORMAT_32: Format = Format {
+    entry_size: 4,
+    index_bits: 10,
+    large: 0b100,
+};
+const FORMAT_64: Format = Format {
+    entry_size: 8,
+    index_bits: 9,
+    large: 0b1100,
+};
+const FORMAT_PAE: Format = Format {
+    entry_size: 8,
+    index_bits: 9,
+    large: 0b100,
+};
+
+/// Walks the guest's page tables for `linear`, checks the rights and sets accessed and dirty bits.
+pub fn walk(
+    ram: &GuestRam,
+    p: &Paging,
+    linear: u64,
+    kind: AccessKind,
+    privilege: Privilege,
+) -> Result<Translation, PageFault> {
+    Walk {
+        ram,
+        p,
+        linear,
+        kind: Some(kind),
+        privilege,
+    }
+    .run()
+}
+
+/// Walks as [`walk`] does but only looks: no accessed or dirty bit is set and no right is checked.
+/// For debuggers and for reading code.
+pub fn probe(ram: &GuestRam, p: &Paging, linear: u64) -> Option<Translation> {
+    Walk {
+        ram,
+        p,
+        linear,
+        kind: None,
+        privilege: Privilege::Supervisor,
+    }
+    .run()
+    .ok()
+}
+
+struct Walk<'a> {
+    ram: &'a GuestRam,
+    p: &'a Paging,
+    linear: u64,
+    /// `None` only looks.
+    kind: Option<AccessKind>,
+    privilege: Privilege,
+}
+
+impl Walk<'_> {
+    fn run(&self) -> Result<Translation, PageFault> {
+        match self.p.mode {
+            PagingMode::Off => Ok(Translation {
+                gpa: self.linear & 0xffff_ffff,
+                page_shift: 12,
+                rights_user: true,
+                rights_write: true,
+                rights_execute: true,
+                global: false,
+                dirty: true,
+            })
+            .map(|t| Translation {
+                gpa: if self.linear >> 32 == 0 {
+                    t.gpa
+                } else {
+                    self.linear
+                },
+                ..t
+            }),
+            PagingMode::Bits32 { .. } => self.levels(&FORMAT_32, 2, self.p.root),
+            PagingMode::Pae { pdpte } => {
+                let e = pdpte[(self.linear >> 30) as usize & 3];
+                if e & P == 0 {
+                    return Err(self.fault(0));
+                }
+                self.levels(&FORMAT_PAE, 2, e & self.address_mask())
+            }
+            PagingMode::Level4 => self.levels(&FORMAT_64, 4, self.p.root),
+        }
+    }
+
+    fn levels(&self, f: &Format, top: u32, root: u64) -> Result<Translation, PageFault> {
+        let (mut table, mut rights, mut level) = (root, RW | US, top);
+        loop {
+            let shift = 12 + f.index_bits * (level - 1);
+            let index = (self.linear >> shift) & ((1 << f.index_bits) - 1);
+            let at = table + index * f.entry_size;
+            let entry = self.load(f, at);
+            if entry & P == 0 {
+                return Err(self.fault(0));
+            }
+            let leaf = level == 1 || (entry & PS != 0 && self.large_allowed(f, level));
+            if entry & self.reserved(f, level, leaf) != 0 {
+                return Err(self.fault(PF_P | PF_RSVD));
+            }
+            rights &= entry | XD;
+            rights |= entry & XD;
+            if leaf {
+                return self.leaf(f, at, entry, rights, shift);
+            }
+            self.set_bits(f, at, entry, A);
+            table = if f.entry_size == 4 {
+                entry & 0xffff_f000
+            } else {
+                entry & self.address_mask()
+            };
+            level -= 1;
+        }
+    }
+
+    fn leaf(
+        &self,
+        f: &Format,
+        at: u64,
+        entry: u64,
+        rights: u64,
+        shift: u32,
+    ) -> Result<Translation, PageFault> {
+        let offset = (1u64 << shift) - 1;
+        let base = match (f.entry_size, shift) {
+            // PSE-36: bits 13 to 20 are physical address bits 32 to 39.
+            (4, 22) => (entry & 0xffc0_0000) | (entry >> 13 & 0xff) << 32,
+            (4, _) => entry & 0xffff_f000,
+            _ => entry & self.address_mask() & !offset,
+        };
+        let mut t = Translation {
+            gpa: base | (self.linear & offset),
+            page_shift: shift,
+            rights_user: rights & US != 0,
+            rights_write: rights & RW != 0,
+            rights_execute: rights & XD == 0 || !self.p.no_execute,
+            global: entry & G != 0 && self.p.global_pages,
+            dirty: entry & D != 0,
+        };
+        let Some(kind) = self.kind else { return Ok(t) };
+        let r = t.rights(self.p, self.privilege);
+        let allowed = match kind {
+            AccessKind::Read => r.read,
+            AccessKind::Write => r.write,
+            AccessKind::Execute => r.execute,
+        };
+        if !allowed {
+            return Err(self.fault(PF_P));
+        }
+        let set = if kind == AccessKind::Write { A | D } else { A };
+        self.set_bits(f, at, entry, set);
+        t.dirty |= kind == AccessKind::Write;
+        Ok(t)
+    }
+
+    fn load(&self, f: &Format, at: u64) -> u64 {
+        // What is not RAM reads as all ones, as an open bus does.
+        if f.entry_size == 4 {
+            u64::from(self.ram.load::<u32>(at).unwrap_or(u32::MAX))
+        } else {
+            self.ram.load::<u64>(at).unwrap_or(u64::MAX)
+        }
+    }
+
+    fn set_bits(&self, f: &Format, at: u64, mut entry: u64, bits: u64) {
+        if self.kind.is_none() {
+            return;
+        }
+        let Some(ptr) = self.ram.ptr(at) else { return };
+        while entry & bits != bits {
+            self.ram.tracker().mark_dirty(at);
+            let seen = if f.entry_size == 4 {
+                ptr.compare_exchange(entry as u32, (entry | bits) as u32)
+                    .map(u64::from)
+                    .map_err(u64::from)
+            } else {
+                ptr.compare_exchange(entry, entry | bits)
+            };
+            match seen {
+                Ok(_) => return,
+                // Another processor changed the entry: only its other bits matter while it stays present.
+                Err(now) if now & P != 0 => entry = now,
+                Err(_) => return,
+            }
+        }
+    }
+
+    fn large_allowed(&self, f: &Format, level: u32) -> bool {
+        match self.p.mode {
+            PagingMode::Bits32 { pse } => pse,
+            _ => f.large >> level & 1 != 0,
+        }
+    }
+
+    /// The bits that must be zero in an entry of this level.
+    fn reserved(&self, f: &Format, level: u32, leaf: bool) -> u64 {
+        if f.entry_size == 4 {
+            return if leaf && level == 2 { 1 << 21 } else { 0 };
+        }
+        let mut bits = !self.address_mask() & 0x000f_ffff_ffff_f000;
+        if !self.p.no_execute {
+            bits |= XD;
+        }
+        if self.p.mode != PagingMode::Level4 {
+            bits |= 0x7ff0_0000_0000_0000;
+        }
+        if leaf && level > 1 {
+            bits |= ((1u64 << (12 + 9 * (level - 1))) - 1) & !0x1fff;
+        }
+        if !leaf && level > 1 && f.large >> level & 1 == 0 {
+            bits |= PS;
+        }
+        bits
+    }
+
+    fn address_mask(&self) -> u64 {
+        ((1u64 << self.p.physical_bits) - 1) & !PAGE_MASK & 0x000f_ffff_ffff_f000
+    }
+
+    fn fault(&self, bits: u32) -> PageFault {
+        let mut error_code = bits;
+        if self.kind == Some(AccessKind::Write) {
+            error_code |= PF_W;
+        }
+        if self.privilege == Privilege::User {
+            error_code |= PF_U;
+        }
+        if self.kind == Some(AccessKind::Execute)
+            && (self.p.smep
+                || (self.p.no_execute && !matches!(self.p.mode, PagingMode::Bits32 { .. })))
+        {
+            error_code |= PF_ID;
+        }
+        PageFault { error_code }
+    }
+}
