@@ -13,5 +13,6 @@ pub use bus::Bus;
 pub use engine::{Engine, EngineStats, Exit, Kick, Outcome};
 pub use fault::{Exception, Vector};
 pub use state::{
-    Activity, Counters, Cpu, CpuMode, Cr0, Cr4, Dtr, Efer, FpuArea, Gpr, Msrs, Rflags, Seg, Segment,
+    Activity, Counters, Cpu, CpuMode, Cr0, Cr4, Dtr, Efer, Flushed, FpuArea, Gpr, Msrs, Rflags,
+    Seg, Segment,
 };

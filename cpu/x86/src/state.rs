@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use bitflags::bitflags;
-use doppel_memory::{GuestRam, Paging, PagingMode, Privilege, Tlb};
+use doppel_memory::{GuestRam, PAGE_MASK, Paging, PagingMode, Privilege, Tlb};
 
 bitflags! {
     /// RFLAGS.
@@ -290,6 +290,36 @@ pub struct Counters {
     pub code_writes: u64,
 }
 
+/// Flushes of linear-address translations that happened and that a translator has yet to follow.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Flushed {
+    /// Every translation that is not global.
+    pub non_global: bool,
+    /// Every translation.
+    pub global: bool,
+    /// These linear pages (bounded: past [`Flushed::MOST_PAGES`] it becomes `global`).
+    pub pages: Vec<u64>,
+}
+
+impl Flushed {
+    /// Pages listed one by one before the list is given up for a full flush.
+    pub const MOST_PAGES: usize = 64;
+
+    /// True while there is nothing to follow.
+    pub fn is_empty(&self) -> bool {
+        !self.non_global && !self.global && self.pages.is_empty()
+    }
+
+    fn page(&mut self, linear: u64) {
+        if self.pages.len() < Self::MOST_PAGES {
+            self.pages.push(linear);
+        } else {
+            self.non_global = true;
+            self.global = true;
+        }
+    }
+}
+
 /// One CPU. Made by [`Cpu::new`] in the state after reset.
 #[repr(C)]
 #[derive(Debug)]
@@ -338,9 +368,8 @@ pub struct Cpu {
     pub counters: Counters,
     /// Writes `(guest physical address, length)` to granules with translated code; a translator drains it.
     pub code_writes: Vec<(u64, u32)>,
-    /// Set with every flush of a TLB; a translator that caches linear addresses takes it. See [`crate::Cpu::flush_tlb`].
-    pub mapping_changed: bool,
-    /// Linear pages whose mapping was dropped by INVLPG or INVPCID since a translator looked.
+    /// What was flushed since a translator last looked: it keeps linear addresses of code itself.
+    pub flushed: Flushed,
     pub ram: Arc<GuestRam>,
 }
 
@@ -402,7 +431,7 @@ impl Cpu {
             physical_bits: 40,
             counters: Counters::default(),
             code_writes: Vec::new(),
-            mapping_changed: false,
+            flushed: Flushed::default(),
             ram,
         });
         cpu.seg[Seg::Cs as usize] = Segment {
@@ -487,7 +516,8 @@ impl Cpu {
     /// Forgets cached translations: all of them, or all but global ones.
     pub fn flush_tlb(&mut self, global_too: bool) {
         self.counters.tlb_flushes += 1;
-        self.mapping_changed = true;
+        self.flushed.non_global = true;
+        self.flushed.global |= global_too;
         for tlb in &mut self.tlb {
             if global_too {
                 tlb.flush()
@@ -499,7 +529,7 @@ impl Cpu {
 
     /// Forgets the cached translation of one page, global or not (INVLPG).
     pub fn flush_tlb_page(&mut self, linear: u64) {
-        self.mapping_changed = true;
+        self.flushed.page(linear & !PAGE_MASK);
         for tlb in &mut self.tlb {
             tlb.flush_page(linear);
         }
