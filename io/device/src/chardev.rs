@@ -1,0 +1,342 @@
+//! Byte streams between a device (a UART, a console) and the host.
+//!
+//! Neither side ever blocks the other: the device offers output to a [`CharSink`] that takes what it has room for, and
+//! pulls input from a [`CharSource`] as its FIFO empties. When either has something new, the back-end tells the
+//! device through [`CharFrontend`], with no lock held. [`OutputQueue`] and [`InputQueue`] are the two queues
+//! between that and the threads that do blocking host I/O.
+
+use std::collections::VecDeque;
+use std::io::{self, ErrorKind, Read, Write};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+
+/// Where a device's output goes.
+pub trait CharSink: Send + Sync {
+    /// Takes bytes from the front of `bytes` without blocking; says how many. After it took fewer than offered it calls
+    /// [`CharFrontend::output_ready`] once it has room.
+    fn write(&self, bytes: &[u8]) -> usize;
+}
+
+/// Where a device's input comes from.
+pub trait CharSource: Send + Sync {
+    /// Fills the front of `buffer` without blocking; says with how many bytes. Calls [`CharFrontend::input_ready`]
+    /// when bytes arrive.
+    fn read(&self, buffer: &mut [u8]) -> usize;
+}
+
+/// The device behind a sink or a source.
+pub trait CharFrontend: Send + Sync {
+    /// The source has bytes.
+    fn input_ready(&self);
+    /// The sink has room again.
+    fn output_ready(&self);
+}
+
+type Frontend = OnceLock<Weak<dyn CharFrontend>>;
+
+fn frontend(of: &Frontend) -> Option<Arc<dyn CharFrontend>> {
+    of.get().and_then(Weak::upgrade)
+}
+
+#[derive(Default)]
+struct Bytes {
+    bytes: VecDeque<u8>,
+    refused: bool,
+    writing: bool,
+    closed: bool,
+}
+
+fn lock(bytes: &Mutex<Bytes>) -> MutexGuard<'_, Bytes> {
+    bytes.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Output on its way from a device to a host file.
+pub struct OutputQueue {
+    queue: Mutex<Bytes>,
+    changed: Condvar,
+    capacity: usize,
+    frontend: Frontend,
+}
+
+impl OutputQueue {
+    /// A queue of at most `capacity` bytes.
+    pub fn new(capacity: usize) -> Arc<Self> {
+        Arc::new(OutputQueue {
+            queue: Mutex::default(),
+            changed: Condvar::new(),
+            capacity: capacity.max(1),
+            frontend: OnceLock::new(),
+        })
+    }
+
+    /// Says whom to tell about room. The first call counts.
+    pub fn connect(&self, to: Weak<dyn CharFrontend>) {
+        let _ = self.frontend.set(to);
+    }
+
+    /// The writer thread: writes out what the device sends until [`OutputQueue::close`] and everything is written. After
+    /// an error the rest is thrown away, so that the guest never hangs on a dead terminal; the error is returned at the end.
+    pub fn run(&self, mut to: impl Write) -> io::Result<()> {
+        let mut result = Ok(());
+        while let Some(bytes) = self.take() {
+            if result.is_ok() {
+                result = to.write_all(&bytes).and_then(|()| to.flush());
+            }
+            self.written();
+        }
+        result
+    }
+
+    /// No more output comes: [`OutputQueue::run`] returns when all is written.
+    pub fn close(&self) {
+        lock(&self.queue).closed = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits until all output so far is written.
+    pub fn drain(&self) {
+        let queue = lock(&self.queue);
+        let _done = self
+            .changed
+            .wait_while(queue, |q| q.writing || !q.bytes.is_empty());
+    }
+
+    fn take(&self) -> Option<Vec<u8>> {
+        let queue = lock(&self.queue);
+        let mut queue = self
+            .changed
+            .wait_while(queue, |q| q.bytes.is_empty() && !q.closed)
+            .unwrap_or_else(PoisonError::into_inner);
+        if queue.bytes.is_empty() {
+            return None;
+        }
+        queue.writing = true;
+        Some(queue.bytes.drain(..).collect())
+    }
+
+    fn written(&self) {
+        let refused = {
+            let mut queue = lock(&self.queue);
+            queue.writing = false;
+            std::mem::take(&mut queue.refused)
+        };
+        self.changed.notify_all();
+        if refused && let Some(device) = frontend(&self.frontend) {
+            device.output_ready();
+        }
+    }
+}
+
+impl CharSink for OutputQueue {
+    fn write(&self, bytes: &[u8]) -> usize {
+        let mut queue = lock(&self.queue);
+        let room = self.capacity - queue.bytes.len();
+        let taken = room.min(bytes.len());
+        let was_empty = queue.bytes.is_empty();
+        queue.bytes.extend(&bytes[..taken]);
+        queue.refused |= taken < bytes.len();
+        drop(queue);
+        if was_empty && taken > 0 {
+            self.changed.notify_all();
+        }
+        taken
+    }
+}
+
+/// Input on its way from a host file to a device.
+pub struct InputQueue {
+    queue: Mutex<Bytes>,
+    changed: Condvar,
+    capacity: usize,
+    frontend: Frontend,
+}
+
+impl InputQueue {
+    /// A queue of at most `capacity` bytes.
+    pub fn new(capacity: usize) -> Arc<Self> {
+        Arc::new(InputQueue {
+            queue: Mutex::default(),
+            changed: Condvar::new(),
+            capacity: capacity.max(1),
+            frontend: OnceLock::new(),
+        })
+    }
+
+    /// Says whom to tell about bytes. The first call counts.
+    pub fn connect(&self, to: Weak<dyn CharFrontend>) {
+        let _ = self.frontend.set(to);
+    }
+
+    /// Queues all of `bytes`, waiting for room where the guest is slow; false once the queue is closed.
+    pub fn push(&self, mut bytes: &[u8]) -> bool {
+        while !bytes.is_empty() {
+            let queue = lock(&self.queue);
+            let mut queue = self
+                .changed
+                .wait_while(queue, |q| q.bytes.len() >= self.capacity && !q.closed)
+                .unwrap_or_else(PoisonError::into_inner);
+            if queue.closed {
+                return false;
+            }
+            let taken = (self.capacity - queue.bytes.len()).min(bytes.len());
+            queue.bytes.extend(&bytes[..taken]);
+            bytes = &bytes[taken..];
+            drop(queue);
+            if let Some(device) = frontend(&self.frontend) {
+                device.input_ready();
+            }
+        }
+        true
+    }
+
+    /// The reader thread: passes on what `from` gives until its end or [`InputQueue::close`].
+    pub fn run(&self, mut from: impl Read) -> io::Result<()> {
+        let mut buffer = [0; 1024];
+        loop {
+            match from.read(&mut buffer) {
+                Ok(0) => return Ok(()),
+                Ok(n) if self.push(&buffer[..n]) => {}
+                Ok(_) => return Ok(()),
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    /// No more input is wanted: a waiting [`InputQueue::push`] returns.
+    pub fn close(&self) {
+        lock(&self.queue).closed = true;
+        self.changed.notify_all();
+    }
+}
+
+impl CharSource for InputQueue {
+    fn read(&self, buffer: &mut [u8]) -> usize {
+        let mut queue = lock(&self.queue);
+        let was_full = queue.bytes.len() >= self.capacity;
+        let n = queue.bytes.len().min(buffer.len());
+        for (to, byte) in buffer.iter_mut().zip(queue.bytes.drain(..n)) {
+            *to = byte;
+        }
+        drop(queue);
+        if was_full && n > 0 {
+            self.changed.notify_all();
+        }
+        n
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::thread;
+    use std::time::Duration;
+
+    struct Device(Mutex<Sender<&'static str>>);
+    impl CharFrontend for Device {
+        fn input_ready(&self) {
+            let _ = self.0.lock().unwrap().send("input");
+        }
+        fn output_ready(&self) {
+            let _ = self.0.lock().unwrap().send("room");
+        }
+    }
+
+    fn device() -> (Arc<dyn CharFrontend>, Receiver<&'static str>) {
+        let (sender, heard) = channel();
+        (Arc::new(Device(Mutex::new(sender))), heard)
+    }
+
+    const LONG: Duration = Duration::from_secs(10);
+
+    #[test]
+    fn output_is_written_by_its_thread_and_nothing_is_lost_at_the_end() {
+        let queue = OutputQueue::new(100);
+        assert_eq!(queue.write(b"hello "), 6);
+        queue.write(b"world");
+        queue.close();
+        let mut file = Vec::new();
+        queue.run(&mut file).unwrap();
+        assert_eq!(file, b"hello world");
+    }
+
+    #[test]
+    fn a_full_output_queue_takes_what_fits_and_says_when_it_has_room() {
+        let (device, heard) = device();
+        let queue = OutputQueue::new(4);
+        queue.connect(Arc::downgrade(&device));
+        assert_eq!(queue.write(b"abcdef"), 4);
+        assert_eq!(queue.write(b"ef"), 0);
+        let writer = thread::spawn({
+            let queue = queue.clone();
+            move || {
+                let mut file = Vec::new();
+                queue.run(&mut file).unwrap();
+                file
+            }
+        });
+        assert_eq!(heard.recv_timeout(LONG), Ok("room"));
+        assert_eq!(queue.write(b"ef"), 2);
+        queue.drain();
+        queue.close();
+        assert_eq!(writer.join().unwrap(), b"abcdef");
+    }
+
+    struct Broken;
+    impl Write for Broken {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            Err(ErrorKind::BrokenPipe.into())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_broken_output_file_swallows_output_and_is_reported() {
+        let queue = OutputQueue::new(4);
+        let writer = thread::spawn({
+            let queue = queue.clone();
+            move || queue.run(Broken)
+        });
+        for _ in 0..3 {
+            assert_eq!(queue.write(b"abcd"), 4);
+            queue.drain();
+        }
+        queue.close();
+        let error = writer.join().unwrap().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::BrokenPipe);
+    }
+
+    #[test]
+    fn input_waits_for_a_slow_guest_and_arrives_in_order() {
+        let (device, heard) = device();
+        let queue = InputQueue::new(2);
+        queue.connect(Arc::downgrade(&device));
+        let reader = thread::spawn({
+            let queue = queue.clone();
+            move || queue.run(&b"abcdefg"[..])
+        });
+        let mut got: Vec<u8> = Vec::new();
+        while got.len() < 7 {
+            assert_eq!(heard.recv_timeout(LONG), Ok("input"));
+            let mut buffer = [0; 16];
+            let n = queue.read(&mut buffer);
+            assert!(n <= 2);
+            got.extend_from_slice(&buffer[..n]);
+        }
+        assert_eq!(got, b"abcdefg");
+        reader.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn closing_the_input_frees_a_waiting_reader() {
+        let queue = InputQueue::new(1);
+        let reader = thread::spawn({
+            let queue = queue.clone();
+            move || queue.push(b"abc")
+        });
+        queue.close();
+        assert!(!reader.join().unwrap());
+    }
+}
