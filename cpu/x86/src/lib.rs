@@ -6,6 +6,8 @@
 mod bus;
 mod engine;
 mod fault;
+#[allow(dead_code)]
+mod interpret;
 mod mmu;
 mod state;
 

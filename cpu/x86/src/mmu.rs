@@ -206,6 +206,24 @@ impl Cpu {
         Ok(p)
     }
 
+    /// Checks that `size` bytes may be written, and sets the dirty bits of their pages as the write will.
+    pub fn check_writable(
+        &mut self,
+        linear: u64,
+        size: usize,
+        privilege: Privilege,
+    ) -> Result<(), Exception> {
+        let (mut at, mut left) = (linear, size);
+        loop {
+            self.translate(at, AccessKind::Write, privilege)?;
+            if left <= room(at) {
+                return Ok(());
+            }
+            left -= room(at);
+            at = self.wrap((at | PAGE_MASK).wrapping_add(1));
+        }
+    }
+
     /// Reads instruction bytes from `linear` on, up to 15: as many as can be fetched without a fault. A fault on
     /// the first byte is the exception; a fault further on only shortens the outcome, and the decoder that runs
     /// out of bytes calls [`Self::translate`] for the byte that it misses.
