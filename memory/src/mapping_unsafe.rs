@@ -137,7 +137,7 @@ pub(crate) fn vm_memory_view(
         .map_err(|e| e.to_string())?;
         regions.push(
             vm_memory::GuestRegionMmap::new(region, vm_memory::GuestAddress(guest))
-                .map_err(|e| e.to_string())?,
+                .ok_or("a region of guest RAM wraps around the address space")?,
         );
     }
     vm_memory::GuestMemoryMmap::from_regions(regions).map_err(|e| e.to_string())

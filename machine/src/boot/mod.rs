@@ -1,0 +1,144 @@
+//! Boot: a kernel, its initial RAM disk and its command line, placed in guest RAM as a boot loader would.
+//!
+//! Two protocols: the 64-bit Linux boot protocol of a bzImage ([`bzimage`]) and the Xen PVH protocol of an
+//! ELF kernel ([`pvh`]). Both need the same memory map and the same low-memory tables ([`params`]) and end
+//! in a CPU state ([`Entry`]). Every problem with a file is a [`BootError`] that names the file.
+
+mod bzimage;
+mod entry;
+mod image;
+mod params;
+mod pvh;
+
+use std::io;
+use std::path::PathBuf;
+
+use doppel_memory::GuestRam;
+
+pub use entry::Entry;
+use image::Image;
+pub use image::place;
+pub use params::{MemoryKind, MemoryRange, memory_map};
+
+/// Why a kernel could not be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// A file cannot be read.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// A directory, a pipe, a device.
+    #[error("{}: not a regular file", .0.display())]
+    NotAFile(PathBuf),
+    /// Neither a bzImage nor an ELF file.
+    #[error("{}: not a kernel: neither a bzImage nor an ELF file", .0.display())]
+    NotAKernel(PathBuf),
+    /// The file ends before what its headers promise.
+    #[error("{}: the file is truncated", .0.display())]
+    Truncated(PathBuf),
+    /// Headers that make no sense.
+    #[error("{}: damaged: {what}", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+    /// A kernel that cannot be entered the way this monitor does.
+    #[error("{}: this kernel cannot be booted: {what}", path.display())]
+    Unsupported {
+        /// The file.
+        path: PathBuf,
+        /// What it lacks.
+        what: String,
+    },
+    /// Not enough guest memory.
+    #[error("{}: does not fit into guest memory: needs {need_mib} MiB, give the guest more", path.display())]
+    TooBig {
+        /// The file.
+        path: PathBuf,
+        /// Lowest size of guest memory with which it would fit, about.
+        need_mib: u64,
+    },
+    /// The command line is longer than the kernel reads.
+    #[error("the kernel command line has {len} bytes, this kernel takes {max}")]
+    CmdlineTooLong {
+        /// Its length.
+        len: usize,
+        /// What the kernel accepts.
+        max: usize,
+    },
+    /// The command line holds a NUL byte.
+    #[error("the kernel command line contains a NUL byte")]
+    CmdlineNul,
+    /// Something was to be placed where there is no RAM.
+    #[error("guest memory is too small: there is no RAM at {0:#x}")]
+    NoRam(u64),
+}
+
+/// What to boot.
+#[derive(Clone, Debug, Default)]
+pub struct BootSource {
+    /// bzImage or ELF with a PVH note.
+    pub kernel: PathBuf,
+    /// Initial RAM disk, passed as it is.
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line.
+    pub cmdline: String,
+}
+
+/// Where the RSDP of the ACPI tables is, for the boot protocols that pass it on.
+pub type RsdpAddress = u64;
+
+/// Loads everything into guest RAM and says how the boot CPU starts.
+pub fn load(ram: &GuestRam, source: &BootSource, rsdp: RsdpAddress) -> Result<Entry, BootError> {
+    let kernel = Image::open(&source.kernel)?;
+    let initrd = source.initrd.as_deref().map(Image::open).transpose()?;
+    let cmdline = source.cmdline.as_bytes();
+    if cmdline.contains(&0) {
+        return Err(BootError::CmdlineNul);
+    }
+    let boot = Boot {
+        ram,
+        kernel: &kernel,
+        initrd: initrd.as_ref(),
+        cmdline,
+        rsdp,
+    };
+    match kind(&kernel)? {
+        Kind::BzImage => bzimage::load(&boot),
+        Kind::Elf => pvh::load(&boot),
+    }
+}
+
+/// Everything that a loader works with.
+pub(crate) struct Boot<'a> {
+    pub ram: &'a GuestRam,
+    pub kernel: &'a Image,
+    pub initrd: Option<&'a Image>,
+    pub cmdline: &'a [u8],
+    pub rsdp: RsdpAddress,
+}
+
+enum Kind {
+    BzImage,
+    Elf,
+}
+
+fn kind(kernel: &Image) -> Result<Kind, BootError> {
+    let mut magic = [0; 4];
+    if kernel.read_at(0, &mut magic).is_ok() && magic == *b"\x7fELF" {
+        return Ok(Kind::Elf);
+    }
+    if kernel.read_at(bzimage::MAGIC_OFFSET, &mut magic).is_ok() && magic == *b"HdrS" {
+        return Ok(Kind::BzImage);
+    }
+    Err(BootError::NotAKernel(kernel.path().to_owned()))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,304 @@
+//! Loaders on synthetic images: what a right one leads to, and that a damaged one is an error, never a panic.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use doppel_memory::GuestRam;
+use doppel_x86::{Cpu, CpuMode, Gpr};
+
+use super::*;
+
+const MIB: u64 = 1 << 20;
+const LOAD: u64 = 16 * MIB;
+const PAYLOAD: usize = 0x3000;
+const CMDLINE_AT: u64 = 0x2_0000;
+
+/// A file that goes away with the value.
+struct TempFile(PathBuf);
+
+impl TempFile {
+    fn new(content: &[u8]) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let n = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("doppel-boot-test-{}-{n}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        std::fs::write(&path, content).unwrap();
+        TempFile(path)
+    }
+}
+
+impl Drop for TempFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+fn put(image: &mut [u8], at: usize, bytes: &[u8]) {
+    image[at..at + bytes.len()].copy_from_slice(bytes);
+}
+
+/// A bzImage of one setup sector whose protected-mode part counts its bytes.
+fn bzimage() -> Vec<u8> {
+    let mut b = vec![0; 1024];
+    b[0x1f1] = 1;
+    put(&mut b, 0x1f4, &(PAYLOAD as u32 / 16).to_le_bytes());
+    put(&mut b, 0x1fe, &[0x55, 0xaa, 0xeb, 0x6a]);
+    put(&mut b, 0x202, b"HdrS");
+    put(&mut b, 0x206, &0x020fu16.to_le_bytes());
+    b[0x211] = 1; // LOADED_HIGH
+    put(&mut b, 0x22c, &0x7fff_ffffu32.to_le_bytes());
+    put(&mut b, 0x230, &(2 * MIB as u32).to_le_bytes());
+    b[0x234] = 1; // relocatable
+    put(&mut b, 0x236, &1u16.to_le_bytes()); // XLF_KERNEL_64
+    put(&mut b, 0x238, &2047u32.to_le_bytes());
+    put(&mut b, 0x258, &LOAD.to_le_bytes());
+    put(&mut b, 0x260, &(4 * MIB as u32).to_le_bytes());
+    b.extend((0..PAYLOAD).map(|i| i as u8));
+    b
+}
+
+/// An ELF file with one segment at LOAD and the PVH note behind another vendor's note.
+fn elf() -> Vec<u8> {
+    let mut b = vec![0; 0x200];
+    put(&mut b, 0, b"\x7fELF\x02\x01\x01");
+    put(&mut b, 18, &62u16.to_le_bytes());
+    put(&mut b, 32, &64u64.to_le_bytes());
+    put(&mut b, 54, &56u16.to_le_bytes());
+    put(&mut b, 56, &3u16.to_le_bytes());
+    let segments: [(u32, u64, u64, u64, u64); 3] = [
+        (4, 0x100, 0, 40, 40),
+        (1, 0x200, LOAD, PAYLOAD as u64, MIB),
+        (4, 0x180, 0, 0, 0),
+    ];
+    for (i, (kind, offset, paddr, filesz, memsz)) in segments.into_iter().enumerate() {
+        let at = 64 + i * 56;
+        put(&mut b, at, &kind.to_le_bytes());
+        put(&mut b, at + 8, &offset.to_le_bytes());
+        put(&mut b, at + 24, &paddr.to_le_bytes());
+        put(&mut b, at + 32, &filesz.to_le_bytes());
+        put(&mut b, at + 40, &memsz.to_le_bytes());
+    }
+    put(&mut b, 0x100, &[3, 0, 0, 0, 1, 0, 0, 0, 18, 0, 0, 0]);
+    put(&mut b, 0x10c, b"GN\0\0\xff\0\0\0"); // name and description, each padded to 4
+    put(&mut b, 0x114, &[4, 0, 0, 0, 4, 0, 0, 0, 18, 0, 0, 0]);
+    put(&mut b, 0x120, b"Xen\0");
+    put(&mut b, 0x124, &(LOAD as u32 + 0x40).to_le_bytes());
+    b.extend((0..PAYLOAD).map(|i| i as u8));
+    b
+}
+
+fn boot(ram: &GuestRam, kernel: &[u8], initrd: Option<&[u8]>) -> Result<Entry, BootError> {
+    let kernel = TempFile::new(kernel);
+    let initrd = initrd.map(TempFile::new);
+    let source = BootSource {
+        kernel: kernel.0.clone(),
+        initrd: initrd.as_ref().map(|f| f.0.clone()),
+        cmdline: "console=ttyS0".into(),
+    };
+    load(ram, &source, 0xe0000)
+}
+
+fn error(kernel: &[u8]) -> String {
+    let ram = GuestRam::new(64 * MIB).unwrap();
+    let e = boot(&ram, kernel, None).unwrap_err().to_string();
+    let (_path, what) = e.split_once(": ").unwrap();
+    what.to_owned()
+}
+
+fn bytes(ram: &GuestRam, gpa: u64, n: u64) -> Vec<u8> {
+    (gpa..gpa + n).map(|a| ram.load::<u8>(a).unwrap()).collect()
+}
+
+#[test]
+fn a_bzimage_is_placed_and_entered_in_long_mode() {
+    let ram = GuestRam::new(64 * MIB).unwrap();
+    let entry = boot(&ram, &bzimage(), Some(b"initrd")).unwrap();
+    let expected = Entry::Linux64 {
+        rip: LOAD + 0x200,
+        params: 0x7000,
+    };
+    assert_eq!(entry, expected);
+    assert_eq!(bytes(&ram, LOAD + 0x200, 3), [0, 1, 2]);
+    assert_eq!(bytes(&ram, CMDLINE_AT, 14), b"console=ttyS0\0");
+    let initrd = u64::from(ram.load::<u32>(0x7000 + 0x218).unwrap());
+    assert_eq!(initrd, 64 * MIB - 4096);
+    assert_eq!(ram.load::<u32>(0x7000 + 0x21c), Some(6));
+    assert_eq!(bytes(&ram, initrd, 6), b"initrd");
+    assert_eq!(ram.load::<u64>(0x7000 + 0x70), Some(0xe0000), "RSDP");
+    assert!(ram.tracker().is_dirty(LOAD));
+}
+
+#[test]
+fn the_long_mode_entry_maps_memory_to_itself() {
+    let ram = std::sync::Arc::new(GuestRam::new(64 * MIB).unwrap());
+    let entry = boot(&ram, &bzimage(), None).unwrap();
+    let mut cpu = Cpu::new(0, ram.clone());
+    entry.apply(&mut cpu);
+    assert_eq!(cpu.mode(), CpuMode::Bits64);
+    assert_eq!(cpu.reg(Gpr::Rsi), 0x7000);
+    let paging = cpu.paging();
+    for address in [0x7000, LOAD + 0x200, 0xfee0_0030, 0xffff_ffff] {
+        let t = doppel_memory::walk(
+            &ram,
+            &paging,
+            address,
+            doppel_memory::AccessKind::Read,
+            doppel_memory::Privilege::Supervisor,
+        );
+        assert_eq!(t.unwrap().gpa, address, "{address:#x}");
+    }
+}
+
+#[test]
+fn the_memory_map_covers_the_ram_and_keeps_the_tables_back() {
+    let ram = GuestRam::new(5 << 30).unwrap();
+    let map = memory_map(&ram);
+    for pair in map.windows(2) {
+        assert!(pair[0].range.end <= pair[1].range.start, "{pair:?}");
+    }
+    let kind = |a: u64| map.iter().find(|m| m.range.contains(&a)).map(|m| m.kind);
+    assert_eq!(kind(0), Some(MemoryKind::Ram));
+    assert_eq!(kind(0x9_fc00), Some(MemoryKind::Reserved));
+    assert_eq!(kind(0xa_0000), None);
+    assert_eq!(kind(0xe_0000), Some(MemoryKind::Reserved));
+    assert_eq!(kind(MIB), Some(MemoryKind::Ram));
+    assert_eq!(kind(0xbfff_ffff), Some(MemoryKind::Ram));
+    assert_eq!(kind(0xe000_0000), Some(MemoryKind::Reserved));
+    assert_eq!(kind((6 << 30) - 1), Some(MemoryKind::Ram));
+    assert_eq!(kind(6 << 30), None);
+}
+
+#[test]
+fn a_relocatable_kernel_goes_lower_where_memory_is_short() {
+    let ram = GuestRam::new(8 * MIB).unwrap();
+    let entry = boot(&ram, &bzimage(), None).unwrap();
+    assert!(matches!(entry, Entry::Linux64 { rip, .. } if rip == 2 * MIB + 0x200));
+    let small = GuestRam::new(4 * MIB).unwrap();
+    let e = boot(&small, &bzimage(), None).unwrap_err();
+    assert!(matches!(e, BootError::TooBig { need_mib: 6, .. }), "{e}");
+}
+
+#[test]
+fn an_initrd_that_does_not_fit_is_refused() {
+    let ram = GuestRam::new(24 * MIB).unwrap();
+    let e = boot(&ram, &bzimage(), Some(&vec![0; 5 << 20])).unwrap_err();
+    assert!(matches!(e, BootError::TooBig { .. }), "{e}");
+}
+
+#[test]
+fn files_that_are_no_kernel_are_named_so() {
+    for content in [&b""[..], b"MZ", &[0; 4096]] {
+        assert!(error(content).starts_with("not a kernel"));
+    }
+    let ram = GuestRam::new(64 * MIB).unwrap();
+    let mut source = BootSource {
+        kernel: std::env::temp_dir(),
+        ..BootSource::default()
+    };
+    let e = load(&ram, &source, 0).unwrap_err();
+    assert!(matches!(e, BootError::NotAFile(_)), "{e}");
+    source.kernel = Path::new("/nonexistent/vmlinuz").into();
+    let e = load(&ram, &source, 0).unwrap_err();
+    assert!(e.to_string().contains("/nonexistent/vmlinuz"), "{e}");
+}
+
+#[test]
+fn bzimages_that_cannot_be_entered_are_refused() {
+    let with = |at: usize, value: &[u8]| {
+        let mut b = bzimage();
+        put(&mut b, at, value);
+        error(&b)
+    };
+    assert!(with(0x206, &[0x0b, 0x02]).contains("2.11 is too old"));
+    assert!(with(0x211, &[0]).contains("zImage"));
+    assert!(with(0x236, &[0, 0]).contains("not a 64-bit kernel"));
+    assert!(with(0x1f4, &[0; 4]).contains("empty"));
+    assert!(with(0x1f4, &[0xff; 4]).contains("truncated"));
+    assert!(with(0x260, &[0xff; 4]).contains("does not fit"));
+    let long = BootSource {
+        cmdline: "x".repeat(2048),
+        ..BootSource::default()
+    };
+    let kernel = TempFile::new(&bzimage());
+    let ram = GuestRam::new(64 * MIB).unwrap();
+    let source = BootSource {
+        kernel: kernel.0.clone(),
+        ..long
+    };
+    let e = load(&ram, &source, 0).unwrap_err();
+    assert!(
+        matches!(e, BootError::CmdlineTooLong { max: 2047, .. }),
+        "{e}"
+    );
+}
+
+#[test]
+fn an_elf_kernel_is_entered_at_its_pvh_note() {
+    let ram = GuestRam::new(64 * MIB).unwrap();
+    let entry = boot(&ram, &elf(), Some(b"initrd")).unwrap();
+    let expected = Entry::Pvh {
+        eip: LOAD as u32 + 0x40,
+        start_info: 0x6000,
+    };
+    assert_eq!(entry, expected);
+    assert_eq!(bytes(&ram, LOAD + 0x40, 2), [0x40, 0x41]);
+    assert_eq!(ram.load::<u32>(0x6000), Some(0x336e_c578));
+    let modules = ram.load::<u64>(0x6010).unwrap();
+    let initrd = ram.load::<u64>(modules).unwrap();
+    assert_eq!(bytes(&ram, initrd, 6), b"initrd");
+    assert_eq!(ram.load::<u64>(modules + 8), Some(6));
+    let map = ram.load::<u64>(0x6028).unwrap();
+    assert_eq!(ram.load::<u64>(map + 8), Some(0x9_fc00));
+}
+
+#[test]
+fn elf_files_that_cannot_be_entered_are_refused() {
+    let with = |at: usize, value: &[u8]| {
+        let mut b = elf();
+        put(&mut b, at, value);
+        error(&b)
+    };
+    let segment = 64 + 56;
+    assert!(with(18, &[3]).contains("not one for x86-64"));
+    assert!(with(0x120, b"Xen!").contains("without a PVH entry"));
+    assert!(with(0x124, &[0; 4]).contains("outside"));
+    assert!(with(segment + 24, &[0; 8]).contains("impossible address"));
+    assert!(with(segment + 24, &[0xff; 8]).contains("impossible address"));
+    assert!(with(segment + 40, &(1u64 << 40).to_le_bytes()).contains("does not fit"));
+    assert!(with(segment + 8, &[0xff; 8]).contains("truncated"));
+    assert!(with(32, &[0xff; 8]).contains("truncated"));
+    assert!(with(54, &[57]).contains("odd size"));
+    assert!(with(64 + 32, &[0xff; 8]).contains("notes are too long"));
+}
+
+/// Whatever a header says, loading ends in a value.
+#[test]
+fn damaged_headers_never_panic() {
+    let ram = GuestRam::new(32 * MIB).unwrap();
+    let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut random = move || {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        seed
+    };
+    let (mut loaded, mut refused) = (0, 0);
+    for round in 0..600 {
+        let (mut image, header) = match round % 2 {
+            0 => (bzimage(), 0x1f1..0x270),
+            _ => (elf(), 0..0x130),
+        };
+        for _ in 0..1 + random() % 4 {
+            let at = header.start + random() as usize % header.len();
+            image[at] = [0, 1, 0x7f, 0x80, 0xff, random() as u8][random() as usize % 6];
+        }
+        if round % 5 == 0 {
+            image.truncate(random() as usize % image.len());
+        }
+        match boot(&ram, &image, None) {
+            Ok(_) => loaded += 1,
+            Err(_) => refused += 1,
+        }
+    }
+    assert!(loaded > 50 && refused > 50, "{loaded} {refused}");
+}
