@@ -1,0 +1,172 @@
+//! The default guest: a Debian kernel and an initramfs, assembled from Debian's packages on first use.
+//!
+//! Nothing of it is shipped. apt fetches and verifies the packages (`apt`), their files are read as a stream
+//! (`package`), the initramfs is put together (`initramfs`, `cpio`, `modules`, `debug_exit`) and the result is kept in
+//! the user's cache (`cache`). No step needs a privilege.
+
+mod apt;
+mod cache;
+pub mod cpio;
+mod debug_exit;
+mod initramfs;
+mod modules;
+pub mod package;
+
+use anyhow::{Context, Result};
+use modules::Module;
+use std::path::{Path, PathBuf};
+
+/// The kernel that a guest gets when nobody names one.
+pub const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
+const BUSYBOX_PACKAGE: &str = "busybox-static";
+
+/// Folders of the modules tree in which the wanted modules and all their needs are.
+const MODULE_FOLDERS: &[&str] = &[
+    "arch/",
+    "block/",
+    "crypto/",
+    "drivers/acpi/",
+    "drivers/block/",
+    "drivers/cdrom/",
+    "drivers/char/",
+    "drivers/dax/",
+    "drivers/misc/",
+    "drivers/net/net_failover",
+    "drivers/net/virtio",
+    "drivers/nvdimm/",
+    "drivers/scsi/scsi",
+    "drivers/scsi/sd_mod",
+    "drivers/scsi/sr_mod",
+    "drivers/scsi/virtio",
+    "drivers/virtio/",
+    "fs/",
+    "lib/",
+    "mm/",
+    "net/9p/",
+    "net/core/",
+    "net/packet/",
+    "net/vmw_vsock/",
+];
+
+/// The files to boot a guest from.
+#[derive(Clone, Debug)]
+pub struct Guest {
+    /// A bzImage.
+    pub kernel: PathBuf,
+    /// An uncompressed cpio archive; further archives may be appended to a copy of it.
+    pub initrd: PathBuf,
+}
+
+/// The guest with Debian's kernel `package`, from the cache or assembled now; `progress` is told what happens, a line
+/// at a time.
+pub fn debian(package: &str, progress: &dyn Fn(&str)) -> Result<Guest> {
+    let root = cache::root()?.join("guests");
+    let assemble = |work: &Path| assemble(package, work, progress);
+    let folder = cache::folder(&root, package, initramfs::recipe(), assemble)?;
+    Ok(Guest {
+        kernel: folder.join("vmlinuz"),
+        initrd: folder.join("initrd"),
+    })
+}
+
+/// Debian packages by name, verified, kept in the cache under `set`: the `.deb` files in the order of `names`.
+pub fn packages(set: &str, names: &[&str], progress: &dyn Fn(&str)) -> Result<Vec<PathBuf>> {
+    let root = cache::root()?.join("packages");
+    let recipe = crc32fast::hash(names.join(",").as_bytes());
+    let file = |name: &str| format!("{name}.deb");
+    let assemble = |work: &Path| {
+        let scratch = work.join("apt");
+        let apt = apt::Apt::update(&scratch, progress)?;
+        for (deb, name) in apt.download(names)?.iter().zip(names) {
+            std::fs::rename(deb, work.join(file(name)))?;
+        }
+        Ok(std::fs::remove_dir_all(scratch)?)
+    };
+    let folder = cache::folder(&root, set, recipe, assemble)?;
+    Ok(names.iter().map(|name| folder.join(file(name))).collect())
+}
+
+fn assemble(package: &str, work: &Path, progress: &dyn Fn(&str)) -> Result<()> {
+    progress(&format!(
+        "assembling a guest from Debian's {package} and {BUSYBOX_PACKAGE} (once; kept in the cache)"
+    ));
+    let scratch = work.join("apt");
+    let apt = apt::Apt::update(&scratch, progress)?;
+    let kernel_package = apt.resolve(package, "linux-image-")?;
+    let debs = apt.download(&[&kernel_package, BUSYBOX_PACKAGE])?;
+    progress(&format!("unpacking {kernel_package}"));
+    let kernel = read_kernel(&debs[0])?;
+    let busybox = read_busybox(&debs[1])?;
+    progress("writing the initramfs");
+    let initrd = initramfs::build(&busybox, &kernel.release, kernel.modules)?;
+    std::fs::write(work.join("vmlinuz"), kernel.image)?;
+    std::fs::write(work.join("initrd"), initrd)?;
+    Ok(std::fs::remove_dir_all(scratch)?)
+}
+
+struct Kernel {
+    image: Vec<u8>,
+    release: String,
+    modules: Vec<Module>,
+}
+
+fn read_kernel(deb: &Path) -> Result<Kernel> {
+    let (mut image, mut modules) = (None, Vec::new());
+    package::visit(deb, |mut member| {
+        if let Some(release) = member.path.strip_prefix("boot/vmlinuz-") {
+            image = Some((release.to_owned(), member.read()?));
+        } else if let Some(path) = module_path(&member.path) {
+            let path = path.to_owned();
+            modules.push(Module::read(&path, member.read()?)?);
+        }
+        Ok(())
+    })?;
+    let (release, image) = image.context("the kernel package has no boot/vmlinuz-*")?;
+    Ok(Kernel {
+        image,
+        release,
+        modules,
+    })
+}
+
+/// The path below `lib/modules/RELEASE/` of a module in one of `MODULE_FOLDERS`.
+fn module_path(path: &str) -> Option<&str> {
+    let below = path.strip_prefix("usr/").unwrap_or(path);
+    let below = below.strip_prefix("lib/modules/")?;
+    let (_, path) = below.split_once('/')?;
+    let folder = path.strip_prefix("kernel/")?;
+    let is_module = path.ends_with(".ko") || path.ends_with(".ko.xz");
+    (is_module && MODULE_FOLDERS.iter().any(|f| folder.starts_with(f))).then_some(path)
+}
+
+fn read_busybox(deb: &Path) -> Result<Vec<u8>> {
+    let mut program = None;
+    package::visit(deb, |mut member| {
+        if member.path.ends_with("bin/busybox") && matches!(member.kind, package::Kind::File(_)) {
+            program = Some(member.read()?);
+        }
+        Ok(())
+    })?;
+    program.context("the busybox package has no program")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modules_are_found_where_either_debian_release_has_them() {
+        let module = "kernel/fs/xfs/xfs.ko";
+        assert_eq!(
+            module_path(&format!("lib/modules/6.1.0/{module}")),
+            Some(module)
+        );
+        let compressed = format!("usr/lib/modules/6.12/{module}.xz");
+        assert_eq!(module_path(&compressed), Some("kernel/fs/xfs/xfs.ko.xz"));
+        assert_eq!(
+            module_path("lib/modules/6.1.0/kernel/sound/core/snd.ko"),
+            None
+        );
+        assert_eq!(module_path("lib/modules/6.1.0/modules.order"), None);
+    }
+}

@@ -1,0 +1,3 @@
+//! What the `doppel` command is made of.
+
+pub mod guest;
