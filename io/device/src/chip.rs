@@ -10,7 +10,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::{Alarm, BusDevice, Clock, Nanos, OnAlarm, Pin, Timers};
+use crate::{Alarm, BusDevice, Clock, InterruptInput, Nanos, OnAlarm, Pin, Timers};
 
 /// How a chip's output pins stand; bit n is pin n.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -30,6 +30,8 @@ pub trait Chip: Send {
     fn read(&mut self, offset: u64, size: u8, now: Nanos) -> u64;
     /// A store to register `offset`.
     fn write(&mut self, offset: u64, size: u8, value: u64, now: Nanos);
+    /// Input pin `input` is now at `level`. Called on changes.
+    fn set_input(&mut self, _input: u32, _level: bool, _now: Nanos) {}
     /// How the pins stand after all calls so far.
     fn outputs(&mut self) -> Outputs {
         Outputs::default()
@@ -44,17 +46,23 @@ pub trait Chip: Send {
 
 /// A chip with its lock, its pins and its alarm.
 pub struct Wired<C: Chip> {
-    chip: Mutex<C>,
+    state: Mutex<State<C>>,
     pins: Vec<Pin>,
     clock: Arc<dyn Clock>,
     alarm: Alarm,
+}
+
+struct State<C> {
+    chip: C,
+    // What the alarm is set to, so that a chip that stays with its deadline leaves the queue alone.
+    armed: Option<Nanos>,
 }
 
 impl<C: Chip + 'static> Wired<C> {
     /// Wires `chip`: its output n drives `pins[n]`.
     pub fn new(chip: C, pins: Vec<Pin>, timers: &Arc<Timers>) -> Arc<Self> {
         let wired = Arc::new_cyclic(|this: &std::sync::Weak<Self>| Wired {
-            chip: Mutex::new(chip),
+            state: Mutex::new(State { chip, armed: None }),
             pins,
             clock: timers.clock().clone(),
             alarm: timers.alarm(this.clone()),
@@ -65,11 +73,18 @@ impl<C: Chip + 'static> Wired<C> {
 
     /// Calls into the chip, then lets its pins and its alarm follow.
     pub fn with<R>(&self, f: impl FnOnce(&mut C, Nanos) -> R) -> R {
-        let mut chip = self.chip.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = self.clock.now();
-        let result = f(&mut chip, now);
-        self.alarm.set(chip.next_deadline());
-        let outputs = chip.outputs();
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let result = f(&mut state.chip, self.clock.now());
+        let deadline = state.chip.next_deadline();
+        if state.armed != deadline {
+            state.armed = deadline;
+            self.alarm.set(deadline);
+        }
+        self.drive(state.chip.outputs());
+        result
+    }
+
+    fn drive(&self, outputs: Outputs) {
         for (n, pin) in self.pins.iter().enumerate().take(32) {
             if outputs.rose >> n & 1 != 0 {
                 pin.set(false);
@@ -77,7 +92,6 @@ impl<C: Chip + 'static> Wired<C> {
             }
             pin.set(outputs.level >> n & 1 != 0);
         }
-        result
     }
 }
 
@@ -92,6 +106,12 @@ impl<C: Chip + 'static> BusDevice for Wired<C> {
 
     fn write(&self, offset: u64, size: u8, value: u64) {
         self.with(|chip, now| chip.write(offset, size, value, now));
+    }
+}
+
+impl<C: Chip + 'static> InterruptInput for Wired<C> {
+    fn set_level(&self, input: u32, level: bool) {
+        self.with(|chip, now| chip.set_input(input, level, now));
     }
 }
 

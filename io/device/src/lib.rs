@@ -20,6 +20,6 @@ pub use bus::{Bus, BusDevice, BusError, Region, all_ones};
 pub use chardev::{CharFrontend, CharSink, CharSource, InputQueue, OutputQueue};
 pub use chip::{Chip, Outputs, Wired};
 pub use clock::{Clock, FakeClock, HostClock, NANOS_PER_SECOND, Nanos, periods, ticks};
-pub use pin::{InterruptInput, Line, Pin};
+pub use pin::{InterruptInput, Line, MsiTarget, Pin};
 pub use power::{PowerControl, PowerRequest};
 pub use timers::{Alarm, OnAlarm, Timers};

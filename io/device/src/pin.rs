@@ -13,6 +13,12 @@ pub trait InterruptInput: Send + Sync {
     fn set_level(&self, input: u32, level: bool);
 }
 
+/// Where message-signalled interrupts (PCI MSI and MSI-X) go.
+pub trait MsiTarget: Send + Sync {
+    /// A device's write of `data` to an address in 0xfee0_0000..0xfef0_0000.
+    fn send(&self, address: u64, data: u32);
+}
+
 /// A wire from pins to inputs of interrupt controllers.
 pub struct Line {
     targets: Vec<(Arc<dyn InterruptInput>, u32)>,

@@ -1,1 +1,22 @@
-//! Placeholder head.
+//! The chips of a PC, one file each, named by part number or standard.
+//!
+//! Each is a [`doppel_device::Chip`] (or, where several vCPUs meet, a state machine with an adapter beside it) and
+//! knows nothing of the others: the machine connects them by buses, pins and messages.
+
+mod apic_bus;
+mod apic_timer;
+mod i8259;
+mod io_apic;
+mod local_apic;
+mod message;
+#[cfg(test)]
+mod torture;
+mod vector_set;
+
+pub use apic_bus::{ApicBus, CpuApic, Kick};
+pub use i8259::I8259;
+pub use io_apic::{IO_APIC_BASE, IO_APIC_PINS, IoApic};
+pub use local_apic::{
+    Acknowledged, Effect, LOCAL_APIC_BASE, LocalApic, LocalApicConfig, Requests, Start,
+};
+pub use message::{DeliveryMode, Destination, InterruptMessage};
