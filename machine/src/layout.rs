@@ -19,3 +19,48 @@ pub const PCI_MMIO_HIGH: Range<u64> = 0xf000_0000..0xfec0_0000;
 pub const IO_APIC: u64 = 0xfec0_0000;
 /// Local APIC after reset.
 pub const LOCAL_APIC: u64 = 0xfee0_0000;
+/// ID of the I/O APIC; CPUs have those from 0 on, which may be the same since the buses of old are gone.
+pub const IO_APIC_ID: u8 = 0;
+
+/// First port of the power management block.
+pub const PM_BASE: u16 = 0x600;
+/// Its number of ports.
+pub const PM_LEN: u8 = 0x10;
+/// PM1a status and enable registers.
+pub const PM1_EVENT: u16 = PM_BASE;
+/// PM1a control register.
+pub const PM1_CONTROL: u16 = PM_BASE + 4;
+/// ACPI PM timer.
+pub const PM_TIMER: u16 = PM_BASE + 8;
+/// SLP_TYP of soft off.
+pub const SLEEP_TYPE_S5: u8 = 5;
+/// SMI command port, and what turns ACPI mode on and off there.
+pub const SMI_COMMAND: u16 = 0xb2;
+/// Written to [`SMI_COMMAND`] to enter ACPI mode.
+pub const SMI_ACPI_ENABLE: u8 = 2;
+/// Written to [`SMI_COMMAND`] to leave it.
+pub const SMI_ACPI_DISABLE: u8 = 3;
+/// Reset control register of the chip set.
+pub const RESET_CONTROL: u16 = 0xcf9;
+/// Written there for a hard reset.
+pub const RESET_VALUE: u8 = 6;
+
+/// First serial port.
+pub const COM1: u16 = 0x3f8;
+/// Its ISA interrupt.
+pub const COM1_IRQ: u8 = 4;
+/// CMOS RTC index port; the data port follows.
+pub const RTC: u16 = 0x70;
+/// Its ISA interrupt.
+pub const RTC_IRQ: u8 = 8;
+/// CMOS register of the century.
+pub const RTC_CENTURY: u8 = 0x32;
+/// System control interrupt of ACPI: level triggered, active high.
+pub const SCI: u8 = 9;
+/// I/O APIC input of the 8254, whose ISA interrupt is 0.
+pub const PIT_GSI: u32 = 2;
+
+/// I/O APIC input of a PCI interrupt pin (0 is INTA), spread over the four inputs from 16 on.
+pub const fn pci_gsi(device: u32, pin: u32) -> u32 {
+    16 + (device + pin) % 4
+}

@@ -1,4 +1,46 @@
 //! One virtual machine: wiring, boot loaders, vCPU threads, lifecycle.
+//!
+//! ```no_run
+//! # fn main() -> Result<(), doppel_machine::MachineError> {
+//! use doppel_machine::{Ending, Machine, MachineConfig};
+//!
+//! let mut config = MachineConfig::new("/boot/vmlinuz");
+//! config.cmdline = "console=ttyS0".into();
+//! let mut machine = Machine::new(config)?;
+//! eprintln!("{}", machine.engine());
+//! if let Ending::Died(death) = machine.run()? {
+//!     eprintln!("the guest died: {}\n{}", death.cause, death.registers);
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Reading order: `machine` (a machine from start to end), `instance` (one boot of it), `pc` (the wiring diagram),
+//! `cpu_bus` and `vcpu` (how an engine meets the chips), `boot` and `acpi` (what the guest finds in memory).
 
-pub mod boot;
-pub mod layout;
+mod acpi;
+mod boot;
+mod config;
+mod control;
+mod cpu_bus;
+mod death;
+mod doorbell;
+mod engine;
+mod instance;
+mod layout;
+mod machine;
+mod panic_watch;
+mod pc;
+mod serial;
+mod smbios;
+mod stats;
+mod vcpu;
+
+pub use boot::BootError;
+pub use config::MachineConfig;
+pub use control::StopHandle;
+pub use death::{Death, DeathCause};
+pub use engine::{EngineChoice, EngineError, EngineKind, Selection};
+pub use machine::{Ending, Machine, MachineError};
+pub use serial::SerialBackend;
+pub use stats::{Exits, Seconds, Stats};

@@ -18,7 +18,6 @@ use doppel_memory::GuestRam;
 pub use entry::Entry;
 use image::Image;
 pub use image::place;
-pub use params::{MemoryKind, MemoryRange, memory_map};
 
 /// Why a kernel could not be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -75,6 +74,9 @@ pub enum BootError {
     /// The command line holds a NUL byte.
     #[error("the kernel command line contains a NUL byte")]
     CmdlineNul,
+    /// The machine has more in it than the firmware tables have room for.
+    #[error("the ACPI tables of this machine are too long")]
+    TablesTooLong,
     /// Something was to be placed where there is no RAM.
     #[error("guest memory is too small: there is no RAM at {0:#x}")]
     NoRam(u64),

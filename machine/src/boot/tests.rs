@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use doppel_memory::GuestRam;
 use doppel_x86::{Cpu, CpuMode, Gpr};
 
+use super::params::{MemoryKind, memory_map};
 use super::*;
 
 const MIB: u64 = 1 << 20;

@@ -1,0 +1,149 @@
+//! ACPI: the tables that tell the guest what hardware there is (ACPI 6.5).
+//!
+//! RSDP → XSDT → FADT (→ FACS, DSDT), MADT, MCFG, one after another in the firmware area below 1 MiB.
+//! [`tables`] holds the fixed tables, [`dsdt`] the devices in AML.
+
+mod dsdt;
+mod tables;
+
+use acpi_tables::Aml;
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::xsdt::XSDT;
+use doppel_memory::GuestRam;
+
+use crate::boot::{BootError, place};
+use crate::layout;
+
+const OEM_ID: [u8; 6] = *b"DOPPEL";
+const OEM_TABLE_ID: [u8; 8] = *b"DOPPELPC";
+const OEM_REVISION: u32 = 1;
+/// As many as the names of CPU devices can tell apart.
+const CPUS_MAX: u32 = 0x1000;
+/// The FACS must be 64-byte aligned; the others follow suit.
+const ALIGN: u64 = 64;
+
+/// Writes all tables for a machine of `cpus` CPUs; returns the address of the RSDP.
+pub fn place_tables(ram: &GuestRam, cpus: u32) -> Result<u64, BootError> {
+    if cpus > CPUS_MAX {
+        return Err(BootError::TablesTooLong);
+    }
+    let rsdp = layout::FIRMWARE_TABLES.start;
+    let mut writer = Writer {
+        ram,
+        next: rsdp + ALIGN,
+    };
+    let facs = writer.put(&tables::facs())?;
+    let dsdt = writer.put(&dsdt::dsdt(cpus))?;
+    let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    xsdt.add_entry(writer.put(&tables::fadt(facs as u32, dsdt as u32))?);
+    xsdt.add_entry(writer.put(&tables::madt(cpus))?);
+    xsdt.add_entry(writer.put(&tables::mcfg())?);
+    let xsdt = writer.put(&xsdt)?;
+    place(ram, rsdp, &bytes(&Rsdp::new(OEM_ID, xsdt)))?;
+    Ok(rsdp)
+}
+
+fn bytes(table: &dyn Aml) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    table.to_aml_bytes(&mut bytes);
+    bytes
+}
+
+struct Writer<'a> {
+    ram: &'a GuestRam,
+    next: u64,
+}
+
+impl Writer<'_> {
+    fn put(&mut self, table: &dyn Aml) -> Result<u64, BootError> {
+        let bytes = bytes(table);
+        let at = self.next;
+        self.next = (at + bytes.len() as u64).next_multiple_of(ALIGN);
+        if self.next > layout::SMBIOS {
+            return Err(BootError::TablesTooLong);
+        }
+        place(self.ram, at, &bytes)?;
+        Ok(at)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(ram: &GuestRam, at: u64, len: u64) -> Vec<u8> {
+        (at..at + len).map(|a| ram.load::<u8>(a).unwrap()).collect()
+    }
+
+    fn table(ram: &GuestRam, at: u64) -> Vec<u8> {
+        let len = ram.load::<u32>(at + 4).unwrap();
+        read(ram, at, len.into())
+    }
+
+    fn sum(bytes: &[u8]) -> u8 {
+        bytes.iter().fold(0, |s, b| s.wrapping_add(*b))
+    }
+
+    fn u32_at(b: &[u8], at: usize) -> u32 {
+        u32::from_le_bytes(b[at..at + 4].try_into().unwrap())
+    }
+
+    /// Follows the pointers as a guest does.
+    fn tables(cpus: u32) -> Vec<Vec<u8>> {
+        let ram = GuestRam::new(1 << 20).unwrap();
+        let rsdp = place_tables(&ram, cpus).unwrap();
+        let r = read(&ram, rsdp, 36);
+        assert_eq!(&r[..8], b"RSD PTR ");
+        assert_eq!((sum(&r[..20]), sum(&r)), (0, 0));
+        let xsdt = table(&ram, u64::from(u32_at(&r, 24)));
+        let mut found = vec![xsdt.clone()];
+        for entry in xsdt[36..].chunks_exact(8) {
+            let t = table(&ram, u64::from_le_bytes(entry.try_into().unwrap()));
+            if &t[..4] == b"FACP" {
+                found.push(table(&ram, u32_at(&t, 40).into()));
+                let facs = u32_at(&t, 36);
+                assert_eq!(facs % 64, 0);
+                assert_eq!(&table(&ram, facs.into())[..4], b"FACS");
+            }
+            found.push(t);
+        }
+        found
+    }
+
+    #[test]
+    fn every_table_is_reachable_and_sums_to_zero() {
+        let tables = tables(1);
+        let names: Vec<_> = tables.iter().map(|t| &t[..4]).collect();
+        assert_eq!(names, [b"XSDT", b"DSDT", b"FACP", b"APIC", b"MCFG"]);
+        for t in &tables {
+            assert_eq!(sum(t), 0, "{:?}", &t[..4]);
+            assert_eq!(u32_at(t, 4) as usize, t.len());
+        }
+    }
+
+    #[test]
+    fn the_madt_lists_every_cpu_once() {
+        let all = tables(300);
+        let madt = all.iter().find(|t| &t[..4] == b"APIC").unwrap();
+        let (mut at, mut ids) = (44, Vec::new());
+        while at < madt.len() {
+            match madt[at] {
+                0 => ids.push(u32::from(madt[at + 3])),
+                9 => ids.push(u32_at(madt, at + 4)),
+                _ => {}
+            }
+            at += usize::from(madt[at + 1]);
+        }
+        assert_eq!(at, madt.len());
+        assert_eq!(ids, (0..300).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn more_cpus_than_the_area_describes_are_refused() {
+        let ram = GuestRam::new(1 << 20).unwrap();
+        for cpus in [0x1000, 0x1001, u32::MAX] {
+            let e = place_tables(&ram, cpus).unwrap_err();
+            assert!(matches!(e, BootError::TablesTooLong));
+        }
+    }
+}

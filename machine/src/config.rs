@@ -1,0 +1,49 @@
+//! What a machine is made of.
+
+use std::path::PathBuf;
+
+use crate::engine::EngineChoice;
+use crate::serial::SerialBackend;
+
+/// Everything that a machine is made of. [`MachineConfig::new`] has the defaults.
+#[derive(Clone, Debug)]
+pub struct MachineConfig {
+    /// Which engine to run the guest with.
+    pub engine: EngineChoice,
+    /// vCPUs; one in this version.
+    pub cpus: u32,
+    /// Bytes of guest RAM, whole pages.
+    pub memory: u64,
+    /// bzImage or ELF with a PVH note.
+    pub kernel: PathBuf,
+    /// Initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line.
+    pub cmdline: String,
+    /// The other end of COM1.
+    pub serial: SerialBackend,
+    /// End instead of starting again when the guest resets the machine.
+    pub no_reboot: bool,
+    /// Offer the debug-exit port 0xf4.
+    pub debug_exit: bool,
+    /// Translate the first so many blocks only and interpret the rest, to find a bad block by halving.
+    pub translate_limit: Option<u64>,
+}
+
+impl MachineConfig {
+    /// A machine of one vCPU and 512 MiB that boots `kernel`, with nobody at its serial port.
+    pub fn new(kernel: impl Into<PathBuf>) -> Self {
+        MachineConfig {
+            engine: EngineChoice::Auto,
+            cpus: 1,
+            memory: 512 << 20,
+            kernel: kernel.into(),
+            initrd: None,
+            cmdline: String::new(),
+            serial: SerialBackend::none(),
+            no_reboot: false,
+            debug_exit: false,
+            translate_limit: None,
+        }
+    }
+}

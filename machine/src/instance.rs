@@ -1,0 +1,180 @@
+//! One boot of a machine: everything that a power-on makes new, and the threads that run it.
+
+use std::sync::Arc;
+use std::thread::{self, Scope, ScopedJoinHandle};
+
+use doppel_memory::GuestRam;
+use doppel_x86::{Cpu, Engine};
+
+use crate::boot::{self, BootSource, Entry};
+use crate::config::MachineConfig;
+use crate::control::{Cause, Control};
+use crate::cpu_bus::CpuBus;
+use crate::doorbell::Doorbell;
+use crate::engine::{EngineError, EngineKind};
+use crate::machine::MachineError;
+use crate::pc::{Pc, PcParts};
+use crate::serial::SerialLink;
+use crate::vcpu::{RunExits, Sleepers, Vcpu, VcpuTime};
+use crate::{acpi, smbios};
+
+/// A machine that is about to run.
+pub struct Instance {
+    pc: Pc,
+    vcpus: Vec<Vcpu<CpuBus>>,
+}
+
+/// A machine that has run.
+pub struct Over {
+    /// Why it ended.
+    pub cause: Cause,
+    /// Its vCPUs as they were at the end.
+    pub vcpus: Vec<Vcpu<CpuBus>>,
+    /// The last thing that its kernel printed is that it halts.
+    pub announced_halt: bool,
+}
+
+impl Instance {
+    /// Makes RAM, engines and chips, and loads what is to be booted.
+    pub fn new(
+        config: &MachineConfig,
+        engine: EngineKind,
+        control: &Arc<Control>,
+        serial: &Arc<SerialLink>,
+    ) -> Result<Self, MachineError> {
+        let ram = Arc::new(GuestRam::new(config.memory)?);
+        let entry = load(config, &ram)?;
+        let engines = (0..config.cpus)
+            .map(|id| new_engine(engine, new_cpu(id, &ram, &entry)))
+            .collect::<Result<Vec<_>, _>>()?;
+        let sleepers = Sleepers::new(config.cpus);
+        let doorbells: Vec<_> = engines.iter().map(|e| Doorbell::new(e.kicker())).collect();
+        let pc = Pc::new(PcParts {
+            config,
+            tsc_hz: engines.first().map_or(0, |e| e.cpu().tsc_hz),
+            doorbells: &doorbells,
+            control,
+            serial,
+            sleepers: &sleepers,
+        })?;
+        let vcpus = engines
+            .into_iter()
+            .zip(doorbells)
+            .zip(pc.cpu_apics())
+            .map(|((engine, doorbell), apic)| Vcpu {
+                engine,
+                bus: CpuBus::new(&pc, apic),
+                doorbell,
+                control: control.clone(),
+                sleepers: sleepers.clone(),
+                time: VcpuTime::default(),
+                exits: RunExits::default(),
+            })
+            .collect();
+        Ok(Instance { pc, vcpus })
+    }
+
+    /// Runs until something ends it.
+    pub fn run(self, control: &Control) -> Result<Over, MachineError> {
+        let Instance { pc, vcpus } = self;
+        control.set_doorbells(vcpus.iter().map(|v| v.doorbell.clone()).collect());
+        let (cause, vcpus) = thread::scope(|scope| {
+            let timers = spawn(scope, "timers", control, || pc.timers.run())?;
+            let vcpus = start(scope, control, vcpus);
+            let cause = control.wait();
+            let vcpus = vcpus.into_iter().map(|v| join(v?)).collect::<Vec<_>>();
+            pc.timers.stop();
+            join(timers)?;
+            let vcpus = vcpus.into_iter().collect::<Result<Vec<_>, _>>()?;
+            Ok::<_, MachineError>((cause, vcpus))
+        })?;
+        Ok(Over {
+            cause,
+            vcpus,
+            announced_halt: pc.watch.announced_halt(),
+        })
+    }
+}
+
+/// Writes tables, kernel and what goes with it into RAM.
+fn load(config: &MachineConfig, ram: &GuestRam) -> Result<Entry, MachineError> {
+    let rsdp = acpi::place_tables(ram, config.cpus)?;
+    smbios::place_tables(ram)?;
+    let source = BootSource {
+        kernel: config.kernel.clone(),
+        initrd: config.initrd.clone(),
+        cmdline: config.cmdline.clone(),
+    };
+    Ok(boot::load(ram, &source, rsdp)?)
+}
+
+fn new_cpu(id: u32, ram: &Arc<GuestRam>, entry: &Entry) -> Box<Cpu> {
+    let mut cpu = Cpu::new(id, ram.clone());
+    if id == 0 {
+        entry.apply(&mut cpu);
+    }
+    cpu
+}
+
+fn new_engine(kind: EngineKind, _cpu: Box<Cpu>) -> Result<Box<dyn Engine>, EngineError> {
+    let engine = match kind {
+        EngineKind::Interpret => "interpret",
+        EngineKind::Translate => "translate",
+    };
+    let reason = "it is not built into this version".into();
+    Err(EngineError { engine, reason })
+}
+
+type Started<'scope, T> = Result<ScopedJoinHandle<'scope, T>, MachineError>;
+
+/// Starts the vCPU threads. Where one cannot be had, the machine ends at once.
+fn start<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    control: &'scope Control,
+    vcpus: Vec<Vcpu<CpuBus>>,
+) -> Vec<Started<'scope, Vcpu<CpuBus>>> {
+    let threads: Vec<_> = vcpus
+        .into_iter()
+        .map(|mut vcpu| {
+            let name = format!("vcpu {}", vcpu.engine.cpu().id);
+            spawn(scope, &name, control, move || {
+                vcpu.run();
+                vcpu
+            })
+        })
+        .collect();
+    if threads.iter().any(Result::is_err) {
+        control.end(Cause::Broken);
+    }
+    threads
+}
+
+fn spawn<'scope, T: Send + 'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    name: &str,
+    control: &'scope Control,
+    body: impl FnOnce() -> T + Send + 'scope,
+) -> Started<'scope, T> {
+    thread::Builder::new()
+        .name(name.to_owned())
+        .spawn_scoped(scope, move || {
+            let _end = EndOnPanic(control);
+            body()
+        })
+        .map_err(|e| MachineError::Host("a thread cannot be started", e))
+}
+
+fn join<T>(thread: ScopedJoinHandle<'_, T>) -> Result<T, MachineError> {
+    thread.join().map_err(|_| MachineError::Broken)
+}
+
+/// Ends the machine where the thread that holds it panics, so that nobody waits for ever.
+struct EndOnPanic<'a>(&'a Control);
+
+impl Drop for EndOnPanic<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.end(Cause::Broken);
+        }
+    }
+}

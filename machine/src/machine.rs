@@ -1,0 +1,177 @@
+//! A machine from its start to its end, over reboots.
+//!
+//! An [`Instance`] is everything that a power-on makes new: RAM, chips, engines. A reboot drops one and makes the
+//! next, so no chip needs a reset path of its own and nothing survives by accident.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use doppel_device::{CharFrontend, PowerRequest};
+
+use crate::boot::BootError;
+use crate::config::MachineConfig;
+use crate::control::{Cause, Control, StopHandle};
+use crate::death::{Death, DeathCause};
+use crate::engine::{self, EngineError, Host, Selection};
+use crate::instance::{Instance, Over};
+use crate::serial::SerialLink;
+use crate::stats::{self, Stats};
+
+/// Why a machine could not be made or could not go on: the host's or the user's fault, never the guest's.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// An impossible number of vCPUs.
+    #[error("{0} vCPUs are not possible: this version runs 1")]
+    Cpus(u32),
+    /// The engine asked for cannot be had.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// No guest RAM.
+    #[error(transparent)]
+    Ram(#[from] doppel_memory::RamError),
+    /// Kernel or initial RAM disk cannot be loaded.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The wiring is wrong.
+    #[error("two devices at one address: {0}")]
+    Bus(#[from] doppel_device::BusError),
+    /// The host refused something.
+    #[error("{0}: {1}")]
+    Host(&'static str, std::io::Error),
+    /// A thread of the monitor panicked: a bug.
+    #[error("a thread of the monitor panicked")]
+    Broken,
+}
+
+/// How a machine ended.
+#[derive(Clone, Debug)]
+pub enum Ending {
+    /// The guest switched the machine off.
+    PoweredOff,
+    /// The guest reset the machine, with [`MachineConfig::no_reboot`].
+    Reset,
+    /// The guest halted for good and said so ("reboot: System halted").
+    Halted,
+    /// The guest wrote to the debug-exit port; the exit status that follows from it.
+    DebugExit(u8),
+    /// The guest died.
+    Died(Box<Death>),
+    /// [`StopHandle::stop`] was called.
+    Stopped,
+}
+
+/// A virtual machine.
+pub struct Machine {
+    config: MachineConfig,
+    selection: Selection,
+    control: Arc<Control>,
+    serial: Arc<SerialLink>,
+    first: Option<Instance>,
+    stats: Stats,
+}
+
+impl Machine {
+    /// Makes a machine, loads its kernel and leaves it switched off. Every problem with files, engine and
+    /// memory shows here.
+    pub fn new(config: MachineConfig) -> Result<Self, MachineError> {
+        if config.cpus != 1 {
+            return Err(MachineError::Cpus(config.cpus));
+        }
+        let selection = engine::select(config.engine, &Host::probe())?;
+        let control = Arc::new(Control::default());
+        let serial = Arc::new(SerialLink::default());
+        let first = Instance::new(&config, selection.engine, &control, &serial)?;
+        let stats = Stats {
+            engine: selection.engine.to_string(),
+            engine_reason: selection.reason.clone(),
+            cpus: config.cpus,
+            memory_bytes: config.memory,
+            ..Stats::default()
+        };
+        Ok(Machine {
+            config,
+            selection,
+            control,
+            serial,
+            first: Some(first),
+            stats,
+        })
+    }
+
+    /// Which engine was taken, and why; its text is the line that a user is shown.
+    pub fn engine(&self) -> &Selection {
+        &self.selection
+    }
+
+    /// Ends the machine from another thread.
+    pub fn stop_handle(&self) -> StopHandle {
+        StopHandle::new(self.control.clone())
+    }
+
+    /// The serial port, for the back-end to call when it has input or room for output.
+    pub fn serial_frontend(&self) -> Arc<dyn CharFrontend> {
+        self.serial.clone()
+    }
+
+    /// What was counted so far.
+    pub fn stats(&self) -> &Stats {
+        &self.stats
+    }
+
+    /// Switches the machine on and runs it to its end, rebooting as often as the guest asks for it.
+    pub fn run(&mut self) -> Result<Ending, MachineError> {
+        let start = Instant::now();
+        let ending = self.run_boots();
+        self.stats.seconds.wall += stats::seconds(start.elapsed());
+        ending
+    }
+
+    fn run_boots(&mut self) -> Result<Ending, MachineError> {
+        loop {
+            let instance = match self.first.take() {
+                Some(instance) => instance,
+                None => self.instance()?,
+            };
+            self.stats.boots += 1;
+            if let Some(ending) = self.run_instance(instance)? {
+                return Ok(ending);
+            }
+            self.control.restart();
+        }
+    }
+
+    fn instance(&self) -> Result<Instance, MachineError> {
+        let engine = self.selection.engine;
+        Instance::new(&self.config, engine, &self.control, &self.serial)
+    }
+
+    /// Runs one boot to its end; `None` where the machine is to start again.
+    fn run_instance(&mut self, instance: Instance) -> Result<Option<Ending>, MachineError> {
+        let over = instance.run(&self.control)?;
+        for v in &over.vcpus {
+            let counters = v.engine.stats();
+            self.stats
+                .add_vcpu(&counters, &v.bus.exits, &v.exits, &v.time);
+        }
+        self.ending(&over)
+    }
+
+    fn ending(&self, over: &Over) -> Result<Option<Ending>, MachineError> {
+        let died = |cause| {
+            let engines = over.vcpus.iter().map(|v| v.engine.as_ref());
+            Ending::Died(Box::new(Death::new(cause, engines)))
+        };
+        Ok(Some(match over.cause {
+            Cause::Power(PowerRequest::PowerOff) => Ending::PoweredOff,
+            Cause::Power(PowerRequest::Reset) if !self.config.no_reboot => return Ok(None),
+            Cause::Power(PowerRequest::Reset) => Ending::Reset,
+            Cause::Power(PowerRequest::Exit(status)) => Ending::DebugExit(status),
+            Cause::TripleFault => died(DeathCause::TripleFault),
+            Cause::Panic => died(DeathCause::Panic),
+            Cause::Halted if over.announced_halt => Ending::Halted,
+            Cause::Halted => died(DeathCause::Halted),
+            Cause::Stop => Ending::Stopped,
+            Cause::Broken => return Err(MachineError::Broken),
+        }))
+    }
+}

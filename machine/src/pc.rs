@@ -1,0 +1,120 @@
+//! The PC as a wiring diagram: which chip answers where, and where its pins lead. docs/machine.md draws it.
+
+use std::sync::Arc;
+
+use doppel_device::{Bus, BusError, HostClock, InterruptInput, Line, Region, Timers, Wired};
+use doppel_pc::{ApicBus, CpuApic, I8259, IoApic, Kick, LocalApicConfig};
+
+use crate::config::MachineConfig;
+use crate::control::Control;
+use crate::doorbell::Doorbell;
+use crate::layout;
+use crate::machine::MachineError;
+use crate::panic_watch::PanicWatch;
+use crate::serial::SerialLink;
+use crate::vcpu::Sleepers;
+
+/// Frequency of the local APIC timer's clock.
+const APIC_BUS_HZ: u64 = 1_000_000_000;
+
+/// What the chips are wired to.
+pub struct PcParts<'a> {
+    /// The machine's configuration.
+    pub config: &'a MachineConfig,
+    /// Frequency of the guest's TSC.
+    pub tsc_hz: u64,
+    /// What wakes each vCPU.
+    pub doorbells: &'a [Arc<Doorbell>],
+    /// Where requests for power off and reset go.
+    pub control: &'a Arc<Control>,
+    /// The serial port's back-end calls this.
+    pub serial: &'a SerialLink,
+    /// Counts HLTs.
+    pub sleepers: &'a Sleepers,
+}
+
+/// The wired chips.
+pub struct Pc {
+    /// I/O ports.
+    pub ports: Arc<Bus>,
+    /// Device memory, but for the local APICs' pages.
+    pub memory: Arc<Bus>,
+    /// The 8259 pair.
+    pub pic: Arc<Wired<I8259>>,
+    /// Local APICs and I/O APIC.
+    pub apics: Arc<ApicBus>,
+    /// Alarms of all chips; somebody has to run them.
+    pub timers: Arc<Timers>,
+    /// What reads along on the serial console.
+    pub watch: Arc<PanicWatch>,
+}
+
+impl Pc {
+    /// Makes the chips and wires them.
+    pub fn new(parts: PcParts) -> Result<Self, MachineError> {
+        let timers = Timers::new(Arc::new(HostClock::new()))
+            .map_err(|e| MachineError::Host("a timer cannot be made", e))?;
+        let apics = new_apics(&parts, &timers);
+        let pic = new_pic(&apics, &timers);
+        let pc = Pc {
+            ports: Arc::new(Bus::new()),
+            memory: Arc::new(Bus::new()),
+            watch: PanicWatch::new(
+                parts.config.serial.sink.clone(),
+                parts.control.clone(),
+                parts.sleepers.halts.clone(),
+                &timers,
+            ),
+            pic,
+            apics,
+            timers,
+        };
+        pc.attach_interrupt_controllers()?;
+        Ok(pc)
+    }
+
+    /// The local APIC of each vCPU.
+    pub fn cpu_apics(&self) -> impl Iterator<Item = CpuApic> {
+        (0..).map_while(|n| self.apics.cpu(n))
+    }
+
+    /// ISA interrupt `irq`: to the 8259s and to the I/O APIC, where interrupt 0 comes in at input 2.
+    fn isa_line(&self, irq: u32) -> Arc<Line> {
+        let gsi = if irq == 0 { layout::PIT_GSI } else { irq };
+        Line::new(vec![(self.pic.clone(), irq), (self.apics.clone(), gsi)])
+    }
+
+    fn attach_interrupt_controllers(&self) -> Result<(), BusError> {
+        for (port, offset) in [(0x20, 0), (0xa0, 2), (0x4d0, 4)] {
+            let region = Region::new(port, 2).at_offset(offset);
+            self.ports.attach(region, self.pic.clone())?;
+        }
+        let window = Region::new(layout::IO_APIC, 0x1000);
+        self.memory.attach(window, self.apics.clone())
+    }
+}
+
+fn new_apics(parts: &PcParts, timers: &Arc<Timers>) -> Arc<ApicBus> {
+    let cpu = |(id, doorbell): (usize, &Arc<Doorbell>)| {
+        let config = LocalApicConfig {
+            id: id as u32,
+            bootstrap: id == 0,
+            bus_hz: APIC_BUS_HZ,
+            tsc_hz: parts.tsc_hz,
+        };
+        let doorbell = doorbell.clone();
+        (config, Box::new(move || doorbell.ring()) as Kick)
+    };
+    let cpus = parts.doorbells.iter().enumerate().map(cpu).collect();
+    ApicBus::new(cpus, IoApic::new(layout::IO_APIC_ID), timers)
+}
+
+/// The 8259s' INTR leads to LINT0 of every processor, as the I/O APIC's ExtINT does not.
+fn new_pic(apics: &Arc<ApicBus>, timers: &Arc<Timers>) -> Arc<Wired<I8259>> {
+    let lint0: Vec<(Arc<dyn InterruptInput>, u32)> = apics
+        .cpu(0)
+        .map(|cpu| (cpu.pins(), 0))
+        .into_iter()
+        .collect();
+    Wired::new(I8259::new(), vec![Line::new(lint0).pin()], timers)
+}

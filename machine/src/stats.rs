@@ -1,0 +1,129 @@
+//! What a machine counted, for `--stats`.
+
+use std::time::Duration;
+
+use doppel_x86::EngineStats;
+use serde::Serialize;
+
+use crate::cpu_bus::BusExits;
+use crate::vcpu::{RunExits, VcpuTime};
+
+/// Everything that was counted from the machine's start to its end, over all reboots.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Stats {
+    /// The engine, by name.
+    pub engine: String,
+    /// Why it was taken.
+    pub engine_reason: String,
+    /// vCPUs.
+    pub cpus: u32,
+    /// Bytes of guest RAM.
+    pub memory_bytes: u64,
+    /// Times the machine started.
+    pub boots: u64,
+    /// Where the time went.
+    pub seconds: Seconds,
+    /// Exits from guest code to the monitor, by reason.
+    pub exits: Exits,
+    /// What the engine counted.
+    pub counters: EngineStats,
+}
+
+/// Wall-clock time in seconds; all but `wall` are sums over the vCPUs.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Seconds {
+    /// From the start to the end of the machine.
+    pub wall: f64,
+    /// In the engine.
+    pub guest: f64,
+    /// In devices, on behalf of the guest.
+    pub devices: f64,
+    /// Asleep in HLT.
+    pub halted: f64,
+}
+
+/// Exits by reason.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[allow(missing_docs)]
+pub struct Exits {
+    pub port_read: u64,
+    pub port_write: u64,
+    pub mmio_read: u64,
+    pub mmio_write: u64,
+    pub apic_msr: u64,
+    pub interrupt: u64,
+    pub nmi: u64,
+    pub halt: u64,
+    pub kick: u64,
+    pub shutdown: u64,
+}
+
+impl Stats {
+    /// Adds what one vCPU counted during one boot.
+    pub fn add_vcpu(
+        &mut self,
+        counters: &EngineStats,
+        bus: &BusExits,
+        run: &RunExits,
+        time: &VcpuTime,
+    ) {
+        for (name, n) in counters {
+            *self.counters.entry(name).or_default() += n;
+        }
+        self.exits.add(bus, run);
+        self.seconds.guest += seconds(time.running.saturating_sub(bus.time));
+        self.seconds.devices += seconds(bus.time);
+        self.seconds.halted += seconds(time.halted);
+    }
+}
+
+impl Exits {
+    fn add(&mut self, bus: &BusExits, run: &RunExits) {
+        for (sum, n) in [
+            (&mut self.port_read, bus.port_read),
+            (&mut self.port_write, bus.port_write),
+            (&mut self.mmio_read, bus.mmio_read),
+            (&mut self.mmio_write, bus.mmio_write),
+            (&mut self.apic_msr, bus.apic_msr),
+            (&mut self.interrupt, bus.interrupt),
+            (&mut self.nmi, bus.nmi),
+            (&mut self.halt, run.halted),
+            (&mut self.kick, run.kicked),
+            (&mut self.shutdown, run.shutdown),
+        ] {
+            *sum += n;
+        }
+    }
+}
+
+/// For people and scripts: microseconds are enough.
+pub fn seconds(d: Duration) -> f64 {
+    d.as_micros() as f64 / 1e6
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vcpus_add_up() {
+        let mut stats = Stats::default();
+        let counters = EngineStats::from([("blocks", 7)]);
+        let bus = BusExits {
+            port_read: 2,
+            time: Duration::from_millis(250),
+            ..BusExits::default()
+        };
+        let time = VcpuTime {
+            running: Duration::from_secs(1),
+            halted: Duration::from_secs(3),
+        };
+        for _ in 0..2 {
+            stats.add_vcpu(&counters, &bus, &RunExits::default(), &time);
+        }
+        assert_eq!(stats.counters["blocks"], 14);
+        assert_eq!(stats.exits.port_read, 4);
+        let s = stats.seconds;
+        assert_eq!((s.guest, s.devices, s.halted), (1.5, 0.5, 6.0));
+    }
+}

@@ -1,0 +1,273 @@
+//! One vCPU: an engine, its bus and the thread that runs them.
+//!
+//! HLT blocks the thread until its doorbell rings (an interrupt, an IPI, the machine's end), so an idle machine costs
+//! no host CPU; deadlines are the timer thread's business.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use doppel_x86::{Bus, Engine, Exit, Rflags};
+
+use crate::control::{Cause, Control};
+use crate::doorbell::Doorbell;
+
+/// What the vCPUs of a machine know of each other's sleep.
+pub struct Sleepers {
+    cpus: u32,
+    /// HLTs executed by all of them.
+    pub halts: Arc<AtomicU64>,
+    // vCPUs that halted with interrupts off.
+    for_good: AtomicU32,
+}
+
+impl Sleepers {
+    /// For a machine of `cpus` vCPUs, all awake.
+    pub fn new(cpus: u32) -> Arc<Self> {
+        Arc::new(Sleepers {
+            cpus,
+            halts: Arc::default(),
+            for_good: AtomicU32::new(0),
+        })
+    }
+}
+
+/// Where the wall-clock time of a vCPU went.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct VcpuTime {
+    /// In the engine, with the bus accesses that it made.
+    pub running: Duration,
+    /// Asleep in HLT.
+    pub halted: Duration,
+}
+
+/// How often an engine came back, and why.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RunExits {
+    /// Kicked.
+    pub kicked: u64,
+    /// HLT.
+    pub halted: u64,
+    /// Triple fault.
+    pub shutdown: u64,
+}
+
+/// A vCPU before, while and after its thread runs.
+pub struct Vcpu<B> {
+    /// What executes it.
+    pub engine: Box<dyn Engine>,
+    /// What it sees of the machine.
+    pub bus: B,
+    /// What wakes it.
+    pub doorbell: Arc<Doorbell>,
+    /// The end of its machine.
+    pub control: Arc<Control>,
+    /// The other vCPUs.
+    pub sleepers: Arc<Sleepers>,
+    /// Where its time went.
+    pub time: VcpuTime,
+    /// Why its engine came back.
+    pub exits: RunExits,
+}
+
+impl<B: Bus> Vcpu<B> {
+    /// The body of the vCPU's thread: runs until the machine ends.
+    pub fn run(&mut self) {
+        self.doorbell.answer_here();
+        while !self.control.is_ending() {
+            let start = Instant::now();
+            let exit = self.engine.run(&mut self.bus);
+            self.time.running += start.elapsed();
+            match exit {
+                Exit::Kicked => self.exits.kicked += 1,
+                Exit::Halted => self.halt(),
+                Exit::Shutdown => {
+                    self.exits.shutdown += 1;
+                    self.control.end(Cause::TripleFault);
+                }
+            }
+        }
+    }
+
+    fn halt(&mut self) {
+        self.exits.halted += 1;
+        self.sleepers.halts.fetch_add(1, Ordering::Relaxed);
+        let start = Instant::now();
+        if self.engine.cpu().rflags.contains(Rflags::IF) {
+            self.doorbell.sleep();
+        } else {
+            self.halt_for_good();
+        }
+        self.time.halted += start.elapsed();
+    }
+
+    /// HLT with interrupts off. Nothing on this machine sends an NMI by itself, so only another vCPU can end it.
+    fn halt_for_good(&mut self) {
+        let sleepers = &self.sleepers;
+        if sleepers.for_good.fetch_add(1, Ordering::AcqRel) + 1 == sleepers.cpus {
+            self.control.end(Cause::Halted);
+        }
+        self.doorbell.sleep();
+        sleepers.for_good.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use doppel_memory::GuestRam;
+    use doppel_x86::{Cpu, EngineStats, Kick};
+    use std::sync::atomic::AtomicBool;
+    use std::sync::mpsc::{Sender, channel};
+
+    struct NoBus;
+    impl Bus for NoBus {
+        fn port_read(&mut self, _: u16, _: u8) -> u32 {
+            0
+        }
+        fn port_write(&mut self, _: u16, _: u8, _: u32) {}
+        fn mmio_read(&mut self, _: u64, _: u8) -> u64 {
+            0
+        }
+        fn mmio_write(&mut self, _: u64, _: u8, _: u64) {}
+        fn apic_msr_read(&mut self, _: u32) -> Option<u64> {
+            None
+        }
+        fn apic_msr_write(&mut self, _: u32, _: u64, _: u64) -> Option<()> {
+            None
+        }
+        fn cr8(&mut self) -> u64 {
+            0
+        }
+        fn set_cr8(&mut self, _: u64) {}
+        fn interrupt_pending(&mut self) -> bool {
+            false
+        }
+        fn interrupt_acknowledge(&mut self) -> Option<u8> {
+            None
+        }
+        fn take_nmi(&mut self) -> bool {
+            false
+        }
+    }
+
+    #[derive(Default)]
+    struct Kicked(AtomicBool);
+    impl Kick for Kicked {
+        fn kick(&self) {
+            self.0.store(true, Ordering::SeqCst);
+        }
+    }
+
+    /// Comes back with what the script says, then as kicked.
+    struct Scripted {
+        cpu: Box<Cpu>,
+        script: Vec<Exit>,
+        ran: Sender<Exit>,
+        kicked: Arc<Kicked>,
+    }
+    impl Engine for Scripted {
+        fn run(&mut self, _: &mut dyn Bus) -> Exit {
+            let exit = self.script.pop().unwrap_or(Exit::Kicked);
+            let _ = self.ran.send(exit);
+            exit
+        }
+        fn cpu(&self) -> &Cpu {
+            &self.cpu
+        }
+        fn cpu_mut(&mut self) -> &mut Cpu {
+            &mut self.cpu
+        }
+        fn kicker(&self) -> Arc<dyn Kick> {
+            self.kicked.clone()
+        }
+        fn stats(&self) -> EngineStats {
+            EngineStats::new()
+        }
+    }
+
+    fn vcpu(
+        script: Vec<Exit>,
+        flags: Rflags,
+        cpus: u32,
+    ) -> (Vcpu<NoBus>, std::sync::mpsc::Receiver<Exit>) {
+        let ram = Arc::new(GuestRam::new(1 << 20).unwrap());
+        let (ran, seen) = channel();
+        let mut cpu = Cpu::new(0, ram);
+        cpu.rflags = Rflags::ONE | flags;
+        let engine = Box::new(Scripted {
+            cpu,
+            script,
+            ran,
+            kicked: Arc::default(),
+        });
+        let vcpu = Vcpu {
+            doorbell: Doorbell::new(engine.kicker()),
+            engine,
+            bus: NoBus,
+            control: Arc::default(),
+            sleepers: Sleepers::new(cpus),
+            time: VcpuTime::default(),
+            exits: RunExits::default(),
+        };
+        vcpu.control.set_doorbells(vec![vcpu.doorbell.clone()]);
+        (vcpu, seen)
+    }
+
+    const SOON: Duration = Duration::from_secs(20);
+    const A_WHILE: Duration = Duration::from_millis(50);
+
+    #[test]
+    fn a_halted_vcpu_sleeps_until_its_doorbell_rings() {
+        let (mut vcpu, seen) = vcpu(vec![Exit::Halted], Rflags::IF, 1);
+        let (doorbell, control) = (vcpu.doorbell.clone(), vcpu.control.clone());
+        let thread = std::thread::spawn(move || {
+            vcpu.run();
+            vcpu
+        });
+        assert_eq!(seen.recv_timeout(SOON), Ok(Exit::Halted));
+        assert!(seen.recv_timeout(A_WHILE).is_err(), "asleep");
+        doorbell.ring();
+        assert_eq!(seen.recv_timeout(SOON), Ok(Exit::Kicked));
+        control.end(Cause::Stop);
+        let vcpu = thread.join().unwrap();
+        assert_eq!(vcpu.exits.halted, 1);
+        assert!(vcpu.time.halted >= A_WHILE / 2);
+    }
+
+    #[test]
+    fn a_stop_wakes_a_halted_vcpu() {
+        let (mut vcpu, seen) = vcpu(vec![Exit::Halted], Rflags::IF, 1);
+        let control = vcpu.control.clone();
+        let thread = std::thread::spawn(move || vcpu.run());
+        assert_eq!(seen.recv_timeout(SOON), Ok(Exit::Halted));
+        control.end(Cause::Stop);
+        thread.join().unwrap();
+    }
+
+    #[test]
+    fn a_triple_fault_ends_the_machine() {
+        let (mut vcpu, _seen) = vcpu(vec![Exit::Shutdown], Rflags::IF, 1);
+        vcpu.run();
+        assert_eq!(vcpu.control.wait(), Cause::TripleFault);
+    }
+
+    #[test]
+    fn the_last_halt_with_interrupts_off_ends_the_machine() {
+        let (mut vcpu, _seen) = vcpu(vec![Exit::Halted], Rflags::empty(), 1);
+        vcpu.run();
+        assert_eq!(vcpu.control.wait(), Cause::Halted);
+    }
+
+    #[test]
+    fn another_vcpu_may_still_wake_one_that_halted_with_interrupts_off() {
+        let (mut vcpu, seen) = vcpu(vec![Exit::Halted], Rflags::empty(), 2);
+        let control = vcpu.control.clone();
+        let thread = std::thread::spawn(move || vcpu.run());
+        assert_eq!(seen.recv_timeout(SOON), Ok(Exit::Halted));
+        assert!(seen.recv_timeout(A_WHILE).is_err(), "asleep");
+        assert!(!control.is_ending());
+        control.end(Cause::Stop);
+        thread.join().unwrap();
+    }
+}
