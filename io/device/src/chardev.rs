@@ -2,7 +2,7 @@
 //!
 //! Neither side ever blocks the other: the device offers output to a [`CharSink`] that takes what it has room for, and
 //! pulls input from a [`CharSource`] as its FIFO empties. When either has something new, the back-end tells the
-//! device through [`CharFrontend`], with no lock held. [`OutputQueue`] and [`InputQueue`] are the two queues
+//! device through [`Backed`], with no lock held. [`OutputQueue`] and [`InputQueue`] are the two queues
 //! between that and the threads that do blocking host I/O.
 
 use std::collections::VecDeque;
@@ -12,29 +12,45 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 /// Where a device's output goes.
 pub trait CharSink: Send + Sync {
     /// Takes bytes from the front of `bytes` without blocking; says how many. After it took fewer than offered it calls
-    /// [`CharFrontend::output_ready`] once it has room.
+    /// [`Backed::backend_ready`] once it has room.
     fn write(&self, bytes: &[u8]) -> usize;
 }
 
 /// Where a device's input comes from.
 pub trait CharSource: Send + Sync {
-    /// Fills the front of `buffer` without blocking; says with how many bytes. Calls [`CharFrontend::input_ready`]
+    /// Fills the front of `buffer` without blocking; says with how many bytes. Calls [`Backed::backend_ready`]
     /// when bytes arrive.
     fn read(&self, buffer: &mut [u8]) -> usize;
 }
 
-/// The device behind a sink or a source.
-pub trait CharFrontend: Send + Sync {
-    /// The source has bytes.
-    fn input_ready(&self);
-    /// The sink has room again.
-    fn output_ready(&self);
+/// A device that has host back-ends.
+pub trait Backed: Send + Sync {
+    /// A back-end has input, or room for output again.
+    fn backend_ready(&self);
 }
 
-type Frontend = OnceLock<Weak<dyn CharFrontend>>;
+/// A back-end that leads nowhere: output is thrown away, input never comes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Disconnected;
 
-fn frontend(of: &Frontend) -> Option<Arc<dyn CharFrontend>> {
-    of.get().and_then(Weak::upgrade)
+impl CharSink for Disconnected {
+    fn write(&self, bytes: &[u8]) -> usize {
+        bytes.len()
+    }
+}
+
+impl CharSource for Disconnected {
+    fn read(&self, _buffer: &mut [u8]) -> usize {
+        0
+    }
+}
+
+type Frontend = OnceLock<Weak<dyn Backed>>;
+
+fn notify(device: &Frontend) {
+    if let Some(device) = device.get().and_then(Weak::upgrade) {
+        device.backend_ready();
+    }
 }
 
 #[derive(Default)]
@@ -69,7 +85,7 @@ impl OutputQueue {
     }
 
     /// Says whom to tell about room. The first call counts.
-    pub fn connect(&self, to: Weak<dyn CharFrontend>) {
+    pub fn connect(&self, to: Weak<dyn Backed>) {
         let _ = self.frontend.set(to);
     }
 
@@ -120,8 +136,8 @@ impl OutputQueue {
             std::mem::take(&mut queue.refused)
         };
         self.changed.notify_all();
-        if refused && let Some(device) = frontend(&self.frontend) {
-            device.output_ready();
+        if refused {
+            notify(&self.frontend);
         }
     }
 }
@@ -162,7 +178,7 @@ impl InputQueue {
     }
 
     /// Says whom to tell about bytes. The first call counts.
-    pub fn connect(&self, to: Weak<dyn CharFrontend>) {
+    pub fn connect(&self, to: Weak<dyn Backed>) {
         let _ = self.frontend.set(to);
     }
 
@@ -181,9 +197,7 @@ impl InputQueue {
             queue.bytes.extend(&bytes[..taken]);
             bytes = &bytes[taken..];
             drop(queue);
-            if let Some(device) = frontend(&self.frontend) {
-                device.input_ready();
-            }
+            notify(&self.frontend);
         }
         true
     }
@@ -232,17 +246,14 @@ mod tests {
     use std::thread;
     use std::time::Duration;
 
-    struct Device(Mutex<Sender<&'static str>>);
-    impl CharFrontend for Device {
-        fn input_ready(&self) {
-            let _ = self.0.lock().unwrap().send("input");
-        }
-        fn output_ready(&self) {
-            let _ = self.0.lock().unwrap().send("room");
+    struct Device(Mutex<Sender<()>>);
+    impl Backed for Device {
+        fn backend_ready(&self) {
+            let _ = self.0.lock().unwrap().send(());
         }
     }
 
-    fn device() -> (Arc<dyn CharFrontend>, Receiver<&'static str>) {
+    fn device() -> (Arc<dyn Backed>, Receiver<()>) {
         let (sender, heard) = channel();
         (Arc::new(Device(Mutex::new(sender))), heard)
     }
@@ -275,7 +286,7 @@ mod tests {
                 file
             }
         });
-        assert_eq!(heard.recv_timeout(LONG), Ok("room"));
+        assert_eq!(heard.recv_timeout(LONG), Ok(()));
         assert_eq!(queue.write(b"ef"), 2);
         queue.drain();
         queue.close();
@@ -319,7 +330,7 @@ mod tests {
         });
         let mut got: Vec<u8> = Vec::new();
         while got.len() < 7 {
-            assert_eq!(heard.recv_timeout(LONG), Ok("input"));
+            assert_eq!(heard.recv_timeout(LONG), Ok(()));
             let mut buffer = [0; 16];
             let n = queue.read(&mut buffer);
             assert!(n <= 2);

@@ -10,7 +10,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::{Alarm, BusDevice, Clock, InterruptInput, Nanos, OnAlarm, Pin, Timers};
+use crate::{Alarm, Backed, BusDevice, Clock, InterruptInput, Nanos, OnAlarm, Pin, Timers};
 
 /// How a chip's output pins stand; bit n is pin n.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -32,6 +32,8 @@ pub trait Chip: Send {
     fn write(&mut self, offset: u64, size: u8, value: u64, now: Nanos);
     /// Input pin `input` is now at `level`. Called on changes.
     fn set_input(&mut self, _input: u32, _level: bool, _now: Nanos) {}
+    /// A host back-end of the chip has input or room for output.
+    fn backend_ready(&mut self, _now: Nanos) {}
     /// How the pins stand after all calls so far.
     fn outputs(&mut self) -> Outputs {
         Outputs::default()
@@ -112,6 +114,12 @@ impl<C: Chip + 'static> BusDevice for Wired<C> {
 impl<C: Chip + 'static> InterruptInput for Wired<C> {
     fn set_level(&self, input: u32, level: bool) {
         self.with(|chip, now| chip.set_input(input, level, now));
+    }
+}
+
+impl<C: Chip + 'static> Backed for Wired<C> {
+    fn backend_ready(&self) {
+        self.with(|chip, now| chip.backend_ready(now));
     }
 }
 

@@ -17,7 +17,7 @@ mod power;
 mod timers;
 
 pub use bus::{Bus, BusDevice, BusError, Region, all_ones};
-pub use chardev::{CharFrontend, CharSink, CharSource, InputQueue, OutputQueue};
+pub use chardev::{Backed, CharSink, CharSource, Disconnected, InputQueue, OutputQueue};
 pub use chip::{Chip, Outputs, Wired};
 pub use clock::{Clock, FakeClock, HostClock, NANOS_PER_SECOND, Nanos, periods, ticks};
 pub use pin::{InterruptInput, Line, MsiTarget, Pin};

@@ -5,18 +5,22 @@
 
 mod apic_bus;
 mod apic_timer;
+mod i8254;
 mod i8259;
 mod io_apic;
 mod local_apic;
 mod message;
 #[cfg(test)]
 mod torture;
+mod uart16550;
 mod vector_set;
 
 pub use apic_bus::{ApicBus, CpuApic, Kick};
+pub use i8254::{I8254, PIT_HZ};
 pub use i8259::I8259;
 pub use io_apic::{IO_APIC_BASE, IO_APIC_PINS, IoApic};
 pub use local_apic::{
     Acknowledged, Effect, LOCAL_APIC_BASE, LocalApic, LocalApicConfig, Requests, Start,
 };
 pub use message::{DeliveryMode, Destination, InterruptMessage};
+pub use uart16550::Uart16550;
