@@ -1,3 +1,9 @@
 //! What the `doppel` command is made of.
 
+pub mod args;
+pub mod assemble;
 pub mod guest;
+pub mod run;
+pub mod signals;
+pub mod size;
+pub mod terminal;

@@ -1,15 +1,28 @@
 //! The `doppel` command.
 
-fn main() -> anyhow::Result<()> {
-    let arguments: Vec<String> = std::env::args().collect();
-    let guest = doppel_cli::guest::debian(&arguments[1], &|line| eprintln!("doppel: {line}"))?;
-    println!("{} {}", guest.kernel.display(), guest.initrd.display());
-    if let [_, _, script, out] = &arguments[..] {
-        let mut archive = doppel_cli::guest::cpio::Archive::new();
-        archive.file("doppel/script", 0o755, &std::fs::read(script)?);
-        let mut bytes = std::fs::read(guest.initrd)?;
-        bytes.extend(archive.finish());
-        std::fs::write(out, bytes)?;
-    }
-    Ok(())
+use clap::Parser;
+use doppel_cli::args::{Cli, Command};
+use doppel_cli::{assemble, run, terminal};
+use std::process::ExitCode;
+
+/// Exit status for an error of the host or of usage.
+const ERROR: u8 = 1;
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { ERROR } else { 0 });
+        }
+    };
+    let result = match &cli.command {
+        Command::Run(args) => run::run(args),
+        Command::Guest(args) => assemble::assemble(args).map(|()| 0),
+        Command::Watchdog => terminal::watch().map(|()| 0),
+    };
+    ExitCode::from(result.unwrap_or_else(|error| {
+        eprintln!("doppel: {error:#}");
+        ERROR
+    }))
 }

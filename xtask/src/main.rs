@@ -1,3 +1,121 @@
-//! Project tasks.
+//! The project's own tasks: `cargo xtask tidy`, `cargo xtask test`, `cargo xtask fuzz`.
 
-fn main() {}
+mod source;
+mod tidy;
+
+use anyhow::{Context, Result, bail};
+use clap::{Parser, Subcommand};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Check the rules of ARCHITECTURE.md that no compiler checks.
+    Tidy,
+    /// Do all that CI does: format, lints, tidy, every test.
+    Test,
+    /// Run a long differential campaign; the arguments go to the fuzz crate (try --help).
+    #[command(disable_help_flag = true)]
+    Fuzz {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+}
+
+fn main() -> Result<()> {
+    match Cli::parse().task {
+        Task::Tidy => tidy(),
+        Task::Test => test(),
+        Task::Fuzz { arguments } => fuzz(&arguments),
+    }
+}
+
+/// The workspace: the folder above this crate's.
+fn root() -> Result<PathBuf> {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    Ok(here
+        .parent()
+        .context("no workspace above xtask")?
+        .to_owned())
+}
+
+fn tidy() -> Result<()> {
+    let tree = tidy::Tree::read(&root()?)?;
+    let complaints = tidy::check(&tree);
+    for complaint in &complaints {
+        eprintln!("{complaint}");
+    }
+    match complaints.len() {
+        0 => println!("tidy: {} files in order", tree.len()),
+        n => bail!("tidy: {n} complaints"),
+    }
+    Ok(())
+}
+
+fn test() -> Result<()> {
+    if has("fmt") {
+        cargo("fmt", &["--all", "--check"])?;
+    }
+    if has("clippy") {
+        cargo(
+            "clippy",
+            &[
+                "--release",
+                "--workspace",
+                "--all-targets",
+                "--quiet",
+                "--",
+                "-D",
+                "warnings",
+            ],
+        )?;
+    }
+    tidy()?;
+    cargo("test", &["--release", "--workspace"])
+}
+
+/// Whether the toolchain has a cargo subcommand; says so where it has not.
+fn has(subcommand: &str) -> bool {
+    let output = Command::new(cargo_program())
+        .args([subcommand, "--version"])
+        .output();
+    let has = output.is_ok_and(|o| o.status.success());
+    if !has {
+        eprintln!("SKIPPED: this toolchain has no cargo {subcommand}");
+    }
+    has
+}
+
+fn fuzz(arguments: &[String]) -> Result<()> {
+    let fixed = ["--release", "--quiet", "--package", "doppel-fuzz", "--"];
+    let all: Vec<&str> = fixed
+        .into_iter()
+        .chain(arguments.iter().map(String::as_str))
+        .collect();
+    cargo("run", &all)
+}
+
+fn cargo_program() -> String {
+    std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned())
+}
+
+fn cargo(subcommand: &str, arguments: &[&str]) -> Result<()> {
+    eprintln!("$ cargo {subcommand} {}", arguments.join(" "));
+    let status = Command::new(cargo_program())
+        .arg(subcommand)
+        .args(arguments)
+        .current_dir(root()?)
+        .status()
+        .context("running cargo")?;
+    if !status.success() {
+        bail!("cargo {subcommand} failed ({status})");
+    }
+    Ok(())
+}

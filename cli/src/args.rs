@@ -1,0 +1,153 @@
+//! The command line.
+
+use crate::size;
+use clap::{Args, Parser, Subcommand};
+use doppel_machine::EngineChoice;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// Runs unmodified operating systems in virtual machines, with or without hardware virtualization.
+#[derive(Debug, Parser)]
+#[command(name = "doppel", version, arg_required_else_help = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a virtual machine in this process until it ends.
+    Run(Run),
+    /// Assemble the default guest, or one of another Debian kernel, and print its files.
+    Guest(Guest),
+    /// Wait for the parent to die and give the terminal its settings back.
+    #[command(hide = true, name = crate::terminal::WATCHDOG)]
+    Watchdog,
+}
+
+/// Exit status: 0 after the guest powered off (or was left by the escape key), 1 for an error of the host or of
+/// usage, 2 where the guest died, (v << 1) | 1 after a write of v to the debug-exit port.
+#[derive(Debug, Args)]
+#[command(verbatim_doc_comment)]
+pub struct Run {
+    /// What executes the guest's instructions: interpret, translate, direct, kvm, or auto, the fastest that works here.
+    #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = str::parse::<EngineChoice>)]
+    pub engine: EngineChoice,
+    /// Number of processors.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub cpus: u32,
+    /// Size of the guest's memory, with suffix K, M, G or T; only what the guest touches costs host memory.
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = size::parse)]
+    pub memory: u64,
+    /// Kernel: a bzImage, or an ELF file with a PVH entry. Without one, the default guest.
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk; without --kernel it takes the place of the default guest's.
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line, "console=ttyS0" unless given.
+    #[arg(long, value_name = "STRING")]
+    pub cmdline: Option<String>,
+    /// Where the first serial port leads: stdio, none or file=PATH.
+    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    pub serial: Serial,
+    /// End (with status 0) when the guest asks for a reboot, instead of rebooting it.
+    #[arg(long)]
+    pub no_reboot: bool,
+    /// A write of v to I/O port 0xf4 ends the machine with status (v << 1) | 1.
+    #[arg(long)]
+    pub debug_exit: bool,
+    /// Write counters to this file at the end, as JSON.
+    #[arg(long, value_name = "FILE")]
+    pub stats: Option<PathBuf>,
+    /// Translate only the first N blocks and interpret the others, to find a bad translation by halving.
+    #[arg(long, value_name = "N")]
+    pub translate_limit: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub struct Guest {
+    /// The Debian package that has the kernel.
+    #[arg(long, default_value = crate::guest::KERNEL_PACKAGE)]
+    pub package: String,
+    /// Write an initial RAM disk that runs this script instead of a shell (needs --output).
+    #[arg(long, value_name = "FILE", requires = "output")]
+    pub script: Option<PathBuf>,
+    /// Where to write it.
+    #[arg(long, value_name = "FILE", requires = "script")]
+    pub output: Option<PathBuf>,
+}
+
+/// Where a serial port leads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Serial {
+    /// Standard input and output.
+    Stdio,
+    /// Nowhere.
+    None,
+    /// Output to a file, made or emptied; no input.
+    File(PathBuf),
+}
+
+impl FromStr for Serial {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Serial, String> {
+        match (text, text.strip_prefix("file=")) {
+            ("stdio", _) => Ok(Serial::Stdio),
+            ("none", _) => Ok(Serial::None),
+            (_, Some(path)) if !path.is_empty() => Ok(Serial::File(path.into())),
+            _ => Err("write stdio, none or file=PATH".to_owned()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn run(arguments: &str) -> Result<Run, clap::Error> {
+        let words = ["doppel", "run"].into_iter().chain(arguments.split_whitespace());
+        Cli::try_parse_from(words).map(|cli| match cli.command {
+            Command::Run(run) => run,
+            other => panic!("{other:?}"),
+        })
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn everything_has_a_default() {
+        let run = run("").unwrap();
+        assert_eq!(run.engine, EngineChoice::Auto);
+        assert_eq!((run.cpus, run.memory), (1, 512 << 20));
+        assert_eq!(run.serial, Serial::Stdio);
+        assert!(run.kernel.is_none() && !run.no_reboot && !run.debug_exit);
+    }
+
+    #[test]
+    fn every_flag_of_the_contract_is_taken() {
+        let run = run(
+            "--engine translate --cpus 2 --memory 1G --kernel K --initrd I --cmdline quiet --serial file=F \
+             --no-reboot --debug-exit --stats S.json --translate-limit 17",
+        )
+        .unwrap();
+        assert_eq!(run.engine, EngineChoice::Translate);
+        assert_eq!(run.serial, Serial::File("F".into()));
+        assert_eq!(run.translate_limit, Some(17));
+        assert!(run.no_reboot && run.debug_exit);
+    }
+
+    #[test]
+    fn a_bad_value_is_refused_with_what_to_write() {
+        let message = run("--memory lots").unwrap_err().to_string();
+        assert!(message.contains("512M"), "{message}");
+        let message = run("--serial tcp").unwrap_err().to_string();
+        assert!(message.contains("file=PATH"), "{message}");
+        assert!(run("--engine magic").is_err());
+    }
+}

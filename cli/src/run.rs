@@ -1,0 +1,228 @@
+//! `doppel run`: a virtual machine in this process, from its parts to its exit status.
+
+use crate::args::{Run, Serial};
+use crate::guest;
+use crate::signals::Signals;
+use crate::terminal::console::Console;
+use crate::terminal::{self, Raw};
+use anyhow::{Context, Result, bail};
+use doppel_machine::{Death, Ending, Machine, MachineConfig, SerialBackend, Stats, StopHandle};
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+/// How long a machine that was told to end waits for a reader of its output.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// What ends a machine from outside.
+#[derive(Debug)]
+enum Order {
+    Escape,
+    Signal(String),
+}
+
+/// Runs the machine that `args` describes; the exit status, or an error of the host or of usage.
+pub fn run(args: &Run) -> Result<u8> {
+    for file in [&args.kernel, &args.initrd].into_iter().flatten() {
+        check_readable(file)?;
+    }
+    let stats = args.stats.as_deref().map(StatsFile::create).transpose()?;
+    let boot = Boot::choose(args)?;
+    let signals = Signals::block()?;
+    let console = Console::open(&args.serial)?;
+    let mut machine = Machine::new(configuration(args, boot, &console))?;
+    eprintln!("doppel: {}", machine.engine());
+    let session = Session::start(args, &machine, console, signals)?;
+    let ending = machine.run();
+    let order = session.end(&ending);
+    if let Some(file) = stats {
+        file.write(machine.stats())?;
+    }
+    Ok(report(&ending?, order.as_ref()))
+}
+
+/// What is to be booted.
+struct Boot {
+    kernel: PathBuf,
+    initrd: Option<PathBuf>,
+    cmdline: String,
+}
+
+impl Boot {
+    fn choose(args: &Run) -> Result<Boot> {
+        let given = args.cmdline.clone();
+        if let Some(kernel) = &args.kernel {
+            return Ok(Boot {
+                kernel: kernel.clone(),
+                initrd: args.initrd.clone(),
+                cmdline: given.unwrap_or_else(|| "console=ttyS0".to_owned()),
+            });
+        }
+        let progress = |line: &str| eprintln!("doppel: {line}");
+        let guest = guest::debian(guest::KERNEL_PACKAGE, &progress).context(
+            "the default guest could not be assembled; name a kernel of your own with --kernel FILE (and --initrd FILE)",
+        )?;
+        Ok(Boot {
+            kernel: guest.kernel,
+            initrd: Some(args.initrd.clone().unwrap_or(guest.initrd)),
+            cmdline: given.unwrap_or_else(|| default_cmdline(&args.serial)),
+        })
+    }
+}
+
+/// The default guest's command line: the serial console, and what the terminal there is like.
+fn default_cmdline(serial: &Serial) -> String {
+    let console = "console=ttyS0";
+    match terminal::size() {
+        Some((rows, columns)) if *serial == Serial::Stdio => {
+            let name = std::env::var("TERM").unwrap_or_default();
+            let plain = |c: char| c.is_ascii_alphanumeric() || "-+._".contains(c);
+            let name = Some(name).filter(|n| !n.is_empty() && n.chars().all(plain));
+            let name = name.as_deref().unwrap_or("vt220");
+            format!("{console} doppel.tty={rows}x{columns},{name}")
+        }
+        _ => console.to_owned(),
+    }
+}
+
+fn configuration(args: &Run, boot: Boot, console: &Console) -> MachineConfig {
+    let (source, sink) = console.ends();
+    MachineConfig {
+        engine: args.engine,
+        cpus: args.cpus,
+        memory: args.memory,
+        initrd: boot.initrd,
+        cmdline: boot.cmdline,
+        serial: SerialBackend { sink, source },
+        no_reboot: args.no_reboot,
+        debug_exit: args.debug_exit,
+        translate_limit: args.translate_limit,
+        ..MachineConfig::new(boot.kernel)
+    }
+}
+
+fn check_readable(path: &Path) -> Result<()> {
+    let file = File::open(path)
+        .with_context(|| format!("{} cannot be opened; name a file that exists and is readable", path.display()))?;
+    if !file.metadata()?.is_file() {
+        bail!("{} is no regular file", path.display());
+    }
+    Ok(())
+}
+
+/// The user's side of a running machine: terminal, serial port, signals.
+struct Session {
+    console: Console,
+    raw: Option<Raw>,
+    order: Arc<OnceLock<Order>>,
+}
+
+impl Session {
+    fn start(args: &Run, machine: &Machine, console: Console, signals: Signals) -> Result<Session> {
+        let raw = match args.serial {
+            Serial::Stdio => Raw::new()?,
+            _ => None,
+        };
+        let frontend = Arc::downgrade(&machine.serial_frontend());
+        console.input.connect(frontend.clone());
+        console.output.connect(frontend);
+        let order = Arc::new(OnceLock::new());
+        let end = ender(machine.stop_handle(), order.clone());
+        match (&args.serial, &raw) {
+            (Serial::Stdio, Some(_)) => {
+                eprintln!("doppel: Ctrl-A x leaves, Ctrl-A h tells more; Ctrl-C goes to the guest");
+                let end = end.clone();
+                console.listen_to_terminal(move || end(Order::Escape));
+            }
+            (Serial::Stdio, None) => console.listen_to_pipe(),
+            _ => {}
+        }
+        let again = raw.as_ref().map(Raw::again);
+        signals.watch(
+            move |name| end(Order::Signal(name.to_owned())),
+            move || again.iter().for_each(|again| again()),
+        );
+        Ok(Session { console, raw, order })
+    }
+
+    /// Gives the terminal back once the guest's last output is out.
+    fn end(mut self, ending: &Result<Ending, doppel_machine::MachineError>) -> Option<Order> {
+        let told = matches!(ending, Ok(Ending::Stopped));
+        self.console.finish(told.then_some(FAREWELL));
+        drop(self.raw);
+        Arc::into_inner(self.order).and_then(OnceLock::into_inner)
+    }
+}
+
+/// Carries out the first order; at the second, nobody waits any more (the watchdog sees to the terminal).
+fn ender(stop: StopHandle, order: Arc<OnceLock<Order>>) -> impl Fn(Order) + Clone + Send + 'static {
+    move |given| {
+        if order.set(given).is_err() {
+            std::process::exit(1);
+        }
+        stop.stop();
+    }
+}
+
+/// Tells how it ended; the exit status.
+fn report(ending: &Ending, order: Option<&Order>) -> u8 {
+    match ending {
+        Ending::PoweredOff => 0,
+        Ending::Halted => {
+            eprintln!("doppel: the guest halted");
+            0
+        }
+        Ending::Reset => {
+            eprintln!("doppel: the guest asked for a reboot (--no-reboot)");
+            0
+        }
+        Ending::DebugExit(status) => *status,
+        Ending::Died(death) => {
+            eprint!("{}", obituary(death));
+            2
+        }
+        Ending::Stopped => match order {
+            Some(Order::Signal(name)) => {
+                eprintln!("doppel: ended by {name}");
+                1
+            }
+            _ => {
+                eprintln!("\ndoppel: left");
+                0
+            }
+        },
+    }
+}
+
+fn obituary(death: &Death) -> String {
+    let mut text = format!("doppel: the guest died: {}\n{}", death.cause, death.registers);
+    if !death.trace.is_empty() {
+        text.push_str("last instructions:\n");
+    }
+    for line in &death.trace {
+        text.push_str(&format!("  {line}\n"));
+    }
+    text
+}
+
+/// The file of `--stats`, made at the start so that a bad path shows then.
+struct StatsFile<'a>(&'a Path, File);
+
+impl StatsFile<'_> {
+    fn create(path: &Path) -> Result<StatsFile<'_>> {
+        let file = File::create(path).with_context(|| {
+            format!("--stats: {} cannot be written; name a file in a directory that is yours", path.display())
+        })?;
+        Ok(StatsFile(path, file))
+    }
+
+    fn write(self, stats: &Stats) -> Result<()> {
+        let mut file = BufWriter::new(self.1);
+        serde_json::to_writer_pretty(&mut file, stats)?;
+        writeln!(file)
+            .and_then(|()| file.flush())
+            .with_context(|| format!("writing {}", self.0.display()))
+    }
+}

@@ -1,0 +1,41 @@
+//! Signals that ask the monitor to end.
+//!
+//! They are blocked in every thread and taken by one that waits for them, so no code runs in a signal handler.
+
+use anyhow::{Context, Result};
+use nix::sys::signal::{SigSet, Signal};
+
+const ENDING: [Signal; 4] = [
+    Signal::SIGINT,
+    Signal::SIGTERM,
+    Signal::SIGHUP,
+    Signal::SIGQUIT,
+];
+
+/// The signals, blocked. Threads started from here on inherit that, so this comes before the first of them.
+pub struct Signals(SigSet);
+
+impl Signals {
+    /// Blocks the ending signals and SIGCONT in this thread.
+    pub fn block() -> Result<Signals> {
+        let mut set = SigSet::empty();
+        for signal in ENDING.into_iter().chain([Signal::SIGCONT]) {
+            set.add(signal);
+        }
+        set.thread_block().context("blocking signals")?;
+        Ok(Signals(set))
+    }
+
+    /// Starts the thread that takes them: `end` is told the name of a signal that asks to end, `continued` is called
+    /// when the process goes on after a stop.
+    pub fn watch(self, end: impl Fn(&str) + Send + 'static, continued: impl Fn() + Send + 'static) {
+        std::thread::spawn(move || {
+            while let Ok(signal) = self.0.wait() {
+                match signal {
+                    Signal::SIGCONT => continued(),
+                    signal => end(signal.as_str()),
+                }
+            }
+        });
+    }
+}

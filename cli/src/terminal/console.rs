@@ -1,0 +1,128 @@
+//! The guest's serial port on the user's side: threads that do the blocking input and output.
+
+use super::escape::{Command, Escape, HELP};
+use crate::args::Serial;
+use anyhow::{Context, Result};
+use doppel_machine::{CharSink, CharSource, InputQueue, OutputQueue};
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread;
+use std::time::Duration;
+
+/// Bytes that may wait for a guest that does not read; what is typed beyond that holds up the escape key as well.
+const INPUT_CAPACITY: usize = 1 << 20;
+/// Bytes that may wait for a slow terminal before the guest's UART does.
+const OUTPUT_CAPACITY: usize = 1 << 16;
+
+/// Both directions of a serial port.
+pub struct Console {
+    /// What the guest reads.
+    pub input: Arc<InputQueue>,
+    /// What the guest writes.
+    pub output: Arc<OutputQueue>,
+    written: Option<Receiver<()>>,
+}
+
+impl Console {
+    /// Opens what `serial` names and starts to write there. Input waits for [`Console::listen`].
+    pub fn open(serial: &Serial) -> Result<Console> {
+        let to: Box<dyn Write + Send> = match serial {
+            Serial::Stdio => Box::new(io::stdout()),
+            Serial::None => Box::new(io::sink()),
+            Serial::File(path) => {
+                let file = File::create(path);
+                Box::new(file.with_context(|| {
+                    format!("--serial: {} cannot be written; name a file in a directory that is yours", path.display())
+                })?)
+            }
+        };
+        let output = OutputQueue::new(OUTPUT_CAPACITY);
+        let (done, written) = channel();
+        let queue = output.clone();
+        thread::spawn(move || {
+            let _ = queue.run(Announced { to, failed: false });
+            let _ = done.send(());
+        });
+        Ok(Console {
+            input: InputQueue::new(INPUT_CAPACITY),
+            output,
+            written: Some(written),
+        })
+    }
+
+    /// Passes standard input on to the guest as it is, to its end; the guest outlives it.
+    pub fn listen_to_pipe(&self) {
+        let queue = self.input.clone();
+        thread::spawn(move || queue.run(io::stdin().lock()));
+    }
+
+    /// Passes on what is typed, all but the escape commands; `leave` is called for the one that ends the machine.
+    pub fn listen_to_terminal(&self, leave: impl Fn() + Send + 'static) {
+        let queue = self.input.clone();
+        thread::spawn(move || {
+            let (mut escape, mut buffer) = (Escape::default(), [0; 1024]);
+            let mut stdin = io::stdin().lock();
+            while let Ok(n @ 1..) = stdin.read(&mut buffer) {
+                let mut guest = Vec::new();
+                for command in escape.filter(&buffer[..n], &mut guest) {
+                    match command {
+                        Command::Leave => leave(),
+                        Command::Help => eprintln!("\r\n{HELP}"),
+                    }
+                }
+                if !queue.push(&guest) {
+                    return;
+                }
+            }
+        });
+    }
+
+    /// Waits until all that the guest wrote is out, for `limit` at most where there is one.
+    pub fn finish(&mut self, limit: Option<Duration>) {
+        self.output.close();
+        let Some(written) = self.written.take() else {
+            return;
+        };
+        let _: Result<(), RecvTimeoutError> = match limit {
+            Some(limit) => written.recv_timeout(limit),
+            None => written.recv().map_err(RecvTimeoutError::from),
+        };
+    }
+
+    /// The machine's view.
+    pub fn ends(&self) -> (Arc<dyn CharSource>, Arc<dyn CharSink>) {
+        (self.input.clone(), self.output.clone())
+    }
+}
+
+/// Output that says when it is closed. The guest goes on, as a machine does whose screen is unplugged.
+struct Announced {
+    to: Box<dyn Write + Send>,
+    failed: bool,
+}
+
+impl Announced {
+    fn announce<T>(&mut self, result: io::Result<T>) -> io::Result<T> {
+        if let Err(error) = &result
+            && error.kind() != io::ErrorKind::Interrupted
+            && !std::mem::replace(&mut self.failed, true)
+        {
+            eprintln!("doppel: the serial port's output is lost from here on ({error}); the guest goes on");
+        }
+        result
+    }
+}
+
+impl Write for Announced {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let result = self.to.write(bytes);
+        self.announce(result)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let result = self.to.flush();
+        self.announce(result)
+    }
+}

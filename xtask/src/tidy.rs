@@ -1,0 +1,345 @@
+//! `cargo xtask tidy`: the rules of ARCHITECTURE.md that no compiler checks.
+//!
+//! Each rule is a function from the tree of sources to complaints, so that each can be shown to fail.
+
+use crate::source;
+use anyhow::{Context, Result};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// What a file or crate does wrong, with its place.
+pub type Complaint = String;
+
+/// A crate's folder and the folders of the crates it may depend on, development included. A crate that is not listed
+/// is a complaint.
+const ARROWS: &[(&str, &[&str])] = &[
+    ("memory", &[]),
+    ("cpu/x86", &["memory"]),
+    ("cpu/translate", &["cpu/x86", "memory"]),
+    ("cpu/direct", &["cpu/x86", "memory"]),
+    ("cpu/kvm", &["cpu/x86", "memory"]),
+    ("io/device", &["memory"]),
+    ("io/pc", &["io/device", "memory"]),
+    (
+        "machine",
+        &[
+            "memory",
+            "cpu/x86",
+            "cpu/translate",
+            "cpu/direct",
+            "cpu/kvm",
+            "io/device",
+            "io/pc",
+        ],
+    ),
+    ("cli", &["machine"]),
+    ("fuzz", &["memory", "cpu/x86", "cpu/translate"]),
+    ("xtask", &[]),
+];
+
+const LINES_MAX: usize = 900;
+const MANIFEST: &str = "Cargo.toml";
+const MAP: &str = "ARCHITECTURE.md";
+const SKIPPED: &[&str] = &["target", ".git", "corpus", "artifacts"];
+const UNFINISHED: &[&str] = &["todo!", "unimplemented!", "#[ignore"];
+
+/// Every file of the workspace by its path from the root; those that are no text have no content.
+pub struct Tree(BTreeMap<String, String>);
+
+impl Tree {
+    /// Reads the workspace at `root`.
+    pub fn read(root: &Path) -> Result<Tree> {
+        let mut tree = Tree(BTreeMap::new());
+        tree.add(root, "")?;
+        Ok(tree)
+    }
+
+    fn add(&mut self, root: &Path, folder: &str) -> Result<()> {
+        let entries = std::fs::read_dir(root.join(folder)).context("reading the workspace")?;
+        for entry in entries {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let path = format!("{folder}{name}");
+            if entry.file_type()?.is_dir() {
+                if !SKIPPED.contains(&name.as_str()) {
+                    self.add(root, &format!("{path}/"))?;
+                }
+            } else {
+                let content = std::fs::read_to_string(entry.path()).unwrap_or_default();
+                self.0.insert(path, content);
+            }
+        }
+        Ok(())
+    }
+
+    /// Number of files.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    fn has(&self, path: &str) -> bool {
+        let path = path.trim_end_matches('/');
+        let below = format!("{path}/");
+        self.0.keys().any(|p| p == path || p.starts_with(&below))
+    }
+
+    fn rust(&self) -> impl Iterator<Item = (&String, &String)> {
+        self.0.iter().filter(|(path, _)| path.ends_with(".rs"))
+    }
+}
+
+/// All rules.
+pub fn check(tree: &Tree) -> Vec<Complaint> {
+    let rules = [arrows, code_map, heads, lengths, unfinished, unsafe_code];
+    rules.iter().flat_map(|rule| rule(tree)).collect()
+}
+
+/// Crates depend only on those that ARROWS allows.
+fn arrows(tree: &Tree) -> Vec<Complaint> {
+    let folders = crate_folders(tree);
+    let mut complaints = Vec::new();
+    for (path, manifest) in &tree.0 {
+        let Some(folder) = path.strip_suffix("/Cargo.toml") else {
+            continue;
+        };
+        let Some((_, allowed)) = ARROWS.iter().find(|(name, _)| *name == folder) else {
+            complaints.push(format!(
+                "{path}: a crate that xtask's table of arrows does not know"
+            ));
+            continue;
+        };
+        for name in dependencies(manifest) {
+            match folders.get(&name) {
+                Some(other) if !allowed.contains(&other.as_str()) => {
+                    complaints.push(format!("{path}: {folder} may not depend on {other}"));
+                }
+                _ => {}
+            }
+        }
+    }
+    complaints
+}
+
+/// The workspace's own crates: package name to folder.
+fn crate_folders(tree: &Tree) -> BTreeMap<String, String> {
+    let manifests = tree.0.iter().filter_map(|(path, text)| {
+        let folder = path.strip_suffix(MANIFEST)?.trim_end_matches('/');
+        let table: toml::Table = text.parse().ok()?;
+        let name = table.get("package")?.get("name")?.as_str()?.to_owned();
+        Some((name, folder.to_owned()))
+    });
+    manifests.collect()
+}
+
+fn dependencies(manifest: &str) -> Vec<String> {
+    let table: toml::Table = manifest.parse().unwrap_or_default();
+    ["dependencies", "dev-dependencies", "build-dependencies"]
+        .iter()
+        .filter_map(|section| table.get(*section)?.as_table())
+        .flat_map(|section| section.keys().cloned())
+        .collect()
+}
+
+/// Every path that ARCHITECTURE.md names between backticks exists: a word with a slash in it, or with a source file's
+/// ending, that does not start with one.
+fn code_map(tree: &Tree) -> Vec<Complaint> {
+    let Some(text) = tree.0.get(MAP) else {
+        return vec![format!("{MAP} is missing")];
+    };
+    let quoted = text.split('`').skip(1).step_by(2);
+    quoted
+        .filter(|word| is_path(word) && !tree.has(word))
+        .map(|word| format!("{MAP}: `{word}` does not exist"))
+        .collect()
+}
+
+fn is_path(word: &str) -> bool {
+    let characters = |c: char| c.is_ascii_alphanumeric() || "/._-".contains(c);
+    let source = [".rs", ".toml", ".md", ".sh"]
+        .iter()
+        .any(|end| word.ends_with(end));
+    !word.starts_with(['/', '.']) && word.chars().all(characters) && (word.contains('/') || source)
+}
+
+/// Every Rust file says first what it is.
+fn heads(tree: &Tree) -> Vec<Complaint> {
+    let bare = tree.rust().filter(|(_, text)| !text.starts_with("//! "));
+    bare.map(|(path, _)| format!("{path}: does not open with `//!`"))
+        .collect()
+}
+
+/// No Rust file is too long to be read.
+fn lengths(tree: &Tree) -> Vec<Complaint> {
+    let long = tree
+        .rust()
+        .filter(|(_, text)| text.lines().count() > LINES_MAX);
+    long.map(|(path, _)| format!("{path}: more than {LINES_MAX} lines"))
+        .collect()
+}
+
+/// Nothing is left to do, no test is turned off.
+fn unfinished(tree: &Tree) -> Vec<Complaint> {
+    let mut complaints = Vec::new();
+    for (path, text) in tree.rust() {
+        for (number, line) in source::code(text).lines().enumerate() {
+            for word in UNFINISHED.iter().filter(|word| line.contains(**word)) {
+                complaints.push(format!("{path}:{}: {word}", number + 1));
+            }
+        }
+    }
+    complaints
+}
+
+/// `unsafe` only in files named for it, each block and impl with its argument.
+fn unsafe_code(tree: &Tree) -> Vec<Complaint> {
+    let mut complaints = Vec::new();
+    for (path, text) in tree.rust() {
+        let name = path.rsplit('/').next().unwrap_or(path);
+        let named_for_it = name.ends_with("_unsafe.rs") || name.starts_with("arch_");
+        let code = source::code(text);
+        for (number, after) in uses_of_unsafe(&code) {
+            let place = format!("{path}:{}", number + 1);
+            if !named_for_it {
+                complaints.push(format!("{place}: unsafe outside *_unsafe.rs and arch_*.rs"));
+            } else if needs_argument(&after) && !is_argued(text, &code, number) {
+                complaints.push(format!("{place}: unsafe without a SAFETY comment"));
+            }
+        }
+    }
+    complaints
+}
+
+/// Line numbers (from 0) of the word `unsafe`, and the code that follows each.
+fn uses_of_unsafe(code: &str) -> Vec<(usize, String)> {
+    const WORD: &str = "unsafe";
+    let part_of_word = |c: char| c.is_alphanumeric() || c == '_';
+    let mut uses = Vec::new();
+    for (at, _) in code.match_indices(WORD) {
+        let after = &code[at + WORD.len()..];
+        if !code[..at].ends_with(part_of_word) && !after.starts_with(part_of_word) {
+            let number = code[..at].matches('\n').count();
+            uses.push((number, after.trim_start().chars().take(8).collect()));
+        }
+    }
+    uses
+}
+
+/// Declarations of unsafe functions and attributes promise nothing; blocks, impls and extern blocks do.
+fn needs_argument(after: &str) -> bool {
+    after.starts_with('{') || after.starts_with("impl")
+}
+
+/// Whether a comment with SAFETY stands at line `number` or right above the statement it belongs to.
+fn is_argued(text: &str, code: &str, number: usize) -> bool {
+    let text: Vec<&str> = text.lines().collect();
+    let code: Vec<&str> = code.lines().collect();
+    let has_word = |line: usize| text[line].contains("// SAFETY:");
+    if has_word(number) {
+        return true;
+    }
+    for line in (0..number).rev() {
+        if has_word(line) {
+            return true;
+        }
+        let code = code[line].trim();
+        let ends_another = code.ends_with([';', '}']) || (code.ends_with('{') && line + 1 < number);
+        if text[line].trim().is_empty() || ends_another {
+            return false;
+        }
+    }
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tree(files: &[(&str, &str)]) -> Tree {
+        let own = |(path, text): &(&str, &str)| (path.to_string(), text.to_string());
+        Tree(files.iter().map(own).collect())
+    }
+
+    const MEMORY: (&str, &str) = ("memory/Cargo.toml", "[package]\nname = \"doppel-memory\"\n");
+
+    fn x86(section: &str, dependency: &str) -> String {
+        format!("[package]\nname = \"doppel-x86\"\n[{section}]\n{dependency}.workspace = true\n")
+    }
+
+    #[test]
+    fn an_arrow_that_is_allowed_passes_and_its_reverse_does_not() {
+        let down = x86("dependencies", "doppel-memory");
+        assert!(arrows(&tree(&[MEMORY, ("cpu/x86/Cargo.toml", &down)])).is_empty());
+        for section in ["dependencies", "dev-dependencies"] {
+            let up = format!("{}[{section}]\ndoppel-x86.workspace = true\n", MEMORY.1);
+            let x86 = x86("dependencies", "libc");
+            let found = arrows(&tree(&[(MEMORY.0, &up), ("cpu/x86/Cargo.toml", &x86)]));
+            assert_eq!(found.len(), 1, "{found:?}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_crate_is_a_complaint() {
+        assert_eq!(arrows(&tree(&[("utils/Cargo.toml", "")])).len(), 1);
+    }
+
+    #[test]
+    fn a_path_that_the_map_names_must_exist() {
+        let files = [
+            (
+                MAP,
+                "`cpu/x86`, `memory/src/lib.rs`, `/dev/kvm`, `a b/c`, `x`",
+            ),
+            ("cpu/x86/a.rs", ""),
+        ];
+        assert_eq!(
+            code_map(&tree(&files)),
+            ["ARCHITECTURE.md: `memory/src/lib.rs` does not exist"]
+        );
+        assert_eq!(code_map(&tree(&[])).len(), 1, "no map at all");
+    }
+
+    #[test]
+    fn a_file_without_head_a_long_file_and_unfinished_work_are_complaints() {
+        assert_eq!(heads(&tree(&[("a.rs", "fn f() {}")])).len(), 1);
+        assert!(heads(&tree(&[("a.rs", "//! What it is.\n")])).is_empty());
+        assert_eq!(lengths(&tree(&[("a.rs", &"\n".repeat(901))])).len(), 1);
+        assert!(lengths(&tree(&[("a.rs", &"\n".repeat(900))])).is_empty());
+        let source = "fn f() { todo!() }\n#[ignore]\n// todo!\n";
+        assert_eq!(
+            unfinished(&tree(&[("a.rs", source)])),
+            ["a.rs:1: todo!", "a.rs:2: #[ignore"]
+        );
+    }
+
+    #[test]
+    fn unsafe_has_its_place() {
+        let argued = "// SAFETY: nothing happens\nunsafe {}\n";
+        assert_eq!(unsafe_code(&tree(&[("a.rs", argued)])).len(), 1);
+        assert!(unsafe_code(&tree(&[("a_unsafe.rs", argued)])).is_empty());
+        assert!(unsafe_code(&tree(&[("arch_x86.rs", argued)])).is_empty());
+        assert!(
+            unsafe_code(&tree(&[(
+                "a.rs",
+                "//! unsafe\nlet not_unsafe = \"unsafe\";\n"
+            )]))
+            .is_empty()
+        );
+    }
+
+    #[test]
+    fn unsafe_has_its_argument() {
+        let complaints = |source: &str| unsafe_code(&tree(&[("a_unsafe.rs", source)])).len();
+        assert_eq!(complaints("unsafe {}\n"), 1);
+        assert_eq!(
+            complaints("// SAFETY: for the first\nlet a = unsafe { 1 };\nlet b = unsafe { 2 };\n"),
+            1
+        );
+        assert_eq!(
+            complaints("// SAFETY: long\n// argument\nlet a =\n    unsafe { 1 };\n"),
+            0
+        );
+        assert_eq!(complaints("unsafe impl Send for A {}\n"), 1);
+        assert_eq!(complaints("unsafe fn f() {}\n"), 0);
+        assert_eq!(complaints("// SAFETY: far\n\nunsafe {}\n"), 1);
+    }
+}
