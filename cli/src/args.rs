@@ -108,7 +108,9 @@ mod tests {
     use clap::CommandFactory;
 
     fn run(arguments: &str) -> Result<Run, clap::Error> {
-        let words = ["doppel", "run"].into_iter().chain(arguments.split_whitespace());
+        let words = ["doppel", "run"]
+            .into_iter()
+            .chain(arguments.split_whitespace());
         Cli::try_parse_from(words).map(|cli| match cli.command {
             Command::Run(run) => run,
             other => panic!("{other:?}"),

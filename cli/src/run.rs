@@ -104,8 +104,12 @@ fn configuration(args: &Run, boot: Boot, console: &Console) -> MachineConfig {
 }
 
 fn check_readable(path: &Path) -> Result<()> {
-    let file = File::open(path)
-        .with_context(|| format!("{} cannot be opened; name a file that exists and is readable", path.display()))?;
+    let file = File::open(path).with_context(|| {
+        format!(
+            "{} cannot be opened; name a file that exists and is readable",
+            path.display()
+        )
+    })?;
     if !file.metadata()?.is_file() {
         bail!("{} is no regular file", path.display());
     }
@@ -144,7 +148,11 @@ impl Session {
             move |name| end(Order::Signal(name.to_owned())),
             move || again.iter().for_each(|again| again()),
         );
-        Ok(Session { console, raw, order })
+        Ok(Session {
+            console,
+            raw,
+            order,
+        })
     }
 
     /// Gives the terminal back once the guest's last output is out.
@@ -197,7 +205,10 @@ fn report(ending: &Ending, order: Option<&Order>) -> u8 {
 }
 
 fn obituary(death: &Death) -> String {
-    let mut text = format!("doppel: the guest died: {}\n{}", death.cause, death.registers);
+    let mut text = format!(
+        "doppel: the guest died: {}\n{}",
+        death.cause, death.registers
+    );
     if !death.trace.is_empty() {
         text.push_str("last instructions:\n");
     }
@@ -213,7 +224,10 @@ struct StatsFile<'a>(&'a Path, File);
 impl StatsFile<'_> {
     fn create(path: &Path) -> Result<StatsFile<'_>> {
         let file = File::create(path).with_context(|| {
-            format!("--stats: {} cannot be written; name a file in a directory that is yours", path.display())
+            format!(
+                "--stats: {} cannot be written; name a file in a directory that is yours",
+                path.display()
+            )
         })?;
         Ok(StatsFile(path, file))
     }

@@ -34,7 +34,10 @@ impl Console {
             Serial::File(path) => {
                 let file = File::create(path);
                 Box::new(file.with_context(|| {
-                    format!("--serial: {} cannot be written; name a file in a directory that is yours", path.display())
+                    format!(
+                        "--serial: {} cannot be written; name a file in a directory that is yours",
+                        path.display()
+                    )
                 })?)
             }
         };
@@ -109,7 +112,9 @@ impl Announced {
             && error.kind() != io::ErrorKind::Interrupted
             && !std::mem::replace(&mut self.failed, true)
         {
-            eprintln!("doppel: the serial port's output is lost from here on ({error}); the guest goes on");
+            eprintln!(
+                "doppel: the serial port's output is lost from here on ({error}); the guest goes on"
+            );
         }
         result
     }

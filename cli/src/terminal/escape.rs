@@ -74,7 +74,10 @@ mod tests {
 
     #[test]
     fn the_escape_key_itself_can_be_sent() {
-        assert_eq!(filter(&[b"\x01\x01x\x01a"]), (b"\x01x\x01".to_vec(), vec![]));
+        assert_eq!(
+            filter(&[b"\x01\x01x\x01a"]),
+            (b"\x01x\x01".to_vec(), vec![])
+        );
         assert_eq!(filter(&[b"\x01z"]).0, b"\x01z", "no command: both keys");
     }
 }

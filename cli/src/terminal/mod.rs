@@ -35,11 +35,19 @@ impl Saved {
     }
 
     fn make_raw(&self) -> io::Result<()> {
-        Ok(tcsetattr(&self.terminal, OptionalActions::Flush, &raw(&self.settings))?)
+        Ok(tcsetattr(
+            &self.terminal,
+            OptionalActions::Flush,
+            &raw(&self.settings),
+        )?)
     }
 
     fn restore(&self) -> io::Result<()> {
-        Ok(tcsetattr(&self.terminal, OptionalActions::Drain, &self.settings)?)
+        Ok(tcsetattr(
+            &self.terminal,
+            OptionalActions::Drain,
+            &self.settings,
+        )?)
     }
 }
 
@@ -67,7 +75,9 @@ impl Raw {
         let saved = Arc::new(Saved::new(&stdin).context("reading the terminal's settings")?);
         let watchdog = start_watchdog(&saved.terminal).ok(); // a second net: its lack is no reason to refuse
         restore_at_panic(saved.clone());
-        saved.make_raw().context("changing the terminal's settings")?;
+        saved
+            .make_raw()
+            .context("changing the terminal's settings")?;
         Ok(Some(Raw { saved, watchdog }))
     }
 

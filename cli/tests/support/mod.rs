@@ -27,7 +27,8 @@ impl Scratch {
     pub fn new() -> Scratch {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}-{number}", std::process::id()));
+        let path =
+            Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}-{number}", std::process::id()));
         fs::create_dir_all(&path).unwrap();
         Scratch(path)
     }
@@ -58,7 +59,12 @@ impl Finished {
     /// Ends the test, with everything the guest said, unless the status is `expected`.
     #[track_caller]
     pub fn expect(self, expected: i32) -> Finished {
-        assert!(!self.timed_out, "timed out after {:?}\n{}", self.took, self.transcript());
+        assert!(
+            !self.timed_out,
+            "timed out after {:?}\n{}",
+            self.took,
+            self.transcript()
+        );
         assert_eq!(self.status, Some(expected), "\n{}", self.transcript());
         self
     }
@@ -72,7 +78,10 @@ impl Finished {
     }
 
     fn transcript(&self) -> String {
-        format!("--- console\n{}\n--- standard error\n{}", self.console, self.stderr)
+        format!(
+            "--- console\n{}\n--- standard error\n{}",
+            self.console, self.stderr
+        )
     }
 }
 
@@ -146,7 +155,8 @@ impl Boot {
     }
 
     pub fn flag(mut self, flag: &str) -> Boot {
-        self.flags.extend(flag.split_whitespace().map(str::to_owned));
+        self.flags
+            .extend(flag.split_whitespace().map(str::to_owned));
         self
     }
 
@@ -173,7 +183,10 @@ impl Boot {
             package::visit(&deb, |mut member| {
                 if wanted(&member.path) {
                     match member.kind.clone() {
-                        Kind::File(mode) => self.overlay.file(&member.path, mode, &member.read()?),
+                        Kind::File(mode) => {
+                            let content = member.read()?;
+                            self.overlay.file(&member.path, mode, &content);
+                        }
                         Kind::Symlink(target) => self.overlay.symlink(&member.path, &target),
                     }
                 }
@@ -200,7 +213,11 @@ impl Boot {
         command.args(["--memory", self.memory]).args(&self.flags);
         command.args(["--cmdline", &self.cmdline]);
         let (kernel, initrd, _scratch) = self.prepare();
-        command.arg("--kernel").arg(kernel).arg("--initrd").arg(initrd);
+        command
+            .arg("--kernel")
+            .arg(kernel)
+            .arg("--initrd")
+            .arg(initrd);
         run(&mut command, limit)
     }
 
@@ -212,20 +229,25 @@ impl Boot {
             return None;
         }
         let mut command = Command::new(QEMU);
-        command.args("-accel tcg -cpu max -nodefaults -display none -serial stdio -no-reboot".split(' '));
+        command.args(
+            "-accel tcg -cpu max -nodefaults -display none -serial stdio -no-reboot".split(' '),
+        );
         command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4"]);
         command.args(["-m", self.memory, "-append", &self.cmdline]);
         let (kernel, initrd, _scratch) = self.prepare();
-        command.arg("-kernel").arg(kernel).arg("-initrd").arg(initrd);
+        command
+            .arg("-kernel")
+            .arg(kernel)
+            .arg("-initrd")
+            .arg(initrd);
         Some(run(&mut command, limit))
     }
 }
 
 /// The guest with Debian's kernel `package`, fetched if need be.
 pub fn debian(package: &str) -> Guest {
-    guest::debian(package, &|line| eprintln!("{line}")).unwrap_or_else(|error| {
-        panic!("the tests need Debian's {package} through apt: {error:#}")
-    })
+    guest::debian(package, &|line| eprintln!("{line}"))
+        .unwrap_or_else(|error| panic!("the tests need Debian's {package} through apt: {error:#}"))
 }
 
 /// A program of `tests/programs`, built as a static executable for the guest.
@@ -234,13 +256,25 @@ pub fn program(name: &str, flags: &[&str]) -> Vec<u8> {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/programs/{name}.rs"));
     let executable = scratch.path(name);
     let output: Output = Command::new("rustc")
-        .args(["--edition", "2024", "-O", "-C", "target-feature=+crt-static", "-C", "strip=symbols"])
+        .args([
+            "--edition",
+            "2024",
+            "-O",
+            "-C",
+            "target-feature=+crt-static",
+            "-C",
+            "strip=symbols",
+        ])
         .args(flags)
         .arg(source)
         .arg("-o")
         .arg(&executable)
         .output()
         .unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     fs::read(executable).unwrap()
 }
