@@ -30,12 +30,7 @@ pub(crate) fn read(cpu: &mut Cpu, bus: &mut dyn Bus, n: usize) -> Result<u64, Ex
 }
 
 /// MOV to a control register. The caller checked the CPL.
-pub(crate) fn write(
-    cpu: &mut Cpu,
-    bus: &mut dyn Bus,
-    n: usize,
-    v: u64,
-) -> Result<(), Exception> {
+pub(crate) fn write(cpu: &mut Cpu, bus: &mut dyn Bus, n: usize, v: u64) -> Result<(), Exception> {
     match n {
         0 => write_cr0(cpu, bus, v),
         2 => {

@@ -1,7 +1,6 @@
 //! Events between instructions: NMI and maskable interrupts, and the signals that reset a CPU (INIT, start-up IPI).
 
 use crate::exception::{self, Event};
-use crate::segment;
 use crate::{Activity, Bus, Cpu, Cr0, Cr4, Dtr, Efer, Outcome, Rflags, Seg, Segment, Vector};
 
 /// True where [`deliver_pending`] would deliver a maskable interrupt now. (An NMI shows only when it is taken.)

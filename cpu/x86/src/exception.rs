@@ -8,7 +8,7 @@
 //! A fault during delivery is combined with the first event by [`combine`]: delivered instead of it, or as a double
 //! fault, or the CPU shuts down.
 
-use crate::segment::{self, Descriptor, Found, code, flat, flat_attributes, rpl, system_type};
+use crate::segment::{self, Descriptor, Found, code, system_type};
 use crate::stack::Stack;
 use crate::{
     Activity, Bus, Cpu, CpuMode, Dtr, Exception, Outcome, Rflags, Seg, Segment, Vector, task,
@@ -280,8 +280,7 @@ fn handler_cpl(cpu: &Cpu, d: Descriptor) -> u8 {
 fn deliver_long(cpu: &mut Cpu, bus: &mut dyn Bus, event: &Event) -> Result<(), Exception> {
     use system_type::{INTERRUPT_GATE, TRAP_GATE};
     let ext = event.ext();
-    let at =
-        gate_address(&cpu.idtr, event.vector, 16).ok_or(Exception::gp(event.idt_code()))?;
+    let at = gate_address(&cpu.idtr, event.vector, 16).ok_or(Exception::gp(event.idt_code()))?;
     let gate = Descriptor {
         low: cpu.load_table(bus, at)?,
         high: cpu.load_table::<u64>(bus, at.wrapping_add(8))? & 0xffff_ffff,
@@ -378,7 +377,14 @@ fn deliver_protected(cpu: &mut Cpu, bus: &mut dyn Bus, event: &Event) -> Result<
     ];
     check_gate(cpu, event, gate, &kinds)?;
     if gate.kind() == TASK_GATE {
-        return task::interrupt(cpu, bus, gate.gate_selector(), event.ext(), event.return_rip, event.error_code);
+        return task::interrupt(
+            cpu,
+            bus,
+            gate.gate_selector(),
+            event.ext(),
+            event.return_rip,
+            event.error_code,
+        );
     }
     deliver_gate(cpu, bus, event, gate)
 }
@@ -429,3 +435,7 @@ fn deliver_gate(
     cpu.rflags = handler_flags(cpu.rflags, gate);
     Ok(())
 }
+
+#[cfg(test)]
+#[path = "exception_tests.rs"]
+mod tests;

@@ -23,8 +23,7 @@ pub(crate) fn execute(
         _ if cpu.rflags.contains(Rflags::NT) && cpu.long_mode() => Err(GP0),
         _ if cpu.rflags.contains(Rflags::NT) => {
             cpu.rflags.remove(Rflags::NT);
-            task::task_return(cpu, bus, next_rip)
-                .inspect_err(|_| cpu.rflags.insert(Rflags::NT))
+            task::task_return(cpu, bus, next_rip).inspect_err(|_| cpu.rflags.insert(Rflags::NT))
         }
         _ => to_protected(cpu, bus, size),
     }

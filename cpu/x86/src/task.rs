@@ -89,9 +89,7 @@ pub(crate) fn check_io(
     port: u16,
     size: u8,
 ) -> Result<(), Exception> {
-    if !cpu.cr0.contains(Cr0::PE)
-        || (cpu.io_privileged() && !cpu.rflags.contains(Rflags::VM))
-    {
+    if !cpu.cr0.contains(Cr0::PE) || (cpu.io_privileged() && !cpu.rflags.contains(Rflags::VM)) {
         return Ok(());
     }
     let refused = Exception::gp(0);
@@ -145,12 +143,7 @@ pub(crate) fn interrupt(
 }
 
 /// The TSS that a task gate names: global, present and not busy.
-fn target(
-    cpu: &mut Cpu,
-    bus: &mut dyn Bus,
-    selector: u16,
-    ext: u32,
-) -> Result<Found, Exception> {
+fn target(cpu: &mut Cpu, bus: &mut dyn Bus, selector: u16, ext: u32) -> Result<Found, Exception> {
     let refused = Exception::gp(code(selector) | ext);
     if selector & 4 != 0 {
         return Err(refused);
@@ -175,7 +168,9 @@ pub(crate) fn far_switch(
     next_rip: u64,
 ) -> Result<(), Exception> {
     let found = target(cpu, bus, selector, 0)?;
-    with_rollback(cpu, |cpu| switch(cpu, bus, selector, found, reason, next_rip))
+    with_rollback(cpu, |cpu| {
+        switch(cpu, bus, selector, found, reason, next_rip)
+    })
 }
 
 /// IRET with NT set: back to the task that the current TSS links to.
@@ -256,12 +251,7 @@ fn switch(
     load_image(cpu, bus, selector, new, reason, &image)
 }
 
-fn read_image(
-    cpu: &mut Cpu,
-    bus: &mut dyn Bus,
-    base: u64,
-    wide: bool,
-) -> Result<Image, Exception> {
+fn read_image(cpu: &mut Cpu, bus: &mut dyn Bus, base: u64, wide: bool) -> Result<Image, Exception> {
     let mut field = |offset: u64| -> Result<u64, Exception> {
         let at = base.wrapping_add(offset);
         Ok(if wide {
@@ -270,7 +260,11 @@ fn read_image(
             cpu.load_table::<u16>(bus, at)?.into()
         })
     };
-    let (first, step, first_selector) = if wide { (0x20, 4, 0x48) } else { (0x0e, 2, 0x22) };
+    let (first, step, first_selector) = if wide {
+        (0x20, 4, 0x48)
+    } else {
+        (0x0e, 2, 0x22)
+    };
     let mut image = Image {
         cr3: if wide { field(0x1c)? as u32 } else { 0 },
         eip: field(first)?,
@@ -303,7 +297,11 @@ fn save_image(
     if reason == Reason::Return {
         flags.remove(Rflags::NT);
     }
-    let (first, step, first_selector) = if wide { (0x20, 4, 0x48) } else { (0x0e, 2, 0x22) };
+    let (first, step, first_selector) = if wide {
+        (0x20, 4, 0x48)
+    } else {
+        (0x0e, 2, 0x22)
+    };
     let mut fields = vec![(first, return_rip), (first + step, flags.bits())];
     fields.extend((0..8).map(|n| (first + step * (2 + n), cpu.gpr[n as usize])));
     let held = if wide { 6 } else { 4 };
@@ -385,11 +383,7 @@ fn load_ldt(cpu: &mut Cpu, bus: &mut dyn Bus, selector: u16) -> Result<(), Excep
     Ok(())
 }
 
-fn load_segments(
-    cpu: &mut Cpu,
-    bus: &mut dyn Bus,
-    selectors: &[u16; 6],
-) -> Result<(), Exception> {
+fn load_segments(cpu: &mut Cpu, bus: &mut dyn Bus, selectors: &[u16; 6]) -> Result<(), Exception> {
     if cpu.rflags.contains(Rflags::VM) {
         cpu.cpl = 3;
         for (s, selector) in cpu.seg.iter_mut().zip(selectors) {
