@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use doppel_device::{CharFrontend, PowerRequest};
+use doppel_device::{Backed, PowerRequest};
 
 use crate::boot::BootError;
 use crate::config::MachineConfig;
@@ -109,7 +109,7 @@ impl Machine {
     }
 
     /// The serial port, for the back-end to call when it has input or room for output.
-    pub fn serial_frontend(&self) -> Arc<dyn CharFrontend> {
+    pub fn serial_frontend(&self) -> Arc<dyn Backed> {
         self.serial.clone()
     }
 

@@ -1,9 +1,11 @@
 //! The PC as a wiring diagram: which chip answers where, and where its pins lead. docs/machine.md draws it.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
-use doppel_device::{Bus, BusError, HostClock, InterruptInput, Line, Region, Timers, Wired};
-use doppel_pc::{ApicBus, CpuApic, I8259, IoApic, Kick, LocalApicConfig};
+use doppel_device::{
+    Backed, Bus, BusDevice, BusError, HostClock, InterruptInput, Line, Pin, Region, Timers, Wired,
+};
+use doppel_pc::{ApicBus, CpuApic, I8254, I8259, IoApic, Kick, LocalApicConfig, Uart16550};
 
 use crate::config::MachineConfig;
 use crate::control::Control;
@@ -70,6 +72,8 @@ impl Pc {
             timers,
         };
         pc.attach_interrupt_controllers()?;
+        pc.attach_timers()?;
+        pc.attach_serial(&parts)?;
         Ok(pc)
     }
 
@@ -78,19 +82,45 @@ impl Pc {
         (0..).map_while(|n| self.apics.cpu(n))
     }
 
-    /// ISA interrupt `irq`: to the 8259s and to the I/O APIC, where interrupt 0 comes in at input 2.
-    fn isa_line(&self, irq: u32) -> Arc<Line> {
+    /// A pin on ISA interrupt `irq`: to the 8259s and to the I/O APIC, where interrupt 0 comes in at input 2.
+    fn isa_pin(&self, irq: u8) -> Pin {
+        let irq = u32::from(irq);
         let gsi = if irq == 0 { layout::PIT_GSI } else { irq };
-        Line::new(vec![(self.pic.clone(), irq), (self.apics.clone(), gsi)])
+        Line::new(vec![(self.pic.clone(), irq), (self.apics.clone(), gsi)]).pin()
+    }
+
+    /// Makes `device` answer at blocks of ports: first port, number of ports, what the device calls the first.
+    fn at_ports(
+        &self,
+        blocks: &[(u16, u64, u64)],
+        device: &Arc<impl BusDevice + 'static>,
+    ) -> Result<(), BusError> {
+        for &(port, len, offset) in blocks {
+            let region = Region::new(port.into(), len).at_offset(offset);
+            self.ports.attach(region, device.clone())?;
+        }
+        Ok(())
     }
 
     fn attach_interrupt_controllers(&self) -> Result<(), BusError> {
-        for (port, offset) in [(0x20, 0), (0xa0, 2), (0x4d0, 4)] {
-            let region = Region::new(port, 2).at_offset(offset);
-            self.ports.attach(region, self.pic.clone())?;
-        }
+        self.at_ports(&[(0x20, 2, 0), (0xa0, 2, 2), (0x4d0, 2, 4)], &self.pic)?;
         let window = Region::new(layout::IO_APIC, 0x1000);
         self.memory.attach(window, self.apics.clone())
+    }
+
+    fn attach_timers(&self) -> Result<(), BusError> {
+        let pit = Wired::new(I8254::new(), vec![self.isa_pin(0)], &self.timers);
+        self.at_ports(&[(0x40, 4, 0), (0x61, 1, 4)], &pit)
+    }
+
+    fn attach_serial(&self, parts: &PcParts) -> Result<(), BusError> {
+        let source = parts.config.serial.source.clone();
+        let chip = Uart16550::new(self.watch.clone(), source);
+        let pins = vec![self.isa_pin(layout::COM1_IRQ)];
+        let uart = Wired::new(chip, pins, &self.timers);
+        let weak: Weak<dyn Backed> = Arc::downgrade(&uart) as _;
+        parts.serial.connect(weak);
+        self.at_ports(&[(layout::COM1, 8, 0)], &uart)
     }
 }
 

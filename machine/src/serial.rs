@@ -5,7 +5,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use doppel_device::{CharFrontend, CharSink, CharSource};
+use doppel_device::{Backed, CharSink, CharSource, Disconnected};
 
 /// Where a serial port's bytes go and come from.
 #[derive(Clone)]
@@ -20,8 +20,8 @@ impl SerialBackend {
     /// Nobody listens, nobody speaks.
     pub fn none() -> Self {
         SerialBackend {
-            sink: Arc::new(Nobody),
-            source: Arc::new(Nobody),
+            sink: Arc::new(Disconnected),
+            source: Arc::new(Disconnected),
         }
     }
 }
@@ -32,46 +32,26 @@ impl std::fmt::Debug for SerialBackend {
     }
 }
 
-struct Nobody;
-
-impl CharSink for Nobody {
-    fn write(&self, bytes: &[u8]) -> usize {
-        bytes.len()
-    }
-}
-
-impl CharSource for Nobody {
-    fn read(&self, _: &mut [u8]) -> usize {
-        0
-    }
-}
-
 /// The UART as the back-end sees it, whichever boot it belongs to.
 #[derive(Default)]
-pub struct SerialLink(Mutex<Option<Weak<dyn CharFrontend>>>);
+pub struct SerialLink(Mutex<Option<Weak<dyn Backed>>>);
 
 impl SerialLink {
     /// From now on this is the UART.
-    pub fn connect(&self, uart: Weak<dyn CharFrontend>) {
+    pub fn connect(&self, uart: Weak<dyn Backed>) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(uart);
     }
 
-    fn uart(&self) -> Option<Arc<dyn CharFrontend>> {
+    fn uart(&self) -> Option<Arc<dyn Backed>> {
         let uart = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         uart.as_ref().and_then(Weak::upgrade)
     }
 }
 
-impl CharFrontend for SerialLink {
-    fn input_ready(&self) {
+impl Backed for SerialLink {
+    fn backend_ready(&self) {
         if let Some(uart) = self.uart() {
-            uart.input_ready();
-        }
-    }
-
-    fn output_ready(&self) {
-        if let Some(uart) = self.uart() {
-            uart.output_ready();
+            uart.backend_ready();
         }
     }
 }
