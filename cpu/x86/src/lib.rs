@@ -1,20 +1,46 @@
 //! CPU virtualization: the x86-64 architecture.
 //!
 //! State, faults, system instructions and the reference interpreter, the oracle that every other engine is
-//! compared with. Reading order: [`Cpu`], [`Bus`] and [`Engine`] (the contracts), `mmu`, `interpret`.
+//! compared with. Reading order: [`Cpu`], [`Bus`] and [`Engine`] (the contracts), `mmu`, `exception` and `event`, `system` (the
+//! system instructions and what they need), `cpuid` and `msr`, `interpret`.
 
+mod arch_host;
 mod bus;
+mod control;
+mod cpuid;
 mod engine;
+pub mod event;
+pub mod exception;
 mod fault;
+mod flags;
 #[allow(dead_code)]
 mod interpret;
+mod iret;
+mod kvm;
 mod mmu;
+mod msr;
+mod mtrr;
+mod port;
+mod rights;
+mod segment;
+mod stack;
 mod state;
+mod syscall;
+#[allow(dead_code)]
+mod system;
+mod table;
+mod task;
+#[cfg(test)]
+mod testing;
+mod transfer;
+mod tsc;
 
 pub use bus::Bus;
+pub use cpuid::{APIC_BUS_HZ, CpuidLeaf, CpuidModel, Vendor, XCR0_MASK};
 pub use engine::{Engine, EngineStats, Exit, Kick, Outcome};
 pub use fault::{Exception, Vector};
 pub use state::{
     Activity, Counters, Cpu, CpuMode, Cr0, Cr4, Dtr, Efer, Flushed, FpuArea, Gpr, Msrs, Rflags,
     Seg, Segment,
 };
+pub use tsc::TscFrequency;

@@ -173,6 +173,14 @@ impl Cpu {
         }
     }
 
+    /// Loads within one page of guest physical memory.
+    pub fn load_physical(&mut self, bus: &mut dyn Bus, gpa: u64, out: &mut [u8]) {
+        match self.ram.ptr(gpa) {
+            Some(p) => p.read(out),
+            None => self.mmio_load(bus, gpa, out),
+        }
+    }
+
     /// Tells the trackers of a write to RAM that does not go through [`Self::store`].
     pub fn note_write(&mut self, gpa: u64, len: u32) {
         let tracker = self.ram.tracker();
@@ -253,9 +261,9 @@ impl Cpu {
         Ok(15)
     }
 
-    /// Linear addresses are 32 bits wide outside 64-bit mode.
+    /// Linear addresses are 32 bits wide outside long mode. (In compatibility mode the tables are above 4 GiB.)
     fn wrap(&self, linear: u64) -> u64 {
-        if self.mode() == CpuMode::Bits64 {
+        if self.long_mode() {
             linear
         } else {
             linear & 0xffff_ffff

@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use crate::{CpuidModel, arch_host, msr};
 use bitflags::bitflags;
 use doppel_memory::{GuestRam, PAGE_MASK, Paging, PagingMode, Privilege, Tlb};
 
@@ -234,6 +235,13 @@ pub struct Msrs {
     pub xss: u64,
     pub kvm_system_time: u64,
     pub kvm_wall_clock: u64,
+    pub mcg_status: u64,
+    pub microcode: u64,
+    pub hwcr: u64,
+    pub syscfg: u64,
+    pub northbridge_cfg: u64,
+    pub ls_cfg: u64,
+    pub decode_cfg: u64,
 }
 
 /// The x87, SSE, AVX and AVX-512 state in the standard (non-compacted) XSAVE format of the host processor.
@@ -356,6 +364,8 @@ pub struct Cpu {
     pub tsc_offset: u64,
     /// Guest TSC frequency in Hz (the host's).
     pub tsc_hz: u64,
+    /// Host TSC at the machine's start, where the paravirtual clock counts from: the same on all CPUs of a machine.
+    pub tsc_origin: u64,
     /// PDPTE registers of PAE paging, read by the last CR3 load.
     pub pdpte: [u64; 4],
     /// This CPU's number, its initial APIC ID.
@@ -368,14 +378,23 @@ pub struct Cpu {
     pub counters: Counters,
     /// Writes `(guest physical address, length)` to granules with translated code; a translator drains it.
     pub code_writes: Vec<(u64, u32)>,
+    /// What CPUID says.
+    pub cpuid: Arc<CpuidModel>,
     /// What was flushed since a translator last looked: it keeps linear addresses of code itself.
     pub flushed: Flushed,
     pub ram: Arc<GuestRam>,
 }
 
 impl Cpu {
-    /// The state after reset (Intel SDM vol. 3A, table 10-1), on the heap since it is large.
+    /// The state after reset of the only CPU of a machine, as [`Cpu::with_model`] with [`CpuidModel::host`].
     pub fn new(id: u32, ram: Arc<GuestRam>) -> Box<Self> {
+        Self::with_model(id, ram, Arc::new(CpuidModel::host(1)))
+    }
+
+    /// The state after reset (Intel SDM vol. 3A, table 10-1), on the heap since it is large. The TSC starts near 0;
+    /// CPUs of one machine take `tsc_origin` and `tsc_offset` from the first.
+    pub fn with_model(id: u32, ram: Arc<GuestRam>, cpuid: Arc<CpuidModel>) -> Box<Self> {
+        let origin = arch_host::tsc();
         let data = Segment {
             base: 0,
             limit: 0xffff,
@@ -422,15 +441,17 @@ impl Cpu {
                 misc_enable: 1,
                 ..Msrs::default()
             },
-            tsc_offset: 0,
-            tsc_hz: 0,
+            tsc_offset: origin.wrapping_neg(),
+            tsc_hz: cpuid.tsc_hz(),
+            tsc_origin: origin,
             pdpte: [0; 4],
             id,
             fpu: FpuArea::reset(),
             tlb: Default::default(),
-            physical_bits: 40,
+            physical_bits: cpuid.physical_bits(),
             counters: Counters::default(),
             code_writes: Vec::new(),
+            cpuid,
             flushed: Flushed::default(),
             ram,
         });
@@ -440,6 +461,8 @@ impl Cpu {
             attributes: 0x9b,
             selector: 0xf000,
         };
+        cpu.gpr[Gpr::Rdx as usize] = cpu.cpuid.signature().into();
+        msr::reset(&mut cpu);
         cpu
     }
 

@@ -1,6 +1,6 @@
 //! The state in which a boot protocol hands the boot CPU to the kernel.
 
-use doppel_memory::GuestRam;
+use doppel_memory::{GuestRam, HOLE_START};
 use doppel_x86::{Cpu, Cr0, Cr4, Dtr, Efer, Gpr, Rflags, Seg, Segment};
 
 use super::BootError;
@@ -54,6 +54,7 @@ impl Entry {
     /// Puts a CPU that was just reset into the state.
     pub fn apply(&self, cpu: &mut Cpu) {
         self.apply_segments(cpu);
+        cpu.set_firmware_mtrrs(HOLE_START);
         cpu.rflags = Rflags::ONE;
         cpu.gpr = [0; 16];
         match *self {

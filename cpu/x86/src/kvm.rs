@@ -1,0 +1,135 @@
+//! KVM's paravirtual interface, which unmodified Linux speaks: the clock and hypercalls
+//! (Linux Documentation/virt/kvm/x86/msr.rst and hypercalls.rst).
+//!
+//! The clock page says: at TSC `t` it was `s` nanoseconds after the machine's start, and the TSC ticks at this rate.
+//! Every CPU's page is made from the same line through (TSC, time), so that the clocks of all CPUs agree and the guest
+//! is told so (the "stable" flag).
+
+use crate::arch_host;
+use crate::{Bus, Cpu, CpuMode, Gpr};
+
+/// Bit 0 of the system-time MSR.
+const ENABLE: u64 = 1;
+const TSC_STABLE: u8 = 1;
+const NANOSECONDS: u64 = 1_000_000_000;
+
+const HC_VAPIC_POLL_IRQ: u64 = 1;
+/// KVM_ENOSYS and KVM_EPERM, negated.
+const ENOSYS: u64 = -1000i64 as u64;
+const EPERM: u64 = -1i64 as u64;
+
+/// How nanoseconds follow from ticks: shifted left by `shift` (right where negative), times `multiplier`, over 2^32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Scale {
+    pub multiplier: u32,
+    pub shift: i8,
+}
+
+impl Scale {
+    /// The most exact scale for a TSC frequency in Hz.
+    pub fn new(tsc_hz: u64) -> Self {
+        let mut hz = tsc_hz.max(1);
+        let mut shift = 0i8;
+        while hz > NANOSECONDS * 2 {
+            hz >>= 1;
+            shift -= 1;
+        }
+        while hz <= NANOSECONDS {
+            hz <<= 1;
+            shift += 1;
+        }
+        let shifted = if shift < 0 {
+            (u128::from(NANOSECONDS) << 32) << -shift
+        } else {
+            (u128::from(NANOSECONDS) << 32) >> shift
+        };
+        Scale {
+            multiplier: (shifted / u128::from(tsc_hz.max(1))) as u32,
+            shift,
+        }
+    }
+
+    /// As the guest computes it.
+    pub fn nanoseconds(self, ticks: u64) -> u64 {
+        let shifted = if self.shift < 0 {
+            ticks >> -self.shift
+        } else {
+            ticks << self.shift
+        };
+        ((u128::from(shifted) * u128::from(self.multiplier)) >> 32) as u64
+    }
+}
+
+impl Cpu {
+    /// Nanoseconds since the machine's start, as every CPU's clock page tells them, and the guest's TSC at that time.
+    fn kvm_time(&self) -> (u64, u64) {
+        let host = arch_host::tsc();
+        let since_start = host.wrapping_sub(self.tsc_origin);
+        let scale = Scale::new(self.tsc_hz);
+        (
+            scale.nanoseconds(since_start),
+            host.wrapping_add(self.tsc_offset),
+        )
+    }
+
+    /// Writes where there is RAM within one page: the guest's structures are aligned.
+    fn write_physical(&mut self, bus: &mut dyn Bus, gpa: u64, data: &[u8]) {
+        let fits = self.ram.ptr(gpa).is_some_and(|p| p.room() >= data.len());
+        if fits {
+            self.store_physical(bus, gpa, data);
+        }
+    }
+
+    /// WRMSR to the system-time MSR: fills the `pvclock_vcpu_time_info` that it points to.
+    pub(crate) fn write_kvm_system_time(&mut self, bus: &mut dyn Bus, v: u64) {
+        self.msr.kvm_system_time = v;
+        self.refresh_kvm_clock(bus);
+    }
+
+    /// Writes the clock page anew; needed after the guest moved its TSC.
+    pub(crate) fn refresh_kvm_clock(&mut self, bus: &mut dyn Bus) {
+        let msr = self.msr.kvm_system_time;
+        if msr & ENABLE == 0 {
+            return;
+        }
+        let gpa = msr & !3;
+        let old: u32 = self.ram.load(gpa).unwrap_or(0);
+        // Odd while it changes.
+        let version = (old | 1).wrapping_add(2);
+        let (time, tsc) = self.kvm_time();
+        let scale = Scale::new(self.tsc_hz);
+        let mut page = [0u8; 32];
+        page[0..4].copy_from_slice(&version.to_le_bytes());
+        page[8..16].copy_from_slice(&tsc.to_le_bytes());
+        page[16..24].copy_from_slice(&time.to_le_bytes());
+        page[24..28].copy_from_slice(&scale.multiplier.to_le_bytes());
+        page[28] = scale.shift as u8;
+        page[29] = TSC_STABLE;
+        self.write_physical(bus, gpa, &page);
+        self.write_physical(bus, gpa, &version.wrapping_add(1).to_le_bytes());
+    }
+
+    /// WRMSR to the wall-clock MSR: fills the `pvclock_wall_clock` that it points to with the time of the start.
+    pub(crate) fn write_kvm_wall_clock(&mut self, bus: &mut dyn Bus, v: u64) {
+        self.msr.kvm_wall_clock = v;
+        let version = self.ram.load::<u32>(v).unwrap_or(0) | 1;
+        let start = arch_host::wall_clock_nanoseconds().saturating_sub(self.kvm_time().0);
+        let mut page = [0u8; 12];
+        page[0..4].copy_from_slice(&version.wrapping_add(1).to_le_bytes());
+        page[4..8].copy_from_slice(&((start / NANOSECONDS) as u32).to_le_bytes());
+        page[8..12].copy_from_slice(&((start % NANOSECONDS) as u32).to_le_bytes());
+        self.write_physical(bus, v, &page);
+    }
+
+    /// VMCALL or VMMCALL: the number in RAX, the answer in RAX.
+    pub(crate) fn hypercall(&mut self) {
+        let wide = self.mode() == CpuMode::Bits64;
+        let mask = if wide { u64::MAX } else { 0xffff_ffff };
+        let answer = match self.reg(Gpr::Rax) & mask {
+            _ if self.cpl != 0 => EPERM,
+            HC_VAPIC_POLL_IRQ => 0,
+            _ => ENOSYS,
+        };
+        self.gpr[Gpr::Rax as usize] = answer & mask;
+    }
+}
