@@ -8,6 +8,7 @@
 //! lies inside the mapping of some [`GuestRam`], with the access that was asked for in bounds.
 
 mod access_unsafe;
+mod large;
 mod mapping_unsafe;
 mod ram;
 mod tlb;
@@ -15,6 +16,7 @@ mod track;
 mod walk;
 
 pub use access_unsafe::{HostPtr, Word};
+pub use large::LargePages;
 pub use ram::{GuestRam, HIGH_START, HOLE_START, RamError, VGA_HOLE};
 pub use tlb::{INVALID_TAG_XOR, TLB_ENTRIES, TLB_ENTRY_SHIFT, Tlb, TlbEntry};
 pub use track::{CodeGranules, PageTracker};

@@ -199,25 +199,34 @@ struct Walk<'a> {
     privilege: Privilege,
 }
 
+/// Why a walk ends early.
+enum Break {
+    Fault(PageFault),
+    /// Another processor changed an entry between our look at it and our accessed or dirty bit.
+    Raced,
+}
+
 impl Walk<'_> {
     fn run(&self) -> Result<Translation, PageFault> {
+        loop {
+            match self.attempt() {
+                Ok(t) => return Ok(t),
+                Err(Break::Fault(f)) => return Err(f),
+                Err(Break::Raced) => {}
+            }
+        }
+    }
+
+    fn attempt(&self) -> Result<Translation, Break> {
         match self.p.mode {
             PagingMode::Off => Ok(Translation {
-                gpa: self.linear & 0xffff_ffff,
+                gpa: self.linear,
                 page_shift: 12,
                 rights_user: true,
                 rights_write: true,
                 rights_execute: true,
                 global: false,
                 dirty: true,
-            })
-            .map(|t| Translation {
-                gpa: if self.linear >> 32 == 0 {
-                    t.gpa
-                } else {
-                    self.linear
-                },
-                ..t
             }),
             PagingMode::Bits32 { .. } => self.levels(&FORMAT_32, 2, self.p.root),
             PagingMode::Pae { pdpte } => {
@@ -231,7 +240,7 @@ impl Walk<'_> {
         }
     }
 
-    fn levels(&self, f: &Format, top: u32, root: u64) -> Result<Translation, PageFault> {
+    fn levels(&self, f: &Format, top: u32, root: u64) -> Result<Translation, Break> {
         let (mut table, mut rights, mut level) = (root, RW | US, top);
         loop {
             let shift = 12 + f.index_bits * (level - 1);
@@ -250,7 +259,7 @@ impl Walk<'_> {
             if leaf {
                 return self.leaf(f, at, entry, rights, shift);
             }
-            self.set_bits(f, at, entry, A);
+            self.set_bits(f, at, entry, A)?;
             table = if f.entry_size == 4 {
                 entry & 0xffff_f000
             } else {
@@ -267,7 +276,7 @@ impl Walk<'_> {
         entry: u64,
         rights: u64,
         shift: u32,
-    ) -> Result<Translation, PageFault> {
+    ) -> Result<Translation, Break> {
         let offset = (1u64 << shift) - 1;
         let base = match (f.entry_size, shift) {
             // PSE-36: bits 13 to 20 are physical address bits 32 to 39.
@@ -295,7 +304,7 @@ impl Walk<'_> {
             return Err(self.fault(PF_P));
         }
         let set = if kind == AccessKind::Write { A | D } else { A };
-        self.set_bits(f, at, entry, set);
+        self.set_bits(f, at, entry, set)?;
         t.dirty |= kind == AccessKind::Write;
         Ok(t)
     }
@@ -309,27 +318,23 @@ impl Walk<'_> {
         }
     }
 
-    fn set_bits(&self, f: &Format, at: u64, mut entry: u64, bits: u64) {
-        if self.kind.is_none() {
-            return;
+    /// Sets accessed and dirty bits where they are clear. The compare makes sure that they go into the entry that was
+    /// checked: a writable entry that became read-only must not turn dirty.
+    fn set_bits(&self, f: &Format, at: u64, entry: u64, bits: u64) -> Result<(), Break> {
+        if self.kind.is_none() || entry & bits == bits {
+            return Ok(());
         }
-        let Some(ptr) = self.ram.ptr(at) else { return };
-        while entry & bits != bits {
-            self.ram.tracker().mark_dirty(at);
-            let seen = if f.entry_size == 4 {
-                ptr.compare_exchange(entry as u32, (entry | bits) as u32)
-                    .map(u64::from)
-                    .map_err(u64::from)
-            } else {
-                ptr.compare_exchange(entry, entry | bits)
-            };
-            match seen {
-                Ok(_) => return,
-                // Another processor changed the entry: only its other bits matter while it stays present.
-                Err(now) if now & P != 0 => entry = now,
-                Err(_) => return,
-            }
-        }
+        let Some(ptr) = self.ram.ptr(at) else {
+            return Ok(());
+        };
+        self.ram.tracker().mark_dirty(at);
+        let unchanged = if f.entry_size == 4 {
+            ptr.compare_exchange(entry as u32, (entry | bits) as u32)
+                .is_ok()
+        } else {
+            ptr.compare_exchange(entry, entry | bits).is_ok()
+        };
+        if unchanged { Ok(()) } else { Err(Break::Raced) }
     }
 
     fn large_allowed(&self, f: &Format, level: u32) -> bool {
@@ -342,7 +347,11 @@ impl Walk<'_> {
     /// The bits that must be zero in an entry of this level.
     fn reserved(&self, f: &Format, level: u32, leaf: bool) -> u64 {
         if f.entry_size == 4 {
-            return if leaf && level == 2 { 1 << 21 } else { 0 };
+            return if leaf && level == 2 {
+                self.pse36_reserved()
+            } else {
+                0
+            };
         }
         let mut bits = !self.address_mask() & 0x000f_ffff_ffff_f000;
         if !self.p.no_execute {
@@ -360,11 +369,17 @@ impl Walk<'_> {
         bits
     }
 
+    /// Bits 13 to 20 of a 4 MiB entry hold physical address bits 32 to 39, as far as there are so many; bit 21 is 0.
+    fn pse36_reserved(&self) -> u64 {
+        let high_bits = self.p.physical_bits.clamp(32, 40) - 32;
+        0x3f_e000 & !(((1 << high_bits) - 1) << 13)
+    }
+
     fn address_mask(&self) -> u64 {
         ((1u64 << self.p.physical_bits) - 1) & !PAGE_MASK & 0x000f_ffff_ffff_f000
     }
 
-    fn fault(&self, bits: u32) -> PageFault {
+    fn fault(&self, bits: u32) -> Break {
         let mut error_code = bits;
         if self.kind == Some(AccessKind::Write) {
             error_code |= PF_W;
@@ -378,6 +393,10 @@ impl Walk<'_> {
         {
             error_code |= PF_ID;
         }
-        PageFault { error_code }
+        Break::Fault(PageFault { error_code })
     }
 }
+
+#[cfg(test)]
+#[path = "walk_tests.rs"]
+mod tests;
