@@ -304,7 +304,7 @@ impl I8254 {
     }
 
     fn read_port_61(&self, tick: u64, now: Nanos) -> u8 {
-        let refresh = now / REFRESH_NANOS & 1 != 0;
+        let refresh = (now / REFRESH_NANOS) & 1 != 0;
         let out = self.channels[2].out(tick);
         self.port_61 | if refresh { REFRESH } else { 0 } | if out { OUT_2 } else { 0 }
     }

@@ -3,19 +3,28 @@
 //! Each is a [`doppel_device::Chip`] (or, where several vCPUs meet, a state machine with an adapter beside it) and
 //! knows nothing of the others: the machine connects them by buses, pins and messages.
 
+mod acpi_pm;
 mod apic_bus;
 mod apic_timer;
+mod debug_exit;
+mod i8042;
 mod i8254;
 mod i8259;
 mod io_apic;
 mod local_apic;
 mod message;
+mod pci_host;
+mod port92;
+mod reset_control;
 #[cfg(test)]
 mod torture;
 mod uart16550;
 mod vector_set;
 
+pub use acpi_pm::{AcpiPm, AcpiPmConfig, PM_TIMER_HZ};
 pub use apic_bus::{ApicBus, CpuApic, Kick};
+pub use debug_exit::DebugExit;
+pub use i8042::I8042;
 pub use i8254::{I8254, PIT_HZ};
 pub use i8259::I8259;
 pub use io_apic::{IO_APIC_BASE, IO_APIC_PINS, IoApic};
@@ -23,4 +32,6 @@ pub use local_apic::{
     Acknowledged, Effect, LOCAL_APIC_BASE, LocalApic, LocalApicConfig, Requests, Start,
 };
 pub use message::{DeliveryMode, Destination, InterruptMessage};
+pub use pci_host::{Ecam, HostBridge, PciBus, PciConfigPorts, PciSlotTaken};
+pub use port92::Port92;
 pub use uart16550::Uart16550;

@@ -63,3 +63,19 @@ pub(crate) fn every_register_takes_everything<C: Chip>(
         chip.outputs();
     }
 }
+
+/// Collects what is asked of the machine.
+#[derive(Default)]
+pub(crate) struct Requests(std::sync::Mutex<Vec<doppel_device::PowerRequest>>);
+
+impl Requests {
+    pub(crate) fn take(&self) -> Vec<doppel_device::PowerRequest> {
+        std::mem::take(&mut self.0.lock().unwrap())
+    }
+}
+
+impl doppel_device::PowerControl for Requests {
+    fn request(&self, request: doppel_device::PowerRequest) {
+        self.0.lock().unwrap().push(request);
+    }
+}
