@@ -8,7 +8,7 @@ use doppel_cli::guest::{self, Guest};
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -128,6 +128,45 @@ fn collect(mut from: impl Read + Send + 'static) -> JoinHandle<String> {
     })
 }
 
+/// A command that runs on while the test looks at its output; it is killed in the end.
+pub struct Running {
+    pub child: Child,
+    console: ChildStdout,
+    shown: Vec<u8>,
+}
+
+impl Running {
+    pub fn start(command: &mut Command) -> Running {
+        let command = command.stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let console = child.stdout.take().unwrap();
+        Running {
+            child,
+            console,
+            shown: Vec::new(),
+        }
+    }
+
+    /// Reads the output until it has `text` so many times.
+    #[track_caller]
+    pub fn until(&mut self, text: &str, times: usize) {
+        let mut buffer = [0; 256];
+        let shown = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        while shown(&self.shown).matches(text).count() < times {
+            let n = self.console.read(&mut buffer).unwrap();
+            assert!(n > 0, "it ended without {text:?}:\n{}", shown(&self.shown));
+            self.shown.extend(&buffer[..n]);
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 /// A guest to boot: a Debian kernel, the default guest's initramfs and what a test adds to it.
 pub struct Boot {
     guest: Guest,
@@ -206,10 +245,16 @@ impl Boot {
         (self.guest.kernel, path, self.scratch)
     }
 
-    /// Runs it in Doppel.
+    /// Runs it in Doppel, with a debug-exit port.
     pub fn doppel(self, engine: &str, limit: Duration) -> Finished {
+        let (mut command, _scratch) = self.flag("--debug-exit").command(engine);
+        run(&mut command, limit)
+    }
+
+    /// The command that runs it in Doppel; its files last as long as the scratch directory.
+    pub fn command(self, engine: &str) -> (Command, Scratch) {
         let mut command = Command::new(DOPPEL);
-        command.args(["run", "--debug-exit", "--engine", engine]);
+        command.args(["run", "--engine", engine]);
         command.args(["--memory", self.memory]).args(&self.flags);
         command.args(["--cmdline", &self.cmdline]);
         let (kernel, initrd, _scratch) = self.prepare();

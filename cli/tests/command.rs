@@ -1,0 +1,187 @@
+//! What the user of `doppel run` is promised: exit statuses and errors that say what to do.
+
+mod support;
+
+use std::fs;
+use std::process::Command;
+use std::time::Duration;
+use support::{Boot, CLOUD, DOPPEL, Finished, Running, Scratch, debian, run};
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+fn doppel(arguments: &[&str]) -> Finished {
+    run(Command::new(DOPPEL).args(arguments), MINUTE)
+}
+
+#[test]
+fn usage_errors_end_with_status_1_and_say_what_to_write() {
+    doppel(&["run", "--memory", "lots"]).expect(1).says("512M");
+    doppel(&["run", "--serial", "tcp"])
+        .expect(1)
+        .says("file=PATH");
+    doppel(&["run", "--engine", "magic"])
+        .expect(1)
+        .says("translate");
+    doppel(&["run", "--no-such-flag"]).expect(1).says("--help");
+    doppel(&[]).expect(1).says("Usage");
+    doppel(&["run", "--help"]).expect(0).says("--debug-exit");
+}
+
+#[test]
+fn a_missing_file_is_named() {
+    doppel(&["run", "--kernel", "/no/kernel"])
+        .expect(1)
+        .says("/no/kernel");
+    let arguments = ["run", "--kernel", DOPPEL, "--initrd", "/no/initrd"];
+    doppel(&arguments).expect(1).says("/no/initrd");
+    doppel(&["run", "--kernel", "/"])
+        .expect(1)
+        .says("no regular file");
+    let arguments = ["run", "--kernel", DOPPEL, "--stats", "/no/stats"];
+    doppel(&arguments).expect(1).says("/no/stats");
+    let arguments = ["run", "--kernel", DOPPEL, "--serial", "file=/no/serial"];
+    doppel(&arguments).expect(1).says("/no/serial");
+}
+
+#[test]
+fn an_engine_that_cannot_be_had_is_refused_with_a_reason() {
+    for engine in ["direct", "kvm"] {
+        let arguments = ["run", "--kernel", DOPPEL, "--engine", engine];
+        doppel(&arguments).expect(1).says("cannot be used: ");
+    }
+}
+
+#[test]
+fn several_processors_are_refused() {
+    doppel(&["run", "--kernel", DOPPEL, "--cpus", "2"])
+        .expect(1)
+        .says("runs 1");
+}
+
+#[test]
+fn a_damaged_kernel_is_an_error_of_the_host() {
+    let scratch = Scratch::new();
+    let kernel = fs::read(debian(CLOUD).kernel).unwrap();
+    let damaged = [
+        &b"no kernel at all"[..],
+        &[0; 4096],
+        &kernel[..1000],
+        &kernel[..kernel.len() / 2],
+        &[],
+    ];
+    for (number, bytes) in damaged.iter().enumerate() {
+        let path = scratch.path(&number.to_string());
+        fs::write(&path, bytes).unwrap();
+        let finished = doppel(&["run", "--kernel", path.to_str().unwrap()]).expect(1);
+        assert!(!finished.stderr.contains("panicked"), "{finished:?}");
+    }
+}
+
+#[test]
+fn an_initrd_larger_than_memory_is_an_error_of_the_host() {
+    let boot = Boot::script(CLOUD, "true").file("big", 0o644, &vec![0; 100 << 20]);
+    boot.memory("64M").doppel("auto", MINUTE).expect(1);
+}
+
+#[test]
+fn without_apt_the_default_guest_is_an_error_that_names_kernel() {
+    let scratch = Scratch::new();
+    let mut command = Command::new(DOPPEL);
+    command
+        .arg("run")
+        .env("PATH", "/nonexistent")
+        .env("XDG_CACHE_HOME", scratch.path("cache"));
+    run(&mut command, MINUTE)
+        .expect(1)
+        .says("--kernel")
+        .says("Debian");
+}
+
+#[test]
+fn poweroff_ends_with_status_0() {
+    Boot::script(CLOUD, "poweroff -f")
+        .doppel("auto", MINUTE)
+        .expect(0)
+        .says("doppel: engine: ");
+}
+
+#[test]
+fn reboot_ends_with_status_0_where_none_is_wanted() {
+    let boot = Boot::script(CLOUD, "reboot -f").flag("--no-reboot");
+    boot.doppel("auto", MINUTE).expect(0).says("reboot");
+}
+
+#[test]
+fn a_reboot_starts_the_machine_again() {
+    let (mut command, _scratch) = Boot::script(CLOUD, "reboot -f").command("auto");
+    Running::start(&mut command).until("Linux version", 3);
+}
+
+#[test]
+fn a_panic_ends_with_status_2_and_the_registers() {
+    let boot = Boot::script(CLOUD, "echo c > /proc/sysrq-trigger");
+    boot.doppel("auto", MINUTE)
+        .expect(2)
+        .says("kernel panic")
+        .says("rip ");
+}
+
+#[test]
+fn a_kernel_without_a_root_ends_with_status_2() {
+    let kernel = debian(CLOUD).kernel;
+    let arguments = ["run", "--kernel", kernel.to_str().unwrap()];
+    doppel(&arguments).expect(2).says("Unable to mount root fs");
+}
+
+#[test]
+fn a_triple_fault_ends_with_status_2_and_the_last_instructions() {
+    let boot = Boot::script(CLOUD, "reboot -f").cmdline("reboot=t");
+    boot.doppel("auto", MINUTE)
+        .expect(2)
+        .says("triple fault")
+        .says("rip ");
+}
+
+#[test]
+fn the_debug_exit_port_gives_its_value_and_is_not_there_unless_asked_for() {
+    let boot = || Boot::script(CLOUD, "debug-exit 5; poweroff -f");
+    boot().doppel("auto", MINUTE).expect(11);
+    let (mut command, _scratch) = boot().command("auto");
+    run(&mut command, MINUTE).expect(0);
+}
+
+#[test]
+fn statistics_are_written() {
+    let scratch = Scratch::new();
+    let path = scratch.path("stats.json");
+    let boot = Boot::script(CLOUD, "true").flag(&format!("--stats {}", path.display()));
+    boot.doppel("auto", MINUTE).expect(support::PASSED);
+    let stats: serde_json::Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+    assert!(
+        stats["exits"]["port_write"].as_u64().unwrap() > 1000,
+        "{stats}"
+    );
+    assert!(stats["seconds"]["guest"].as_f64().unwrap() > 0.0, "{stats}");
+    assert!(
+        !stats["counters"].as_object().unwrap().is_empty(),
+        "{stats}"
+    );
+}
+
+#[test]
+fn the_serial_port_can_lead_to_a_file() {
+    let scratch = Scratch::new();
+    let path = scratch.path("console");
+    let kernel = debian(CLOUD).kernel;
+    let serial = format!("file={}", path.display());
+    let arguments = [
+        "run",
+        "--serial",
+        &serial,
+        "--kernel",
+        kernel.to_str().unwrap(),
+    ];
+    let finished = doppel(&arguments).expect(2);
+    assert!(finished.console.is_empty());
+    assert!(fs::read_to_string(path).unwrap().contains("Linux version"));
+}

@@ -1,0 +1,33 @@
+//! An idle guest costs nothing.
+
+mod support;
+
+use std::fs;
+use std::process::Command;
+use std::time::Duration;
+use support::{CLOUD, DOPPEL, Running, debian};
+
+/// Clock ticks (10 ms) of processor time that a process has used (proc(5), fields 14 and 15).
+fn ticks(process: u32) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
+    let fields: Vec<&str> = stat.rsplit(") ").next().unwrap().split(' ').collect();
+    fields[11..=12]
+        .iter()
+        .map(|n| n.parse::<u64>().unwrap())
+        .sum()
+}
+
+#[test]
+fn at_the_shell_prompt_no_host_processor_is_used() {
+    let guest = debian(CLOUD);
+    let mut command = Command::new(DOPPEL);
+    command.args(["run", "--kernel"]).arg(guest.kernel);
+    command.arg("--initrd").arg(guest.initrd);
+    let mut doppel = Running::start(&mut command);
+    doppel.until("~#", 1);
+    std::thread::sleep(Duration::from_secs(3));
+    let before = ticks(doppel.child.id());
+    std::thread::sleep(Duration::from_secs(5));
+    let used = ticks(doppel.child.id()) - before;
+    assert!(used <= 10, "{used} ticks of 10 ms in 5 s");
+}
