@@ -257,13 +257,13 @@ impl Boot {
         command.args(["run", "--engine", engine]);
         command.args(["--memory", self.memory]).args(&self.flags);
         command.args(["--cmdline", &self.cmdline]);
-        let (kernel, initrd, _scratch) = self.prepare();
+        let (kernel, initrd, scratch) = self.prepare();
         command
             .arg("--kernel")
             .arg(kernel)
             .arg("--initrd")
             .arg(initrd);
-        run(&mut command, limit)
+        (command, scratch)
     }
 
     /// Runs it in QEMU's TCG; `None`, said aloud, where there is no QEMU.
