@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::thread::{self, Scope, ScopedJoinHandle};
 
 use doppel_memory::GuestRam;
-use doppel_x86::{Cpu, Engine};
+use doppel_x86::{Activity, Cpu, CpuidModel, Engine};
 
 use crate::boot::{self, BootSource, Entry};
 use crate::config::MachineConfig;
@@ -39,19 +39,21 @@ impl Instance {
     pub fn new(
         config: &MachineConfig,
         engine: EngineKind,
+        model: &Arc<CpuidModel>,
         control: &Arc<Control>,
-        serial: &Arc<SerialLink>,
+        serial: &SerialLink,
     ) -> Result<Self, MachineError> {
         let ram = Arc::new(GuestRam::new(config.memory)?);
         let entry = load(config, &ram)?;
-        let engines = (0..config.cpus)
-            .map(|id| new_engine(engine, new_cpu(id, &ram, &entry)))
+        let engines = new_cpus(config.cpus, &ram, model, &entry)
+            .into_iter()
+            .map(|cpu| new_engine(config, engine, cpu))
             .collect::<Result<Vec<_>, _>>()?;
         let sleepers = Sleepers::new(config.cpus);
         let doorbells: Vec<_> = engines.iter().map(|e| Doorbell::new(e.kicker())).collect();
         let pc = Pc::new(PcParts {
             config,
-            tsc_hz: engines.first().map_or(0, |e| e.cpu().tsc_hz),
+            tsc_hz: model.tsc_hz(),
             doorbells: &doorbells,
             control,
             serial,
@@ -108,15 +110,30 @@ fn load(config: &MachineConfig, ram: &GuestRam) -> Result<Entry, MachineError> {
     Ok(boot::load(ram, &source, rsdp)?)
 }
 
-fn new_cpu(id: u32, ram: &Arc<GuestRam>, entry: &Entry) -> Box<Cpu> {
-    let mut cpu = Cpu::new(id, ram.clone());
-    if id == 0 {
-        entry.apply(&mut cpu);
+/// The CPUs after reset, the first as the boot protocol wants it, with their TSCs in step.
+fn new_cpus(
+    count: u32,
+    ram: &Arc<GuestRam>,
+    model: &Arc<CpuidModel>,
+    entry: &Entry,
+) -> Vec<Box<Cpu>> {
+    let mut first = Cpu::with_model(0, ram.clone(), model.clone());
+    entry.apply(&mut first);
+    let mut cpus = vec![first];
+    for id in 1..count {
+        let mut cpu = Cpu::with_model(id, ram.clone(), model.clone());
+        cpu.activity = Activity::WaitForSipi;
+        (cpu.tsc_origin, cpu.tsc_offset) = (cpus[0].tsc_origin, cpus[0].tsc_offset);
+        cpus.push(cpu);
     }
-    cpu
+    cpus
 }
 
-fn new_engine(kind: EngineKind, _cpu: Box<Cpu>) -> Result<Box<dyn Engine>, EngineError> {
+fn new_engine(
+    _config: &MachineConfig,
+    kind: EngineKind,
+    _cpu: Box<Cpu>,
+) -> Result<Box<dyn Engine>, EngineError> {
     let engine = match kind {
         EngineKind::Interpret => "interpret",
         EngineKind::Translate => "translate",

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use doppel_device::{Backed, PowerRequest};
+use doppel_x86::CpuidModel;
 
 use crate::boot::BootError;
 use crate::config::MachineConfig;
@@ -64,6 +65,7 @@ pub enum Ending {
 pub struct Machine {
     config: MachineConfig,
     selection: Selection,
+    model: Arc<CpuidModel>,
     control: Arc<Control>,
     serial: Arc<SerialLink>,
     first: Option<Instance>,
@@ -80,7 +82,8 @@ impl Machine {
         let selection = engine::select(config.engine, &Host::probe())?;
         let control = Arc::new(Control::default());
         let serial = Arc::new(SerialLink::default());
-        let first = Instance::new(&config, selection.engine, &control, &serial)?;
+        let model = Arc::new(CpuidModel::host(config.cpus));
+        let first = Instance::new(&config, selection.engine, &model, &control, &serial)?;
         let stats = Stats {
             engine: selection.engine.to_string(),
             engine_reason: selection.reason.clone(),
@@ -91,6 +94,7 @@ impl Machine {
         Ok(Machine {
             config,
             selection,
+            model,
             control,
             serial,
             first: Some(first),
@@ -142,7 +146,8 @@ impl Machine {
 
     fn instance(&self) -> Result<Instance, MachineError> {
         let engine = self.selection.engine;
-        Instance::new(&self.config, engine, &self.control, &self.serial)
+        let (control, serial) = (&self.control, &self.serial);
+        Instance::new(&self.config, engine, &self.model, control, serial)
     }
 
     /// Runs one boot to its end; `None` where the machine is to start again.

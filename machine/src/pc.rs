@@ -6,6 +6,7 @@ use doppel_device::{
     Backed, Bus, BusDevice, BusError, HostClock, InterruptInput, Line, Pin, Region, Timers, Wired,
 };
 use doppel_pc::{ApicBus, CpuApic, I8254, I8259, IoApic, Kick, LocalApicConfig, Uart16550};
+use doppel_x86::APIC_BUS_HZ;
 
 use crate::config::MachineConfig;
 use crate::control::Control;
@@ -15,9 +16,6 @@ use crate::machine::MachineError;
 use crate::panic_watch::PanicWatch;
 use crate::serial::SerialLink;
 use crate::vcpu::Sleepers;
-
-/// Frequency of the local APIC timer's clock.
-const APIC_BUS_HZ: u64 = 1_000_000_000;
 
 /// What the chips are wired to.
 pub struct PcParts<'a> {
