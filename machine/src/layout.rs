@@ -32,6 +32,8 @@ pub const PM1_EVENT: u16 = PM_BASE;
 pub const PM1_CONTROL: u16 = PM_BASE + 4;
 /// ACPI PM timer.
 pub const PM_TIMER: u16 = PM_BASE + 8;
+/// General-purpose events 0 to 15: status and enable.
+pub const GPE0: u16 = PM_BASE + 12;
 /// SLP_TYP of soft off.
 pub const SLEEP_TYPE_S5: u8 = 5;
 /// SMI command port, and what turns ACPI mode on and off there.

@@ -36,6 +36,9 @@ pub enum MachineError {
     /// The wiring is wrong.
     #[error("two devices at one address: {0}")]
     Bus(#[from] doppel_device::BusError),
+    /// So is the PCI bus.
+    #[error(transparent)]
+    Pci(#[from] doppel_pc::PciSlotTaken),
     /// The host refused something.
     #[error("{0}: {1}")]
     Host(&'static str, std::io::Error),

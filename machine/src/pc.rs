@@ -5,7 +5,10 @@ use std::sync::{Arc, Weak};
 use doppel_device::{
     Backed, Bus, BusDevice, BusError, HostClock, InterruptInput, Line, Pin, Region, Timers, Wired,
 };
-use doppel_pc::{ApicBus, CpuApic, I8254, I8259, IoApic, Kick, LocalApicConfig, Uart16550};
+use doppel_pc::{
+    AcpiPm, AcpiPmConfig, ApicBus, CpuApic, DebugExit, Ecam, HostBridge, I8042, I8254, I8259,
+    IoApic, Kick, LocalApicConfig, PciBus, PciConfigPorts, Port92, Uart16550,
+};
 use doppel_x86::APIC_BUS_HZ;
 
 use crate::config::MachineConfig;
@@ -16,6 +19,9 @@ use crate::machine::MachineError;
 use crate::panic_watch::PanicWatch;
 use crate::serial::SerialLink;
 use crate::vcpu::Sleepers;
+
+const KEYBOARD_IRQ: u8 = 1;
+const DEBUG_EXIT: u16 = 0xf4;
 
 /// What the chips are wired to.
 pub struct PcParts<'a> {
@@ -72,6 +78,8 @@ impl Pc {
         pc.attach_interrupt_controllers()?;
         pc.attach_timers()?;
         pc.attach_serial(&parts)?;
+        pc.attach_power(&parts)?;
+        pc.attach_pci(&parts)?;
         Ok(pc)
     }
 
@@ -119,6 +127,43 @@ impl Pc {
         let weak: Weak<dyn Backed> = Arc::downgrade(&uart) as _;
         parts.serial.connect(weak);
         self.at_ports(&[(layout::COM1, 8, 0)], &uart)
+    }
+
+    /// Everything that switches the machine off or resets it.
+    fn attach_power(&self, parts: &PcParts) -> Result<(), MachineError> {
+        let control = parts.control;
+        let pm = AcpiPmConfig {
+            sleep_type_s5: layout::SLEEP_TYPE_S5,
+            acpi_enable: layout::SMI_ACPI_ENABLE,
+            acpi_disable: layout::SMI_ACPI_DISABLE,
+        };
+        let pm = AcpiPm::new(pm, control.clone());
+        let pm = Wired::new(pm, vec![self.isa_pin(layout::SCI)], &self.timers);
+        let blocks = [
+            (layout::PM_BASE, layout::PM_LEN.into(), 0),
+            (layout::SMI_COMMAND, 2, 16),
+        ];
+        self.at_ports(&blocks, &pm)?;
+        let i8042 = I8042::new(control.clone());
+        let i8042 = Wired::new(i8042, vec![self.isa_pin(KEYBOARD_IRQ)], &self.timers);
+        self.at_ports(&[(0x60, 1, 0), (0x64, 1, 1)], &i8042)?;
+        let port92 = Wired::new(Port92::new(control.clone()), vec![], &self.timers);
+        self.at_ports(&[(0x92, 1, 0)], &port92)?;
+        if parts.config.debug_exit {
+            let exit = Wired::new(DebugExit::new(control.clone()), vec![], &self.timers);
+            self.at_ports(&[(DEBUG_EXIT, 4, 0)], &exit)?;
+        }
+        Ok(())
+    }
+
+    fn attach_pci(&self, parts: &PcParts) -> Result<(), MachineError> {
+        let bus = PciBus::new();
+        bus.insert(0, 0, HostBridge::new())?;
+        let ports = PciConfigPorts::new(bus.clone(), parts.control.clone());
+        self.at_ports(&[(0xcf8, 8, 0)], &ports)?;
+        let ecam = layout::ECAM;
+        let window = Region::new(ecam.start, ecam.end - ecam.start);
+        Ok(self.memory.attach(window, Ecam::new(bus))?)
     }
 }
 

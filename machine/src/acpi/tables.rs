@@ -42,6 +42,8 @@ pub fn fadt(facs: u32, dsdt: u32) -> FADT {
     t.pm1_cnt_len = 2;
     t.pm_tmr_blk = u32::from(layout::PM_TIMER).into();
     t.pm_tmr_len = 4;
+    t.gpe0_blk = u32::from(layout::GPE0).into();
+    t.gpe0_blk_len = 4;
     t.p_lvl2_lat = NO_C2.into();
     t.p_lvl3_lat = NO_C3.into();
     t.century = layout::RTC_CENTURY;
