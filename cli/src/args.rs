@@ -6,6 +6,13 @@ use doppel_machine::EngineChoice;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+const EXIT_STATUS: &str = "\
+Exit status:
+  0  the guest powered off or halted, or was left by the escape key (Ctrl-A x)
+  1  an error of the host or of usage, or a signal ended the machine
+  2  the guest died: triple fault, kernel panic
+  (v << 1) | 1  the guest wrote v to the debug-exit port";
+
 /// Runs unmodified operating systems in virtual machines, with or without hardware virtualization.
 #[derive(Debug, Parser)]
 #[command(name = "doppel", version, arg_required_else_help = true)]
@@ -17,6 +24,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Run a virtual machine in this process until it ends.
+    #[command(after_help = EXIT_STATUS)]
     Run(Run),
     /// Assemble the default guest, or one of another Debian kernel, and print its files.
     Guest(Guest),
@@ -25,10 +33,7 @@ pub enum Command {
     Watchdog,
 }
 
-/// Exit status: 0 after the guest powered off (or was left by the escape key), 1 for an error of the host or of
-/// usage, 2 where the guest died, (v << 1) | 1 after a write of v to the debug-exit port.
 #[derive(Debug, Args)]
-#[command(verbatim_doc_comment)]
 pub struct Run {
     /// What executes the guest's instructions: interpret, translate, direct, kvm, or auto, the fastest that works here.
     #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = str::parse::<EngineChoice>)]

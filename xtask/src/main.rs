@@ -1,5 +1,6 @@
-//! The project's own tasks: `cargo xtask tidy`, `cargo xtask test`, `cargo xtask fuzz`.
+//! The project's own tasks: `tidy`, `test`, `boots`, `fuzz`; `cargo xtask --help` says what each does.
 
+mod boots;
 mod source;
 mod tidy;
 
@@ -21,6 +22,8 @@ enum Task {
     Tidy,
     /// Do all that CI does: format, lints, tidy, every test.
     Test,
+    /// Boot the default guest again and again; tell how long it takes.
+    Boots(boots::Boots),
     /// Run a long differential campaign; the arguments go to the fuzz crate (try --help).
     #[command(disable_help_flag = true)]
     Fuzz {
@@ -33,6 +36,10 @@ fn main() -> Result<()> {
     match Cli::parse().task {
         Task::Tidy => tidy(),
         Task::Test => test(),
+        Task::Boots(args) => {
+            cargo("build", &["--release", "--package", "doppel"])?;
+            boots::boots(&root()?, &args)
+        }
         Task::Fuzz { arguments } => fuzz(&arguments),
     }
 }
