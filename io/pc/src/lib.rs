@@ -6,12 +6,14 @@
 mod acpi_pm;
 mod apic_bus;
 mod apic_timer;
+mod calendar;
 mod debug_exit;
 mod i8042;
 mod i8254;
 mod i8259;
 mod io_apic;
 mod local_apic;
+mod mc146818;
 mod message;
 mod pci_host;
 mod port92;
@@ -31,6 +33,7 @@ pub use io_apic::{IO_APIC_BASE, IO_APIC_PINS, IoApic};
 pub use local_apic::{
     Acknowledged, Effect, LOCAL_APIC_BASE, LocalApic, LocalApicConfig, Requests, Start,
 };
+pub use mc146818::{Mc146818, RTC_CENTURY};
 pub use message::{DeliveryMode, Destination, InterruptMessage};
 pub use pci_host::{Ecam, HostBridge, PciBus, PciConfigPorts, PciSlotTaken};
 pub use port92::Port92;
