@@ -176,12 +176,10 @@ impl Row {
 
 fn summary(values: &mut [f64]) -> String {
     values.sort_by(f64::total_cmp);
+    let median = values.get(values.len() / 2).copied().unwrap_or_default();
     match values {
         [] => "none".to_owned(),
-        [least, .., most] => format!(
-            "median {:.2}, from {least:.2} to {most:.2}",
-            values[values.len() / 2]
-        ),
+        [least, .., most] => format!("median {median:.2}, from {least:.2} to {most:.2}"),
         [only] => format!("{only:.2}"),
     }
 }
