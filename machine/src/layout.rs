@@ -55,8 +55,6 @@ pub const COM1_IRQ: u8 = 4;
 pub const RTC: u16 = 0x70;
 /// Its ISA interrupt.
 pub const RTC_IRQ: u8 = 8;
-/// CMOS register of the century.
-pub const RTC_CENTURY: u8 = 0x32;
 /// System control interrupt of ACPI: level triggered, active high.
 pub const SCI: u8 = 9;
 /// I/O APIC input of the 8254, whose ISA interrupt is 0.

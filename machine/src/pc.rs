@@ -5,9 +5,10 @@ use std::sync::{Arc, Weak};
 use doppel_device::{
     Backed, Bus, BusDevice, BusError, HostClock, InterruptInput, Line, Pin, Region, Timers, Wired,
 };
+use doppel_memory::HOLE_START;
 use doppel_pc::{
     AcpiPm, AcpiPmConfig, ApicBus, CpuApic, DebugExit, Ecam, HostBridge, I8042, I8254, I8259,
-    IoApic, Kick, LocalApicConfig, PciBus, PciConfigPorts, Port92, Uart16550,
+    IoApic, Kick, LocalApicConfig, Mc146818, PciBus, PciConfigPorts, Port92, Uart16550,
 };
 use doppel_x86::APIC_BUS_HZ;
 
@@ -76,7 +77,7 @@ impl Pc {
             timers,
         };
         pc.attach_interrupt_controllers()?;
-        pc.attach_timers()?;
+        pc.attach_timers(&parts)?;
         pc.attach_serial(&parts)?;
         pc.attach_power(&parts)?;
         pc.attach_pci(&parts)?;
@@ -114,9 +115,13 @@ impl Pc {
         self.memory.attach(window, self.apics.clone())
     }
 
-    fn attach_timers(&self) -> Result<(), BusError> {
+    fn attach_timers(&self, parts: &PcParts) -> Result<(), BusError> {
         let pit = Wired::new(I8254::new(), vec![self.isa_pin(0)], &self.timers);
-        self.at_ports(&[(0x40, 4, 0), (0x61, 1, 4)], &pit)
+        self.at_ports(&[(0x40, 4, 0), (0x61, 1, 4)], &pit)?;
+        let low = parts.config.memory.min(HOLE_START);
+        let rtc = Mc146818::new(self.timers.clock().wall(), low, parts.config.memory - low);
+        let rtc = Wired::new(rtc, vec![self.isa_pin(layout::RTC_IRQ)], &self.timers);
+        self.at_ports(&[(layout::RTC, 2, 0)], &rtc)
     }
 
     fn attach_serial(&self, parts: &PcParts) -> Result<(), BusError> {

@@ -46,7 +46,7 @@ pub fn fadt(facs: u32, dsdt: u32) -> FADT {
     t.gpe0_blk_len = 4;
     t.p_lvl2_lat = NO_C2.into();
     t.p_lvl3_lat = NO_C3.into();
-    t.century = layout::RTC_CENTURY;
+    t.century = doppel_pc::RTC_CENTURY;
     t.iapc_boot_arch = (LEGACY_DEVICES | VGA_NOT_PRESENT).into();
     t.reset_reg = GAS::new(
         AddressSpace::SystemIo,
