@@ -116,9 +116,7 @@ impl HostPtr {
         assert!(p.addr().is_multiple_of(16));
         // SAFETY: bounds by `check`, alignment asserted; cmpxchg16b is part of every processor
         // that Doppel's engines accept (checked at start).
-        let seen = unsafe {
-            core::arch::x86_64::cmpxchg16b(p.cast(), old, new, Ordering::SeqCst, Ordering::SeqCst)
-        };
+        let seen = unsafe { compare_exchange_16(p.cast(), old, new) };
         if seen == old { Ok(seen) } else { Err(seen) }
     }
 
@@ -135,6 +133,30 @@ impl HostPtr {
         // SAFETY: as for `read`, the other way.
         unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), p, data.len()) }
     }
+}
+
+/// `lock cmpxchg16b`, written out: the intrinsic becomes a library call wherever it is inlined into code that
+/// is compiled for processors without the instruction.
+///
+/// # Safety
+/// `p` must be aligned to 16 bytes and valid for atomic access; the processor must have the instruction.
+unsafe fn compare_exchange_16(p: *mut u128, old: u128, new: u128) -> u128 {
+    let (mut low, mut high) = (old as u64, (old >> 64) as u64);
+    // SAFETY: the access is as our caller promises; RBX, which the compiler keeps, is put back.
+    unsafe {
+        core::arch::asm!(
+            "xchg rbx, rsi",
+            "lock cmpxchg16b [rdi]",
+            "mov rbx, rsi",
+            in("rdi") p,
+            inout("rsi") new as u64 => _,
+            in("rcx") (new >> 64) as u64,
+            inout("rax") low,
+            inout("rdx") high,
+            options(nostack),
+        );
+    }
+    u128::from(high) << 64 | u128::from(low)
 }
 
 #[derive(Clone, Copy)]

@@ -13,8 +13,7 @@ pub mod event;
 pub mod exception;
 mod fault;
 mod flags;
-#[allow(dead_code)]
-mod interpret;
+pub mod interpret;
 mod iret;
 mod kvm;
 mod mmu;
@@ -26,7 +25,6 @@ mod segment;
 mod stack;
 mod state;
 mod syscall;
-#[allow(dead_code)]
 mod system;
 mod table;
 mod task;

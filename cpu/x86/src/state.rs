@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use crate::interpret::{CodeCache, HostUnit};
 use crate::{CpuidModel, arch_host, msr};
 use bitflags::bitflags;
 use doppel_memory::{GuestRam, PAGE_MASK, Paging, PagingMode, Privilege, Tlb};
@@ -373,6 +374,10 @@ pub struct Cpu {
     pub fpu: FpuArea,
     /// Indexed by [`Privilege`].
     pub tlb: [Tlb; 3],
+    /// What the interpreter remembers of the code.
+    pub(crate) code: CodeCache,
+    /// The host's processor, as the unit that executes SIMD and x87 instructions.
+    pub(crate) host: HostUnit,
     /// Physical address width.
     pub physical_bits: u32,
     pub counters: Counters,
@@ -448,6 +453,8 @@ impl Cpu {
             id,
             fpu: FpuArea::reset(),
             tlb: Default::default(),
+            code: CodeCache::default(),
+            host: HostUnit::default(),
             physical_bits: cpuid.physical_bits(),
             counters: Counters::default(),
             code_writes: Vec::new(),
@@ -541,6 +548,7 @@ impl Cpu {
         self.counters.tlb_flushes += 1;
         self.flushed.non_global = true;
         self.flushed.global |= global_too;
+        self.code.flush();
         for tlb in &mut self.tlb {
             if global_too {
                 tlb.flush()
@@ -553,6 +561,7 @@ impl Cpu {
     /// Forgets the cached translation of one page, global or not (INVLPG).
     pub fn flush_tlb_page(&mut self, linear: u64) {
         self.flushed.page(linear & !PAGE_MASK);
+        self.code.flush();
         for tlb in &mut self.tlb {
             tlb.flush_page(linear);
         }

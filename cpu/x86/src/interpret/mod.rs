@@ -1,8 +1,52 @@
 //! The reference interpreter: one instruction at a time, in every mode.
+//!
+//! It is the oracle that the other engines are compared with, the fallback where they do not go, and what emulates single
+//! instructions for them. So it is written for being right: an instruction computes first and commits last, and where it
+//! gives up with an [`Exception`] no register, flag or byte of memory has changed (except where the manual allows:
+//! string instructions keep the units that they have done).
+//!
+//! Reading order: [`step`], `decode` (which instruction is next), `dispatch` (which function executes it), `operand`
+//! (how they all reach registers and memory), then a file per textbook concept. x87, SSE and AVX instructions are
+//! not written out: `native` lets the host's processor execute them on the guest's operands.
 
+mod arch_native;
+mod arithmetic;
+mod atomic;
+mod availability;
+mod bcd;
+mod bit;
+mod bmi;
+mod condition;
+pub(crate) mod control;
+mod data_transfer;
+mod decode;
+mod dispatch;
+mod engine;
+mod flags;
+mod hint;
+mod logic;
+mod masked;
+mod multiply_divide;
+mod native;
 pub(crate) mod operand;
+mod push_pop;
 pub(crate) mod register;
+mod shift;
+mod snippet;
 pub(crate) mod stack;
+mod string;
+#[cfg(test)]
+mod tests;
+mod vector;
+mod xsave;
+
+use iced_x86::{Instruction, Mnemonic};
+
+pub(crate) use decode::CodeCache;
+pub use engine::Interpret;
+pub(crate) use native::HostUnit;
+
+use crate::{Activity, Bus, Cpu, CpuMode, Exception, Outcome, Rflags, exception};
 
 /// Where execution goes on after an instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,4 +59,122 @@ pub(crate) enum Flow {
     Repeat,
     /// HLT was executed; RIP goes to the next instruction.
     Halt,
+}
+
+/// What an instruction led to.
+pub(crate) type Step = Result<Flow, Exception>;
+/// A function that executes an instruction. On `Err` it has changed nothing that the manual does not allow.
+pub(crate) type Handler = fn(&mut Cpu, &mut dyn Bus, &Instruction) -> Step;
+
+/// DR6.BS: the exception is a single step.
+const DR6_BS: u64 = 1 << 14;
+
+/// Executes one instruction (of a repeated string instruction a bounded part), or delivers the exception that it raised.
+/// Pending interrupts are not looked at. Callable in any state of an active CPU.
+pub fn step(cpu: &mut Cpu, bus: &mut dyn Bus) -> Outcome {
+    execute_one(cpu, bus).0
+}
+
+/// [`step`]; also says whether an interrupt may have become deliverable.
+#[inline]
+fn execute_one(cpu: &mut Cpu, bus: &mut dyn Bus) -> (Outcome, bool) {
+    cpu.counters.interpreted_instructions += 1;
+    let shadow = cpu.interrupt_shadow || cpu.mov_ss_shadow;
+    cpu.interrupt_shadow = false;
+    cpu.mov_ss_shadow = false;
+    let before = cpu.rflags;
+    let decoded = match check_breakpoints(cpu).and_then(|()| decode::next(cpu)) {
+        Ok(d) => d,
+        Err(e) => return (exception::raise(cpu, bus, e, cpu.rip), true),
+    };
+    let i = &decoded.instruction;
+    cpu.code.note(i);
+    cpu.rflags.remove(Rflags::RF);
+    let next = next_rip(cpu, i);
+    let devices = cpu.counters.mmio_accesses;
+    let outcome = match (decoded.handler)(cpu, bus, i) {
+        Ok(flow) => finish(cpu, bus, i, flow, next, before),
+        Err(e) => {
+            let outcome = exception::raise(cpu, bus, e, next);
+            return (outcome, true);
+        }
+    };
+    let attention = shadow || decoded.system || devices != cpu.counters.mmio_accesses;
+    (outcome, attention)
+}
+
+fn next_rip(cpu: &Cpu, i: &Instruction) -> u64 {
+    let next = cpu.rip.wrapping_add(i.len() as u64);
+    if cpu.mode() == CpuMode::Bits64 {
+        next
+    } else {
+        next & 0xffff_ffff
+    }
+}
+
+#[inline]
+fn finish(
+    cpu: &mut Cpu,
+    bus: &mut dyn Bus,
+    i: &Instruction,
+    flow: Flow,
+    next: u64,
+    before: Rflags,
+) -> Outcome {
+    match flow {
+        Flow::Next => cpu.rip = next,
+        Flow::Done => {}
+        Flow::Repeat => cpu.rflags |= before & Rflags::RF,
+        Flow::Halt => {
+            cpu.rip = next;
+            cpu.activity = Activity::Halted;
+        }
+    }
+    if before.contains(Rflags::TF) && single_steps(cpu, i) {
+        let at = cpu.rip;
+        return exception::raise(cpu, bus, Exception::db(DR6_BS, true), at);
+    }
+    match cpu.activity {
+        Activity::Active => Outcome::Continue,
+        Activity::Shutdown => Outcome::Shutdown,
+        Activity::Halted | Activity::WaitForSipi => Outcome::Halted,
+    }
+}
+
+/// True where TF, set before the instruction, leads to #DB after it: not in the shadow of MOV SS, and not in
+/// the handler that the instruction entered.
+fn single_steps(cpu: &Cpu, i: &Instruction) -> bool {
+    let enters = matches!(
+        i.mnemonic(),
+        Mnemonic::Int | Mnemonic::Int1 | Mnemonic::Int3 | Mnemonic::Into | Mnemonic::Syscall
+    );
+    !cpu.mov_ss_shadow && !enters
+}
+
+/// #DB, a fault, where an instruction breakpoint in DR0 to DR3 is enabled for RIP and RF does not skip it.
+#[inline]
+fn check_breakpoints(cpu: &Cpu) -> Result<(), Exception> {
+    const ENABLES: u64 = 0xff;
+    if cpu.dr[7] & ENABLES == 0 || cpu.rflags.contains(Rflags::RF) {
+        return Ok(());
+    }
+    breakpoint_hits(cpu)
+}
+
+#[cold]
+fn breakpoint_hits(cpu: &Cpu) -> Result<(), Exception> {
+    let base = match cpu.mode() {
+        CpuMode::Bits64 => 0,
+        _ => cpu.segment(crate::Seg::Cs).base,
+    };
+    let linear = base.wrapping_add(cpu.rip);
+    let hits = (0..4)
+        .filter(|n| cpu.dr[7] >> (2 * n) & 3 != 0 && cpu.dr[7] >> (16 + 4 * n) & 3 == 0)
+        .filter(|n| cpu.dr[*n] == linear)
+        .fold(0, |hits, n| hits | 1 << n);
+    if hits == 0 {
+        Ok(())
+    } else {
+        Err(Exception::db(hits, false))
+    }
 }

@@ -29,11 +29,13 @@ pub(crate) fn effective_address(cpu: &Cpu, i: &Instruction) -> u64 {
 /// Bytes of the memory operand's addresses: 2, 4 or 8.
 pub(crate) fn address_size(i: &Instruction) -> usize {
     match (i.memory_base(), i.memory_index()) {
-        (Register::None, Register::None) => match i.memory_displ_size() {
-            2 => 2,
-            8 => 8,
-            _ => 4,
-        },
+        (Register::None, index) if index == Register::None || index.is_vector_register() => {
+            match i.memory_displ_size() {
+                2 => 2,
+                8 => 8,
+                _ => 4,
+            }
+        }
         (Register::None, index) => register_size(index),
         (Register::RIP, _) => 8,
         (Register::EIP, _) => 4,
@@ -50,7 +52,29 @@ pub(crate) fn linear(
     size: usize,
     write: bool,
 ) -> Result<u64, Exception> {
-    let offset = effective_address(cpu, i);
+    linear_of(cpu, i, effective_address(cpu, i), size, write)
+}
+
+/// [`linear`] for what lies `delta` bytes (modulo the address size) from the memory operand.
+pub(crate) fn linear_displaced(
+    cpu: &Cpu,
+    i: &Instruction,
+    delta: u64,
+    size: usize,
+    write: bool,
+) -> Result<u64, Exception> {
+    let offset = effective_address(cpu, i).wrapping_add(delta) & mask(address_size(i));
+    linear_of(cpu, i, offset, size, write)
+}
+
+#[inline]
+fn linear_of(
+    cpu: &Cpu,
+    i: &Instruction,
+    offset: u64,
+    size: usize,
+    write: bool,
+) -> Result<u64, Exception> {
     if cpu.mode() != CpuMode::Bits64 {
         return segmented(cpu, segment_of(i.memory_segment()), offset, size, write);
     }
@@ -320,7 +344,7 @@ fn exchange_loop<R>(p: HostPtr, size: usize, mut f: impl FnMut(u64) -> (u64, R))
 }
 
 fn compare_exchange(p: HostPtr, size: usize, old: u64, new: u64) -> Result<(), u64> {
-    let seen = match size {
+    match size {
         1 => p
             .compare_exchange(old as u8, new as u8)
             .map_err(u64::from)
@@ -334,8 +358,7 @@ fn compare_exchange(p: HostPtr, size: usize, old: u64, new: u64) -> Result<(), u
             .map_err(u64::from)
             .map(drop),
         _ => p.compare_exchange(old, new).map(drop),
-    };
-    seen
+    }
 }
 
 #[inline]

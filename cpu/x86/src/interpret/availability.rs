@@ -1,0 +1,228 @@
+//! Which units an instruction needs, whether the host has them, and whether the guest has switched them on.
+
+use iced_x86::{CpuidFeature, EncodingKind, Instruction, Mnemonic, OpKind, Register};
+
+use super::vector::component;
+use crate::{Cpu, Cr0, Cr4, Exception};
+
+/// The part of the processor that executes an instruction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Unit {
+    /// x87 instructions that wait for a pending exception.
+    X87,
+    /// Those that do not (FNINIT, FNSTSW and so on).
+    X87Control,
+    /// FWAIT.
+    Wait,
+    Mmx,
+    Sse,
+    Avx,
+    Avx512,
+    /// Only general registers (RDRAND).
+    General,
+}
+
+impl Unit {
+    /// The unit of an instruction that `native` may execute.
+    pub fn of(i: &Instruction) -> Option<Unit> {
+        use Mnemonic::*;
+        match i.mnemonic() {
+            Wait => return Some(Unit::Wait),
+            Fninit | Fnclex | Fnstsw | Fnstcw | Fnstenv | Fnsave | Fneni | Fndisi | Fnsetpm => {
+                return Some(Unit::X87Control);
+            }
+            Emms => return Some(Unit::Mmx),
+            Rdrand | Rdseed => return Some(Unit::General),
+            Vzeroupper | Vzeroall => return Some(Unit::Avx),
+            Fisttp => return Some(Unit::X87),
+            _ => {}
+        }
+        let needs = |f: fn(CpuidFeature) -> bool| i.cpuid_features().iter().any(|n| f(*n));
+        let uses = |f: fn(Register) -> bool| {
+            (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && f(i.op_register(n)))
+        };
+        Some(match i.encoding() {
+            EncodingKind::EVEX => Unit::Avx512,
+            EncodingKind::VEX if uses(Register::is_k) => Unit::Avx512,
+            EncodingKind::VEX => Unit::Avx,
+            EncodingKind::Legacy if needs(is_x87) => Unit::X87,
+            EncodingKind::Legacy if uses(Register::is_mm) => Unit::Mmx,
+            EncodingKind::Legacy if needs(is_sse) => Unit::Sse,
+            _ => return None,
+        })
+    }
+
+    /// The state components that the instruction reads or writes, as bits of XCR0; `enabled` is the guest's XCR0.
+    pub fn components(self, enabled: u64) -> u64 {
+        match self {
+            Unit::X87 | Unit::X87Control | Unit::Wait => component::X87,
+            Unit::Mmx => component::X87 | component::SSE,
+            Unit::Sse => component::SSE,
+            // VEX instructions clear what lies above their vectors.
+            Unit::Avx => component::SSE | component::AVX | enabled & component::ZMM_HIGH,
+            Unit::Avx512 => component::AVX512,
+            Unit::General => 0,
+        }
+    }
+
+    /// True where SIMD floating-point exceptions are possible.
+    pub fn simd(self) -> bool {
+        matches!(self, Unit::Mmx | Unit::Sse | Unit::Avx | Unit::Avx512)
+    }
+
+    /// #UD or #NM where the guest has not switched the unit on; #MF where an x87 exception is pending.
+    pub fn check(self, cpu: &Cpu) -> Result<(), Exception> {
+        match self {
+            Unit::General => Ok(()),
+            Unit::X87 => check_x87(cpu, Cr0::EM | Cr0::TS).and_then(|()| check_pending(cpu)),
+            Unit::X87Control => check_x87(cpu, Cr0::EM | Cr0::TS),
+            Unit::Wait => {
+                if cpu.cr0.contains(Cr0::MP | Cr0::TS) {
+                    return Err(Exception::NM);
+                }
+                check_pending(cpu)
+            }
+            Unit::Mmx => {
+                check_not_emulated(cpu)?;
+                check_switched(cpu)?;
+                check_pending(cpu)
+            }
+            Unit::Sse => {
+                check_not_emulated(cpu)?;
+                require(cpu.cr4.contains(Cr4::OSFXSR))?;
+                check_switched(cpu)
+            }
+            Unit::Avx => check_extended(cpu, component::SSE | component::AVX),
+            Unit::Avx512 => check_extended(cpu, component::AVX512),
+        }
+    }
+}
+
+fn is_x87(f: CpuidFeature) -> bool {
+    matches!(
+        f,
+        CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387
+    )
+}
+
+fn is_sse(f: CpuidFeature) -> bool {
+    use CpuidFeature::*;
+    matches!(
+        f,
+        SSE | SSE2 | SSE3 | SSSE3 | SSE4_1 | SSE4_2 | SSE4A | AES | PCLMULQDQ | SHA | GFNI
+    )
+}
+
+fn require(b: bool) -> Result<(), Exception> {
+    if b { Ok(()) } else { Err(Exception::UD) }
+}
+
+fn check_x87(cpu: &Cpu, bits: Cr0) -> Result<(), Exception> {
+    if cpu.cr0.intersects(bits) {
+        Err(Exception::NM)
+    } else {
+        Ok(())
+    }
+}
+
+/// #UD where CR0.EM is set.
+pub(super) fn check_not_emulated(cpu: &Cpu) -> Result<(), Exception> {
+    require(!cpu.cr0.contains(Cr0::EM))
+}
+
+/// #NM where CR0.TS is set.
+pub(super) fn check_switched(cpu: &Cpu) -> Result<(), Exception> {
+    check_x87(cpu, Cr0::TS)
+}
+
+fn check_extended(cpu: &Cpu, components: u64) -> Result<(), Exception> {
+    require(cpu.cr4.contains(Cr4::OSXSAVE) && cpu.xcr0 & components == components)?;
+    check_switched(cpu)
+}
+
+/// #MF where the x87 status word has an unmasked exception pending.
+fn check_pending(cpu: &Cpu) -> Result<(), Exception> {
+    const ERROR_SUMMARY: u8 = 0x80;
+    let in_use = super::vector::in_use(&cpu.fpu) & component::X87 != 0;
+    if in_use && cpu.fpu.bytes[2] & ERROR_SUMMARY != 0 {
+        return Err(Exception::MF);
+    }
+    Ok(())
+}
+
+/// True where the host has everything that the instruction asks for. What is not known here counts as missing.
+pub(super) fn host_has(i: &Instruction) -> bool {
+    i.cpuid_features().iter().all(|f| host_feature(*f))
+}
+
+fn host_feature(f: CpuidFeature) -> bool {
+    use CpuidFeature::*;
+    let place = match f {
+        INTEL8086 | INTEL186 | INTEL286 | INTEL386 | INTEL486 | X64 | CMOV | FPU | FPU287
+        | FPU387 | MMX | SSE | SSE2 => return true,
+        _ => FEATURES.iter().find(|(feature, ..)| *feature == f),
+    };
+    place.is_some_and(|&(_, leaf, subleaf, register, bit)| {
+        let known = raw_cpuid::cpuid!(leaf & 0x8000_0000).eax;
+        let sub_known = subleaf == 0 || raw_cpuid::cpuid!(leaf, 0).eax >= subleaf;
+        let r = raw_cpuid::cpuid!(leaf, subleaf);
+        let value = match register {
+            Reg::A => r.eax,
+            Reg::B => r.ebx,
+            Reg::C => r.ecx,
+            Reg::D => r.edx,
+        };
+        known >= leaf && sub_known && value >> bit & 1 != 0
+    })
+}
+
+#[derive(Clone, Copy)]
+enum Reg {
+    A,
+    B,
+    C,
+    D,
+}
+
+/// Where CPUID says that a feature exists: leaf, subleaf, register, bit.
+const FEATURES: &[(CpuidFeature, u32, u32, Reg, u32)] = &[
+    (CpuidFeature::SSE3, 1, 0, Reg::C, 0),
+    (CpuidFeature::PCLMULQDQ, 1, 0, Reg::C, 1),
+    (CpuidFeature::SSSE3, 1, 0, Reg::C, 9),
+    (CpuidFeature::FMA, 1, 0, Reg::C, 12),
+    (CpuidFeature::SSE4_1, 1, 0, Reg::C, 19),
+    (CpuidFeature::SSE4_2, 1, 0, Reg::C, 20),
+    (CpuidFeature::AES, 1, 0, Reg::C, 25),
+    (CpuidFeature::AVX, 1, 0, Reg::C, 28),
+    (CpuidFeature::F16C, 1, 0, Reg::C, 29),
+    (CpuidFeature::RDRAND, 1, 0, Reg::C, 30),
+    (CpuidFeature::AVX2, 7, 0, Reg::B, 5),
+    (CpuidFeature::AVX512F, 7, 0, Reg::B, 16),
+    (CpuidFeature::AVX512DQ, 7, 0, Reg::B, 17),
+    (CpuidFeature::RDSEED, 7, 0, Reg::B, 18),
+    (CpuidFeature::AVX512_IFMA, 7, 0, Reg::B, 21),
+    (CpuidFeature::AVX512CD, 7, 0, Reg::B, 28),
+    (CpuidFeature::SHA, 7, 0, Reg::B, 29),
+    (CpuidFeature::AVX512BW, 7, 0, Reg::B, 30),
+    (CpuidFeature::AVX512VL, 7, 0, Reg::B, 31),
+    (CpuidFeature::AVX512_VBMI, 7, 0, Reg::C, 1),
+    (CpuidFeature::AVX512_VBMI2, 7, 0, Reg::C, 6),
+    (CpuidFeature::GFNI, 7, 0, Reg::C, 8),
+    (CpuidFeature::VAES, 7, 0, Reg::C, 9),
+    (CpuidFeature::VPCLMULQDQ, 7, 0, Reg::C, 10),
+    (CpuidFeature::AVX512_VNNI, 7, 0, Reg::C, 11),
+    (CpuidFeature::AVX512_BITALG, 7, 0, Reg::C, 12),
+    (CpuidFeature::AVX512_VPOPCNTDQ, 7, 0, Reg::C, 14),
+    (CpuidFeature::AVX512_VP2INTERSECT, 7, 0, Reg::D, 8),
+    (CpuidFeature::AVX512_FP16, 7, 0, Reg::D, 23),
+    (CpuidFeature::SHA512, 7, 1, Reg::A, 0),
+    (CpuidFeature::SM3, 7, 1, Reg::A, 1),
+    (CpuidFeature::SM4, 7, 1, Reg::A, 2),
+    (CpuidFeature::AVX_VNNI, 7, 1, Reg::A, 4),
+    (CpuidFeature::AVX512_BF16, 7, 1, Reg::A, 5),
+    (CpuidFeature::AVX_IFMA, 7, 1, Reg::A, 23),
+    (CpuidFeature::AVX_VNNI_INT8, 7, 1, Reg::D, 4),
+    (CpuidFeature::AVX_NE_CONVERT, 7, 1, Reg::D, 5),
+    (CpuidFeature::AVX_VNNI_INT16, 7, 1, Reg::D, 10),
+    (CpuidFeature::SSE4A, 0x8000_0001, 0, Reg::C, 6),
+];

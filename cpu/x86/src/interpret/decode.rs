@@ -1,0 +1,313 @@
+//! Fetch and decode, remembered.
+//!
+//! Problem: walking the page tables and decoding cost many times what executing an instruction does.
+//! Idea: a small TLB for code pages, and a cache of decoded instructions by guest physical address, each with the function
+//! that executes it. Invariant: an entry is used only for the very bytes that it was made from, which are
+//! compared every time, at the same RIP and in the same mode; so self-modifying code needs no tracking here. The code TLB is
+//! emptied with the data TLBs, and holds pages of one CR3. Cost: some 2 MiB per CPU that interprets.
+
+use doppel_memory::{AccessKind, HostPtr, PAGE_MASK, PAGE_SIZE, Privilege};
+use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
+
+use super::{Handler, dispatch};
+use crate::{Cpu, CpuMode, Exception, Seg};
+
+const PAGES: usize = 256;
+const ENTRIES: usize = 1 << 14;
+/// Bytes of the longest instruction.
+const LONGEST: usize = 15;
+/// Executed instructions that are kept for a trace.
+const HISTORY: usize = 16;
+
+/// What the interpreter remembers between instructions.
+#[derive(Default)]
+pub(crate) struct CodeCache {
+    tables: Option<Box<Tables>>,
+}
+
+struct Tables {
+    pages: [CodePage; PAGES],
+    cr3: u64,
+    entries: Vec<Entry>,
+    options: u32,
+    history: [Instruction; HISTORY],
+    executed: usize,
+}
+
+#[derive(Clone, Copy, Default)]
+struct CodePage {
+    /// Linear page, with [`VALID`] and perhaps [`USER`]; 0 where nothing is known.
+    tag: u64,
+    gpa: u64,
+}
+
+const VALID: u64 = 1;
+const USER: u64 = 2;
+
+#[derive(Clone, Copy)]
+struct Entry {
+    gpa: u64,
+    raw: [u64; 2],
+    mode: CpuMode,
+    decoded: Decoded,
+}
+
+/// An instruction and what executes it.
+#[derive(Clone, Copy)]
+pub(super) struct Decoded {
+    pub instruction: Instruction,
+    pub handler: Handler,
+    /// It may make an interrupt deliverable.
+    pub system: bool,
+}
+
+impl CodeCache {
+    /// Forgets where code pages lie.
+    pub(crate) fn flush(&mut self) {
+        if let Some(t) = &mut self.tables {
+            t.pages = [CodePage::default(); PAGES];
+        }
+    }
+
+    /// Notes an instruction that is about to be executed.
+    #[inline]
+    pub(super) fn note(&mut self, i: &Instruction) {
+        if let Some(t) = &mut self.tables {
+            t.history[t.executed % HISTORY] = *i;
+            t.executed = t.executed.wrapping_add(1);
+        }
+    }
+
+    /// The last instructions that were noted, oldest first.
+    pub(super) fn history(&self) -> Vec<Instruction> {
+        let Some(t) = &self.tables else {
+            return Vec::new();
+        };
+        (0..HISTORY)
+            .map(|n| t.history[t.executed.wrapping_add(n) % HISTORY])
+            .filter(|i| !i.is_invalid())
+            .collect()
+    }
+
+    fn tables(&mut self) -> &mut Tables {
+        self.tables.get_or_insert_with(|| Box::new(Tables::new()))
+    }
+}
+
+impl std::fmt::Debug for CodeCache {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CodeCache")
+            .field("used", &self.tables.is_some())
+            .finish()
+    }
+}
+
+impl Tables {
+    fn new() -> Self {
+        let empty = Entry {
+            gpa: u64::MAX,
+            raw: [0; 2],
+            mode: CpuMode::Real,
+            decoded: Decoded {
+                instruction: Instruction::default(),
+                handler: super::hint::undefined,
+                system: false,
+            },
+        };
+        Tables {
+            pages: [CodePage::default(); PAGES],
+            cr3: 0,
+            entries: vec![empty; ENTRIES],
+            options: decoder_options(),
+            history: [Instruction::default(); HISTORY],
+            executed: 0,
+        }
+    }
+}
+
+/// The host's maker decides a few encodings (near branches with an operand-size prefix in 64-bit mode).
+fn decoder_options() -> u32 {
+    let vendor = raw_cpuid::CpuId::new().get_vendor_info();
+    match vendor.as_ref().map(|v| v.as_str()) {
+        Some("AuthenticAMD" | "HygonGenuine") => DecoderOptions::AMD,
+        _ => DecoderOptions::NONE,
+    }
+}
+
+fn page_slot(linear: u64) -> usize {
+    (linear >> 12) as usize % PAGES
+}
+
+fn entry_slot(gpa: u64) -> usize {
+    (gpa ^ gpa >> 14) as usize % ENTRIES
+}
+
+fn page_tag(cpu: &Cpu, linear: u64) -> u64 {
+    linear & !PAGE_MASK | VALID | if cpu.cpl == 3 { USER } else { 0 }
+}
+
+/// The bits of 16 bytes that the first `len` make up.
+fn masks(len: usize) -> [u64; 2] {
+    let bits = if len >= 16 {
+        u128::MAX
+    } else {
+        (1 << (8 * len)) - 1
+    };
+    [bits as u64, (bits >> 64) as u64]
+}
+
+/// The instruction at RIP, or why it cannot be executed.
+#[inline]
+pub(super) fn next(cpu: &mut Cpu) -> Result<Decoded, Exception> {
+    let mode = cpu.mode();
+    let linear = code_linear(cpu, mode)?;
+    match cached(cpu, mode, linear) {
+        Some(d) => Ok(d),
+        None => decode(cpu, mode, linear),
+    }
+}
+
+/// The linear address of RIP; #GP(0) where it is outside of the code segment or not canonical.
+#[inline]
+fn code_linear(cpu: &Cpu, mode: CpuMode) -> Result<u64, Exception> {
+    let cs = &cpu.seg[Seg::Cs as usize];
+    if mode == CpuMode::Bits64 {
+        return if Cpu::canonical(cpu.rip) {
+            Ok(cpu.rip)
+        } else {
+            Err(Exception::gp(0))
+        };
+    }
+    if cpu.rip > cs.limit.into() {
+        return Err(Exception::gp(0));
+    }
+    Ok(cs.base.wrapping_add(cpu.rip) & 0xffff_ffff)
+}
+
+#[inline]
+fn cached(cpu: &Cpu, mode: CpuMode, linear: u64) -> Option<Decoded> {
+    let t = cpu.code.tables.as_deref()?;
+    let page = &t.pages[page_slot(linear)];
+    if page.tag != page_tag(cpu, linear) || t.cr3 != cpu.cr3 {
+        return None;
+    }
+    let gpa = page.gpa | linear & PAGE_MASK;
+    let e = &t.entries[entry_slot(gpa)];
+    let i = &e.decoded.instruction;
+    if e.gpa != gpa || i.ip() != cpu.rip || e.mode != mode {
+        return None;
+    }
+    let m = masks(i.len());
+    let raw = raw_bytes(cpu, gpa)?;
+    let same = (raw[0] ^ e.raw[0]) & m[0] | (raw[1] ^ e.raw[1]) & m[1] == 0;
+    same.then_some(e.decoded)
+}
+
+/// 16 bytes of code; those beyond the page are zero.
+#[inline]
+fn raw_bytes(cpu: &Cpu, gpa: u64) -> Option<[u64; 2]> {
+    let p = cpu.ram.ptr(gpa)?;
+    if p.room() >= 16 {
+        return Some([p.load(), cpu.ram.ptr(gpa + 8)?.load()]);
+    }
+    Some(short_bytes(p))
+}
+
+#[cold]
+fn short_bytes(p: HostPtr) -> [u64; 2] {
+    let mut bytes = [0; 16];
+    p.read(&mut bytes[..p.room()]);
+    to_words(&bytes)
+}
+
+fn to_words(bytes: &[u8; 16]) -> [u64; 2] {
+    let v = u128::from_le_bytes(*bytes);
+    [v as u64, (v >> 64) as u64]
+}
+
+#[cold]
+fn decode(cpu: &mut Cpu, mode: CpuMode, linear: u64) -> Result<Decoded, Exception> {
+    let mut bytes = [0; 16];
+    let available = cpu.fetch(linear, &mut bytes)?;
+    let options = cpu.code.tables().options;
+    let bitness = match mode {
+        CpuMode::Bits64 => 64,
+        CpuMode::Bits32 => 32,
+        _ => 16,
+    };
+    let mut decoder = Decoder::with_ip(bitness, &bytes[..available], cpu.rip, options);
+    let instruction = decoder.decode();
+    if instruction.is_invalid() {
+        return Err(invalid(cpu, linear, available, decoder.last_error()));
+    }
+    check_limit(cpu, mode, instruction.len())?;
+    let (handler, system) = dispatch::resolve(&instruction, mode);
+    let decoded = Decoded {
+        instruction,
+        handler,
+        system,
+    };
+    remember(cpu, mode, linear, &bytes, decoded);
+    Ok(decoded)
+}
+
+/// Why bytes are no instruction: too many of them, a page fault on those that are missing, or #UD.
+fn invalid(cpu: &mut Cpu, linear: u64, available: usize, why: DecoderError) -> Exception {
+    if why != DecoderError::NoMoreBytes {
+        return Exception::UD;
+    }
+    if available >= LONGEST {
+        return Exception::gp(0);
+    }
+    let missing = linear.wrapping_add(available as u64);
+    let privilege = if cpu.cpl == 3 {
+        Privilege::User
+    } else {
+        Privilege::Supervisor
+    };
+    match cpu.translate(missing, AccessKind::Execute, privilege) {
+        Err(fault) => fault,
+        // Mapped meanwhile by another processor: what its bytes say is found out next time.
+        Ok(_) => Exception::pf(missing, 0),
+    }
+}
+
+fn check_limit(cpu: &Cpu, mode: CpuMode, len: usize) -> Result<(), Exception> {
+    let last = cpu.rip.wrapping_add(len as u64 - 1);
+    if mode != CpuMode::Bits64 && last > cpu.seg[Seg::Cs as usize].limit.into() {
+        return Err(Exception::gp(0));
+    }
+    Ok(())
+}
+
+/// Enters what was decoded, unless it reaches into a second page.
+fn remember(cpu: &mut Cpu, mode: CpuMode, linear: u64, bytes: &[u8; 16], decoded: Decoded) {
+    let privilege = if cpu.cpl == 3 {
+        Privilege::User
+    } else {
+        Privilege::Supervisor
+    };
+    let Ok(t) = cpu.translate(linear, AccessKind::Execute, privilege) else {
+        return;
+    };
+    let room = PAGE_SIZE - (linear & PAGE_MASK);
+    if decoded.instruction.len() as u64 > room || !cpu.ram.is_ram(t.gpa) {
+        return;
+    }
+    let (tag, cr3) = (page_tag(cpu, linear), cpu.cr3);
+    let tables = cpu.code.tables();
+    if tables.cr3 != cr3 {
+        tables.pages = [CodePage::default(); PAGES];
+        tables.cr3 = cr3;
+    }
+    tables.pages[page_slot(linear)] = CodePage {
+        tag,
+        gpa: t.gpa & !PAGE_MASK,
+    };
+    tables.entries[entry_slot(t.gpa)] = Entry {
+        gpa: t.gpa,
+        raw: to_words(bytes),
+        mode,
+        decoded,
+    };
+}

@@ -1,0 +1,112 @@
+//! The interpreter as an engine.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use iced_x86::{Formatter, IntelFormatter};
+
+use super::execute_one;
+use crate::{Activity, Bus, Cpu, Engine, EngineStats, Exit, Kick, Outcome, event};
+
+/// Runs a CPU by interpretation alone.
+pub struct Interpret {
+    cpu: Box<Cpu>,
+    kick: Arc<KickFlag>,
+}
+
+#[derive(Default)]
+struct KickFlag(AtomicBool);
+
+impl Kick for KickFlag {
+    fn kick(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+impl Interpret {
+    /// An engine for this CPU.
+    pub fn new(cpu: Box<Cpu>) -> Self {
+        Interpret {
+            cpu,
+            kick: Arc::default(),
+        }
+    }
+
+    /// Executes until an interrupt may have become deliverable; `Some` ends the run.
+    fn burst(&mut self, bus: &mut dyn Bus) -> Option<Exit> {
+        loop {
+            if self.kick.0.load(Ordering::Relaxed) {
+                self.kick.0.store(false, Ordering::Release);
+                return Some(Exit::Kicked);
+            }
+            match execute_one(&mut self.cpu, bus) {
+                (Outcome::Continue, false) => {}
+                (Outcome::Continue | Outcome::Halted, _) => return None,
+                (Outcome::Shutdown, _) => return Some(Exit::Shutdown),
+            }
+            // Nothing reads these writes while no code is translated.
+            self.cpu.code_writes.clear();
+        }
+    }
+}
+
+impl Engine for Interpret {
+    fn run(&mut self, bus: &mut dyn Bus) -> Exit {
+        loop {
+            if self.kick.0.swap(false, Ordering::Acquire) {
+                return Exit::Kicked;
+            }
+            event::deliver_pending(&mut self.cpu, bus);
+            match self.cpu.activity {
+                Activity::Active => {}
+                Activity::Halted | Activity::WaitForSipi => return Exit::Halted,
+                Activity::Shutdown => return Exit::Shutdown,
+            }
+            if let Some(exit) = self.burst(bus) {
+                return exit;
+            }
+        }
+    }
+
+    fn cpu(&self) -> &Cpu {
+        &self.cpu
+    }
+
+    fn cpu_mut(&mut self) -> &mut Cpu {
+        &mut self.cpu
+    }
+
+    fn kicker(&self) -> Arc<dyn Kick> {
+        self.kick.clone()
+    }
+
+    fn stats(&self) -> EngineStats {
+        let c = &self.cpu.counters;
+        EngineStats::from([
+            ("interpreted_instructions", c.interpreted_instructions),
+            ("exceptions", c.exceptions.iter().sum()),
+            ("page_faults", c.exceptions[14]),
+            ("interrupts", c.interrupts),
+            ("page_walks", c.page_walks),
+            ("tlb_flushes", c.tlb_flushes),
+            ("port_accesses", c.port_accesses),
+            ("mmio_accesses", c.mmio_accesses),
+            ("msr_accesses", c.msr_accesses),
+            ("halts", c.halts),
+            ("page_crossings", c.page_crossings),
+        ])
+    }
+
+    fn trace(&self) -> Vec<String> {
+        let mut formatter = IntelFormatter::new();
+        let history = self.cpu.code.history();
+        history
+            .iter()
+            .map(|i| {
+                let mut text = format!("{:#018x}  ", i.ip());
+                formatter.format(i, &mut text);
+                text
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,95 @@
+//! Instructions without an architectural effect here: no-ops, hints, fences, cache control; and those that
+//! only touch a flag.
+
+use std::sync::atomic::{Ordering, fence};
+
+use doppel_memory::AccessKind;
+use iced_x86::{Code, Instruction, Mnemonic};
+
+use super::operand::{linear, linear_in, segment_of};
+use super::register::read_gpr;
+use super::{Flow, Handler, Step};
+use crate::{Bus, Cpu, Exception, Gpr, Rflags};
+
+pub(super) fn lookup(i: &Instruction) -> Option<Handler> {
+    use Mnemonic::*;
+    Some(match i.mnemonic() {
+        Nop | Pause | Endbr32 | Endbr64 | Reservednop | Prefetchw | Prefetcht0 | Prefetcht1
+        | Prefetcht2 | Prefetchnta | Prefetchwt1 | Prefetch | Cldemote => nop,
+        // No-ops while the shadow stack is off, which it always is.
+        Rdsspd | Rdsspq => nop,
+        Lfence | Sfence | Mfence | Serialize => fences,
+        Clflush | Clflushopt | Clwb => flush_line,
+        Clzero => clzero,
+        Clc => clc,
+        Stc => stc,
+        Cmc => cmc,
+        Cld => cld,
+        Std => std,
+        Ud0 | Ud1 | Ud2 => undefined,
+        _ => return None,
+    })
+}
+
+fn nop(_: &mut Cpu, _: &mut dyn Bus, _: &Instruction) -> Step {
+    Ok(Flow::Next)
+}
+
+/// #UD
+pub(super) fn undefined(_: &mut Cpu, _: &mut dyn Bus, _: &Instruction) -> Step {
+    Err(Exception::UD)
+}
+
+fn fences(_: &mut Cpu, _: &mut dyn Bus, _: &Instruction) -> Step {
+    fence(Ordering::SeqCst);
+    Ok(Flow::Next)
+}
+
+/// Guest memory is coherent: only the faults of the access remain.
+fn flush_line(cpu: &mut Cpu, _: &mut dyn Bus, i: &Instruction) -> Step {
+    let at = linear(cpu, i, 1, false)?;
+    let privilege = cpu.privilege();
+    cpu.translate(at, AccessKind::Read, privilege)?;
+    Ok(Flow::Next)
+}
+
+const CACHE_LINE: u64 = 64;
+
+fn clzero(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
+    let size = match i.code() {
+        Code::Clzerow => 2,
+        Code::Clzerod => 4,
+        _ => 8,
+    };
+    let offset = read_gpr(cpu, Gpr::Rax as usize, size) & !(CACHE_LINE - 1);
+    let seg = segment_of(i.segment_prefix());
+    let at = linear_in(cpu, seg, offset, CACHE_LINE as usize, true)?;
+    let privilege = cpu.privilege();
+    cpu.store_bytes(bus, at, privilege, &[0; CACHE_LINE as usize])?;
+    Ok(Flow::Next)
+}
+
+fn clc(cpu: &mut Cpu, _: &mut dyn Bus, _: &Instruction) -> Step {
+    cpu.rflags.remove(Rflags::CF);
+    Ok(Flow::Next)
+}
+
+fn stc(cpu: &mut Cpu, _: &mut dyn Bus, _: &Instruction) -> Step {
+    cpu.rflags.insert(Rflags::CF);
+    Ok(Flow::Next)
+}
+
+fn cmc(cpu: &mut Cpu, _: &mut dyn Bus, _: &Instruction) -> Step {
+    cpu.rflags.toggle(Rflags::CF);
+    Ok(Flow::Next)
+}
+
+fn cld(cpu: &mut Cpu, _: &mut dyn Bus, _: &Instruction) -> Step {
+    cpu.rflags.remove(Rflags::DF);
+    Ok(Flow::Next)
+}
+
+fn std(cpu: &mut Cpu, _: &mut dyn Bus, _: &Instruction) -> Step {
+    cpu.rflags.insert(Rflags::DF);
+    Ok(Flow::Next)
+}

@@ -1,0 +1,308 @@
+//! x87, MMX, SSE, AVX and AVX-512 instructions, executed by the host's processor on the guest's operands.
+//!
+//! `arch_native` says how one instruction is run; here is what surrounds it: the checks that raise the guest's
+//! exceptions, guest memory to and from the bounce buffer, SIMD floating-point exceptions. Instructions
+//! that touch many addresses are taken apart in `masked`, those that save and load the state in `xsave`.
+//!
+//! SIMD floating-point exceptions: a native #XM must not happen, so the instruction runs with all of them masked. Where the
+//! guest has unmasked one that is then found raised, the state from before is put back and #XM raised.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+
+use iced_x86::{Instruction, OpKind, Register};
+
+use super::arch_native::{Bounce, CodeBuffer, Frame};
+use super::availability::Unit;
+use super::flags;
+use super::operand::linear;
+use super::snippet::{self, Aligned, Memory, Plan, Snippet};
+use super::vector::{self, Layout};
+use super::{Flow, Step, masked};
+use crate::{Bus, Cpu, Cr4, Exception, FpuArea, Gpr, Rflags};
+
+/// Bytes of the largest memory operand.
+pub(super) const BOUNCE_SIZE: usize = 128;
+
+/// The host's processor as an execution unit of one CPU's; made when it is first needed.
+#[derive(Default)]
+pub(crate) struct HostUnit(Option<Box<Host>>);
+
+struct Host {
+    code: CodeBuffer,
+    snippets: HashMap<Instruction, Option<Snippet>, BuildHasherDefault<WordHasher>>,
+    frame: Frame,
+    bounce: Bounce,
+    layout: Layout,
+}
+
+impl std::fmt::Debug for HostUnit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let snippets = self.0.as_ref().map_or(0, |h| h.snippets.len());
+        f.debug_struct("HostUnit")
+            .field("snippets", &snippets)
+            .finish()
+    }
+}
+
+/// Mixes the words of an [`Instruction`]; speed matters, and the guest gains nothing by collisions.
+#[derive(Default)]
+struct WordHasher(u64);
+
+impl Hasher for WordHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for b in bytes {
+            self.write_u64((*b).into());
+        }
+    }
+    fn write_u8(&mut self, v: u8) {
+        self.write_u64(v.into());
+    }
+    fn write_u32(&mut self, v: u32) {
+        self.write_u64(v.into());
+    }
+    fn write_u64(&mut self, v: u64) {
+        self.0 = (self.0.rotate_left(5) ^ v).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+    fn write_usize(&mut self, v: usize) {
+        self.write_u64(v as u64);
+    }
+    fn write_isize(&mut self, v: isize) {
+        self.write_u64(v as u64);
+    }
+}
+
+pub(super) fn lookup(i: &Instruction) -> Option<super::Handler> {
+    Unit::of(i).map(|_| execute as super::Handler)
+}
+
+/// Executes an instruction natively; #UD where the host lacks it, or it is not one that may run so.
+pub(super) fn execute(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
+    with_host(cpu, |cpu, host| host.execute(cpu, bus, i))
+}
+
+/// The layout of the host's XSAVE area and the bits of MXCSR that it implements.
+pub(super) fn host_layout(cpu: &mut Cpu) -> Result<(Layout, u32), Exception> {
+    with_host(cpu, |_, host| Ok((host.layout, host.code.limits().mxcsr)))
+}
+
+fn with_host<R>(
+    cpu: &mut Cpu,
+    f: impl FnOnce(&mut Cpu, &mut Host) -> Result<R, Exception>,
+) -> Result<R, Exception> {
+    let mut host = match cpu.host.0.take() {
+        Some(h) => h,
+        // A host that gives no executable memory has no such instructions.
+        None => Host::new().map_err(|_| Exception::UD)?,
+    };
+    let out = f(cpu, &mut host);
+    cpu.host.0 = Some(host);
+    out
+}
+
+impl Host {
+    fn new() -> std::io::Result<Box<Self>> {
+        let layout = Layout::of_host();
+        Ok(Box::new(Host {
+            code: CodeBuffer::new(layout.supported)?,
+            snippets: HashMap::default(),
+            frame: Frame::default(),
+            bounce: Bounce([0; BOUNCE_SIZE]),
+            layout,
+        }))
+    }
+
+    fn execute(&mut self, cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
+        let snippet = self.snippet(i).ok_or(Exception::UD)?;
+        snippet.plan.unit.check(cpu)?;
+        let Some(memory) = snippet.plan.memory else {
+            self.run(cpu, &snippet)?;
+            return self.commit(cpu, i, &snippet.plan, 0);
+        };
+        let at = linear(cpu, i, memory.size, memory.write)?;
+        check_aligned(cpu, &memory, at)?;
+        if i.op_mask() != Register::None {
+            return self.execute_masked(cpu, bus, i, &snippet, at);
+        }
+        let privilege = cpu.privilege();
+        if memory.write {
+            cpu.check_writable(at, memory.size, privilege)?;
+        }
+        if memory.read {
+            load(cpu, bus, at, &mut self.bounce.0[..memory.size])?;
+        }
+        self.run(cpu, &snippet)?;
+        if memory.write {
+            cpu.store_bytes(bus, at, privilege, &self.bounce.0[..memory.size])?;
+        }
+        self.commit(cpu, i, &snippet.plan, at)
+    }
+
+    /// A memory operand under an AVX-512 mask: only what the mask selects is accessed, or may fault.
+    fn execute_masked(
+        &mut self,
+        cpu: &mut Cpu,
+        bus: &mut dyn Bus,
+        i: &Instruction,
+        snippet: &Snippet,
+        at: u64,
+    ) -> Step {
+        let Some(memory) = snippet.plan.memory else {
+            return Err(Exception::UD);
+        };
+        let elements = masked::Elements::of(i, &cpu.fpu, &self.layout, memory.size);
+        let bytes = &mut self.bounce.0[..memory.size];
+        if memory.write {
+            elements.check_writable(cpu, at)?;
+        } else if let Err(fault) = load(cpu, bus, at, bytes) {
+            elements.load(cpu, bus, at, bytes, fault)?;
+        }
+        self.run(cpu, snippet)?;
+        if memory.write {
+            elements.store(cpu, bus, at, &self.bounce.0[..memory.size])?;
+        }
+        self.commit(cpu, i, &snippet.plan, at)
+    }
+
+    fn snippet(&mut self, i: &Instruction) -> Option<Snippet> {
+        let key = snippet::normalize(i);
+        if let Some(known) = self.snippets.get(&key) {
+            return *known;
+        }
+        let made = snippet::compile(&key).and_then(|(code, plan)| {
+            let code = self.append(&code)?;
+            Some(Snippet { code, plan })
+        });
+        // The guest decides how many there are: they must not grow without bound.
+        if self.snippets.len() >= MOST_SNIPPETS {
+            self.forget();
+            return self.snippet(i);
+        }
+        self.snippets.insert(key, made);
+        made
+    }
+
+    fn append(&mut self, code: &[u8]) -> Option<super::arch_native::SnippetCode> {
+        if let Some(at) = self.code.append(code) {
+            return Some(at);
+        }
+        self.forget();
+        self.code.append(code)
+    }
+
+    fn forget(&mut self) {
+        self.snippets.clear();
+        self.code.clear();
+    }
+
+    /// Runs a snippet on the CPU's extended state; on `Err` that state is as before but for MXCSR's flags.
+    fn run(&mut self, cpu: &mut Cpu, snippet: &Snippet) -> Result<(), Exception> {
+        let plan = &snippet.plan;
+        let frame = &mut self.frame;
+        frame.gpr = cpu.gpr;
+        frame.flags = cpu.rflags.bits() & Rflags::ARITHMETIC.bits() | Rflags::ONE.bits();
+        if let Some(n) = plan.stack_pointer {
+            frame.gpr[n] = cpu.reg(Gpr::Rsp);
+        }
+        if let Some(m) = &plan.memory {
+            frame.gpr[m.register] = self.bounce.0.as_ptr() as u64;
+        }
+        let components = plan.unit.components(cpu.xcr0);
+        let mxcsr = cpu.fpu.mxcsr();
+        if !plan.unit.simd() || mxcsr & MXCSR_MASKS == MXCSR_MASKS {
+            self.code.run(snippet.code, frame, &mut cpu.fpu, components);
+            return Ok(());
+        }
+        let before = cpu.fpu.clone();
+        vector::set_mxcsr(&mut cpu.fpu, mxcsr & !MXCSR_FLAGS | MXCSR_MASKS);
+        self.code.run(snippet.code, frame, &mut cpu.fpu, components);
+        settle_mxcsr(cpu, &before)
+    }
+
+    fn commit(&self, cpu: &mut Cpu, i: &Instruction, plan: &Plan, at: u64) -> Step {
+        let bounce = plan.memory.map(|m| m.register);
+        let frame = &self.frame;
+        for n in (0..16).filter(|n| Some(*n) != bounce && Some(*n) != plan.stack_pointer) {
+            if n != Gpr::Rsp as usize {
+                cpu.gpr[n] = frame.gpr[n];
+            }
+        }
+        if let Some(n) = plan.stack_pointer {
+            cpu.gpr[Gpr::Rsp as usize] = frame.gpr[n];
+        }
+        flags::set(cpu, frame.flags);
+        if plan.unit == Unit::X87 {
+            set_x87_pointers(cpu, i, at);
+        }
+        Ok(Flow::Next)
+    }
+}
+
+const MOST_SNIPPETS: usize = 1 << 14;
+const MXCSR_FLAGS: u32 = 0x3f;
+const MXCSR_MASKS: u32 = 0x1f80;
+const MXCSR_MASK_SHIFT: u32 = 7;
+/// Invalid operation, denormal and division by zero: where one of them is raised unmasked, no result is computed and
+/// the other flags stay.
+const BEFORE_COMPUTATION: u32 = 0b111;
+const MXCSR_MM: u32 = 1 << 17;
+
+/// Puts the guest's masks back into MXCSR, and raises #XM where a flag was raised that they do not mask.
+fn settle_mxcsr(cpu: &mut Cpu, before: &FpuArea) -> Result<(), Exception> {
+    let guest = before.mxcsr();
+    let raised = cpu.fpu.mxcsr() & MXCSR_FLAGS;
+    let unmasked = raised & !(guest >> MXCSR_MASK_SHIFT);
+    if unmasked == 0 {
+        vector::set_mxcsr(&mut cpu.fpu, guest | raised);
+        return Ok(());
+    }
+    let early = unmasked & BEFORE_COMPUTATION != 0;
+    let shown = if early {
+        raised & BEFORE_COMPUTATION
+    } else {
+        raised
+    };
+    cpu.fpu = before.clone();
+    vector::set_mxcsr(&mut cpu.fpu, guest | shown);
+    Err(if cpu.cr4.contains(Cr4::OSXMMEXCPT) {
+        Exception::XM
+    } else {
+        Exception::UD
+    })
+}
+
+fn check_aligned(cpu: &Cpu, memory: &Memory, at: u64) -> Result<(), Exception> {
+    let needed = match memory.aligned {
+        Aligned::No => false,
+        Aligned::Always => true,
+        Aligned::UnlessMxcsr => cpu.fpu.mxcsr() & MXCSR_MM == 0,
+    };
+    if needed && !at.is_multiple_of(memory.size as u64) {
+        return Err(Exception::gp(0));
+    }
+    Ok(())
+}
+
+/// Loads any number of bytes with the current privilege.
+fn load(cpu: &mut Cpu, bus: &mut dyn Bus, at: u64, out: &mut [u8]) -> Result<(), Exception> {
+    let privilege = cpu.privilege();
+    match cpu.tlb[privilege as usize].lookup_read(at, out.len()) {
+        Some(p) => {
+            p.read(out);
+            Ok(())
+        }
+        None => cpu.load_bytes(bus, at, privilege, out),
+    }
+}
+
+/// FIP and FDP: the guest's addresses, not those of the snippet.
+fn set_x87_pointers(cpu: &mut Cpu, i: &Instruction, at: u64) {
+    let rip = cpu.rip.to_le_bytes();
+    cpu.fpu.bytes[8..16].copy_from_slice(&rip);
+    if i.op_kinds().any(|k| k == OpKind::Memory) {
+        cpu.fpu.bytes[16..24].copy_from_slice(&at.to_le_bytes());
+    }
+}

@@ -1,0 +1,174 @@
+//! Makes snippets: one instruction of the guest's, re-encoded so that it may run on the host.
+//!
+//! The memory operand becomes `[r]` with a register that the instruction does not otherwise use; a general register operand
+//! that is (part of) RSP becomes a second such register. Everything else is the guest's instruction as it is.
+
+use iced_x86::{
+    Encoder, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register,
+};
+
+use super::arch_native::SnippetCode;
+use super::availability::{Unit, host_has};
+use super::register::{gpr_index, register_size};
+use crate::Gpr;
+
+/// What there is to know about a snippet.
+#[derive(Clone, Copy)]
+pub(super) struct Snippet {
+    pub code: SnippetCode,
+    pub plan: Plan,
+}
+
+/// How the operands of an instruction reach its snippet.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Plan {
+    pub unit: Unit,
+    pub memory: Option<Memory>,
+    /// The register that stands for RSP.
+    pub stack_pointer: Option<usize>,
+}
+
+/// The memory operand.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Memory {
+    /// Bytes.
+    pub size: usize,
+    pub read: bool,
+    pub write: bool,
+    /// The register that holds the address of the bounce buffer.
+    pub register: usize,
+    pub aligned: Aligned,
+}
+
+/// Whether a misaligned memory operand is an exception.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Aligned {
+    No,
+    /// Unless MXCSR.MM is set (AMD).
+    UnlessMxcsr,
+    Always,
+}
+
+/// Instructions with one encoding but for their memory operand's address share a snippet: this is its key.
+pub(super) fn normalize(i: &Instruction) -> Instruction {
+    let mut key = *i;
+    if (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory) {
+        key.set_memory_base(Register::None);
+        key.set_memory_index(Register::None);
+        key.set_memory_index_scale(1);
+        key.set_memory_displacement64(0);
+        key.set_memory_displ_size(0);
+        key.set_segment_prefix(Register::None);
+    }
+    key
+}
+
+/// The code and the plan for a [normalized](normalize) instruction; `None` where the host must not execute it.
+pub(super) fn compile(key: &Instruction) -> Option<(Vec<u8>, Plan)> {
+    let unit = Unit::of(key)?;
+    let harmless = key.flow_control() == FlowControl::Next && !key.is_privileged();
+    if !harmless || !host_has(key) || key.is_vsib() {
+        return None;
+    }
+    let info = InstructionInfoFactory::new().info(key).clone();
+    let mut free = free_registers(&info);
+    let mut native = *key;
+    let memory = match key.op_kinds().position(|k| k == OpKind::Memory) {
+        Some(op) => {
+            let register = free.next()?;
+            native.set_memory_base(Register::RAX + register as u32);
+            let access = info.op_access(op as u32);
+            Some(memory(key, unit, access, register)?)
+        }
+        None if info.used_memory().is_empty() => None,
+        None => return None,
+    };
+    let stack_pointer = replace_stack_pointer(&mut native, &mut free)?;
+    let mut encoder = Encoder::new(64);
+    encoder.encode(&native, 0).ok()?;
+    let mut code = encoder.take_buffer();
+    code.push(RET);
+    let plan = Plan {
+        unit,
+        memory,
+        stack_pointer,
+    };
+    Some((code, plan))
+}
+
+const RET: u8 = 0xc3;
+
+fn free_registers(info: &iced_x86::InstructionInfo) -> impl Iterator<Item = usize> + use<> {
+    let used = info
+        .used_registers()
+        .iter()
+        .filter_map(|r| gpr_index(r.register()))
+        .fold(1u16 << Gpr::Rsp as u32, |used, n| used | 1 << n);
+    (0..16).rev().filter(move |n| used >> n & 1 == 0)
+}
+
+fn memory(key: &Instruction, unit: Unit, access: OpAccess, register: usize) -> Option<Memory> {
+    let (read, write) = match access {
+        OpAccess::Read | OpAccess::CondRead => (true, false),
+        OpAccess::Write | OpAccess::CondWrite => (false, true),
+        OpAccess::ReadWrite | OpAccess::ReadCondWrite => (true, true),
+        _ => return None,
+    };
+    let size = key.memory_size().size();
+    let fits = (1..=super::native::BOUNCE_SIZE).contains(&size);
+    fits.then_some(Memory {
+        size,
+        read,
+        write,
+        register,
+        aligned: alignment(key, unit, size),
+    })
+}
+
+fn alignment(i: &Instruction, unit: Unit, size: usize) -> Aligned {
+    use Mnemonic::*;
+    match i.mnemonic() {
+        Movaps | Movapd | Movdqa | Movntps | Movntpd | Movntdq | Movntdqa | Vmovaps | Vmovapd
+        | Vmovdqa | Vmovdqa32 | Vmovdqa64 | Vmovntps | Vmovntpd | Vmovntdq | Vmovntdqa => {
+            Aligned::Always
+        }
+        Movups | Movupd | Movdqu | Lddqu | Pcmpistri | Pcmpistrm | Pcmpestri | Pcmpestrm => {
+            Aligned::No
+        }
+        _ if unit == Unit::Sse && size == 16 => Aligned::UnlessMxcsr,
+        _ => Aligned::No,
+    }
+}
+
+/// Replaces RSP as a register operand; the outcome is what replaces it, `None` inside where there is nothing to do.
+fn replace_stack_pointer(
+    native: &mut Instruction,
+    free: &mut impl Iterator<Item = usize>,
+) -> Option<Option<usize>> {
+    const RSP: usize = Gpr::Rsp as usize;
+    let mut with = None;
+    for op in 0..native.op_count() {
+        let r = native.op_register(op);
+        if native.op_kind(op) != OpKind::Register || gpr_index(r) != Some(RSP) {
+            continue;
+        }
+        let n = match with {
+            Some(n) => n,
+            None => free.next()?,
+        };
+        with = Some(n);
+        native.set_op_register(op, sized(n, register_size(r))?);
+    }
+    Some(with)
+}
+
+/// General register `n` with `size` bytes.
+fn sized(n: usize, size: usize) -> Option<Register> {
+    let first = match size {
+        8 => Register::RAX,
+        4 => Register::EAX,
+        2 => Register::AX,
+        _ => return None,
+    };
+    Some(first + n as u32)
+}

@@ -1,0 +1,221 @@
+//! Tests of the interpreter: small programs in flat memory, and the host's processor as the oracle.
+
+mod oracle;
+
+use std::sync::Arc;
+
+use doppel_memory::GuestRam;
+
+use super::step;
+use crate::{Bus, Cpu, Cr0, Cr4, Efer, Outcome, Rflags, Seg, Segment};
+
+/// A machine without devices.
+pub(super) struct Bare;
+
+impl Bus for Bare {
+    fn port_read(&mut self, _: u16, _: u8) -> u32 {
+        u32::MAX
+    }
+    fn port_write(&mut self, _: u16, _: u8, _: u32) {}
+    fn mmio_read(&mut self, _: u64, _: u8) -> u64 {
+        u64::MAX
+    }
+    fn mmio_write(&mut self, _: u64, _: u8, _: u64) {}
+    fn apic_msr_read(&mut self, _: u32) -> Option<u64> {
+        None
+    }
+    fn apic_msr_write(&mut self, _: u32, _: u64, _: u64) -> Option<()> {
+        None
+    }
+    fn cr8(&mut self) -> u64 {
+        0
+    }
+    fn set_cr8(&mut self, _: u64) {}
+    fn interrupt_pending(&mut self) -> bool {
+        false
+    }
+    fn interrupt_acknowledge(&mut self) -> Option<u8> {
+        None
+    }
+    fn take_nmi(&mut self) -> bool {
+        false
+    }
+}
+
+pub(super) const CODE: u64 = 0x1000;
+pub(super) const DATA: u64 = 0x8000;
+pub(super) const STACK: u64 = 0x7000;
+
+/// A CPU in flat memory without paging; `bits` is 16 (real mode), 32 or 64. All of the extended state is switched on.
+pub(super) fn machine(bits: u32) -> Box<Cpu> {
+    let ram = Arc::new(GuestRam::new(1 << 20).unwrap());
+    let mut cpu = Cpu::new(0, ram);
+    let flat = |attributes| Segment {
+        base: 0,
+        limit: if bits == 16 { 0xffff } else { u32::MAX },
+        attributes,
+        selector: 8,
+    };
+    let code = match bits {
+        64 => 0x9b | Segment::L,
+        32 => 0x9b | Segment::DB,
+        _ => 0x9b,
+    };
+    cpu.seg = [flat(if bits == 32 { 0x93 | Segment::DB } else { 0x93 }); 6];
+    cpu.seg[Seg::Cs as usize] = flat(code);
+    if bits != 16 {
+        cpu.cr0 |= Cr0::PE;
+    }
+    if bits == 64 {
+        cpu.efer |= Efer::LMA | Efer::LME;
+    }
+    cpu.cr4 |= Cr4::OSFXSR | Cr4::OSXMMEXCPT | Cr4::OSXSAVE;
+    cpu.xcr0 = super::vector::Layout::of_host().supported & 0xe7;
+    cpu.rip = CODE;
+    cpu.gpr[4] = STACK;
+    cpu
+}
+
+pub(super) fn put(cpu: &Cpu, at: u64, bytes: &[u8]) {
+    cpu.ram.ptr(at).unwrap().write(bytes);
+}
+
+pub(super) fn get<const N: usize>(cpu: &Cpu, at: u64) -> [u8; N] {
+    let mut out = [0; N];
+    cpu.ram.ptr(at).unwrap().read(&mut out);
+    out
+}
+
+/// Puts `code` at RIP and steps until RIP is behind it.
+pub(super) fn run(cpu: &mut Cpu, code: &[u8]) {
+    let start = cpu.rip;
+    put(cpu, start, code);
+    for _ in 0..100_000 {
+        if cpu.rip == start + code.len() as u64 {
+            return;
+        }
+        assert_eq!(step(cpu, &mut Bare), Outcome::Continue, "at {:#x}", cpu.rip);
+    }
+    panic!("no end");
+}
+
+#[test]
+fn pushes_and_pops_follow_the_mode() {
+    for (bits, width) in [(16, 2), (32, 4), (64, 8)] {
+        let mut cpu = machine(bits);
+        cpu.gpr[0] = 0x1122_3344_5566_7788;
+        run(&mut cpu, &[0x50, 0x5b]); // push ax/eax/rax; pop bx/ebx/rbx
+        assert_eq!(cpu.gpr[4], STACK);
+        let mask = u64::MAX >> (64 - 8 * width);
+        assert_eq!(cpu.gpr[3], 0x1122_3344_5566_7788 & mask, "{bits}");
+        assert_eq!(get::<2>(&cpu, STACK - width), [0x88, 0x77]);
+    }
+}
+
+#[test]
+fn pop_to_memory_sees_the_stack_pointer_incremented() {
+    let mut cpu = machine(64);
+    put(&cpu, STACK, &7u64.to_le_bytes());
+    run(&mut cpu, &[0x8f, 0x04, 0x24]); // pop [rsp]
+    assert_eq!(get::<8>(&cpu, STACK + 8), 7u64.to_le_bytes());
+}
+
+#[test]
+fn calls_return() {
+    for bits in [16, 32, 64] {
+        let mut cpu = machine(bits);
+        // call over a jump to a ret: e8 is rel16 in 16-bit code.
+        let code: &[u8] = if bits == 16 {
+            &[0xe8, 0x02, 0x00, 0xeb, 0x01, 0xc3]
+        } else {
+            &[0xe8, 0x02, 0x00, 0x00, 0x00, 0xeb, 0x01, 0xc3]
+        };
+        run(&mut cpu, code);
+        assert_eq!(cpu.gpr[4], STACK);
+    }
+}
+
+#[test]
+fn repeated_moves_cross_pages_and_overlap() {
+    let mut cpu = machine(64);
+    for n in 0..3 * 4096u64 {
+        put(&cpu, 0x20_000 + n, &[(n % 251) as u8]);
+    }
+    (cpu.gpr[6], cpu.gpr[7], cpu.gpr[1]) = (0x20_001, 0x30_003, 3 * 4096 - 1);
+    run(&mut cpu, &[0xf3, 0xa4]); // rep movsb
+    for n in 0..3 * 4096u64 - 1 {
+        assert_eq!(get::<1>(&cpu, 0x30_003 + n), [((n + 1) % 251) as u8], "{n}");
+    }
+    assert_eq!(cpu.gpr[1], 0);
+    // Source and destination a byte apart: the first byte spreads.
+    (cpu.rip, cpu.gpr[6], cpu.gpr[7], cpu.gpr[1]) = (CODE, 0x20_000, 0x20_001, 100);
+    put(&cpu, 0x20_000, &[0x5a]);
+    run(&mut cpu, &[0xf3, 0xa4]);
+    assert_eq!(get::<101>(&cpu, 0x20_000), [0x5a; 101]);
+}
+
+#[test]
+fn repeated_stores_and_scans() {
+    let mut cpu = machine(64);
+    (cpu.gpr[0], cpu.gpr[7], cpu.gpr[1]) = (0x1122_3344, 0x20_002, 5000);
+    run(&mut cpu, &[0xf3, 0xab]); // rep stosd
+    assert_eq!(cpu.gpr[7], 0x20_002 + 20_000);
+    assert_eq!(get::<4>(&cpu, 0x20_002 + 19_996), [0x44, 0x33, 0x22, 0x11]);
+    put(&cpu, 0x20_002 + 4000, &[0]);
+    (cpu.rip, cpu.gpr[0], cpu.gpr[7], cpu.gpr[1]) = (CODE, 0, 0x20_002, u64::MAX);
+    run(&mut cpu, &[0xf2, 0xae]); // repne scasb
+    assert_eq!(cpu.gpr[7], 0x20_002 + 4001);
+    assert!(cpu.rflags.contains(Rflags::ZF));
+}
+
+#[test]
+fn code_that_changes_itself_takes_effect_at_once() {
+    let mut cpu = machine(64);
+    // mov byte [rip+1], 2; mov al, 1
+    run(&mut cpu, &[0xc6, 0x05, 0x01, 0, 0, 0, 2, 0xb0, 0x01]);
+    assert_eq!(cpu.gpr[0] & 0xff, 2);
+    // And where the code was executed before.
+    cpu.rip = CODE;
+    put(&cpu, CODE + 8, &[1]);
+    let code = [0xc6, 0x05, 0x01, 0, 0, 0, 3, 0xb0, 0x01];
+    run(&mut cpu, &code);
+    assert_eq!(cpu.gpr[0] & 0xff, 3);
+}
+
+#[test]
+fn legacy_decimal_instructions() {
+    let mut cpu = machine(32);
+    cpu.gpr[0] = 0x79;
+    cpu.gpr[3] = 0x35;
+    run(&mut cpu, &[0x00, 0xd8, 0x27]); // add al, bl; daa
+    assert_eq!(cpu.gpr[0] & 0xff, 0x14);
+    assert!(cpu.rflags.contains(Rflags::CF));
+    cpu.rip = CODE;
+    cpu.gpr[0] = 53;
+    run(&mut cpu, &[0xd4, 0x0a]); // aam
+    assert_eq!(cpu.gpr[0] & 0xffff, 0x0503);
+}
+
+#[test]
+fn wide_compare_and_exchange() {
+    let mut cpu = machine(64);
+    put(&cpu, DATA, &[1; 16]);
+    cpu.gpr[7] = DATA;
+    run(&mut cpu, &[0xf0, 0x48, 0x0f, 0xc7, 0x0f]); // lock cmpxchg16b [rdi]
+    assert!(!cpu.rflags.contains(Rflags::ZF));
+    assert_eq!(cpu.gpr[0], 0x0101_0101_0101_0101);
+    (cpu.rip, cpu.gpr[3], cpu.gpr[1]) = (CODE, 5, 6);
+    run(&mut cpu, &[0xf0, 0x48, 0x0f, 0xc7, 0x0f]);
+    assert!(cpu.rflags.contains(Rflags::ZF));
+    assert_eq!(get::<8>(&cpu, DATA), 5u64.to_le_bytes());
+    assert_eq!(get::<8>(&cpu, DATA + 8), 6u64.to_le_bytes());
+}
+
+#[test]
+fn bit_offsets_reach_beyond_the_operand() {
+    let mut cpu = machine(64);
+    cpu.gpr[7] = DATA + 64;
+    cpu.gpr[0] = (-3i64) as u64;
+    run(&mut cpu, &[0x48, 0x0f, 0xab, 0x07]); // bts [rdi], rax
+    assert_eq!(get::<8>(&cpu, DATA + 56), (1u64 << 61).to_le_bytes());
+}

@@ -1,0 +1,388 @@
+//! Saving and loading the extended state: FXSAVE, the XSAVE family, MXCSR (Intel SDM vol. 1, chapter 13).
+//!
+//! The CPU's state already lies in memory in the standard format, so these are copies between it and guest memory,
+//! a component at a time; only the compacted format places the components elsewhere. XSAVES and XRSTORS know no supervisor
+//! components: IA32_XSS is zero.
+
+use iced_x86::{Instruction, Mnemonic};
+
+use super::availability::{check_not_emulated, check_switched};
+use super::native::host_layout;
+use super::operand::{linear, read_operand, write_operand};
+use super::vector::{self, EXTENDED, HEADER, Layout, XMM, component};
+use super::{Flow, Handler, Step};
+use crate::{Bus, Cpu, CpuMode, Cr4, Efer, Exception, FpuArea, Gpr};
+
+pub(super) fn lookup(i: &Instruction) -> Option<Handler> {
+    use Mnemonic::*;
+    Some(match i.mnemonic() {
+        Fxsave | Fxsave64 => fxsave,
+        Fxrstor | Fxrstor64 => fxrstor,
+        Ldmxcsr | Vldmxcsr => ldmxcsr,
+        Stmxcsr | Vstmxcsr => stmxcsr,
+        Xsave | Xsave64 | Xsaveopt | Xsaveopt64 => xsave,
+        Xsavec | Xsavec64 | Xsaves | Xsaves64 => xsave_compacted,
+        Xrstor | Xrstor64 | Xrstors | Xrstors64 => xrstor,
+        _ => return None,
+    })
+}
+
+/// Where the x87 registers end and the XMM registers begin is [`XMM`]; MXCSR and its mask are within.
+const MXCSR: std::ops::Range<usize> = 24..32;
+const MXCSR_INITIAL: u32 = 0x1f80;
+const FXSAVE_END: usize = 416;
+/// XCOMP_BV's bit that says that the area is compacted.
+const COMPACTED: u64 = 1 << 63;
+
+fn check_mxcsr(v: u32, mask: u32) -> Result<(), Exception> {
+    if v & !mask == 0 {
+        Ok(())
+    } else {
+        Err(Exception::gp(0))
+    }
+}
+
+fn check_mxcsr_access(cpu: &Cpu, i: &Instruction) -> Result<(), Exception> {
+    let vex = i.mnemonic() == Mnemonic::Vldmxcsr || i.mnemonic() == Mnemonic::Vstmxcsr;
+    let on = if vex {
+        let avx = component::SSE | component::AVX;
+        cpu.cr4.contains(Cr4::OSXSAVE) && cpu.xcr0 & avx == avx
+    } else {
+        cpu.cr4.contains(Cr4::OSFXSR)
+    };
+    check_not_emulated(cpu)?;
+    if !on {
+        return Err(Exception::UD);
+    }
+    check_switched(cpu)
+}
+
+fn ldmxcsr(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
+    check_mxcsr_access(cpu, i)?;
+    let (_, mask) = host_layout(cpu)?;
+    let v = read_operand(cpu, bus, i, 0)? as u32;
+    check_mxcsr(v, mask)?;
+    vector::set_mxcsr(&mut cpu.fpu, v);
+    Ok(Flow::Next)
+}
+
+fn stmxcsr(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
+    check_mxcsr_access(cpu, i)?;
+    let v = cpu.fpu.mxcsr();
+    write_operand(cpu, bus, i, 0, v.into())?;
+    Ok(Flow::Next)
+}
+
+/// The REX.W forms keep 64-bit instruction and data pointers.
+fn wide_pointers(i: &Instruction) -> bool {
+    use Mnemonic::*;
+    matches!(
+        i.mnemonic(),
+        Fxsave64 | Fxrstor64 | Xsave64 | Xsaveopt64 | Xsavec64 | Xsaves64 | Xrstor64 | Xrstors64
+    )
+}
+
+/// The upper halves of FIP and FDP, selectors in the narrow forms.
+const POINTER_TOPS: [std::ops::Range<usize>; 2] = [12..16, 20..24];
+
+/// Bytes of the XMM registers that the mode has, from the beginning of an area.
+fn xmm_end(cpu: &Cpu) -> usize {
+    if cpu.mode() == CpuMode::Bits64 {
+        FXSAVE_END
+    } else {
+        XMM + 8 * 16
+    }
+}
+
+/// The legacy region as the guest sees it saved.
+fn legacy_image(fpu: &FpuArea, i: &Instruction, mxcsr_mask: u32) -> [u8; FXSAVE_END] {
+    let mut image = [0; FXSAVE_END];
+    image.copy_from_slice(&fpu.bytes[..FXSAVE_END]);
+    image[28..32].copy_from_slice(&mxcsr_mask.to_le_bytes());
+    if !wide_pointers(i) {
+        POINTER_TOPS.into_iter().for_each(|r| image[r].fill(0));
+    }
+    image
+}
+
+fn fast_fxsave(cpu: &Cpu) -> bool {
+    cpu.efer.contains(Efer::FFXSR) && cpu.cpl == 0 && cpu.mode() == CpuMode::Bits64
+}
+
+fn fx_address(cpu: &Cpu, i: &Instruction, write: bool) -> Result<u64, Exception> {
+    check_not_emulated(cpu)?;
+    check_switched(cpu)?;
+    let at = linear(cpu, i, 512, write)?;
+    if at.is_multiple_of(16) {
+        Ok(at)
+    } else {
+        Err(Exception::gp(0))
+    }
+}
+
+fn fxsave(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
+    let at = fx_address(cpu, i, true)?;
+    let (_, mask) = host_layout(cpu)?;
+    let image = legacy_image(&cpu.fpu, i, mask);
+    let end = if fast_fxsave(cpu) { XMM } else { xmm_end(cpu) };
+    let privilege = cpu.privilege();
+    cpu.store_bytes(bus, at, privilege, &image[..end])?;
+    Ok(Flow::Next)
+}
+
+fn fxrstor(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
+    let at = fx_address(cpu, i, false)?;
+    let (_, mask) = host_layout(cpu)?;
+    let mut image = [0; FXSAVE_END];
+    let privilege = cpu.privilege();
+    cpu.load_bytes(bus, at, privilege, &mut image)?;
+    check_mxcsr(image_mxcsr(&image), mask)?;
+    let end = if fast_fxsave(cpu) { XMM } else { xmm_end(cpu) };
+    load_legacy(&mut cpu.fpu, i, &image, 0..end);
+    let in_use = vector::in_use(&cpu.fpu) | component::X87 | component::SSE;
+    vector::set_in_use(&mut cpu.fpu, in_use);
+    Ok(Flow::Next)
+}
+
+fn image_mxcsr(image: &[u8]) -> u32 {
+    u32::from_le_bytes([image[24], image[25], image[26], image[27]])
+}
+
+/// Copies a part of a legacy region into the CPU's state.
+fn load_legacy(fpu: &mut FpuArea, i: &Instruction, image: &[u8], part: std::ops::Range<usize>) {
+    let x87 = part.start == 0;
+    fpu.bytes[part.clone()].copy_from_slice(&image[part]);
+    if x87 && !wide_pointers(i) {
+        POINTER_TOPS.into_iter().for_each(|r| fpu.bytes[r].fill(0));
+    }
+}
+
+/// What every instruction of the XSAVE family begins with: its area, and the components that it is asked for.
+struct Request {
+    at: u64,
+    components: u64,
+    layout: Layout,
+    mxcsr_mask: u32,
+}
+
+impl Request {
+    fn of(cpu: &mut Cpu, i: &Instruction, write: bool) -> Result<Self, Exception> {
+        use Mnemonic::*;
+        if !cpu.cr4.contains(Cr4::OSXSAVE) {
+            return Err(Exception::UD);
+        }
+        check_switched(cpu)?;
+        let supervisor = matches!(i.mnemonic(), Xsaves | Xsaves64 | Xrstors | Xrstors64);
+        if supervisor && cpu.cpl != 0 {
+            return Err(Exception::gp(0));
+        }
+        let at = linear(cpu, i, EXTENDED, write)?;
+        if !at.is_multiple_of(64) {
+            return Err(Exception::gp(0));
+        }
+        let (layout, mxcsr_mask) = host_layout(cpu)?;
+        let mask = cpu.reg(Gpr::Rdx) << 32 | cpu.reg(Gpr::Rax) & 0xffff_ffff;
+        Ok(Request {
+            at,
+            components: cpu.xcr0 & layout.supported & mask,
+            layout,
+            mxcsr_mask,
+        })
+    }
+
+    fn asks(&self, component: u64) -> bool {
+        self.components & component != 0
+    }
+
+    /// Numbers of the extended components (2 and up) among `components`.
+    fn extended(components: u64) -> impl Iterator<Item = usize> {
+        (2..63).filter(move |n| components >> n & 1 != 0)
+    }
+
+    /// Where component `n` lies in the guest's area.
+    fn place(&self, n: usize, compaction: Option<u64>) -> u64 {
+        let offset = match compaction {
+            Some(c) => self.layout.compacted(n, c),
+            None => self.layout.place(n).0,
+        };
+        self.at.wrapping_add(offset as u64)
+    }
+}
+
+/// The pieces of a save, in the order in which they are stored: `(linear address, bytes)`.
+type Pieces = Vec<(u64, Vec<u8>)>;
+
+/// What saving `stored` (a subset of what was requested) writes to the legacy region and the components.
+fn pieces(cpu: &Cpu, i: &Instruction, r: &Request, stored: u64, compaction: Option<u64>) -> Pieces {
+    let image = legacy_image(&cpu.fpu, i, r.mxcsr_mask);
+    let mut pieces = Vec::new();
+    let mut legacy = |part: std::ops::Range<usize>| {
+        pieces.push((r.at.wrapping_add(part.start as u64), image[part].to_vec()));
+    };
+    if stored & component::X87 != 0 {
+        legacy(0..MXCSR.start);
+        legacy(MXCSR.end..XMM);
+    }
+    let mxcsr = match compaction {
+        Some(_) => stored & component::SSE != 0,
+        None => r.asks(component::SSE | component::AVX),
+    };
+    if mxcsr {
+        legacy(MXCSR);
+    }
+    if stored & component::SSE != 0 {
+        legacy(XMM..xmm_end(cpu));
+    }
+    for n in Request::extended(stored) {
+        let (at, size) = r.layout.place(n);
+        pieces.push((
+            r.place(n, compaction),
+            cpu.fpu.bytes[at..at + size].to_vec(),
+        ));
+    }
+    pieces
+}
+
+/// Stores all the pieces, or faults before the first.
+fn store(cpu: &mut Cpu, bus: &mut dyn Bus, pieces: &Pieces) -> Step {
+    let privilege = cpu.privilege();
+    for (at, bytes) in pieces {
+        cpu.check_writable(*at, bytes.len(), privilege)?;
+    }
+    for (at, bytes) in pieces {
+        cpu.store_bytes(bus, *at, privilege, bytes)?;
+    }
+    Ok(Flow::Next)
+}
+
+fn xsave(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
+    let r = Request::of(cpu, i, true)?;
+    let in_use = vector::in_use(&cpu.fpu);
+    let optimized = matches!(i.mnemonic(), Mnemonic::Xsaveopt | Mnemonic::Xsaveopt64);
+    let stored = if optimized {
+        r.components & in_use
+    } else {
+        r.components
+    };
+    let mut pieces = pieces(cpu, i, &r, stored, None);
+    let header = r.at.wrapping_add(HEADER as u64);
+    let old = super::operand::load(cpu, bus, header, 8)?;
+    let xstate_bv = old & !r.components | in_use & r.components;
+    pieces.push((header, xstate_bv.to_le_bytes().to_vec()));
+    store(cpu, bus, &pieces)
+}
+
+fn xsave_compacted(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
+    let r = Request::of(cpu, i, true)?;
+    let mut in_use = vector::in_use(&cpu.fpu);
+    if cpu.fpu.mxcsr() != MXCSR_INITIAL {
+        in_use |= component::SSE;
+    }
+    let stored = r.components & in_use;
+    let mut pieces = pieces(cpu, i, &r, stored, Some(r.components));
+    let mut header = [0; EXTENDED - HEADER];
+    header[..8].copy_from_slice(&stored.to_le_bytes());
+    header[8..16].copy_from_slice(&(r.components | COMPACTED).to_le_bytes());
+    pieces.push((r.at.wrapping_add(HEADER as u64), header.to_vec()));
+    store(cpu, bus, &pieces)
+}
+
+/// The header of a guest's area: which components it holds, and in the compacted format which have a place.
+struct Header {
+    present: u64,
+    compaction: Option<u64>,
+}
+
+impl Header {
+    /// #GP(0) for what the manual reserves.
+    fn parse(image: &[u8], enabled: u64, i: &Instruction) -> Result<Self, Exception> {
+        let word = |n: usize| {
+            let mut bytes = [0; 8];
+            bytes.copy_from_slice(&image[HEADER + 8 * n..][..8]);
+            u64::from_le_bytes(bytes)
+        };
+        let (present, xcomp_bv) = (word(0), word(1));
+        let zero = |words: std::ops::Range<usize>| words.into_iter().all(|n| word(n) == 0);
+        let compacted = xcomp_bv & COMPACTED != 0;
+        let supervisor = matches!(i.mnemonic(), Mnemonic::Xrstors | Mnemonic::Xrstors64);
+        let places = xcomp_bv & !COMPACTED;
+        let good = if compacted {
+            places & !enabled == 0 && present & !places == 0 && zero(2..8)
+        } else {
+            !supervisor && present & !enabled == 0 && zero(1..3)
+        };
+        if !good {
+            return Err(Exception::gp(0));
+        }
+        Ok(Header {
+            present,
+            compaction: compacted.then_some(places),
+        })
+    }
+}
+
+fn xrstor(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
+    let r = Request::of(cpu, i, false)?;
+    let privilege = cpu.privilege();
+    let mut image = [0; EXTENDED];
+    cpu.load_bytes(bus, r.at, privilege, &mut image)?;
+    let header = Header::parse(&image, cpu.xcr0, i)?;
+    let loaded = r.components & header.present;
+    let mxcsr = new_mxcsr(&r, &header, &image);
+    if let Some(v) = mxcsr {
+        check_mxcsr(v, r.mxcsr_mask)?;
+    }
+    // All of the guest's memory is read before any state changes.
+    let mut fpu = cpu.fpu.clone();
+    for n in Request::extended(loaded) {
+        let (at, size) = r.layout.place(n);
+        let from = r.place(n, header.compaction);
+        cpu.load_bytes(bus, from, privilege, &mut fpu.bytes[at..at + size])?;
+    }
+    restore_legacy(&mut fpu, i, &image, r.components, loaded, xmm_end(cpu));
+    for n in Request::extended(r.components & !loaded) {
+        let (at, size) = r.layout.place(n);
+        fpu.bytes[at..at + size].fill(0);
+    }
+    if let Some(v) = mxcsr {
+        vector::set_mxcsr(&mut fpu, v);
+    }
+    let in_use = vector::in_use(&fpu) & !r.components | loaded;
+    vector::set_in_use(&mut fpu, in_use);
+    cpu.fpu = fpu;
+    Ok(Flow::Next)
+}
+
+/// MXCSR after the restore, where it changes.
+fn new_mxcsr(r: &Request, header: &Header, image: &[u8]) -> Option<u32> {
+    match header.compaction {
+        None => r
+            .asks(component::SSE | component::AVX)
+            .then(|| image_mxcsr(image)),
+        Some(_) if !r.asks(component::SSE) => None,
+        Some(_) if header.present & component::SSE != 0 => Some(image_mxcsr(image)),
+        Some(_) => Some(MXCSR_INITIAL),
+    }
+}
+
+/// Loads or initializes the x87 and XMM registers among `asked`.
+fn restore_legacy(
+    fpu: &mut FpuArea,
+    i: &Instruction,
+    image: &[u8],
+    asked: u64,
+    loaded: u64,
+    xmm_end: usize,
+) {
+    let initial = FpuArea::reset();
+    let mut part = |component, part: std::ops::Range<usize>| {
+        if loaded & component != 0 {
+            load_legacy(fpu, i, image, part);
+        } else if asked & component != 0 {
+            fpu.bytes[part.clone()].copy_from_slice(&initial.bytes[part]);
+        }
+    };
+    part(component::X87, 0..MXCSR.start);
+    part(component::X87, MXCSR.end..XMM);
+    part(component::SSE, XMM..xmm_end);
+}
