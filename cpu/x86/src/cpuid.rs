@@ -625,3 +625,7 @@ impl Cpu {
         leaf
     }
 }
+
+#[cfg(test)]
+#[path = "cpuid_tests.rs"]
+mod tests;

@@ -133,3 +133,81 @@ impl Cpu {
         self.gpr[Gpr::Rax as usize] = answer & mask;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::msr;
+    use crate::testing::{AMD, TestBus, long_mode};
+
+    /// What the guest computes from its clock page (Linux `__pvclock_read_cycles`).
+    fn guest_time(cpu: &Cpu, page: u64, tsc: u64) -> u64 {
+        let word = |offset| cpu.ram.load::<u64>(page + offset).unwrap();
+        let multiplier = cpu.ram.load::<u32>(page + 24).unwrap();
+        let shift = cpu.ram.load::<u8>(page + 28).unwrap() as i8;
+        let scale = Scale { multiplier, shift };
+        word(16) + scale.nanoseconds(tsc - word(8))
+    }
+
+    #[test]
+    fn scales_are_exact_to_parts_per_billion() {
+        for hz in [
+            1_000_000_000u64,
+            999_999_999,
+            2_000_000_001,
+            2_596_136_000,
+            800_000_000,
+            5_700_000_123,
+        ] {
+            let scale = Scale::new(hz);
+            let hour = scale.nanoseconds(hz * 3600);
+            assert!(hour.abs_diff(3_600_000_000_000) < 4_000, "{hz}: {hour}");
+        }
+    }
+
+    #[test]
+    fn the_clock_page_tells_the_time_and_survives_a_write_to_the_tsc() {
+        const PAGE: u64 = 0x1_8000;
+        let (mut cpu, mut bus) = (long_mode(AMD), TestBus::default());
+        msr::write(&mut cpu, &mut bus, 0x4b56_4d01, PAGE | 1).unwrap();
+        let version = cpu.ram.load::<u32>(PAGE).unwrap();
+        assert!(version != 0 && version % 2 == 0);
+        assert_eq!(cpu.ram.load::<u8>(PAGE + 29), Some(TSC_STABLE));
+        let real = |cpu: &Cpu| {
+            let ticks = arch_host::tsc() - cpu.tsc_origin;
+            (u128::from(ticks) * 1_000_000_000 / u128::from(cpu.tsc_hz)) as u64
+        };
+        let told = guest_time(&cpu, PAGE, cpu.tsc_now());
+        assert!(told <= real(&cpu) + 10 && real(&cpu) - told < 1_000_000_000);
+        // The guest sets its TSC back: its time goes on.
+        msr::write(&mut cpu, &mut bus, 0x10, 0).unwrap();
+        assert!(cpu.ram.load::<u32>(PAGE).unwrap() > version);
+        let later = guest_time(&cpu, PAGE, cpu.tsc_now());
+        assert!(later >= told && later <= real(&cpu) + 10);
+        // Off: the page is left alone.
+        msr::write(&mut cpu, &mut bus, 0x4b56_4d01, 0).unwrap();
+        cpu.ram.store(PAGE, 0u32).unwrap();
+        msr::write(&mut cpu, &mut bus, 0x10, 5).unwrap();
+        assert_eq!(cpu.ram.load::<u32>(PAGE), Some(0));
+    }
+
+    #[test]
+    fn the_wall_clock_is_that_of_the_start() {
+        const AT: u64 = 0x1_8040;
+        let (mut cpu, mut bus) = (long_mode(AMD), TestBus::default());
+        msr::write(&mut cpu, &mut bus, 0x4b56_4d00, AT).unwrap();
+        assert_eq!(cpu.ram.load::<u32>(AT).unwrap() % 2, 0);
+        let seconds = u64::from(cpu.ram.load::<u32>(AT + 4).unwrap());
+        let now = arch_host::wall_clock_nanoseconds() / NANOSECONDS;
+        assert!(seconds <= now && now - seconds < 60);
+    }
+
+    #[test]
+    fn pages_outside_ram_or_at_an_edge_are_no_trouble() {
+        let (mut cpu, mut bus) = (long_mode(AMD), TestBus::default());
+        for gpa in [u64::MAX, 1 << 45, 0xffc, (2 << 20) - 4, 0xa_0000] {
+            msr::write(&mut cpu, &mut bus, 0x4b56_4d01, gpa | 1).unwrap();
+            msr::write(&mut cpu, &mut bus, 0x4b56_4d00, gpa).unwrap();
+        }
+    }
+}

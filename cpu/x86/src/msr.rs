@@ -333,3 +333,7 @@ pub(crate) fn reset(cpu: &mut Cpu) {
         Vendor::Amd => 0x0100_0065,
     };
 }
+
+#[cfg(test)]
+#[path = "msr_tests.rs"]
+mod tests;

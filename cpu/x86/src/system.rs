@@ -532,3 +532,7 @@ fn invpcid(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Result<(), Exce
     let image = u128::from_le_bytes(image);
     control::invalidate_pcid(cpu, kind, [image as u64, (image >> 64) as u64])
 }
+
+#[cfg(test)]
+#[path = "system_tests.rs"]
+mod tests;

@@ -127,3 +127,48 @@ impl Cpu {
         self.msr.tsc_adjust = self.msr.tsc_adjust.wrapping_add(delta);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::CpuidLeaf;
+
+    #[test]
+    fn announced_frequencies_are_taken_where_they_are_plausible() {
+        let leaf = |eax, ebx, ecx| CpuidLeaf {
+            eax,
+            ebx,
+            ecx,
+            edx: 0,
+        };
+        let intel = |l, _| match l {
+            0 => leaf(0x16, 0, 0),
+            0x15 => leaf(2, 168, 25_000_000),
+            _ => CpuidLeaf::default(),
+        };
+        assert_eq!(announced(&intel), Some(2_100_000_000));
+        let kvm = |l, _| match l {
+            0 => leaf(0xd, 0, 0),
+            1 => leaf(0, 0, 1 << 31),
+            0x4000_0000 => leaf(0x4000_0010, 0, 0),
+            0x4000_0010 => leaf(2_596_136, 0, 0),
+            _ => CpuidLeaf::default(),
+        };
+        assert_eq!(announced(&kvm), Some(2_596_136_000));
+        let silly = |l, _| match l {
+            0 => leaf(0x15, 0, 0),
+            0x15 => leaf(1, 1, 1),
+            _ => CpuidLeaf::default(),
+        };
+        assert_eq!(announced(&silly), None);
+        assert_eq!(announced(&|_, _| CpuidLeaf::default()), None);
+    }
+
+    #[test]
+    fn two_measurements_agree() {
+        let (a, b) = (measure(), measure());
+        assert!(PLAUSIBLE.contains(&a));
+        // The hosts that run tests may be busy: a hundred parts per million.
+        assert!(a.abs_diff(b) < a / 10_000, "{a} {b}");
+    }
+}
