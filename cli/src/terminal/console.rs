@@ -72,7 +72,7 @@ impl Console {
                 for command in escape.filter(&buffer[..n], &mut guest) {
                     match command {
                         Command::Leave => leave(),
-                        Command::Help => eprintln!("\r\n{HELP}"),
+                        Command::Help => super::say(HELP),
                     }
                 }
                 if !queue.push(&guest) {
@@ -112,9 +112,9 @@ impl Announced {
             && error.kind() != io::ErrorKind::Interrupted
             && !std::mem::replace(&mut self.failed, true)
         {
-            eprintln!(
+            super::say(&format!(
                 "doppel: the serial port's output is lost from here on ({error}); the guest goes on"
-            );
+            ));
         }
         result
     }

@@ -51,12 +51,15 @@ impl Saved {
     }
 }
 
-/// Raw input. Output processing stays as it was, for the monitor's own lines.
 fn raw(settings: &Termios) -> Termios {
     let mut raw = settings.clone();
     raw.make_raw();
-    raw.output_modes = settings.output_modes;
     raw
+}
+
+/// Shows a message of the monitor's in between; a raw terminal needs carriage returns.
+fn say(message: &str) {
+    eprint!("\r\n{}\r\n", message.replace('\n', "\r\n"));
 }
 
 /// Standard input in raw mode for as long as this lives.
