@@ -28,6 +28,9 @@ impl Cpu {
         let paging = self.paging();
         let t = walk(&self.ram, &paging, linear, kind, privilege)
             .map_err(|f| Exception::pf(linear, f.error_code))?;
+        if t.page_shift > 12 {
+            self.large_pages.note(linear);
+        }
         if kind == AccessKind::Write {
             self.ram.tracker().mark_dirty(t.gpa);
         }

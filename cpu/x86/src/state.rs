@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::interpret::{CodeCache, HostUnit};
 use crate::{CpuidModel, arch_host, msr};
 use bitflags::bitflags;
-use doppel_memory::{GuestRam, PAGE_MASK, Paging, PagingMode, Privilege, Tlb};
+use doppel_memory::{GuestRam, LargePages, PAGE_MASK, Paging, PagingMode, Privilege, Tlb};
 
 bitflags! {
     /// RFLAGS.
@@ -385,6 +385,8 @@ pub struct Cpu {
     pub code_writes: Vec<(u64, u32)>,
     /// What CPUID says.
     pub cpuid: Arc<CpuidModel>,
+    /// Where INVLPG has to forget more than one page.
+    pub large_pages: LargePages,
     /// What was flushed since a translator last looked: it keeps linear addresses of code itself.
     pub flushed: Flushed,
     pub ram: Arc<GuestRam>,
@@ -459,6 +461,7 @@ impl Cpu {
             counters: Counters::default(),
             code_writes: Vec::new(),
             cpuid,
+            large_pages: LargePages::default(),
             flushed: Flushed::default(),
             ram,
         });
@@ -548,6 +551,9 @@ impl Cpu {
         self.counters.tlb_flushes += 1;
         self.flushed.non_global = true;
         self.flushed.global |= global_too;
+        if global_too {
+            self.large_pages.clear();
+        }
         self.code.flush();
         for tlb in &mut self.tlb {
             if global_too {
@@ -558,8 +564,11 @@ impl Cpu {
         }
     }
 
-    /// Forgets the cached translation of one page, global or not (INVLPG).
+    /// Forgets the cached translation of one page of any size, global or not (INVLPG).
     pub fn flush_tlb_page(&mut self, linear: u64) {
+        if self.large_pages.may_hold(linear) {
+            return self.flush_tlb(true);
+        }
         self.flushed.page(linear & !PAGE_MASK);
         self.code.flush();
         for tlb in &mut self.tlb {
