@@ -1,1 +1,23 @@
-//! Placeholder head.
+//! Same-ISA binary translation: guest code becomes host code of the same instruction set.
+//!
+//! Problem: without hardware virtualization the guest's kernel cannot run on the processor as it is: some of its instructions would act on the
+//! real machine, others (`popf`, `sgdt`, …) would silently do the wrong thing, and every address means something else.
+//! Idea: guest and host speak the same language, so nearly every instruction is copied; only memory operands, branches
+//! and sensitive instructions are rewritten. There is no intermediate representation.
+//!
+//! Reading order: `frontend` (guest bytes → decoded block), `flags` (liveness), `rewrite` (block → host code), `asm`,
+//! `thunk` (the way in and out), `blocks` (cache, links, self-modifying code), `engine` (the loop), `enter_unsafe` (signals).
+//! docs/translate.md explains the whole.
+
+mod asm;
+mod blocks;
+mod cache_unsafe;
+mod context_unsafe;
+mod engine;
+mod enter_unsafe;
+mod flags;
+mod frontend;
+mod rewrite;
+mod thunk;
+
+pub use engine::{Translate, TranslateError, TranslateOptions, supported};

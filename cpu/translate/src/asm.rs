@@ -1,0 +1,287 @@
+//! A small assembler for the fixed sequences that the translator adds around the guest's instructions.
+//!
+//! Only the forms that are needed, each one method, all in 64-bit mode. The guest's own instructions
+//! do not come through here: they are copied, or re-encoded by iced-x86.
+
+/// Host registers by their encoding.
+pub(crate) type Reg = u8;
+pub(crate) const RAX: Reg = 0;
+pub(crate) const RCX: Reg = 1;
+pub(crate) const RDX: Reg = 2;
+pub(crate) const RSP: Reg = 4;
+pub(crate) const RBP: Reg = 5;
+pub(crate) const RSI: Reg = 6;
+pub(crate) const RDI: Reg = 7;
+/// First scratch register: addresses.
+pub(crate) const S0: Reg = 10;
+/// Second scratch register: TLB index, operands.
+pub(crate) const S1: Reg = 11;
+
+/// Arithmetic of the `81 /n` group.
+#[derive(Clone, Copy)]
+pub(crate) enum Alu {
+    Or = 1,
+    And = 4,
+    Sub = 5,
+    Xor = 6,
+    Cmp = 7,
+}
+
+/// Condition codes as in `jcc`.
+pub(crate) const CC_NE: u8 = 5;
+pub(crate) const CC_E: u8 = 4;
+pub(crate) const CC_A: u8 = 7;
+
+/// Machine code under construction, to be placed at `base`.
+#[derive(Default)]
+pub(crate) struct Asm {
+    pub bytes: Vec<u8>,
+    /// Host address that the first byte will have.
+    pub base: u64,
+}
+
+/// A jump whose 32-bit displacement is still to be filled in.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Fixup(pub usize);
+
+impl Asm {
+    /// Starts anew at another place; keeps the allocation.
+    pub fn reset(&mut self, base: u64) {
+        self.bytes.clear();
+        self.base = base;
+    }
+
+    pub fn pos(&self) -> usize {
+        self.bytes.len()
+    }
+
+    pub fn raw(&mut self, b: &[u8]) {
+        self.bytes.extend_from_slice(b);
+    }
+
+    fn imm32(&mut self, v: i32) {
+        self.raw(&v.to_le_bytes());
+    }
+
+    fn rex(w: bool, r: Reg, x: Reg, b: Reg) -> u8 {
+        0x40 | u8::from(w) << 3 | (r >> 3) << 2 | (x >> 3) << 1 | (b >> 3)
+    }
+
+    /// `op reg, gs:[disp]` with any one-byte opcode.
+    fn gs(&mut self, w: bool, op: u8, reg: Reg, disp: i32) {
+        self.raw(&[0x65, Self::rex(w, reg, 0, 0), op, (reg & 7) << 3 | 4, 0x25]);
+        self.imm32(disp);
+    }
+
+    /// `op reg, gs:[index + disp]`.
+    fn gs_indexed(&mut self, op: u8, reg: Reg, index: Reg, disp: i32) {
+        self.raw(&[0x65, Self::rex(true, reg, 0, index), op, 0x80 | (reg & 7) << 3 | (index & 7)]);
+        self.imm32(disp);
+    }
+
+    pub fn load(&mut self, reg: Reg, disp: i32) {
+        self.gs(true, 0x8b, reg, disp);
+    }
+    pub fn load32(&mut self, reg: Reg, disp: i32) {
+        self.gs(false, 0x8b, reg, disp);
+    }
+    pub fn store(&mut self, disp: i32, reg: Reg) {
+        self.gs(true, 0x89, reg, disp);
+    }
+    pub fn store32(&mut self, disp: i32, reg: Reg) {
+        self.gs(false, 0x89, reg, disp);
+    }
+    /// `mov dword gs:[disp], imm`.
+    pub fn store_imm32(&mut self, disp: i32, imm: u32) {
+        self.raw(&[0x65, 0xc7, 0x04, 0x25]);
+        self.imm32(disp);
+        self.imm32(imm as i32);
+    }
+    /// `add reg, gs:[disp]`.
+    pub fn add_gs(&mut self, reg: Reg, disp: i32) {
+        self.gs(true, 0x03, reg, disp);
+    }
+    pub fn load_indexed(&mut self, reg: Reg, index: Reg, disp: i32) {
+        self.gs_indexed(0x8b, reg, index, disp);
+    }
+    pub fn xor_indexed(&mut self, reg: Reg, index: Reg, disp: i32) {
+        self.gs_indexed(0x33, reg, index, disp);
+    }
+    pub fn add_indexed(&mut self, reg: Reg, index: Reg, disp: i32) {
+        self.gs_indexed(0x03, reg, index, disp);
+    }
+    pub fn cmp_indexed(&mut self, reg: Reg, index: Reg, disp: i32) {
+        self.gs_indexed(0x3b, reg, index, disp);
+    }
+    /// `jmp gs:[index + disp]`.
+    pub fn jmp_indexed(&mut self, index: Reg, disp: i32) {
+        self.raw(&[0x65, Self::rex(false, 0, 0, index), 0xff, 0x80 | 4 << 3 | (index & 7)]);
+        self.imm32(disp);
+    }
+    /// `jmp gs:[disp]`.
+    pub fn jmp_gs(&mut self, disp: i32) {
+        self.raw(&[0x65, 0xff, 0x24, 0x25]);
+        self.imm32(disp);
+    }
+    /// `call gs:[disp]`.
+    pub fn call_gs(&mut self, disp: i32) {
+        self.raw(&[0x65, 0xff, 0x14, 0x25]);
+        self.imm32(disp);
+    }
+
+    pub fn mov(&mut self, dst: Reg, src: Reg) {
+        self.raw(&[Self::rex(true, src, 0, dst), 0x89, 0xc0 | (src & 7) << 3 | (dst & 7)]);
+    }
+    pub fn mov32(&mut self, dst: Reg, src: Reg) {
+        self.raw(&[Self::rex(false, src, 0, dst), 0x89, 0xc0 | (src & 7) << 3 | (dst & 7)]);
+    }
+    /// Loads a constant in the shortest form; flags are untouched.
+    pub fn mov_imm(&mut self, dst: Reg, v: u64) {
+        if let Ok(v) = u32::try_from(v) {
+            self.raw(&[Self::rex(false, 0, 0, dst), 0xb8 | (dst & 7)]);
+            self.imm32(v as i32);
+        } else if let Ok(v) = i32::try_from(v as i64) {
+            self.raw(&[Self::rex(true, 0, 0, dst), 0xc7, 0xc0 | (dst & 7)]);
+            self.imm32(v);
+        } else {
+            self.raw(&[Self::rex(true, 0, 0, dst), 0xb8 | (dst & 7)]);
+            self.raw(&v.to_le_bytes());
+        }
+    }
+    /// `lea dst, [base + disp]`.
+    pub fn lea(&mut self, dst: Reg, base: Reg, disp: i32) {
+        self.mem(&[0x8d], true, dst, base, disp);
+    }
+    /// `mov dst, [base + disp]`.
+    pub fn load_mem(&mut self, dst: Reg, base: Reg, disp: i32) {
+        self.mem(&[0x8b], true, dst, base, disp);
+    }
+    /// `mov [base + disp], src`.
+    pub fn store_mem(&mut self, base: Reg, disp: i32, src: Reg) {
+        self.mem(&[0x89], true, src, base, disp);
+    }
+    /// `mov qword [base + disp], imm` (sign extended).
+    pub fn store_mem_imm(&mut self, base: Reg, disp: i32, imm: i32) {
+        self.mem(&[0xc7], true, 0, base, disp);
+        self.imm32(imm);
+    }
+    fn mem(&mut self, op: &[u8], w: bool, reg: Reg, base: Reg, disp: i32) {
+        self.raw(&[Self::rex(w, reg, 0, base)]);
+        self.raw(op);
+        let short = i8::try_from(disp);
+        let mode = if disp == 0 && base & 7 != 5 {
+            0
+        } else if short.is_ok() {
+            0x40
+        } else {
+            0x80
+        };
+        self.raw(&[mode | (reg & 7) << 3 | (base & 7)]);
+        if base & 7 == 4 {
+            self.raw(&[0x24]);
+        }
+        match mode {
+            0x40 => self.raw(&[disp as u8]),
+            0x80 => self.imm32(disp),
+            _ => {}
+        }
+    }
+
+    pub fn alu_imm32(&mut self, op: Alu, reg: Reg, imm: i32) {
+        self.alu_imm(false, op, reg, imm);
+    }
+    pub fn alu_imm64(&mut self, op: Alu, reg: Reg, imm: i32) {
+        self.alu_imm(true, op, reg, imm);
+    }
+    fn alu_imm(&mut self, w: bool, op: Alu, reg: Reg, imm: i32) {
+        let modrm = 0xc0 | (op as u8) << 3 | (reg & 7);
+        if let Ok(short) = i8::try_from(imm) {
+            self.raw(&[Self::rex(w, 0, 0, reg), 0x83, modrm, short as u8]);
+        } else {
+            self.raw(&[Self::rex(w, 0, 0, reg), 0x81, modrm]);
+            self.imm32(imm);
+        }
+    }
+    pub fn xor32(&mut self, dst: Reg, src: Reg) {
+        self.raw(&[Self::rex(false, src, 0, dst), 0x31, 0xc0 | (src & 7) << 3 | (dst & 7)]);
+    }
+    pub fn or64(&mut self, dst: Reg, src: Reg) {
+        self.raw(&[Self::rex(true, src, 0, dst), 0x09, 0xc0 | (src & 7) << 3 | (dst & 7)]);
+    }
+    pub fn add64(&mut self, dst: Reg, src: Reg) {
+        self.raw(&[Self::rex(true, src, 0, dst), 0x01, 0xc0 | (src & 7) << 3 | (dst & 7)]);
+    }
+    pub fn shr32(&mut self, reg: Reg, n: u8) {
+        self.raw(&[Self::rex(false, 0, 0, reg), 0xc1, 0xe8 | (reg & 7), n]);
+    }
+    pub fn shl32(&mut self, reg: Reg, n: u8) {
+        self.raw(&[Self::rex(false, 0, 0, reg), 0xc1, 0xe0 | (reg & 7), n]);
+    }
+    pub fn shl64(&mut self, reg: Reg, n: u8) {
+        self.raw(&[Self::rex(true, 0, 0, reg), 0xc1, 0xe0 | (reg & 7), n]);
+    }
+    pub fn shr64(&mut self, reg: Reg, n: u8) {
+        self.raw(&[Self::rex(true, 0, 0, reg), 0xc1, 0xe8 | (reg & 7), n]);
+    }
+    pub fn sar64(&mut self, reg: Reg, n: u8) {
+        self.raw(&[Self::rex(true, 0, 0, reg), 0xc1, 0xf8 | (reg & 7), n]);
+    }
+    pub fn test64(&mut self, a: Reg, b: Reg) {
+        self.raw(&[Self::rex(true, b, 0, a), 0x85, 0xc0 | (b & 7) << 3 | (a & 7)]);
+    }
+    pub fn rorx64(&mut self, dst: Reg, src: Reg, n: u8) {
+        // VEX.LZ.F2.0F3A.W1 F0 /r ib
+        let r = if dst < 8 { 0x80 } else { 0 };
+        let b = if src < 8 { 0x20 } else { 0 };
+        self.raw(&[0xc4, r | 0x40 | b | 3, 0xfb, 0xf0, 0xc0 | (dst & 7) << 3 | (src & 7), n]);
+    }
+
+    /// The arithmetic flags into `ax` (AH as LAHF, AL = OF).
+    pub fn flags_to_ax(&mut self) {
+        self.raw(&[0x9f, 0x0f, 0x90, 0xc0]); // lahf; seto al
+    }
+    /// Back from `ax`; AL is destroyed.
+    pub fn flags_from_ax(&mut self) {
+        self.raw(&[0x04, 0x7f, 0x9e]); // add al, 0x7f; sahf
+    }
+
+    pub fn jcc(&mut self, cc: u8) -> Fixup {
+        self.raw(&[0x0f, 0x80 | cc, 0, 0, 0, 0]);
+        Fixup(self.pos() - 4)
+    }
+    pub fn jmp(&mut self) -> Fixup {
+        self.raw(&[0xe9, 0, 0, 0, 0]);
+        Fixup(self.pos() - 4)
+    }
+    /// `jmp rel32` to an absolute host address.
+    pub fn jmp_to(&mut self, target: u64) {
+        let f = self.jmp();
+        self.bind_to(f, target);
+    }
+    /// `lea dst, [rip -> position]`, the position given relative to the start of this code.
+    pub fn lea_rip(&mut self, dst: Reg) -> Fixup {
+        self.raw(&[Self::rex(true, dst, 0, 0), 0x8d, (dst & 7) << 3 | 5, 0, 0, 0, 0]);
+        Fixup(self.pos() - 4)
+    }
+    /// NOPs until a displacement that starts `before` bytes on is aligned to 4, so that it can be patched atomically.
+    pub fn align_displacement(&mut self, before: usize) {
+        while !(self.base as usize + self.pos() + before).is_multiple_of(4) {
+            self.raw(&[0x90]);
+        }
+    }
+    /// Lets the jump go to the current position.
+    pub fn bind(&mut self, f: Fixup) {
+        self.bind_at(f, self.pos());
+    }
+    /// Lets the jump go to an earlier position in this code.
+    pub fn bind_at(&mut self, f: Fixup, pos: usize) {
+        let rel = pos as i64 - (f.0 as i64 + 4);
+        self.bytes[f.0..f.0 + 4].copy_from_slice(&(rel as i32).to_le_bytes());
+    }
+    /// Lets the jump go to an absolute host address (within 2 GiB).
+    pub fn bind_to(&mut self, f: Fixup, target: u64) {
+        let rel = target.wrapping_sub(self.base + f.0 as u64 + 4) as i64;
+        debug_assert!(i32::try_from(rel).is_ok());
+        self.bytes[f.0..f.0 + 4].copy_from_slice(&(rel as i32).to_le_bytes());
+    }
+}

@@ -1,0 +1,200 @@
+//! Into translated code and out of it: the GS base, signals, the call back from a TLB miss.
+//!
+//! While translated code runs, RSP and every other register hold the guest's values, and the processor may raise a fault at any of
+//! its instructions. Signals are therefore taken on an alternate stack, and with SS_AUTODISARM, without which the kernel would look at
+//! the guest's RSP to decide whether it is on that stack already. A fault inside the code cache makes the handler
+//! note where, and continue in the exit thunk; a fault anywhere else goes to whoever handled it before. All other signals are blocked on
+//! the thread while it runs guest code.
+
+use std::cell::Cell;
+use std::ops::Range;
+use std::sync::Once;
+
+use crate::context_unsafe::{Context, ContextBox};
+use crate::engine::Translator;
+use crate::thunk::EXIT_FAULT;
+
+#[derive(Clone, Copy)]
+struct Running {
+    context: *mut Context,
+    code: (u64, u64),
+    exit_thunk: u64,
+}
+
+thread_local! {
+    static RUNNING: Cell<Option<Running>> = const { Cell::new(None) };
+    static SIGNAL_STACK: SignalStack = SignalStack::install();
+}
+
+/// While it lives, this thread may run translated code of one engine.
+pub(crate) struct ThreadSetup {
+    old_gs: u64,
+    old_mask: libc::sigset_t,
+}
+
+const SIGNALS: [i32; 5] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP];
+const SS_AUTODISARM: i32 = 1 << 31;
+const ARCH_SET_GS: i32 = 0x1001;
+const ARCH_GET_GS: i32 = 0x1004;
+
+impl ThreadSetup {
+    pub fn new(context: &ContextBox, code: Range<u64>, exit_thunk: u64) -> Self {
+        install_handlers();
+        RUNNING.set(Some(Running {
+            context: context.as_ptr(),
+            code: (code.start, code.end),
+            exit_thunk,
+        }));
+        SIGNAL_STACK.with(|_| ());
+        // SAFETY: the signal sets are valid for the calls; GS is not used by Rust or libc code, and drop puts the old base back.
+        unsafe {
+            let mut mask: libc::sigset_t = std::mem::zeroed();
+            let mut old_mask: libc::sigset_t = std::mem::zeroed();
+            libc::sigfillset(&mut mask);
+            for s in SIGNALS {
+                libc::sigdelset(&mut mask, s);
+            }
+            libc::pthread_sigmask(libc::SIG_SETMASK, &mask, &mut old_mask);
+            let mut old_gs = 0u64;
+            libc::syscall(libc::SYS_arch_prctl, ARCH_GET_GS, &mut old_gs);
+            libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, context.as_ptr());
+            ThreadSetup { old_gs, old_mask }
+        }
+    }
+}
+
+/// The thread's alternate signal stack, from the first run of translated code to the end of the thread.
+struct SignalStack {
+    old: libc::stack_t,
+    _memory: Vec<u8>,
+}
+
+impl SignalStack {
+    fn install() -> Self {
+        let mut memory = vec![0u8; 256 << 10];
+        let new = libc::stack_t {
+            ss_sp: memory.as_mut_ptr().cast(),
+            ss_flags: SS_AUTODISARM,
+            ss_size: memory.len(),
+        };
+        // SAFETY: the memory lives as long as this value, whose drop puts the old stack back first.
+        let old = unsafe {
+            let mut old: libc::stack_t = std::mem::zeroed();
+            libc::sigaltstack(&new, &mut old);
+            old
+        };
+        SignalStack { old, _memory: memory }
+    }
+}
+
+impl Drop for SignalStack {
+    fn drop(&mut self) {
+        // SAFETY: `old` is what the kernel gave us for this thread.
+        unsafe { libc::sigaltstack(&self.old, std::ptr::null_mut()) };
+    }
+}
+
+impl Drop for ThreadSetup {
+    fn drop(&mut self) {
+        RUNNING.set(None);
+        // SAFETY: puts back what `new` found.
+        unsafe {
+            libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, self.old_gs);
+            libc::pthread_sigmask(libc::SIG_SETMASK, &self.old_mask, std::ptr::null_mut());
+        }
+    }
+}
+
+/// Runs translated code from `context.entry` until it leaves. The thread was set up with [`ThreadSetup`].
+pub(crate) fn enter(translator: &mut Translator, thunk: u64) {
+    let this: *mut Translator = translator;
+    // SAFETY: `thunk` is the enter thunk of this translator's cache, which keeps to the C calling convention; the
+    // code it runs was emitted by this translator and touches only the context (through GS, set by
+    // `ThreadSetup`) and guest RAM behind TLB checks. It may call `slow_access` with `this`, which is the only path
+    // to the translator during the call.
+    unsafe {
+        (*this).context.translator = this as u64;
+        (*this).context.slow_access = slow_access as *const () as u64;
+        let f: extern "sysv64" fn() = std::mem::transmute(thunk);
+        f();
+    }
+}
+
+/// Called by the slow thunk: see [`Translator::access`].
+extern "sysv64" fn slow_access(this: *mut Translator, linear: u64, site: u32) -> u64 {
+    // SAFETY: `enter` stored this pointer from a unique borrow that nobody else uses during the call.
+    unsafe { (*this).access(linear, site) }
+}
+
+fn install_handlers() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        for s in SIGNALS {
+            // SAFETY: a zeroed sigaction is valid; the handler is async-signal-safe (it touches a const thread-local
+            // and the ucontext only).
+            unsafe {
+                let mut old: libc::sigaction = std::mem::zeroed();
+                libc::sigaction(s, std::ptr::null(), &mut old);
+                previous(s).set(old);
+                let mut new: libc::sigaction = std::mem::zeroed();
+                new.sa_sigaction = on_fault as *const () as usize;
+                new.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
+                libc::sigaction(s, &new, std::ptr::null_mut());
+            }
+        }
+    });
+}
+
+/// The process-wide disposition that stood before ours, per signal. Written once, before the handler is installed.
+struct Previous(std::sync::OnceLock<libc::sigaction>);
+
+impl Previous {
+    fn set(&self, old: libc::sigaction) {
+        let _ = self.0.set(old);
+    }
+}
+
+static PREVIOUS: [Previous; 5] = [const { Previous(std::sync::OnceLock::new()) }; 5];
+
+fn previous(signal: i32) -> &'static Previous {
+    &PREVIOUS[SIGNALS.iter().position(|s| *s == signal).unwrap_or(0)]
+}
+
+extern "C" fn on_fault(signal: i32, info: *mut libc::siginfo_t, uc: *mut libc::c_void) {
+    // SAFETY: the kernel passes a valid ucontext; `context` is alive while `RUNNING` is set on this thread.
+    unsafe {
+        let gregs = &mut (*uc.cast::<libc::ucontext_t>()).uc_mcontext.gregs;
+        let pc = gregs[libc::REG_RIP as usize] as u64;
+        if let Some(run) = RUNNING.get()
+            && (run.code.0..run.code.1).contains(&pc)
+        {
+            (*run.context).fault_pc = pc;
+            (*run.context).exit = EXIT_FAULT;
+            gregs[libc::REG_RIP as usize] = run.exit_thunk as i64;
+            return;
+        }
+        // Not ours: give it to whoever was there before; by default the instruction faults again and kills us.
+        if let Some(old) = previous(signal).0.get() {
+            match old.sa_sigaction {
+                libc::SIG_DFL | libc::SIG_IGN => {
+                    libc::sigaction(signal, old, std::ptr::null_mut());
+                }
+                f if old.sa_flags & libc::SA_SIGINFO != 0 => {
+                    let f: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) =
+                        std::mem::transmute(f);
+                    f(signal, info, uc);
+                }
+                f => {
+                    let f: extern "C" fn(i32) = std::mem::transmute(f);
+                    f(signal);
+                }
+            }
+        }
+    }
+}
+
+/// True where the processor and the kernel let processes use XSAVE with the state that guests are offered.
+pub(crate) fn host_features() -> (bool, bool) {
+    let xsave = std::is_x86_feature_detected!("xsave");
+    (xsave, xsave && std::is_x86_feature_detected!("xsaveopt"))
+}

@@ -1,0 +1,371 @@
+//! From guest memory to a list of decoded instructions: one block.
+//!
+//! A block begins anywhere, ends at the first instruction that changes the control flow or that the monitor must execute, and never leaves
+//! its page. Instructions are decoded as if the page began at address 0, so that branch targets and RIP-relative addresses come out
+//! relative to the page: that makes a block independent of where the guest maps it.
+
+use iced_x86::{
+    Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory,
+    Mnemonic, OpAccess, OpKind, Register,
+};
+
+use crate::flags::{ALL, FlagSet, FlagUse};
+
+/// Which instructions the guest's control registers let run: a part of a block's key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum Simd {
+    None,
+    Sse,
+    Avx,
+    Avx512,
+}
+
+/// What decoding depends on besides the bytes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Decoding {
+    pub simd: Simd,
+    /// CPL 3.
+    pub user: bool,
+    pub flag_liveness: bool,
+}
+
+/// How the translator treats an instruction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Class {
+    /// Emitted as it is.
+    Copy,
+    /// One memory operand, which becomes a host address.
+    Memory { size: u8, write: bool },
+    /// Bit test with a register bit offset in memory: addresses beyond its operand.
+    BitString,
+    Lea,
+    /// No effect that the guest could see (prefetches, long NOPs).
+    Nothing,
+    Push,
+    Pop,
+    Leave,
+    Jump,
+    JumpIndirect,
+    Conditional,
+    /// LOOP, LOOPcc, JRCXZ.
+    Counted,
+    Call,
+    CallIndirect,
+    Return,
+    Swapgs,
+    Rdtsc,
+    /// The monitor's interpreter executes it; ends the block.
+    Interpret,
+}
+
+impl Class {
+    fn ends_block(self) -> bool {
+        use Class::*;
+        matches!(
+            self,
+            Jump | JumpIndirect | Conditional | Counted | Call | CallIndirect | Return | Interpret
+        )
+    }
+
+    /// True where the emitted code destroys the host's flags before the instruction itself runs.
+    pub fn checks(self) -> bool {
+        use Class::*;
+        matches!(
+            self,
+            Memory { .. }
+                | BitString
+                | Push
+                | Pop
+                | Leave
+                | JumpIndirect
+                | Call
+                | CallIndirect
+                | Return
+                | Rdtsc
+        )
+    }
+}
+
+/// One guest instruction of a block.
+#[derive(Clone, Debug)]
+pub(crate) struct GuestInstruction {
+    pub decoded: Instruction,
+    /// Offset in its page.
+    pub offset: u16,
+    pub class: Class,
+    pub flags: FlagUse,
+    pub live_before: FlagSet,
+    pub live_after: FlagSet,
+}
+
+/// A decoded block.
+#[derive(Default)]
+pub(crate) struct GuestBlock {
+    pub instructions: Vec<GuestInstruction>,
+    /// The bytes from the start of the block on.
+    pub bytes: Vec<u8>,
+    /// Offset of the start in its page.
+    pub start: u16,
+    /// Offset one past the end; may lie beyond the page where the only instruction straddles it.
+    pub end: u16,
+    /// The next instruction begins in this page and ends in the next.
+    pub straddler_follows: bool,
+}
+
+impl GuestBlock {
+    /// Cuts the block after its first instruction.
+    pub fn keep_first(&mut self) {
+        self.instructions.truncate(1);
+        if let Some(first) = self.instructions.first_mut() {
+            self.end = first.offset + first.decoded.len() as u16;
+            first.live_after = ALL;
+            first.live_before = first.flags.live_before(ALL);
+        }
+        self.bytes.truncate(usize::from(self.end - self.start));
+        self.straddler_follows = false;
+    }
+}
+
+/// Instructions in a block at most.
+const MOST_INSTRUCTIONS: usize = 48;
+
+/// Decodes one block from `bytes`, which begin at `start` in the page and go to its end (or 15 bytes on, for
+/// one instruction that straddles). `None` where not even one instruction fits.
+pub(crate) fn decode(
+    info: &mut InstructionInfoFactory,
+    bytes: &[u8],
+    start: u16,
+    how: Decoding,
+) -> Option<GuestBlock> {
+    let mut decoder = Decoder::with_ip(64, bytes, u64::from(start), DecoderOptions::NONE);
+    let mut block = GuestBlock { start, end: start, ..GuestBlock::default() };
+    while block.instructions.len() < MOST_INSTRUCTIONS && decoder.can_decode() {
+        let decoded = decoder.decode();
+        let invalid = decoded.is_invalid();
+        if invalid && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes {
+            block.straddler_follows = true;
+            break;
+        }
+        let class = if invalid { Class::Interpret } else { classify(info, &decoded, how) };
+        let offset = decoded.ip() as u16;
+        let flags = FlagUse::of(&decoded);
+        block.end = offset + decoded.len() as u16;
+        block.instructions.push(GuestInstruction {
+            decoded,
+            offset,
+            class,
+            flags,
+            live_before: ALL,
+            live_after: ALL,
+        });
+        if class.ends_block() {
+            break;
+        }
+    }
+    if block.instructions.is_empty() {
+        return None;
+    }
+    block.bytes.extend_from_slice(&bytes[..usize::from(block.end - start)]);
+    if how.flag_liveness {
+        liveness(&mut block.instructions);
+    }
+    Some(block)
+}
+
+fn liveness(instructions: &mut [GuestInstruction]) {
+    let mut live = ALL;
+    for i in instructions.iter_mut().rev() {
+        i.live_after = live;
+        live = i.flags.live_before(live);
+        i.live_before = live;
+    }
+}
+
+fn classify(info: &mut InstructionInfoFactory, i: &Instruction, how: Decoding) -> Class {
+    if i.flow_control() != FlowControl::Next {
+        return classify_branch(i);
+    }
+    if i.is_privileged() && (how.user || i.mnemonic() != Mnemonic::Swapgs) {
+        return Class::Interpret;
+    }
+    match special(i) {
+        Some(class) => class,
+        None if simd_needed(i) > how.simd => Class::Interpret,
+        None => classify_operands(info, i),
+    }
+}
+
+fn classify_branch(i: &Instruction) -> Class {
+    match i.code() {
+        Code::Jmp_rel8_64 | Code::Jmp_rel32_64 => Class::Jump,
+        Code::Call_rel32_64 => Class::Call,
+        Code::Jmp_rm64 => Class::JumpIndirect,
+        Code::Call_rm64 => Class::CallIndirect,
+        Code::Retnq | Code::Retnq_imm16 => Class::Return,
+        Code::Jrcxz_rel8_64
+        | Code::Jecxz_rel8_64
+        | Code::Loop_rel8_64_RCX
+        | Code::Loop_rel8_64_ECX
+        | Code::Loope_rel8_64_RCX
+        | Code::Loope_rel8_64_ECX
+        | Code::Loopne_rel8_64_RCX
+        | Code::Loopne_rel8_64_ECX => Class::Counted,
+        _ if i.flow_control() == FlowControl::ConditionalBranch
+            && i.op0_kind() == OpKind::NearBranch64
+            && i.is_jcc_short_or_near() =>
+        {
+            Class::Conditional
+        }
+        _ => Class::Interpret,
+    }
+}
+
+/// Instructions with a treatment of their own; above all those that name the machine's state, which x86-64
+/// either traps (privileged) or, worse, does not.
+fn special(i: &Instruction) -> Option<Class> {
+    use Mnemonic::*;
+    Some(match i.mnemonic() {
+        Popf | Popfd | Popfq | Pushf | Pushfd | Pushfq | Cli | Sti | Cld | Std | Clac | Stac => {
+            Class::Interpret
+        }
+        Sgdt | Sidt | Sldt | Str | Smsw | Lar | Lsl | Verr | Verw | Cpuid | Rdtscp
+        | Rdpid | Rdpmc | Xgetbv | Rdfsbase | Rdgsbase | Wrfsbase | Wrgsbase | Rdpkru | Wrpkru => {
+            Class::Interpret
+        }
+        Rdtsc => Class::Rdtsc,
+        Swapgs => Class::Swapgs,
+        In | Out | Insb | Insw | Insd | Outsb | Outsw | Outsd => Class::Interpret,
+        Movsb | Movsw | Movsd | Movsq | Stosb | Stosw | Stosd | Stosq | Lodsb | Lodsw | Lodsd
+        | Lodsq | Scasb | Scasw | Scasd | Scasq | Cmpsb | Cmpsw | Cmpsd | Cmpsq
+            if i.is_string_instruction() =>
+        {
+            Class::Interpret
+        }
+        Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xsavec | Xsavec64 | Xsaves | Xsaves64 | Xrstor
+        | Xrstor64 | Xrstors | Xrstors64 | Fxsave | Fxsave64 | Fxrstor | Fxrstor64 | Fnsave
+        | Fsave | Frstor | Fnstenv | Fstenv | Fldenv => Class::Interpret,
+        Xlatb | Maskmovq | Maskmovdqu | Vmaskmovdqu | Vmaskmovps | Vmaskmovpd | Vpmaskmovd
+        | Vpmaskmovq | Enter | Bound | Into | Lds | Les | Lfs | Lgs | Lss | Clzero | Rdsspd
+        | Rdsspq | Incsspd | Incsspq | Xbegin | Xend | Xabort | Xtest | Monitor | Mwait
+        | Monitorx | Mwaitx | Umonitor | Umwait | Tpause | Ptwrite | Movdir64b | Enqcmd | Enqcmds
+        | Invalid => Class::Interpret,
+        Lea => Class::Lea,
+        Prefetch | Prefetchw | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchnta | Prefetchwt1
+        | Prefetchit0 | Prefetchit1 | Reservednop => Class::Nothing,
+        Nop | Cldemote if has_memory(i) => Class::Nothing,
+        Leave if i.code() == Code::Leaveq => Class::Leave,
+        Leave => Class::Interpret,
+        Push => classify_push(i),
+        Pop => classify_pop(i),
+        Bt | Bts | Btr | Btc
+            if i.op0_kind() == OpKind::Memory && i.op1_kind() == OpKind::Register =>
+        {
+            bit_string(i)
+        }
+        _ => return None,
+    })
+}
+
+fn bit_string(i: &Instruction) -> Class {
+    if uses_scratch_operand(i, 1) { Class::Interpret } else { Class::BitString }
+}
+
+/// True where the operand is r10 or r11, which the translator keeps in memory.
+fn uses_scratch_operand(i: &Instruction, op: u32) -> bool {
+    matches!(i.op_register(op).full_register(), Register::R10 | Register::R11)
+}
+
+fn classify_push(i: &Instruction) -> Class {
+    match i.code() {
+        Code::Push_r64 | Code::Pushq_imm8 | Code::Pushq_imm32 | Code::Push_rm64 => Class::Push,
+        _ => Class::Interpret,
+    }
+}
+
+fn classify_pop(i: &Instruction) -> Class {
+    match i.code() {
+        Code::Pop_r64 => Class::Pop,
+        Code::Pop_rm64 if i.op0_kind() == OpKind::Register => Class::Pop,
+        _ => Class::Interpret,
+    }
+}
+
+pub(crate) fn has_memory(i: &Instruction) -> bool {
+    (0..i.op_count()).any(|op| i.op_kind(op) == OpKind::Memory)
+}
+
+fn simd_needed(i: &Instruction) -> Simd {
+    use iced_x86::{CpuidFeature, EncodingKind};
+    match i.encoding() {
+        EncodingKind::EVEX | EncodingKind::MVEX => Simd::Avx512,
+        EncodingKind::VEX | EncodingKind::XOP => {
+            let general = i.cpuid_features().iter().all(|f| {
+                matches!(f, CpuidFeature::BMI1 | CpuidFeature::BMI2 | CpuidFeature::TBM | CpuidFeature::LWP)
+            });
+            if general {
+                Simd::None
+            } else if i.cpuid_features().iter().any(|f| is_avx512(*f)) {
+                Simd::Avx512
+            } else {
+                Simd::Avx
+            }
+        }
+        _ if i.cpuid_features().iter().all(|f| general_feature(*f)) => Simd::None,
+        _ => Simd::Sse,
+    }
+}
+
+fn is_avx512(f: iced_x86::CpuidFeature) -> bool {
+    use iced_x86::CpuidFeature::*;
+    matches!(f, AVX512F | AVX512BW | AVX512DQ | AVX512VL | AVX512CD)
+}
+
+/// Features of instructions that touch neither x87 nor vector registers.
+fn general_feature(f: iced_x86::CpuidFeature) -> bool {
+    use iced_x86::CpuidFeature::*;
+    matches!(
+        f,
+        INTEL8086 | INTEL186 | INTEL286 | INTEL386 | INTEL486 | X64 | CMOV | POPCNT | LZCNT | ADX
+            | MOVBE | CX8 | CMPXCHG16B | RDRAND | RDSEED | CLFSH | CLFLUSHOPT | CLWB | PAUSE
+            | MULTIBYTENOP | CET_IBT | SMAP | TSC | FSGSBASE | RDPID | RDTSCP | MOVDIRI | SERIALIZE
+            | WBNOINVD | PREFETCHW | MSR | CPUID
+    )
+}
+
+fn classify_operands(info: &mut InstructionInfoFactory, i: &Instruction) -> Class {
+    let forbidden = (0..i.op_count()).any(|op| {
+        i.op_kind(op) == OpKind::Register && {
+            let r = i.op_register(op);
+            r.is_segment_register() || r.is_cr() || r.is_dr() || r.is_tr() || r.is_bnd() || r.is_tmm()
+        }
+    });
+    if forbidden || i.is_vsib() || i.is_stack_instruction() {
+        return Class::Interpret;
+    }
+    let used = info.info(i);
+    match used.used_memory() {
+        [] => Class::Copy,
+        [one] if has_memory(i) => {
+            let write = matches!(
+                one.access(),
+                OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
+            );
+            let size = i.memory_size().size();
+            if size == 0 || size > 64 || two_scratch_operands(i) {
+                return Class::Interpret;
+            }
+            Class::Memory { size: size as u8, write }
+        }
+        _ => Class::Interpret,
+    }
+}
+
+/// Both r10 and r11 as operands beside a memory operand: there is no scratch register left.
+fn two_scratch_operands(i: &Instruction) -> bool {
+    let uses = |r| {
+        (0..i.op_count()).any(|op| {
+            i.op_kind(op) == OpKind::Register && i.op_register(op).full_register() == r
+        })
+    };
+    uses(Register::R10) && uses(Register::R11)
+}

@@ -1,0 +1,960 @@
+//! From a decoded block to host code: what is copied, what is rewritten, and how.
+//!
+//! Problem: guest and host are the same ISA, but a guest address is not a host address, control must not leave the cache, and
+//! the machine's state is not the host's.
+//! Idea: everything that names neither is emitted as it is. A memory operand is computed into S0, checked against the
+//! software TLB and replaced by `[S0]`. Branches become jumps to other blocks. What remains ends the block and is interpreted.
+//! Invariant: up to the point where the guest's own instruction runs, nothing of the guest's state has changed: a check
+//! that fails, a fault that the processor raises and a kick at a back edge all find the state of the instruction's beginning,
+//! and the monitor starts it again, translated or interpreted.
+//! S0 and S1 are r10 and r11; the guest's values of these two live in their slots.
+
+use iced_x86::{Code, Encoder, Instruction, InstructionInfoFactory, OpAccess, OpKind, Register};
+
+use doppel_memory::{TLB_ENTRIES, TLB_ENTRY_SHIFT, TlbEntry};
+
+use crate::asm::*;
+use crate::context_unsafe as ctx;
+use crate::flags::FlagPlace;
+use crate::frontend::{Class, GuestBlock, GuestInstruction};
+use crate::thunk::{EXIT_INDIRECT, Thunks};
+
+/// What `rip` is relative to in a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Base {
+    /// The block runs at this linear page only (kernel code): addresses are constants.
+    Fixed(u64),
+    /// The linear page stands in the context (user code, shared by processes at different addresses).
+    Dynamic,
+}
+
+/// What a block's code depends on besides its bytes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Setting {
+    pub base: Base,
+    /// Index of the TLB and of the jump cache: [`doppel_memory::Privilege`].
+    pub privilege: u8,
+    pub count_blocks: bool,
+    pub thunks: Thunks,
+}
+
+/// A way out of a block.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ExitSite {
+    /// Where it goes, relative to the block's page.
+    pub target: i64,
+    /// Position of the displacement that linking patches; `None` where the exit is never linked.
+    pub patch: Option<u32>,
+    /// Position of the code that leaves to the monitor.
+    pub stub: u32,
+    pub flags: FlagPlace,
+    /// The instruction at the target is to be interpreted.
+    pub interpret: bool,
+}
+
+/// A TLB check.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AccessSite {
+    /// Offset of the guest instruction in its page.
+    pub offset: u16,
+    pub size: u8,
+    pub write: bool,
+    /// Position of the check.
+    pub retry: u32,
+    pub flags: FlagPlace,
+}
+
+/// From here on, host code belongs to this guest instruction and its flags are there.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Boundary {
+    pub host: u32,
+    pub guest: u16,
+    pub flags: FlagPlace,
+}
+
+/// The outcome of translating one block. Positions are relative to its first byte.
+#[derive(Default, Debug)]
+pub(crate) struct Translated {
+    pub entry_registers: u32,
+    pub entry_saved: u32,
+    pub exits: Vec<ExitSite>,
+    pub accesses: Vec<AccessSite>,
+    pub boundaries: Vec<Boundary>,
+}
+
+/// Numbers of the first exit and access site of the block that is about to be translated.
+#[derive(Clone, Copy)]
+pub(crate) struct FirstSites {
+    pub exit: u32,
+    pub access: u32,
+}
+
+struct SlowJump {
+    from: Fixup,
+    tag: i32,
+    site: u32,
+}
+
+/// Translates blocks; keeps its buffers from one to the next.
+pub(crate) struct Rewriter {
+    pub asm: Asm,
+    encoder: Encoder,
+    info: InstructionInfoFactory,
+}
+
+impl Rewriter {
+    pub fn new() -> Self {
+        Rewriter {
+            asm: Asm::default(),
+            encoder: Encoder::new(64),
+            info: InstructionInfoFactory::new(),
+        }
+    }
+
+    pub fn info(&mut self) -> &mut InstructionInfoFactory {
+        &mut self.info
+    }
+
+    /// Translates `block` for the host address `base`; the code is left in `self.asm`.
+    pub fn translate(
+        &mut self,
+        block: &GuestBlock,
+        setting: Setting,
+        base: u64,
+        first: FirstSites,
+    ) -> Translated {
+        self.asm.reset(base);
+        let mut work = Work {
+            r: self,
+            block,
+            s: setting,
+            first,
+            out: Translated::default(),
+            place: FlagPlace::Saved,
+            slow: Vec::new(),
+            stubs: Vec::new(),
+        };
+        work.run();
+        work.out
+    }
+}
+
+struct Work<'a> {
+    r: &'a mut Rewriter,
+    block: &'a GuestBlock,
+    s: Setting,
+    first: FirstSites,
+    out: Translated,
+    place: FlagPlace,
+    slow: Vec<SlowJump>,
+    /// Jumps to the exit stubs, which are emitted last.
+    stubs: Vec<(Fixup, Stub)>,
+}
+
+#[derive(Clone, Copy)]
+enum Stub {
+    /// Leaves to the monitor with this exit.
+    Leave(usize),
+    /// Goes on at this offset from the page through the jump cache.
+    Lookup(i64, FlagPlace),
+}
+
+const TLB_INDEX_MASK: i32 = ((TLB_ENTRIES - 1) << TLB_ENTRY_SHIFT) as i32;
+const JUMP_INDEX_MASK: i32 = ((ctx::JUMP_CACHE_ENTRIES - 1) << 4) as i32;
+
+fn is_scratch(r: Register) -> bool {
+    matches!(r.full_register(), Register::R10 | Register::R11)
+}
+
+impl Work<'_> {
+    fn asm(&mut self) -> &mut Asm {
+        &mut self.r.asm
+    }
+
+    fn run(&mut self) {
+        self.entries();
+        if self.s.count_blocks {
+            self.count_block();
+        }
+        let block = self.block;
+        for i in &block.instructions {
+            self.boundary(i);
+            self.instruction(i);
+        }
+        if let Some(last) = block.instructions.last()
+            && !matches!(
+                last.class,
+                Class::Jump
+                    | Class::JumpIndirect
+                    | Class::Conditional
+                    | Class::Counted
+                    | Class::Call
+                    | Class::CallIndirect
+                    | Class::Return
+                    | Class::Interpret
+            )
+        {
+            self.fall_through(i64::from(block.end));
+        }
+        self.exit_stubs();
+        self.slow_stubs();
+    }
+
+    /// Emits the conversions that the block's two entries need; see `flags`.
+    fn entries(&mut self) {
+        match self.preferred() {
+            None => self.place = FlagPlace::Registers,
+            Some(FlagPlace::Saved) => {
+                self.save_flags();
+                self.out.entry_saved = self.asm().pos() as u32;
+                self.place = FlagPlace::Saved;
+            }
+            Some(FlagPlace::Registers) => {
+                self.restore_flags();
+                self.out.entry_registers = self.asm().pos() as u32;
+                self.place = FlagPlace::Registers;
+            }
+        }
+    }
+
+    /// Which place the first flag event wants; `None` where the flags are overwritten first.
+    fn preferred(&self) -> Option<FlagPlace> {
+        for i in &self.block.instructions {
+            if i.live_before == 0 {
+                return None;
+            }
+            if i.class.checks() {
+                return Some(FlagPlace::Saved);
+            }
+            if i.flags.needs_registers(i.live_after) {
+                return Some(FlagPlace::Registers);
+            }
+        }
+        Some(FlagPlace::Saved)
+    }
+
+    fn count_block(&mut self) {
+        let a = self.asm();
+        a.load(S0, ctx::BLOCKS_RUN);
+        a.lea(S0, S0, 1);
+        a.store(ctx::BLOCKS_RUN, S0);
+    }
+
+    fn boundary(&mut self, i: &GuestInstruction) {
+        let host = self.r.asm.pos() as u32;
+        self.out.boundaries.push(Boundary { host, guest: i.offset, flags: self.place });
+    }
+
+    fn save_flags(&mut self) {
+        let a = self.asm();
+        a.mov(S0, RAX);
+        a.flags_to_ax();
+        a.store32(ctx::FLAGS, RAX);
+        a.mov(RAX, S0);
+    }
+
+    /// Uses S1, since S0 may hold a host address.
+    fn restore_flags(&mut self) {
+        let a = self.asm();
+        a.mov(S1, RAX);
+        a.load32(RAX, ctx::FLAGS);
+        a.flags_from_ax();
+        a.mov(RAX, S1);
+    }
+
+    /// Before code that destroys the host's flags.
+    fn before_check(&mut self, i: &GuestInstruction) {
+        if i.live_before != 0 && self.place == FlagPlace::Registers {
+            self.save_flags();
+            self.place = FlagPlace::Saved;
+            self.boundary(i);
+        }
+    }
+
+    /// Before the guest's own instruction runs.
+    fn before_own(&mut self, i: &GuestInstruction) {
+        if self.place == FlagPlace::Saved && i.flags.needs_registers(i.live_after) {
+            self.restore_flags();
+            self.place = FlagPlace::Registers;
+        }
+    }
+
+    /// After the guest's own instruction ran.
+    fn after_own(&mut self, i: &GuestInstruction) {
+        if i.flags.writes != 0 {
+            self.place = FlagPlace::Registers;
+        }
+    }
+
+    fn instruction(&mut self, i: &GuestInstruction) {
+        match i.class {
+            Class::Copy => self.copy(i),
+            Class::Memory { size, write } => self.memory(i, size, write),
+            Class::BitString => self.bit_string(i),
+            Class::Lea => self.lea(i),
+            Class::Nothing => {}
+            Class::Push => self.push(i),
+            Class::Pop => self.pop(i),
+            Class::Leave => self.leave(i),
+            Class::Jump => self.jump(i),
+            Class::JumpIndirect => self.jump_indirect(i),
+            Class::Conditional | Class::Counted => self.conditional(i),
+            Class::Call => self.call(i),
+            Class::CallIndirect => self.call_indirect(i),
+            Class::Return => self.ret(i),
+            Class::Swapgs => self.swapgs(),
+            Class::Rdtsc => self.rdtsc(i),
+            Class::Interpret => self.interpret(i),
+        }
+    }
+
+    // ---- instructions without memory ----
+
+    fn copy(&mut self, i: &GuestInstruction) {
+        self.before_own(i);
+        let scratch = self.scratch_use(&i.decoded);
+        for (r, access) in scratch.into_iter().flatten() {
+            if access != Use::WritesAll {
+                self.asm().load(r, ctx::gpr(r));
+            }
+        }
+        let from = usize::from(i.offset - self.block.start);
+        let bytes = &self.block.bytes[from..from + i.decoded.len()];
+        self.r.asm.raw(bytes);
+        for (r, access) in scratch.into_iter().flatten() {
+            if access != Use::Reads {
+                self.asm().store(ctx::gpr(r), r);
+            }
+        }
+        self.after_own(i);
+    }
+
+    /// How the instruction uses r10 and r11.
+    fn scratch_use(&mut self, i: &Instruction) -> [Option<(Reg, Use)>; 2] {
+        let mut found = [None, None];
+        if !(0..i.op_count()).any(|op| i.op_kind(op) == OpKind::Register && is_scratch(i.op_register(op))) {
+            return found;
+        }
+        for used in self.r.info.info(i).used_registers() {
+            let r = used.register();
+            if !is_scratch(r) {
+                continue;
+            }
+            let n = if r.full_register() == Register::R10 { S0 } else { S1 };
+            let this = Use::of(used.access(), r.size());
+            let slot = &mut found[usize::from(n - S0)];
+            *slot = Some((n, slot.map_or(this, |(_, before)| this.and(before))));
+        }
+        found
+    }
+
+    fn lea(&mut self, i: &GuestInstruction) {
+        let d = &i.decoded;
+        self.address(d, false);
+        let to = d.op0_register();
+        if is_scratch(to) {
+            let n = if to.full_register() == Register::R10 { S0 } else { S1 };
+            match to.size() {
+                8 => self.asm().store(ctx::gpr(n), S0),
+                4 => {
+                    let a = self.asm();
+                    a.mov32(S0, S0);
+                    a.store(ctx::gpr(n), S0);
+                }
+                _ => self.store16(ctx::gpr(n), S0),
+            }
+            return;
+        }
+        let n = to.number() as Reg;
+        match to.size() {
+            8 => self.asm().mov(n, S0),
+            4 => self.asm().mov32(n, S0),
+            _ => self.mov16(n, S0),
+        }
+    }
+
+    fn store16(&mut self, disp: i32, r: Reg) {
+        self.asm().raw(&[0x65, 0x66, 0x44, 0x89, (r & 7) << 3 | 4, 0x25]);
+        self.asm().raw(&disp.to_le_bytes());
+    }
+
+    fn mov16(&mut self, dst: Reg, src: Reg) {
+        let rex = 0x40 | (src >> 3) << 2 | dst >> 3;
+        self.asm().raw(&[0x66, rex, 0x89, 0xc0 | (src & 7) << 3 | (dst & 7)]);
+    }
+
+    fn swapgs(&mut self) {
+        let base = ctx::segment_base(5);
+        let a = self.asm();
+        a.load(S0, base);
+        a.load(S1, ctx::KERNEL_GS_BASE);
+        a.store(base, S1);
+        a.store(ctx::KERNEL_GS_BASE, S0);
+    }
+
+    fn rdtsc(&mut self, i: &GuestInstruction) {
+        self.before_check(i);
+        let a = self.asm();
+        a.raw(&[0x0f, 0x31]);
+        a.shl64(RDX, 32);
+        a.or64(RAX, RDX);
+        a.add_gs(RAX, ctx::TSC_OFFSET);
+        a.mov(RDX, RAX);
+        a.shr64(RDX, 32);
+        a.mov32(RAX, RAX);
+    }
+
+    // ---- addresses and checks ----
+
+    /// `dst` = linear address of an offset from the block's page.
+    fn guest_address(&mut self, dst: Reg, offset: i64) {
+        match self.s.base {
+            Base::Fixed(page) => self.asm().mov_imm(dst, page.wrapping_add(offset as u64)),
+            Base::Dynamic => {
+                self.asm().load(dst, ctx::PAGE_BASE);
+                self.add_constant(dst, offset);
+            }
+        }
+    }
+
+    fn add_constant(&mut self, r: Reg, v: i64) {
+        match i32::try_from(v) {
+            Ok(v) => self.asm().lea(r, r, v),
+            // Only S0 comes here, from far RIP-relative operands: they are within 2 GiB and a page.
+            Err(_) => {
+                let half = (v / 2) as i32;
+                self.asm().lea(r, r, half);
+                self.asm().lea(r, r, (v - i64::from(half)) as i32);
+            }
+        }
+    }
+
+    /// S0 = the address that the memory operand names; with `segment`, the FS or GS base is added (which
+    /// destroys the host's flags).
+    fn address(&mut self, i: &Instruction, segment: bool) {
+        if i.is_ip_rel_memory_operand() {
+            let offset = i.ip_rel_memory_address() as i64;
+            self.guest_address(S0, offset);
+            if i.memory_base() == Register::EIP {
+                self.asm().mov32(S0, S0);
+            }
+        } else {
+            self.base_index_address(i);
+        }
+        if segment {
+            match i.memory_segment() {
+                Register::FS => self.asm().add_gs(S0, ctx::segment_base(4)),
+                Register::GS => self.asm().add_gs(S0, ctx::segment_base(5)),
+                _ => {}
+            }
+        }
+    }
+
+    fn base_index_address(&mut self, i: &Instruction) {
+        let (base, index) = (i.memory_base(), i.memory_index());
+        let disp = i.memory_displacement64();
+        if base == Register::None && index == Register::None {
+            self.asm().mov_imm(S0, disp);
+            return;
+        }
+        for r in [base, index] {
+            if r != Register::None && is_scratch(r) {
+                let n = if r.full_register() == Register::R10 { S0 } else { S1 };
+                self.asm().load(n, ctx::gpr(n));
+            }
+        }
+        if index == Register::None && base.size() == 8 {
+            let n = base.number() as Reg;
+            match disp as i32 {
+                0 if n == S0 => {}
+                0 => self.asm().mov(S0, n),
+                d => self.asm().lea(S0, n, d),
+            }
+            return;
+        }
+        let code = if base.size() == 4 || index.size() == 4 { Code::Lea_r32_m } else { Code::Lea_r64_m };
+        let mut operand = Instruction::default();
+        operand.set_code(code);
+        operand.set_op0_register(if code == Code::Lea_r32_m { Register::R10D } else { Register::R10 });
+        operand.set_op1_kind(OpKind::Memory);
+        operand.set_memory_base(base);
+        operand.set_memory_index(index);
+        operand.set_memory_index_scale(i.memory_index_scale());
+        operand.set_memory_displacement64(disp);
+        operand.set_memory_displ_size(match (disp, code) {
+            (0, _) if base != Register::None => 0,
+            (_, Code::Lea_r32_m) => 4,
+            _ => 8,
+        });
+        self.encode(&operand);
+    }
+
+    fn encode(&mut self, i: &Instruction) {
+        let r = &mut *self.r;
+        let ip = r.asm.base + r.asm.bytes.len() as u64;
+        let mut buffer = std::mem::take(&mut r.asm.bytes);
+        r.encoder.set_buffer(Vec::new());
+        // Every instruction that comes here was decoded and had only operands replaced by ones that fit.
+        match r.encoder.encode(i, ip) {
+            Ok(_) => buffer.append(&mut r.encoder.take_buffer()),
+            Err(e) => {
+                debug_assert!(false, "cannot encode {i:?}: {e}");
+                buffer.extend_from_slice(&[0x0f, 0x0b]); // ud2: the monitor will interpret the instruction
+            }
+        }
+        r.asm.bytes = buffer;
+    }
+
+    /// S0 (linear) becomes a host address, or the monitor is asked.
+    fn check(&mut self, i: &GuestInstruction, size: u16, write: bool) {
+        let tlb = ctx::tlb(self.s.privilege);
+        let tag = tlb + if write { TlbEntry::WRITE_TAG } else { TlbEntry::READ_TAG } as i32;
+        let retry = self.asm().pos() as u32;
+        let a = self.asm();
+        a.mov32(S1, S0);
+        a.shr32(S1, (12 - TLB_ENTRY_SHIFT) as u8);
+        a.alu_imm32(Alu::And, S1, TLB_INDEX_MASK);
+        a.xor_indexed(S0, S1, tag);
+        a.alu_imm64(Alu::Cmp, S0, 4096 - i32::from(size));
+        let from = a.jcc(CC_A);
+        a.add_indexed(S0, S1, tlb + TlbEntry::HOST as i32);
+        let site = self.first.access + self.out.accesses.len() as u32;
+        self.out.accesses.push(AccessSite {
+            offset: i.offset,
+            size: size as u8,
+            write,
+            retry,
+            flags: self.place,
+        });
+        self.slow.push(SlowJump { from, tag, site });
+    }
+
+    fn slow_stubs(&mut self) {
+        let thunk = self.s.thunks.slow;
+        for s in std::mem::take(&mut self.slow) {
+            let a = self.asm();
+            a.bind(s.from);
+            a.xor_indexed(S0, S1, s.tag);
+            a.mov_imm(S1, u64::from(s.site));
+            a.jmp_to(thunk);
+        }
+    }
+
+    // ---- instructions with memory ----
+
+    fn memory(&mut self, i: &GuestInstruction, size: u8, write: bool) {
+        self.before_check(i);
+        self.address(&i.decoded, true);
+        self.check(i, u16::from(size), write);
+        self.before_own(i);
+        let mut own = i.decoded;
+        let operand = self.replace_scratch_operand(&mut own);
+        if let Some((n, access)) = operand
+            && access != Use::WritesAll
+        {
+            self.asm().load(S1, ctx::gpr(n));
+        }
+        self.emit_with_host_address(&mut own);
+        if let Some((n, access)) = operand
+            && access != Use::Reads
+        {
+            self.asm().store(ctx::gpr(n), S1);
+        }
+        self.after_own(i);
+    }
+
+    /// A register operand r10 or r11 becomes S1; tells which it was and how it is used.
+    fn replace_scratch_operand(&mut self, own: &mut Instruction) -> Option<(Reg, Use)> {
+        let mut found: Option<(Reg, Use)> = None;
+        for op in 0..own.op_count() {
+            if own.op_kind(op) != OpKind::Register || !is_scratch(own.op_register(op)) {
+                continue;
+            }
+            let r = own.op_register(op);
+            let n = if r.full_register() == Register::R10 { S0 } else { S1 };
+            let access = Use::of(self.r.info.info(own).op_access(op), r.size());
+            found = Some((n, found.map_or(access, |(_, before)| access.and(before))));
+            own.set_op_register(op, scratch_one(r));
+        }
+        found
+    }
+
+    /// Emits the instruction with `[S0]` for its memory operand.
+    fn emit_with_host_address(&mut self, own: &mut Instruction) {
+        explicit_form(own);
+        if !(0..own.op_count()).any(|op| own.op_kind(op) == OpKind::Register && is_high_byte(own.op_register(op))) {
+            set_host_operand(own, Register::R10);
+            self.encode(own);
+            return;
+        }
+        // AH to BH cannot be named together with S0, which needs a REX prefix: RBP stands in for it.
+        self.asm().store(ctx::SPILL, RBP);
+        self.asm().mov(RBP, S0);
+        set_host_operand(own, Register::RBP);
+        self.encode(own);
+        self.asm().load(RBP, ctx::SPILL);
+    }
+
+    /// `bt m, r` and its family: the register is a signed bit offset from the operand's address.
+    fn bit_string(&mut self, i: &GuestInstruction) {
+        let d = &i.decoded;
+        let bit = d.op1_register();
+        let n = bit.full_register().number() as Reg;
+        self.before_check(i);
+        self.address(d, true);
+        let shift = match bit.size() {
+            8 => 6,
+            4 => 5,
+            _ => 4,
+        };
+        let a = self.asm();
+        match bit.size() {
+            8 => a.mov(S1, n),
+            4 => a.raw(&[0x4c | n >> 3, 0x63, 0xc0 | (S1 & 7) << 3 | (n & 7)]), // movsxd
+            _ => a.raw(&[0x4c | n >> 3, 0x0f, 0xbf, 0xc0 | (S1 & 7) << 3 | (n & 7)]), // movsx
+        }
+        a.sar64(S1, shift);
+        let scale = bit.size().trailing_zeros() as u8;
+        a.shl64(S1, scale);
+        a.add64(S0, S1);
+        let write = d.mnemonic() != iced_x86::Mnemonic::Bt;
+        self.check(i, bit.size() as u16, write);
+        // Flags first: the mask destroys them, so it goes through the spill slot's copy in S1.
+        let bits = bit.size() as i32 * 8 - 1;
+        self.asm().mov(S1, n);
+        self.asm().alu_imm32(Alu::And, S1, bits);
+        if self.place == FlagPlace::Saved && i.flags.needs_registers(i.live_after) {
+            self.asm().store(ctx::SPILL, S1);
+            self.restore_flags();
+            self.asm().load(S1, ctx::SPILL);
+            self.place = FlagPlace::Registers;
+        }
+        let mut own = *d;
+        own.set_op1_register(scratch_one(bit));
+        set_host_operand(&mut own, Register::R10);
+        self.encode(&own);
+        self.after_own(i);
+    }
+
+    // ---- stack ----
+
+    fn push(&mut self, i: &GuestInstruction) {
+        let d = &i.decoded;
+        self.before_check(i);
+        if d.op0_kind() == OpKind::Memory {
+            self.address(d, true);
+            self.check(i, 8, false);
+            self.asm().load_mem(S0, S0, 0);
+            self.asm().store(ctx::SPILL, S0);
+        }
+        self.asm().lea(S0, RSP, -8);
+        self.check(i, 8, true);
+        match d.op0_kind() {
+            OpKind::Register if is_scratch(d.op0_register()) => {
+                let n = d.op0_register().number() as Reg;
+                self.asm().load(S1, ctx::gpr(n));
+                self.asm().store_mem(S0, 0, S1);
+            }
+            OpKind::Register => {
+                let n = d.op0_register().number() as Reg;
+                self.asm().store_mem(S0, 0, n);
+            }
+            OpKind::Memory => {
+                self.asm().load(S1, ctx::SPILL);
+                self.asm().store_mem(S0, 0, S1);
+            }
+            _ => {
+                let imm = d.immediate(0) as i64 as i32;
+                self.asm().store_mem_imm(S0, 0, imm);
+            }
+        }
+        self.asm().lea(RSP, RSP, -8);
+    }
+
+    fn pop(&mut self, i: &GuestInstruction) {
+        self.before_check(i);
+        self.asm().mov(S0, RSP);
+        self.check(i, 8, false);
+        let to = i.decoded.op0_register();
+        let n = to.number() as Reg;
+        if is_scratch(to) {
+            self.asm().load_mem(S0, S0, 0);
+            self.asm().store(ctx::gpr(n), S0);
+        } else {
+            self.asm().load_mem(n, S0, 0);
+        }
+        if n != RSP {
+            self.asm().lea(RSP, RSP, 8);
+        }
+    }
+
+    fn leave(&mut self, i: &GuestInstruction) {
+        self.before_check(i);
+        self.asm().mov(S0, RBP);
+        self.check(i, 8, false);
+        self.asm().lea(RSP, RBP, 8);
+        self.asm().load_mem(RBP, S0, 0);
+    }
+
+    fn push_return_address(&mut self, i: &GuestInstruction) {
+        let next = i64::from(i.offset) + i.decoded.len() as i64;
+        self.asm().lea(S0, RSP, -8);
+        self.check(i, 8, true);
+        self.guest_address(S1, next);
+        self.asm().store_mem(S0, 0, S1);
+        self.asm().lea(RSP, RSP, -8);
+    }
+
+    // ---- control flow ----
+
+    /// A load that faults once the engine was kicked; every cycle of linked blocks passes one.
+    fn poll(&mut self) {
+        let a = self.asm();
+        a.load(S1, ctx::POLL);
+        a.load_mem(S1, S1, 0);
+    }
+
+    fn poll_if_backward(&mut self, i: &GuestInstruction, target: i64) {
+        if target <= i64::from(i.offset) {
+            self.poll();
+        }
+    }
+
+    fn jump(&mut self, i: &GuestInstruction) {
+        let target = i.decoded.near_branch64() as i64;
+        self.poll_if_backward(i, target);
+        self.direct_exit(target);
+    }
+
+    fn conditional(&mut self, i: &GuestInstruction) {
+        let target = i.decoded.near_branch64() as i64;
+        self.poll_if_backward(i, target);
+        self.before_own(i);
+        if i.class == Class::Conditional {
+            // iced-x86 counts conditions in the order of their encoding, from 1.
+            let cc = i.decoded.condition_code() as u8 - 1;
+            self.asm().align_displacement(2);
+            let taken = self.asm().jcc(cc);
+            self.exit(target, taken);
+        } else {
+            self.counted(i, target);
+        }
+        self.direct_exit(i64::from(i.offset) + i.decoded.len() as i64);
+    }
+
+    /// LOOP and JRCXZ reach only 127 bytes: the original jumps over a jump.
+    fn counted(&mut self, i: &GuestInstruction, target: i64) {
+        let from = usize::from(i.offset - self.block.start);
+        let opcode = &self.block.bytes[from..from + i.decoded.len() - 1];
+        self.r.asm.raw(opcode);
+        self.asm().raw(&[2, 0xeb, 0]); // to the next but one; jmp short to the end
+        let short = self.asm().pos();
+        self.asm().align_displacement(1);
+        let taken = self.asm().jmp();
+        self.exit(target, taken);
+        let skip = (self.asm().pos() - short) as u8;
+        self.asm().bytes[short - 1] = skip;
+    }
+
+    fn direct_exit(&mut self, target: i64) {
+        self.asm().align_displacement(1);
+        let jump = self.asm().jmp();
+        self.exit(target, jump);
+    }
+
+    /// On to the instruction after the block, which may be one that straddles the end of the page.
+    fn fall_through(&mut self, target: i64) {
+        if self.s.base == Base::Dynamic && self.block.straddler_follows {
+            let jump = self.asm().jmp();
+            self.stubs.push((jump, Stub::Lookup(target, self.place)));
+        } else {
+            self.direct_exit(target);
+        }
+    }
+
+    fn exit(&mut self, target: i64, jump: Fixup) {
+        if self.s.base == Base::Dynamic && !(0..4096).contains(&target) {
+            self.stubs.push((jump, Stub::Lookup(target, self.place)));
+        } else {
+            self.leave_exit(target, jump, Some(jump.0 as u32), false);
+        }
+    }
+
+    fn leave_exit(&mut self, target: i64, jump: Fixup, patch: Option<u32>, interpret: bool) {
+        self.stubs.push((jump, Stub::Leave(self.out.exits.len())));
+        let flags = self.place;
+        self.out.exits.push(ExitSite { target, patch, stub: 0, flags, interpret });
+    }
+
+    fn interpret(&mut self, i: &GuestInstruction) {
+        let jump = self.asm().jmp();
+        self.leave_exit(i64::from(i.offset), jump, None, true);
+    }
+
+    fn exit_stubs(&mut self) {
+        let thunk = self.s.thunks.exit;
+        for (jump, stub) in std::mem::take(&mut self.stubs) {
+            let at = self.asm().pos() as u32;
+            self.asm().bind(jump);
+            match stub {
+                Stub::Leave(n) => {
+                    let id = self.first.exit + n as u32;
+                    self.asm().store_imm32(ctx::EXIT, id);
+                    self.asm().jmp_to(thunk);
+                    self.out.exits[n].stub = at;
+                }
+                Stub::Lookup(target, place) => {
+                    if place == FlagPlace::Registers {
+                        self.save_flags();
+                    }
+                    self.guest_address(S0, target);
+                    self.indirect();
+                }
+            }
+        }
+    }
+
+    fn call(&mut self, i: &GuestInstruction) {
+        let target = i.decoded.near_branch64() as i64;
+        self.poll_if_backward(i, target);
+        self.before_check(i);
+        self.push_return_address(i);
+        self.direct_exit(target);
+    }
+
+    fn call_indirect(&mut self, i: &GuestInstruction) {
+        self.poll();
+        self.before_check(i);
+        self.branch_target(i);
+        self.asm().store(ctx::SPILL, S0);
+        self.push_return_address(i);
+        self.asm().load(S0, ctx::SPILL);
+        self.indirect();
+    }
+
+    fn jump_indirect(&mut self, i: &GuestInstruction) {
+        self.poll();
+        self.before_check(i);
+        self.branch_target(i);
+        self.indirect();
+    }
+
+    /// S0 = the target that an indirect branch names.
+    fn branch_target(&mut self, i: &GuestInstruction) {
+        let d = &i.decoded;
+        if d.op0_kind() == OpKind::Memory {
+            self.address(d, true);
+            self.check(i, 8, false);
+            self.asm().load_mem(S0, S0, 0);
+            return;
+        }
+        let n = d.op0_register().number() as Reg;
+        if is_scratch(d.op0_register()) {
+            self.asm().load(S0, ctx::gpr(n));
+        } else {
+            self.asm().mov(S0, n);
+        }
+    }
+
+    fn ret(&mut self, i: &GuestInstruction) {
+        self.poll();
+        self.before_check(i);
+        self.asm().mov(S0, RSP);
+        self.check(i, 8, false);
+        self.asm().load_mem(S0, S0, 0);
+        let extra = if i.decoded.op_count() > 0 { i.decoded.immediate16() } else { 0 };
+        self.asm().lea(RSP, RSP, 8 + i32::from(extra));
+        self.indirect();
+    }
+
+    /// Goes on at the guest address in S0, through the jump cache. The flags are saved here.
+    fn indirect(&mut self) {
+        let cache = ctx::jump_cache(self.s.privilege);
+        let exit = self.s.thunks.exit;
+        let dynamic = self.s.base == Base::Dynamic;
+        let a = self.asm();
+        a.mov32(S1, S0);
+        a.shl32(S1, 4);
+        a.xor32(S1, S0);
+        a.alu_imm32(Alu::And, S1, JUMP_INDEX_MASK);
+        a.cmp_indexed(S0, S1, cache);
+        let miss = a.jcc(CC_NE);
+        if dynamic {
+            a.alu_imm64(Alu::And, S0, -4096);
+            a.store(ctx::PAGE_BASE, S0);
+        }
+        a.jmp_indexed(S1, cache + 8);
+        a.bind(miss);
+        a.store(ctx::SPILL + 8, S0);
+        a.store_imm32(ctx::EXIT, EXIT_INDIRECT);
+        a.jmp_to(exit);
+    }
+}
+
+/// Index of the jump cache entry for a linear address, as the generated code computes it.
+pub(crate) fn jump_index(linear: u64) -> usize {
+    let low = linear as u32;
+    (((low << 4) ^ low) & JUMP_INDEX_MASK as u32) as usize >> 4
+}
+
+/// How an instruction uses a register that lives in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Use {
+    Reads,
+    /// The whole register is written without being read.
+    WritesAll,
+    Both,
+}
+
+impl Use {
+    fn of(access: OpAccess, size: usize) -> Self {
+        match access {
+            OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess => Use::Reads,
+            OpAccess::Write if size >= 4 => Use::WritesAll,
+            _ => Use::Both,
+        }
+    }
+
+    fn and(self, other: Self) -> Self {
+        if self == other { self } else { Use::Both }
+    }
+}
+
+/// The register of r11's family with the size of `r`.
+fn scratch_one(r: Register) -> Register {
+    match r.size() {
+        8 => Register::R11,
+        4 => Register::R11D,
+        2 => Register::R11W,
+        _ => Register::R11L,
+    }
+}
+
+fn is_high_byte(r: Register) -> bool {
+    matches!(r, Register::AH | Register::BH | Register::CH | Register::DH)
+}
+
+fn set_host_operand(i: &mut Instruction, base: Register) {
+    i.set_segment_prefix(Register::None);
+    i.set_memory_base(base);
+    i.set_memory_index(Register::None);
+    i.set_memory_index_scale(1);
+    i.set_memory_displacement64(0);
+    i.set_memory_displ_size(0);
+}
+
+/// The accumulator forms with a 64-bit absolute address have no ModRM byte to put a register into.
+fn explicit_form(i: &mut Instruction) {
+    let code = match i.code() {
+        Code::Mov_AL_moffs8 => Code::Mov_r8_rm8,
+        Code::Mov_AX_moffs16 => Code::Mov_r16_rm16,
+        Code::Mov_EAX_moffs32 => Code::Mov_r32_rm32,
+        Code::Mov_RAX_moffs64 => Code::Mov_r64_rm64,
+        Code::Mov_moffs8_AL => Code::Mov_rm8_r8,
+        Code::Mov_moffs16_AX => Code::Mov_rm16_r16,
+        Code::Mov_moffs32_EAX => Code::Mov_rm32_r32,
+        Code::Mov_moffs64_RAX => Code::Mov_rm64_r64,
+        _ => return,
+    };
+    i.set_code(code);
+}
