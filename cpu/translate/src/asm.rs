@@ -6,7 +6,6 @@
 /// Host registers by their encoding.
 pub(crate) type Reg = u8;
 pub(crate) const RAX: Reg = 0;
-pub(crate) const RCX: Reg = 1;
 pub(crate) const RDX: Reg = 2;
 pub(crate) const RSP: Reg = 4;
 pub(crate) const RBP: Reg = 5;
@@ -22,8 +21,6 @@ pub(crate) const S1: Reg = 11;
 pub(crate) enum Alu {
     Or = 1,
     And = 4,
-    Sub = 5,
-    Xor = 6,
     Cmp = 7,
 }
 
@@ -75,7 +72,12 @@ impl Asm {
 
     /// `op reg, gs:[index + disp]`.
     fn gs_indexed(&mut self, op: u8, reg: Reg, index: Reg, disp: i32) {
-        self.raw(&[0x65, Self::rex(true, reg, 0, index), op, 0x80 | (reg & 7) << 3 | (index & 7)]);
+        self.raw(&[
+            0x65,
+            Self::rex(true, reg, 0, index),
+            op,
+            0x80 | (reg & 7) << 3 | (index & 7),
+        ]);
         self.imm32(disp);
     }
 
@@ -97,12 +99,20 @@ impl Asm {
         self.imm32(disp);
         self.imm32(imm as i32);
     }
+    /// `op dword gs:[disp], imm`.
+    pub fn alu_gs_imm32(&mut self, op: Alu, disp: i32, imm: i32) {
+        self.raw(&[0x65, 0x81, (op as u8) << 3 | 4, 0x25]);
+        self.imm32(disp);
+        self.imm32(imm);
+    }
+    /// `test reg, imm`.
+    pub fn test_imm32(&mut self, reg: Reg, imm: i32) {
+        self.raw(&[Self::rex(false, 0, 0, reg), 0xf7, 0xc0 | (reg & 7)]);
+        self.imm32(imm);
+    }
     /// `add reg, gs:[disp]`.
     pub fn add_gs(&mut self, reg: Reg, disp: i32) {
         self.gs(true, 0x03, reg, disp);
-    }
-    pub fn load_indexed(&mut self, reg: Reg, index: Reg, disp: i32) {
-        self.gs_indexed(0x8b, reg, index, disp);
     }
     pub fn xor_indexed(&mut self, reg: Reg, index: Reg, disp: i32) {
         self.gs_indexed(0x33, reg, index, disp);
@@ -115,7 +125,12 @@ impl Asm {
     }
     /// `jmp gs:[index + disp]`.
     pub fn jmp_indexed(&mut self, index: Reg, disp: i32) {
-        self.raw(&[0x65, Self::rex(false, 0, 0, index), 0xff, 0x80 | 4 << 3 | (index & 7)]);
+        self.raw(&[
+            0x65,
+            Self::rex(false, 0, 0, index),
+            0xff,
+            0x80 | 4 << 3 | (index & 7),
+        ]);
         self.imm32(disp);
     }
     /// `jmp gs:[disp]`.
@@ -130,10 +145,18 @@ impl Asm {
     }
 
     pub fn mov(&mut self, dst: Reg, src: Reg) {
-        self.raw(&[Self::rex(true, src, 0, dst), 0x89, 0xc0 | (src & 7) << 3 | (dst & 7)]);
+        self.raw(&[
+            Self::rex(true, src, 0, dst),
+            0x89,
+            0xc0 | (src & 7) << 3 | (dst & 7),
+        ]);
     }
     pub fn mov32(&mut self, dst: Reg, src: Reg) {
-        self.raw(&[Self::rex(false, src, 0, dst), 0x89, 0xc0 | (src & 7) << 3 | (dst & 7)]);
+        self.raw(&[
+            Self::rex(false, src, 0, dst),
+            0x89,
+            0xc0 | (src & 7) << 3 | (dst & 7),
+        ]);
     }
     /// Loads a constant in the shortest form; flags are untouched.
     pub fn mov_imm(&mut self, dst: Reg, v: u64) {
@@ -203,13 +226,32 @@ impl Asm {
         }
     }
     pub fn xor32(&mut self, dst: Reg, src: Reg) {
-        self.raw(&[Self::rex(false, src, 0, dst), 0x31, 0xc0 | (src & 7) << 3 | (dst & 7)]);
+        self.raw(&[
+            Self::rex(false, src, 0, dst),
+            0x31,
+            0xc0 | (src & 7) << 3 | (dst & 7),
+        ]);
+    }
+    pub fn xor64(&mut self, dst: Reg, src: Reg) {
+        self.raw(&[
+            Self::rex(true, src, 0, dst),
+            0x31,
+            0xc0 | (src & 7) << 3 | (dst & 7),
+        ]);
     }
     pub fn or64(&mut self, dst: Reg, src: Reg) {
-        self.raw(&[Self::rex(true, src, 0, dst), 0x09, 0xc0 | (src & 7) << 3 | (dst & 7)]);
+        self.raw(&[
+            Self::rex(true, src, 0, dst),
+            0x09,
+            0xc0 | (src & 7) << 3 | (dst & 7),
+        ]);
     }
     pub fn add64(&mut self, dst: Reg, src: Reg) {
-        self.raw(&[Self::rex(true, src, 0, dst), 0x01, 0xc0 | (src & 7) << 3 | (dst & 7)]);
+        self.raw(&[
+            Self::rex(true, src, 0, dst),
+            0x01,
+            0xc0 | (src & 7) << 3 | (dst & 7),
+        ]);
     }
     pub fn shr32(&mut self, reg: Reg, n: u8) {
         self.raw(&[Self::rex(false, 0, 0, reg), 0xc1, 0xe8 | (reg & 7), n]);
@@ -227,13 +269,11 @@ impl Asm {
         self.raw(&[Self::rex(true, 0, 0, reg), 0xc1, 0xf8 | (reg & 7), n]);
     }
     pub fn test64(&mut self, a: Reg, b: Reg) {
-        self.raw(&[Self::rex(true, b, 0, a), 0x85, 0xc0 | (b & 7) << 3 | (a & 7)]);
-    }
-    pub fn rorx64(&mut self, dst: Reg, src: Reg, n: u8) {
-        // VEX.LZ.F2.0F3A.W1 F0 /r ib
-        let r = if dst < 8 { 0x80 } else { 0 };
-        let b = if src < 8 { 0x20 } else { 0 };
-        self.raw(&[0xc4, r | 0x40 | b | 3, 0xfb, 0xf0, 0xc0 | (dst & 7) << 3 | (src & 7), n]);
+        self.raw(&[
+            Self::rex(true, b, 0, a),
+            0x85,
+            0xc0 | (b & 7) << 3 | (a & 7),
+        ]);
     }
 
     /// The arithmetic flags into `ax` (AH as LAHF, AL = OF).
@@ -257,11 +297,6 @@ impl Asm {
     pub fn jmp_to(&mut self, target: u64) {
         let f = self.jmp();
         self.bind_to(f, target);
-    }
-    /// `lea dst, [rip -> position]`, the position given relative to the start of this code.
-    pub fn lea_rip(&mut self, dst: Reg) -> Fixup {
-        self.raw(&[Self::rex(true, dst, 0, 0), 0x8d, (dst & 7) << 3 | 5, 0, 0, 0, 0]);
-        Fixup(self.pos() - 4)
     }
     /// NOPs until a displacement that starts `before` bytes on is aligned to 4, so that it can be patched atomically.
     pub fn align_displacement(&mut self, before: usize) {

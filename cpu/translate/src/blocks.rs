@@ -41,8 +41,6 @@ pub(crate) struct Block {
     pub entry_saved: u64,
     /// Bytes of guest code.
     pub guest_len: u16,
-    first: FirstSites,
-    exits: u32,
     boundaries: Vec<Boundary>,
     /// Exits of other blocks that were linked to this one.
     incoming: Vec<u32>,
@@ -63,6 +61,16 @@ pub(crate) struct Access {
     pub site: AccessSite,
 }
 
+/// A block that was just translated.
+pub(crate) struct Made {
+    pub second_page: Option<u64>,
+    pub guest_len: u16,
+    /// Host address and length of its code.
+    pub host: u64,
+    pub len: u32,
+    pub code: Translated,
+}
+
 /// All blocks and the tables beside them.
 #[derive(Default)]
 pub(crate) struct Blocks {
@@ -79,11 +87,10 @@ pub(crate) struct Blocks {
 
 impl Blocks {
     pub fn first_sites(&self) -> FirstSites {
-        FirstSites { exit: self.exits.len() as u32, access: self.accesses.len() as u32 }
-    }
-
-    pub fn len(&self) -> usize {
-        self.blocks.len()
+        FirstSites {
+            exit: self.exits.len() as u32,
+            access: self.accesses.len() as u32,
+        }
     }
 
     pub fn get(&self, id: BlockId) -> &Block {
@@ -103,21 +110,22 @@ impl Blocks {
     }
 
     /// Enters a block whose code stands at `host`.
-    pub fn insert(
-        &mut self,
-        key: Key,
-        second_page: Option<u64>,
-        guest_len: u16,
-        host: u64,
-        len: u32,
-        t: Translated,
-        tracker: &PageTracker,
-    ) -> BlockId {
+    pub fn insert(&mut self, key: Key, made: Made, tracker: &PageTracker) -> BlockId {
+        let Made {
+            second_page,
+            guest_len,
+            host,
+            len,
+            code: t,
+        } = made;
         let id = self.blocks.len() as BlockId;
-        let first = self.first_sites();
-        let exits = t.exits.len() as u32;
-        self.exits.extend(t.exits.into_iter().map(|site| Exit { block: id, site }));
-        self.accesses.extend(t.accesses.into_iter().map(|site| Access { block: id, site }));
+        self.exits
+            .extend(t.exits.into_iter().map(|site| Exit { block: id, site }));
+        self.accesses.extend(
+            t.accesses
+                .into_iter()
+                .map(|site| Access { block: id, site }),
+        );
         self.blocks.push(Block {
             key,
             second_page,
@@ -126,8 +134,6 @@ impl Blocks {
             entry_registers: host + u64::from(t.entry_registers),
             entry_saved: host + u64::from(t.entry_saved),
             guest_len,
-            first,
-            exits,
             boundaries: t.boundaries,
             incoming: Vec::new(),
             alive: true,
@@ -161,7 +167,10 @@ impl Blocks {
         let e = self.exits[exit as usize];
         let from = &self.blocks[e.block as usize];
         if let Some(patch) = e.site.patch {
-            cache.patch(from.host + u64::from(patch), from.host + u64::from(e.site.stub));
+            cache.patch(
+                from.host + u64::from(patch),
+                from.host + u64::from(e.site.stub),
+            );
         }
     }
 
@@ -181,7 +190,9 @@ impl Blocks {
         tracker: &PageTracker,
     ) -> bool {
         let page = gpa & !PAGE_MASK;
-        let Some(ids) = self.by_page.get(&page) else { return false };
+        let Some(ids) = self.by_page.get(&page) else {
+            return false;
+        };
         let hit: Vec<_> = ids
             .iter()
             .copied()
@@ -204,7 +215,10 @@ impl Blocks {
         block.alive = false;
         let key = block.key;
         let incoming = std::mem::take(&mut block.incoming);
-        let pages: Vec<_> = block.guest_ranges().map(|(gpa, _)| gpa & !PAGE_MASK).collect();
+        let pages: Vec<_> = block
+            .guest_ranges()
+            .map(|(gpa, _)| gpa & !PAGE_MASK)
+            .collect();
         for exit in incoming {
             self.unlink(exit, cache);
         }
@@ -231,7 +245,11 @@ impl Blocks {
         for page in self.by_page.keys() {
             tracker.set_code(*page, 0);
         }
-        *self = Blocks { links: self.links, invalidated: self.invalidated, ..Blocks::default() };
+        *self = Blocks {
+            links: self.links,
+            invalidated: self.invalidated,
+            ..Blocks::default()
+        };
     }
 
     /// The block that a host address lies in, and the guest instruction there.
@@ -239,7 +257,9 @@ impl Blocks {
         let after = self.blocks.partition_point(|b| b.host <= pc);
         let id = after.checked_sub(1)?;
         let block = &self.blocks[id];
-        let offset = u32::try_from(pc - block.host).ok().filter(|o| *o < block.len)?;
+        let offset = u32::try_from(pc - block.host)
+            .ok()
+            .filter(|o| *o < block.len)?;
         let n = block.boundaries.partition_point(|b| b.host <= offset);
         Some((id as BlockId, *block.boundaries.get(n.checked_sub(1)?)?))
     }
@@ -259,12 +279,12 @@ impl Block {
     fn guest_ranges(&self) -> impl Iterator<Item = (u64, u64)> + use<> {
         let room = PAGE_SIZE - (self.key.gpa & PAGE_MASK);
         let len = u64::from(self.guest_len);
-        let second = self.second_page.filter(|_| len > room).map(|page| (page, len - room));
-        [Some((self.key.gpa, len.min(room))), second].into_iter().flatten()
-    }
-
-    /// Numbers of its exits.
-    pub fn exit_numbers(&self) -> std::ops::Range<u32> {
-        self.first.exit..self.first.exit + self.exits
+        let second = self
+            .second_page
+            .filter(|_| len > room)
+            .map(|page| (page, len - room));
+        [Some((self.key.gpa, len.min(room))), second]
+            .into_iter()
+            .flatten()
     }
 }

@@ -29,7 +29,13 @@ impl CodeCache {
         let file = memfd(len)?;
         let write = map(&file, len, libc::PROT_READ | libc::PROT_WRITE)?;
         let execute = map(&file, len, libc::PROT_READ | libc::PROT_EXEC)?;
-        Ok(CodeCache { write, execute, len, used: 0, pinned: 0 })
+        Ok(CodeCache {
+            write,
+            execute,
+            len,
+            used: 0,
+            pinned: 0,
+        })
     }
 
     /// Host address at which the next code will run.
@@ -80,17 +86,12 @@ impl CodeCache {
         // SAFETY: in bounds (asserted) and aligned, so that a processor that executes there sees the
         // old or the new displacement, both of which lead to valid code.
         unsafe {
-            (*self.write.add(offset).cast::<std::sync::atomic::AtomicU32>())
-                .store(rel as u32, std::sync::atomic::Ordering::Release)
+            (*self
+                .write
+                .add(offset)
+                .cast::<std::sync::atomic::AtomicU32>())
+            .store(rel as u32, std::sync::atomic::Ordering::Release)
         };
-    }
-
-    /// Copies code out, for people to look at.
-    pub fn read(&self, at: u64, len: usize) -> Vec<u8> {
-        let offset = (at - self.execute as u64) as usize;
-        assert!(offset + len <= self.used);
-        // SAFETY: in bounds of a readable mapping (asserted).
-        unsafe { std::slice::from_raw_parts(self.write.add(offset), len) }.to_vec()
     }
 }
 
@@ -120,7 +121,18 @@ fn memfd(len: usize) -> io::Result<File> {
 fn map(file: &File, len: usize, protection: i32) -> io::Result<*mut u8> {
     // SAFETY: a new shared mapping at an address of the kernel's choice touches nothing of ours.
     let p = unsafe {
-        libc::mmap(std::ptr::null_mut(), len, protection, libc::MAP_SHARED, file.as_raw_fd(), 0)
+        libc::mmap(
+            std::ptr::null_mut(),
+            len,
+            protection,
+            libc::MAP_SHARED,
+            file.as_raw_fd(),
+            0,
+        )
     };
-    if p == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(p.cast()) }
+    if p == libc::MAP_FAILED {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(p.cast())
+    }
 }

@@ -16,9 +16,10 @@ use doppel_x86::{
 };
 
 use crate::asm::Asm;
-use crate::blocks::{BlockId, Blocks, Key};
+use crate::blocks::{BlockId, Blocks, Key, Made};
 use crate::cache_unsafe::CodeCache;
-use crate::context_unsafe::{ContextBox, JumpEntry, NO_LINEAR};
+use crate::context::{JumpEntry, NO_LINEAR};
+use crate::context_unsafe::ContextBox;
 use crate::enter_unsafe::{ThreadSetup, enter, host_features};
 use crate::flags::{FlagPlace, pack, unpack};
 use crate::frontend::{Decoding, GuestBlock, Simd, decode};
@@ -36,6 +37,8 @@ pub struct TranslateOptions {
     pub link: bool,
     /// Do not save flags that are dead; see `flags`.
     pub flag_liveness: bool,
+    /// Emit CLI, STI, PUSHF, POPF, STAC, CLAC and SWAPGS as code instead of interpreting them.
+    pub inline_system: bool,
     /// Count the blocks that run (costs three instructions a block).
     pub count_blocks: bool,
 }
@@ -47,6 +50,7 @@ impl Default for TranslateOptions {
             translate_limit: None,
             link: true,
             flag_liveness: true,
+            inline_system: true,
             count_blocks: false,
         }
     }
@@ -175,7 +179,11 @@ impl Engine for Translate {
     }
 
     fn trace(&self) -> Vec<String> {
-        self.t.recent.iter().map(|rip| format!("block at {rip:#x}")).collect()
+        self.t
+            .recent
+            .iter()
+            .map(|rip| format!("block at {rip:#x}"))
+            .collect()
     }
 }
 
@@ -188,10 +196,12 @@ impl Translator {
                 return Exit::Kicked;
             }
             let cpu = &mut self.context.cpu;
-            if wakes(cpu, bus) && event::deliver_pending(cpu, bus) {
+            if event::deliver_pending(cpu, bus) {
                 self.link_from = None;
                 self.enter_in_jump_cache = false;
             }
+            let masked = !self.context.cpu.rflags.contains(Rflags::IF);
+            self.context.interrupt_waits = u32::from(masked && bus.interrupt_pending());
             match self.context.cpu.activity {
                 Activity::Active => {}
                 Activity::Shutdown => return Exit::Shutdown,
@@ -304,7 +314,11 @@ impl Translator {
         let rip = self.context.cpu.rip;
         let gpa = self.code_page(rip)? | (rip & PAGE_MASK);
         let key = self.key(gpa, rip);
-        let block = match self.blocks.find(&key).filter(|b| self.still_straddles(*b, rip)) {
+        let block = match self
+            .blocks
+            .find(&key)
+            .filter(|b| self.still_straddles(*b, rip))
+        {
             Some(block) => block,
             None => self.translate_block(key, rip)?,
         };
@@ -319,7 +333,12 @@ impl Translator {
             Privilege::User => Base::Dynamic,
             _ => Base::Fixed(rip & !PAGE_MASK),
         };
-        Key { gpa, privilege: privilege as u8, simd: simd_of(cpu), base }
+        Key {
+            gpa,
+            privilege: privilege as u8,
+            simd: simd_of(cpu),
+            base,
+        }
     }
 
     /// Physical page of the code at `rip`, from the guest's page tables.
@@ -333,13 +352,23 @@ impl Translator {
         if !Cpu::canonical(rip) {
             return None;
         }
-        let privilege = if user { Privilege::User } else { Privilege::Supervisor };
+        let privilege = if user {
+            Privilege::User
+        } else {
+            Privilege::Supervisor
+        };
         let t = cpu.translate(page, AccessKind::Execute, privilege).ok()?;
         let gpa = t.gpa & !PAGE_MASK;
         if !cpu.ram.is_ram(gpa) {
             return None;
         }
-        self.code_pages[usize::from(!user)].insert(page, CodePage { gpa, global: t.global });
+        self.code_pages[usize::from(!user)].insert(
+            page,
+            CodePage {
+                gpa,
+                global: t.global,
+            },
+        );
         Some(gpa)
     }
 
@@ -351,7 +380,11 @@ impl Translator {
     }
 
     fn translate_block(&mut self, key: Key, rip: u64) -> Option<BlockId> {
-        if self.options.translate_limit.is_some_and(|limit| self.counts.translations >= limit) {
+        if self
+            .options
+            .translate_limit
+            .is_some_and(|limit| self.counts.translations >= limit)
+        {
             return None;
         }
         let (guest, second_page) = self.read_block(&key, rip)?;
@@ -365,7 +398,9 @@ impl Translator {
             thunks: self.thunks,
         };
         let first = self.blocks.first_sites();
-        let translated = self.rewriter.translate(&guest, setting, self.cache.cursor(), first);
+        let translated = self
+            .rewriter
+            .translate(&guest, setting, self.cache.cursor(), first);
         let host = self.cache.append(&self.rewriter.asm.bytes);
         self.counts.translations += 1;
         self.counts.translated_instructions += guest.instructions.len() as u64;
@@ -377,10 +412,14 @@ impl Translator {
                 }
             }
         }
-        let len = self.rewriter.asm.bytes.len() as u32;
-        let guest_len = guest.end - guest.start;
-        let tracker = cpu.ram.tracker();
-        Some(self.blocks.insert(key, second_page, guest_len, host, len, translated, tracker))
+        let made = Made {
+            second_page,
+            guest_len: guest.end - guest.start,
+            host,
+            len: self.rewriter.asm.bytes.len() as u32,
+            code: translated,
+        };
+        Some(self.blocks.insert(key, made, cpu.ram.tracker()))
     }
 
     /// Decodes the block at `rip`: from its page alone, or one instruction from two pages.
@@ -389,6 +428,7 @@ impl Translator {
             simd: key.simd,
             user: key.privilege == Privilege::User as u8,
             flag_liveness: self.options.flag_liveness,
+            inline_system: self.options.inline_system,
         };
         let mut bytes = [0u8; PAGE_SIZE as usize + 15];
         let start = (rip & PAGE_MASK) as u16;
@@ -399,7 +439,11 @@ impl Translator {
             return Some((block, None));
         }
         let second = self.code_page((rip | PAGE_MASK).wrapping_add(1))?;
-        self.context.cpu.ram.ptr(second)?.read(&mut bytes[len..len + 15]);
+        self.context
+            .cpu
+            .ram
+            .ptr(second)?
+            .read(&mut bytes[len..len + 15]);
         let mut block = decode(self.rewriter.info(), &bytes[..len + 15], start, how)?;
         block.keep_first();
         Some((block, Some(second)))
@@ -409,16 +453,22 @@ impl Translator {
     fn link(&mut self, block: BlockId, rip: u64) {
         if std::mem::take(&mut self.enter_in_jump_cache) {
             let b = self.blocks.get(block);
-            let entry = JumpEntry { linear: rip, host: b.entry_saved };
+            let entry = JumpEntry {
+                linear: rip,
+                host: b.entry_saved,
+            };
             let cache = usize::from(b.key.privilege);
             self.context.jump_cache[cache][jump_index(rip)] = entry;
         }
-        let Some(exit) = self.link_from.take() else { return };
+        let Some(exit) = self.link_from.take() else {
+            return;
+        };
         let e = self.blocks.exit(exit);
         let (from, to) = (self.blocks.get(e.block), self.blocks.get(block));
         let across = !(0..PAGE_SIZE as i64).contains(&e.site.target) || to.second_page.is_some();
         let fixed = from.key.base != Base::Dynamic;
-        let same_mode = from.key.privilege == to.key.privilege && from.key.simd == to.key.simd;
+        let same_mode = from.key.simd == to.key.simd
+            && (e.site.changes_mode || from.key.privilege == to.key.privilege);
         if self.options.link && from.alive && same_mode && (fixed || !across) {
             self.blocks.link(exit, block, across, &mut self.cache);
         }
@@ -429,9 +479,9 @@ impl Translator {
         self.counts.tlb_misses += 1;
         let access = self.blocks.access(site);
         let block = self.blocks.get(access.block);
-        let privilege = PRIVILEGES[usize::from(block.key.privilege)];
+        let (privilege, host) = (PRIVILEGES[usize::from(block.key.privilege)], block.host);
         if self.fill(linear, access.site.size, access.site.write, privilege) {
-            return block.host + u64::from(access.site.retry);
+            return host + u64::from(access.site.retry);
         }
         self.context.exit = EXIT_ACCESS;
         self.context.fault_pc = u64::from(site);
@@ -443,14 +493,23 @@ impl Translator {
         if crosses || !Cpu::canonical(linear) {
             return false;
         }
-        let kind = if write { AccessKind::Write } else { AccessKind::Read };
+        let kind = if write {
+            AccessKind::Write
+        } else {
+            AccessKind::Read
+        };
         let cpu = &mut self.context.cpu;
         if cpu.translate(linear, kind, privilege).is_err() {
             return false;
         }
         let tlb = &cpu.tlb[privilege as usize];
         let size = usize::from(size);
-        if write { tlb.lookup_write(linear, size) } else { tlb.lookup_read(linear, size) }.is_some()
+        if write {
+            tlb.lookup_write(linear, size)
+        } else {
+            tlb.lookup_read(linear, size)
+        }
+        .is_some()
     }
 
     // ---- what changes under the translations ----
@@ -468,7 +527,9 @@ impl Translator {
         let mut any = false;
         for (gpa, len) in std::mem::take(&mut self.context.cpu.code_writes) {
             let tracker = self.context.cpu.ram.tracker();
-            any |= self.blocks.invalidate(gpa, u64::from(len), &mut self.cache, tracker);
+            any |= self
+                .blocks
+                .invalidate(gpa, u64::from(len), &mut self.cache, tracker);
         }
         if any {
             self.empty_jump_caches(0..3);
@@ -502,7 +563,10 @@ impl Translator {
 
     fn empty_jump_caches(&mut self, which: std::ops::Range<usize>) {
         for cache in &mut self.context.jump_cache[which] {
-            cache.fill(JumpEntry { linear: NO_LINEAR, host: 0 });
+            cache.fill(JumpEntry {
+                linear: NO_LINEAR,
+                host: 0,
+            });
         }
     }
 
@@ -550,14 +614,11 @@ impl Translator {
     }
 }
 
-const PRIVILEGES: [Privilege; 3] =
-    [Privilege::User, Privilege::Supervisor, Privilege::SupervisorAc];
-
-/// True where an event may be deliverable: worth asking the bus.
-fn wakes(cpu: &Cpu, bus: &mut dyn Bus) -> bool {
-    let _ = bus;
-    !cpu.interrupt_shadow && !cpu.mov_ss_shadow
-}
+const PRIVILEGES: [Privilege; 3] = [
+    Privilege::User,
+    Privilege::Supervisor,
+    Privilege::SupervisorAc,
+];
 
 /// True where the code at RIP may be translated in the CPU's present state.
 fn translatable(cpu: &Cpu) -> bool {

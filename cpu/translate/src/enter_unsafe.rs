@@ -10,7 +10,8 @@ use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Once;
 
-use crate::context_unsafe::{Context, ContextBox};
+use crate::context::Context;
+use crate::context_unsafe::ContextBox;
 use crate::engine::Translator;
 use crate::thunk::EXIT_FAULT;
 
@@ -32,7 +33,13 @@ pub(crate) struct ThreadSetup {
     old_mask: libc::sigset_t,
 }
 
-const SIGNALS: [i32; 5] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP];
+const SIGNALS: [i32; 5] = [
+    libc::SIGSEGV,
+    libc::SIGBUS,
+    libc::SIGFPE,
+    libc::SIGILL,
+    libc::SIGTRAP,
+];
 const SS_AUTODISARM: i32 = 1 << 31;
 const ARCH_SET_GS: i32 = 0x1001;
 const ARCH_GET_GS: i32 = 0x1004;
@@ -83,7 +90,10 @@ impl SignalStack {
             libc::sigaltstack(&new, &mut old);
             old
         };
-        SignalStack { old, _memory: memory }
+        SignalStack {
+            old,
+            _memory: memory,
+        }
     }
 }
 
@@ -107,14 +117,14 @@ impl Drop for ThreadSetup {
 
 /// Runs translated code from `context.entry` until it leaves. The thread was set up with [`ThreadSetup`].
 pub(crate) fn enter(translator: &mut Translator, thunk: u64) {
+    translator.context.slow_access = slow_access as *const () as u64;
     let this: *mut Translator = translator;
+    translator.context.translator = this as u64;
     // SAFETY: `thunk` is the enter thunk of this translator's cache, which keeps to the C calling convention; the
     // code it runs was emitted by this translator and touches only the context (through GS, set by
     // `ThreadSetup`) and guest RAM behind TLB checks. It may call `slow_access` with `this`, which is the only path
     // to the translator during the call.
     unsafe {
-        (*this).context.translator = this as u64;
-        (*this).context.slow_access = slow_access as *const () as u64;
         let f: extern "sysv64" fn() = std::mem::transmute(thunk);
         f();
     }

@@ -49,12 +49,24 @@ impl FlagUse {
         let undefined = set(i.rflags_undefined());
         let writes = defined | undefined;
         if conditional_writer(i) {
-            return FlagUse { reads, kills: 0, writes };
+            return FlagUse {
+                reads,
+                kills: 0,
+                writes,
+            };
         }
         // What the manuals leave undefined some processors leave alone; but no processor leaves AF alone in
         // the logical operations (they clear it), and these are what most often kills the flags.
-        let kills = if logical(i.mnemonic()) { writes } else { defined };
-        FlagUse { reads, kills, writes }
+        let kills = if logical(i.mnemonic()) {
+            writes
+        } else {
+            defined
+        };
+        FlagUse {
+            reads,
+            kills,
+            writes,
+        }
     }
 
     /// The flags live before an instruction, given those live after it.
@@ -69,13 +81,19 @@ impl FlagUse {
 }
 
 fn logical(m: Mnemonic) -> bool {
-    matches!(m, Mnemonic::And | Mnemonic::Or | Mnemonic::Xor | Mnemonic::Test)
+    matches!(
+        m,
+        Mnemonic::And | Mnemonic::Or | Mnemonic::Xor | Mnemonic::Test
+    )
 }
 
 /// Shifts and rotates leave the flags alone where the count is zero.
 fn conditional_writer(i: &Instruction) -> bool {
     use Mnemonic::*;
-    let shift = matches!(i.mnemonic(), Shl | Shr | Sar | Sal | Rol | Ror | Rcl | Rcr | Shld | Shrd);
+    let shift = matches!(
+        i.mnemonic(),
+        Shl | Shr | Sar | Sal | Rol | Ror | Rcl | Rcr | Shld | Shrd
+    );
     if !shift {
         return false;
     }

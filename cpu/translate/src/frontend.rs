@@ -5,8 +5,8 @@
 //! relative to the page: that makes a block independent of where the guest maps it.
 
 use iced_x86::{
-    Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory,
-    Mnemonic, OpAccess, OpKind, Register,
+    Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic,
+    OpAccess, OpKind, Register,
 };
 
 use crate::flags::{ALL, FlagSet, FlagUse};
@@ -27,6 +27,7 @@ pub(crate) struct Decoding {
     /// CPL 3.
     pub user: bool,
     pub flag_liveness: bool,
+    pub inline_system: bool,
 }
 
 /// How the translator treats an instruction.
@@ -35,7 +36,10 @@ pub(crate) enum Class {
     /// Emitted as it is.
     Copy,
     /// One memory operand, which becomes a host address.
-    Memory { size: u8, write: bool },
+    Memory {
+        size: u8,
+        write: bool,
+    },
     /// Bit test with a register bit offset in memory: addresses beyond its operand.
     BitString,
     Lea,
@@ -54,16 +58,29 @@ pub(crate) enum Class {
     Return,
     Swapgs,
     Rdtsc,
+    Cli,
+    Sti,
+    /// STAC and CLAC: go on in the other mode's blocks.
+    AlignmentFlag,
+    Pushf,
+    Popf,
     /// The monitor's interpreter executes it; ends the block.
     Interpret,
 }
 
 impl Class {
-    fn ends_block(self) -> bool {
+    pub fn ends_block(self) -> bool {
         use Class::*;
         matches!(
             self,
-            Jump | JumpIndirect | Conditional | Counted | Call | CallIndirect | Return | Interpret
+            Jump | JumpIndirect
+                | Conditional
+                | Counted
+                | Call
+                | CallIndirect
+                | Return
+                | AlignmentFlag
+                | Interpret
         )
     }
 
@@ -82,6 +99,10 @@ impl Class {
                 | CallIndirect
                 | Return
                 | Rdtsc
+                | Cli
+                | Sti
+                | Pushf
+                | Popf
         )
     }
 }
@@ -118,6 +139,9 @@ impl GuestBlock {
         self.instructions.truncate(1);
         if let Some(first) = self.instructions.first_mut() {
             self.end = first.offset + first.decoded.len() as u16;
+            if first.class == Class::Sti {
+                first.class = Class::Interpret;
+            }
             first.live_after = ALL;
             first.live_before = first.flags.live_before(ALL);
         }
@@ -138,7 +162,11 @@ pub(crate) fn decode(
     how: Decoding,
 ) -> Option<GuestBlock> {
     let mut decoder = Decoder::with_ip(64, bytes, u64::from(start), DecoderOptions::NONE);
-    let mut block = GuestBlock { start, end: start, ..GuestBlock::default() };
+    let mut block = GuestBlock {
+        start,
+        end: start,
+        ..GuestBlock::default()
+    };
     while block.instructions.len() < MOST_INSTRUCTIONS && decoder.can_decode() {
         let decoded = decoder.decode();
         let invalid = decoded.is_invalid();
@@ -146,7 +174,11 @@ pub(crate) fn decode(
             block.straddler_follows = true;
             break;
         }
-        let class = if invalid { Class::Interpret } else { classify(info, &decoded, how) };
+        let class = if invalid {
+            Class::Interpret
+        } else {
+            classify(info, &decoded, how)
+        };
         let offset = decoded.ip() as u16;
         let flags = FlagUse::of(&decoded);
         block.end = offset + decoded.len() as u16;
@@ -162,10 +194,14 @@ pub(crate) fn decode(
             break;
         }
     }
-    if block.instructions.is_empty() {
-        return None;
+    let last = block.instructions.last_mut()?;
+    if last.class == Class::Sti {
+        // Its shadow reaches into the next block: the interpreter knows how.
+        last.class = Class::Interpret;
     }
-    block.bytes.extend_from_slice(&bytes[..usize::from(block.end - start)]);
+    block
+        .bytes
+        .extend_from_slice(&bytes[..usize::from(block.end - start)]);
     if how.flag_liveness {
         liveness(&mut block.instructions);
     }
@@ -185,7 +221,10 @@ fn classify(info: &mut InstructionInfoFactory, i: &Instruction, how: Decoding) -
     if i.flow_control() != FlowControl::Next {
         return classify_branch(i);
     }
-    if i.is_privileged() && (how.user || i.mnemonic() != Mnemonic::Swapgs) {
+    if let Some(class) = inline_system(i, how) {
+        return class;
+    }
+    if i.is_privileged() {
         return Class::Interpret;
     }
     match special(i) {
@@ -220,6 +259,26 @@ fn classify_branch(i: &Instruction) -> Class {
     }
 }
 
+/// Sensitive instructions that are frequent enough in kernels to be emitted as code on the virtual state.
+fn inline_system(i: &Instruction, how: Decoding) -> Option<Class> {
+    if !how.inline_system {
+        return None;
+    }
+    match i.code() {
+        Code::Pushfq => return Some(Class::Pushf),
+        _ if how.user => return None,
+        _ => {}
+    }
+    match i.code() {
+        Code::Swapgs => Some(Class::Swapgs),
+        Code::Cli => Some(Class::Cli),
+        Code::Sti => Some(Class::Sti),
+        Code::Clac | Code::Stac => Some(Class::AlignmentFlag),
+        Code::Popfq => Some(Class::Popf),
+        _ => None,
+    }
+}
+
 /// Instructions with a treatment of their own; above all those that name the machine's state, which x86-64
 /// either traps (privileged) or, worse, does not.
 fn special(i: &Instruction) -> Option<Class> {
@@ -228,12 +287,11 @@ fn special(i: &Instruction) -> Option<Class> {
         Popf | Popfd | Popfq | Pushf | Pushfd | Pushfq | Cli | Sti | Cld | Std | Clac | Stac => {
             Class::Interpret
         }
-        Sgdt | Sidt | Sldt | Str | Smsw | Lar | Lsl | Verr | Verw | Cpuid | Rdtscp
-        | Rdpid | Rdpmc | Xgetbv | Rdfsbase | Rdgsbase | Wrfsbase | Wrgsbase | Rdpkru | Wrpkru => {
+        Sgdt | Sidt | Sldt | Str | Smsw | Lar | Lsl | Verr | Verw | Cpuid | Rdtscp | Rdpid
+        | Rdpmc | Xgetbv | Rdfsbase | Rdgsbase | Wrfsbase | Wrgsbase | Rdpkru | Wrpkru => {
             Class::Interpret
         }
         Rdtsc => Class::Rdtsc,
-        Swapgs => Class::Swapgs,
         In | Out | Insb | Insw | Insd | Outsb | Outsw | Outsd => Class::Interpret,
         Movsb | Movsw | Movsd | Movsq | Stosb | Stosw | Stosd | Stosq | Lodsb | Lodsw | Lodsd
         | Lodsq | Scasb | Scasw | Scasd | Scasq | Cmpsb | Cmpsw | Cmpsd | Cmpsq
@@ -241,14 +299,14 @@ fn special(i: &Instruction) -> Option<Class> {
         {
             Class::Interpret
         }
-        Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xsavec | Xsavec64 | Xsaves | Xsaves64 | Xrstor
-        | Xrstor64 | Xrstors | Xrstors64 | Fxsave | Fxsave64 | Fxrstor | Fxrstor64 | Fnsave
-        | Fsave | Frstor | Fnstenv | Fstenv | Fldenv => Class::Interpret,
+        Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xsavec | Xsavec64 | Xsaves | Xsaves64
+        | Xrstor | Xrstor64 | Xrstors | Xrstors64 | Fxsave | Fxsave64 | Fxrstor | Fxrstor64
+        | Fnsave | Fsave | Frstor | Fnstenv | Fstenv | Fldenv => Class::Interpret,
         Xlatb | Maskmovq | Maskmovdqu | Vmaskmovdqu | Vmaskmovps | Vmaskmovpd | Vpmaskmovd
         | Vpmaskmovq | Enter | Bound | Into | Lds | Les | Lfs | Lgs | Lss | Clzero | Rdsspd
         | Rdsspq | Incsspd | Incsspq | Xbegin | Xend | Xabort | Xtest | Monitor | Mwait
-        | Monitorx | Mwaitx | Umonitor | Umwait | Tpause | Ptwrite | Movdir64b | Enqcmd | Enqcmds
-        | Invalid => Class::Interpret,
+        | Monitorx | Mwaitx | Umonitor | Umwait | Tpause | Ptwrite | Movdir64b | Enqcmd
+        | Enqcmds => Class::Interpret,
         Lea => Class::Lea,
         Prefetch | Prefetchw | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchnta | Prefetchwt1
         | Prefetchit0 | Prefetchit1 | Reservednop => Class::Nothing,
@@ -267,12 +325,19 @@ fn special(i: &Instruction) -> Option<Class> {
 }
 
 fn bit_string(i: &Instruction) -> Class {
-    if uses_scratch_operand(i, 1) { Class::Interpret } else { Class::BitString }
+    if uses_scratch_operand(i, 1) {
+        Class::Interpret
+    } else {
+        Class::BitString
+    }
 }
 
 /// True where the operand is r10 or r11, which the translator keeps in memory.
 fn uses_scratch_operand(i: &Instruction, op: u32) -> bool {
-    matches!(i.op_register(op).full_register(), Register::R10 | Register::R11)
+    matches!(
+        i.op_register(op).full_register(),
+        Register::R10 | Register::R11
+    )
 }
 
 fn classify_push(i: &Instruction) -> Class {
@@ -300,7 +365,10 @@ fn simd_needed(i: &Instruction) -> Simd {
         EncodingKind::EVEX | EncodingKind::MVEX => Simd::Avx512,
         EncodingKind::VEX | EncodingKind::XOP => {
             let general = i.cpuid_features().iter().all(|f| {
-                matches!(f, CpuidFeature::BMI1 | CpuidFeature::BMI2 | CpuidFeature::TBM | CpuidFeature::LWP)
+                matches!(
+                    f,
+                    CpuidFeature::BMI1 | CpuidFeature::BMI2 | CpuidFeature::TBM | CpuidFeature::LWP
+                )
             });
             if general {
                 Simd::None
@@ -325,10 +393,38 @@ fn general_feature(f: iced_x86::CpuidFeature) -> bool {
     use iced_x86::CpuidFeature::*;
     matches!(
         f,
-        INTEL8086 | INTEL186 | INTEL286 | INTEL386 | INTEL486 | X64 | CMOV | POPCNT | LZCNT | ADX
-            | MOVBE | CX8 | CMPXCHG16B | RDRAND | RDSEED | CLFSH | CLFLUSHOPT | CLWB | PAUSE
-            | MULTIBYTENOP | CET_IBT | SMAP | TSC | FSGSBASE | RDPID | RDTSCP | MOVDIRI | SERIALIZE
-            | WBNOINVD | PREFETCHW | MSR | CPUID
+        INTEL8086
+            | INTEL186
+            | INTEL286
+            | INTEL386
+            | INTEL486
+            | X64
+            | CMOV
+            | POPCNT
+            | LZCNT
+            | ADX
+            | MOVBE
+            | CX8
+            | CMPXCHG16B
+            | RDRAND
+            | RDSEED
+            | CLFSH
+            | CLFLUSHOPT
+            | CLWB
+            | PAUSE
+            | MULTIBYTENOP
+            | CET_IBT
+            | SMAP
+            | TSC
+            | FSGSBASE
+            | RDPID
+            | RDTSCP
+            | MOVDIRI
+            | SERIALIZE
+            | WBNOINVD
+            | PREFETCHW
+            | MSR
+            | CPUID
     )
 }
 
@@ -336,7 +432,12 @@ fn classify_operands(info: &mut InstructionInfoFactory, i: &Instruction) -> Clas
     let forbidden = (0..i.op_count()).any(|op| {
         i.op_kind(op) == OpKind::Register && {
             let r = i.op_register(op);
-            r.is_segment_register() || r.is_cr() || r.is_dr() || r.is_tr() || r.is_bnd() || r.is_tmm()
+            r.is_segment_register()
+                || r.is_cr()
+                || r.is_dr()
+                || r.is_tr()
+                || r.is_bnd()
+                || r.is_tmm()
         }
     });
     if forbidden || i.is_vsib() || i.is_stack_instruction() {
@@ -348,13 +449,19 @@ fn classify_operands(info: &mut InstructionInfoFactory, i: &Instruction) -> Clas
         [one] if has_memory(i) => {
             let write = matches!(
                 one.access(),
-                OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
+                OpAccess::Write
+                    | OpAccess::CondWrite
+                    | OpAccess::ReadWrite
+                    | OpAccess::ReadCondWrite
             );
             let size = i.memory_size().size();
             if size == 0 || size > 64 || two_scratch_operands(i) {
                 return Class::Interpret;
             }
-            Class::Memory { size: size as u8, write }
+            Class::Memory {
+                size: size as u8,
+                write,
+            }
         }
         _ => Class::Interpret,
     }
@@ -363,9 +470,8 @@ fn classify_operands(info: &mut InstructionInfoFactory, i: &Instruction) -> Clas
 /// Both r10 and r11 as operands beside a memory operand: there is no scratch register left.
 fn two_scratch_operands(i: &Instruction) -> bool {
     let uses = |r| {
-        (0..i.op_count()).any(|op| {
-            i.op_kind(op) == OpKind::Register && i.op_register(op).full_register() == r
-        })
+        (0..i.op_count())
+            .any(|op| i.op_kind(op) == OpKind::Register && i.op_register(op).full_register() == r)
     };
     uses(Register::R10) && uses(Register::R11)
 }

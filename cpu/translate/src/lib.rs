@@ -12,6 +12,7 @@
 mod asm;
 mod blocks;
 mod cache_unsafe;
+mod context;
 mod context_unsafe;
 mod engine;
 mod enter_unsafe;

@@ -11,10 +11,10 @@
 
 use iced_x86::{Code, Encoder, Instruction, InstructionInfoFactory, OpAccess, OpKind, Register};
 
-use doppel_memory::{TLB_ENTRIES, TLB_ENTRY_SHIFT, TlbEntry};
+use doppel_memory::{Privilege, TLB_ENTRIES, TLB_ENTRY_SHIFT, TlbEntry};
 
 use crate::asm::*;
-use crate::context_unsafe as ctx;
+use crate::context as ctx;
 use crate::flags::FlagPlace;
 use crate::frontend::{Class, GuestBlock, GuestInstruction};
 use crate::thunk::{EXIT_INDIRECT, Thunks};
@@ -50,6 +50,8 @@ pub(crate) struct ExitSite {
     pub flags: FlagPlace,
     /// The instruction at the target is to be interpreted.
     pub interpret: bool,
+    /// The next block is of another privilege (EFLAGS.AC changed); which, is known from this one.
+    pub changes_mode: bool,
 }
 
 /// A TLB check.
@@ -83,7 +85,7 @@ pub(crate) struct Translated {
 }
 
 /// Numbers of the first exit and access site of the block that is about to be translated.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct FirstSites {
     pub exit: u32,
     pub access: u32,
@@ -159,6 +161,10 @@ enum Stub {
     Lookup(i64, FlagPlace),
 }
 
+const IF: i32 = 1 << 9;
+const AC: i32 = 1 << 18;
+const RF_VM: i32 = 3 << 16;
+const ARITHMETIC: i32 = 0x8d5;
 const TLB_INDEX_MASK: i32 = ((TLB_ENTRIES - 1) << TLB_ENTRY_SHIFT) as i32;
 const JUMP_INDEX_MASK: i32 = ((ctx::JUMP_CACHE_ENTRIES - 1) << 4) as i32;
 
@@ -181,18 +187,10 @@ impl Work<'_> {
             self.boundary(i);
             self.instruction(i);
         }
-        if let Some(last) = block.instructions.last()
-            && !matches!(
-                last.class,
-                Class::Jump
-                    | Class::JumpIndirect
-                    | Class::Conditional
-                    | Class::Counted
-                    | Class::Call
-                    | Class::CallIndirect
-                    | Class::Return
-                    | Class::Interpret
-            )
+        if block
+            .instructions
+            .last()
+            .is_some_and(|last| !last.class.ends_block())
         {
             self.fall_through(i64::from(block.end));
         }
@@ -242,7 +240,11 @@ impl Work<'_> {
 
     fn boundary(&mut self, i: &GuestInstruction) {
         let host = self.r.asm.pos() as u32;
-        self.out.boundaries.push(Boundary { host, guest: i.offset, flags: self.place });
+        self.out.boundaries.push(Boundary {
+            host,
+            guest: i.offset,
+            flags: self.place,
+        });
     }
 
     fn save_flags(&mut self) {
@@ -304,6 +306,11 @@ impl Work<'_> {
             Class::Return => self.ret(i),
             Class::Swapgs => self.swapgs(),
             Class::Rdtsc => self.rdtsc(i),
+            Class::Cli => self.cli(i),
+            Class::Sti => self.sti(i),
+            Class::AlignmentFlag => self.alignment_flag(i),
+            Class::Pushf => self.pushf(i),
+            Class::Popf => self.popf(i),
             Class::Interpret => self.interpret(i),
         }
     }
@@ -332,7 +339,9 @@ impl Work<'_> {
     /// How the instruction uses r10 and r11.
     fn scratch_use(&mut self, i: &Instruction) -> [Option<(Reg, Use)>; 2] {
         let mut found = [None, None];
-        if !(0..i.op_count()).any(|op| i.op_kind(op) == OpKind::Register && is_scratch(i.op_register(op))) {
+        if !(0..i.op_count())
+            .any(|op| i.op_kind(op) == OpKind::Register && is_scratch(i.op_register(op)))
+        {
             return found;
         }
         for used in self.r.info.info(i).used_registers() {
@@ -340,7 +349,11 @@ impl Work<'_> {
             if !is_scratch(r) {
                 continue;
             }
-            let n = if r.full_register() == Register::R10 { S0 } else { S1 };
+            let n = if r.full_register() == Register::R10 {
+                S0
+            } else {
+                S1
+            };
             let this = Use::of(used.access(), r.size());
             let slot = &mut found[usize::from(n - S0)];
             *slot = Some((n, slot.map_or(this, |(_, before)| this.and(before))));
@@ -353,7 +366,11 @@ impl Work<'_> {
         self.address(d, false);
         let to = d.op0_register();
         if is_scratch(to) {
-            let n = if to.full_register() == Register::R10 { S0 } else { S1 };
+            let n = if to.full_register() == Register::R10 {
+                S0
+            } else {
+                S1
+            };
             match to.size() {
                 8 => self.asm().store(ctx::gpr(n), S0),
                 4 => {
@@ -374,13 +391,15 @@ impl Work<'_> {
     }
 
     fn store16(&mut self, disp: i32, r: Reg) {
-        self.asm().raw(&[0x65, 0x66, 0x44, 0x89, (r & 7) << 3 | 4, 0x25]);
+        self.asm()
+            .raw(&[0x65, 0x66, 0x44, 0x89, (r & 7) << 3 | 4, 0x25]);
         self.asm().raw(&disp.to_le_bytes());
     }
 
     fn mov16(&mut self, dst: Reg, src: Reg) {
         let rex = 0x40 | (src >> 3) << 2 | dst >> 3;
-        self.asm().raw(&[0x66, rex, 0x89, 0xc0 | (src & 7) << 3 | (dst & 7)]);
+        self.asm()
+            .raw(&[0x66, rex, 0x89, 0xc0 | (src & 7) << 3 | (dst & 7)]);
     }
 
     fn swapgs(&mut self) {
@@ -402,6 +421,92 @@ impl Work<'_> {
         a.mov(RDX, RAX);
         a.shr64(RDX, 32);
         a.mov32(RAX, RAX);
+    }
+
+    // ---- the virtual RFLAGS; its arithmetic bits in the context are stale while translated code runs ----
+
+    fn cli(&mut self, i: &GuestInstruction) {
+        self.before_check(i);
+        self.asm().alu_gs_imm32(Alu::And, ctx::RFLAGS, !IF);
+    }
+
+    fn sti(&mut self, i: &GuestInstruction) {
+        self.before_check(i);
+        self.leave_if_interrupt_waits(i);
+        self.asm().alu_gs_imm32(Alu::Or, ctx::RFLAGS, IF);
+    }
+
+    fn leave_if_interrupt_waits(&mut self, i: &GuestInstruction) {
+        self.asm().alu_gs_imm32(Alu::Cmp, ctx::INTERRUPT_WAITS, 0);
+        let waits = self.asm().jcc(CC_NE);
+        self.leave_exit(i64::from(i.offset), waits, None, true);
+    }
+
+    /// The mode that a block is keyed by tells what AC is now, so that no flag is needed to change it.
+    fn alignment_flag(&mut self, i: &GuestInstruction) {
+        let on = self.s.privilege == Privilege::SupervisorAc as u8;
+        let set = i.decoded.code() == Code::Stac;
+        if on != set {
+            let a = self.asm();
+            a.load(S0, ctx::RFLAGS);
+            a.lea(S0, S0, if set { AC } else { -AC });
+            a.store(ctx::RFLAGS, S0);
+        }
+        self.direct_exit(i64::from(i.offset) + i.decoded.len() as i64);
+        if let Some(e) = self.out.exits.last_mut() {
+            e.changes_mode = true;
+        }
+    }
+
+    fn pushf(&mut self, i: &GuestInstruction) {
+        self.before_check(i);
+        let a = self.asm();
+        a.load32(S1, ctx::FLAGS);
+        a.mov32(S0, S1);
+        a.shr32(S0, 8);
+        a.alu_imm32(Alu::And, S0, 0xd5);
+        a.alu_imm32(Alu::And, S1, 1);
+        a.shl32(S1, 11);
+        a.or64(S0, S1);
+        a.load32(S1, ctx::RFLAGS);
+        a.alu_imm32(Alu::And, S1, !(ARITHMETIC | RF_VM));
+        a.or64(S0, S1);
+        a.store(ctx::SPILL, S0);
+        a.lea(S0, RSP, -8);
+        self.check(i, 8, true);
+        let a = self.asm();
+        a.load(S1, ctx::SPILL);
+        a.store_mem(S0, 0, S1);
+        a.lea(RSP, RSP, -8);
+    }
+
+    /// POPFQ at CPL 0 that changes nothing but IF and the arithmetic flags; anything else is interpreted.
+    fn popf(&mut self, i: &GuestInstruction) {
+        self.before_check(i);
+        self.asm().mov(S0, RSP);
+        self.check(i, 8, false);
+        let a = self.asm();
+        a.load_mem(S0, S0, 0);
+        a.load(S1, ctx::RFLAGS);
+        a.xor64(S1, S0);
+        a.test_imm32(S1, !(ARITHMETIC | IF));
+        let other = a.jcc(CC_NE);
+        self.leave_exit(i64::from(i.offset), other, None, true);
+        self.asm().test_imm32(S0, IF);
+        let masked = self.asm().jcc(CC_E);
+        self.leave_if_interrupt_waits(i);
+        let a = self.asm();
+        a.bind(masked);
+        a.store(ctx::RFLAGS, S0);
+        a.mov32(S1, S0);
+        a.alu_imm32(Alu::And, S1, 0xd5);
+        a.shl32(S1, 8);
+        a.shr32(S0, 11);
+        a.alu_imm32(Alu::And, S0, 1);
+        a.or64(S1, S0);
+        a.store32(ctx::FLAGS, S1);
+        a.lea(RSP, RSP, 8);
+        self.place = FlagPlace::Saved;
     }
 
     // ---- addresses and checks ----
@@ -459,7 +564,11 @@ impl Work<'_> {
         }
         for r in [base, index] {
             if r != Register::None && is_scratch(r) {
-                let n = if r.full_register() == Register::R10 { S0 } else { S1 };
+                let n = if r.full_register() == Register::R10 {
+                    S0
+                } else {
+                    S1
+                };
                 self.asm().load(n, ctx::gpr(n));
             }
         }
@@ -472,10 +581,18 @@ impl Work<'_> {
             }
             return;
         }
-        let code = if base.size() == 4 || index.size() == 4 { Code::Lea_r32_m } else { Code::Lea_r64_m };
+        let code = if base.size() == 4 || index.size() == 4 {
+            Code::Lea_r32_m
+        } else {
+            Code::Lea_r64_m
+        };
         let mut operand = Instruction::default();
         operand.set_code(code);
-        operand.set_op0_register(if code == Code::Lea_r32_m { Register::R10D } else { Register::R10 });
+        operand.set_op0_register(if code == Code::Lea_r32_m {
+            Register::R10D
+        } else {
+            Register::R10
+        });
         operand.set_op1_kind(OpKind::Memory);
         operand.set_memory_base(base);
         operand.set_memory_index(index);
@@ -508,7 +625,12 @@ impl Work<'_> {
     /// S0 (linear) becomes a host address, or the monitor is asked.
     fn check(&mut self, i: &GuestInstruction, size: u16, write: bool) {
         let tlb = ctx::tlb(self.s.privilege);
-        let tag = tlb + if write { TlbEntry::WRITE_TAG } else { TlbEntry::READ_TAG } as i32;
+        let tag = tlb
+            + if write {
+                TlbEntry::WRITE_TAG
+            } else {
+                TlbEntry::READ_TAG
+            } as i32;
         let retry = self.asm().pos() as u32;
         let a = self.asm();
         a.mov32(S1, S0);
@@ -571,7 +693,11 @@ impl Work<'_> {
                 continue;
             }
             let r = own.op_register(op);
-            let n = if r.full_register() == Register::R10 { S0 } else { S1 };
+            let n = if r.full_register() == Register::R10 {
+                S0
+            } else {
+                S1
+            };
             let access = Use::of(self.r.info.info(own).op_access(op), r.size());
             found = Some((n, found.map_or(access, |(_, before)| access.and(before))));
             own.set_op_register(op, scratch_one(r));
@@ -582,7 +708,9 @@ impl Work<'_> {
     /// Emits the instruction with `[S0]` for its memory operand.
     fn emit_with_host_address(&mut self, own: &mut Instruction) {
         explicit_form(own);
-        if !(0..own.op_count()).any(|op| own.op_kind(op) == OpKind::Register && is_high_byte(own.op_register(op))) {
+        if !(0..own.op_count())
+            .any(|op| own.op_kind(op) == OpKind::Register && is_high_byte(own.op_register(op)))
+        {
             set_host_operand(own, Register::R10);
             self.encode(own);
             return;
@@ -783,7 +911,14 @@ impl Work<'_> {
     fn leave_exit(&mut self, target: i64, jump: Fixup, patch: Option<u32>, interpret: bool) {
         self.stubs.push((jump, Stub::Leave(self.out.exits.len())));
         let flags = self.place;
-        self.out.exits.push(ExitSite { target, patch, stub: 0, flags, interpret });
+        self.out.exits.push(ExitSite {
+            target,
+            patch,
+            stub: 0,
+            flags,
+            interpret,
+            changes_mode: false,
+        });
     }
 
     fn interpret(&mut self, i: &GuestInstruction) {
@@ -862,7 +997,11 @@ impl Work<'_> {
         self.asm().mov(S0, RSP);
         self.check(i, 8, false);
         self.asm().load_mem(S0, S0, 0);
-        let extra = if i.decoded.op_count() > 0 { i.decoded.immediate16() } else { 0 };
+        let extra = if i.decoded.op_count() > 0 {
+            i.decoded.immediate16()
+        } else {
+            0
+        };
         self.asm().lea(RSP, RSP, 8 + i32::from(extra));
         self.indirect();
     }
@@ -909,7 +1048,9 @@ enum Use {
 impl Use {
     fn of(access: OpAccess, size: usize) -> Self {
         match access {
-            OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess => Use::Reads,
+            OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess => {
+                Use::Reads
+            }
             OpAccess::Write if size >= 4 => Use::WritesAll,
             _ => Use::Both,
         }

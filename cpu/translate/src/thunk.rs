@@ -7,7 +7,7 @@
 //! S0 and S1 (r10, r11) are scratch: the guest's values of them are always in their slots.
 
 use crate::asm::*;
-use crate::context_unsafe as ctx;
+use crate::context as ctx;
 
 /// Exit numbers that are not indices of the exit table.
 pub(crate) const EXIT_FAULT: u32 = u32::MAX;
@@ -28,8 +28,6 @@ pub(crate) struct Thunks {
     pub enter: u64,
     pub exit: u64,
     pub slow: u64,
-    /// One past the last thunk.
-    pub end: u64,
 }
 
 /// Assembles the thunks for a cache that begins at `base`.
@@ -77,7 +75,7 @@ pub(crate) fn assemble(asm: &mut Asm, base: u64, xsaveopt: bool) -> Thunks {
     asm.store(ctx::ENTRY, RAX);
     let again = asm.jmp();
     asm.bind_at(again, resume);
-    Thunks { enter, exit, slow, end: base + asm.pos() as u64 }
+    Thunks { enter, exit, slow }
 }
 
 fn push(asm: &mut Asm, r: Reg) {

@@ -1,0 +1,107 @@
+//! What translated code reaches through the GS base: the CPU's state and the translator's own slots.
+//!
+//! The layout is `repr(C)`; the constants below are the displacements that generated code uses. Everything stays at one
+//! address for the life of the engine, since GS base and the displacements point to it.
+
+use std::mem::offset_of;
+use std::sync::atomic::AtomicU64;
+
+use doppel_memory::{TLB_ENTRIES, Tlb, TlbEntry};
+use doppel_x86::Cpu;
+
+/// Entries of one jump cache; a power of two.
+pub(crate) const JUMP_CACHE_ENTRIES: usize = 1024;
+
+/// One entry of the jump cache: a guest linear address and where its translation begins.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct JumpEntry {
+    pub linear: u64,
+    pub host: u64,
+}
+
+/// No address in slot 0 or any other is this one: it is not canonical.
+pub(crate) const NO_LINEAR: u64 = 0x8000_0000_0000_0000;
+
+/// The memory behind the GS base.
+#[repr(C, align(64))]
+pub(crate) struct Context {
+    pub cpu: Cpu,
+    /// Arithmetic flags of the guest while generated code has saved them (see `flags`).
+    pub flags: u64,
+    /// Where a register is kept for a moment.
+    pub spill: [u64; 2],
+    /// Linear address of the guest page that executes, for position-independent blocks.
+    pub page_base: u64,
+    /// Loaded through at each back edge; a kick makes it point where no memory is.
+    pub poll: AtomicU64,
+    pub poll_target: u64,
+    pub host_rsp: u64,
+    pub host_mxcsr: u32,
+    /// Which exit was taken: an index of the exit table or one of the constants in `thunk`.
+    pub exit: u32,
+    /// Host flags at the exit.
+    pub exit_flags: u64,
+    /// Where to enter (and re-enter) translated code.
+    pub entry: u64,
+    /// Host address at which a fault was raised in translated code.
+    pub fault_pc: u64,
+    /// Not 0 while an interrupt waits for IF: STI and POPF leave to the monitor then.
+    pub interrupt_waits: u32,
+    pub slow_access: u64,
+    pub translator: u64,
+    pub blocks_run: u64,
+    pub jump_cache: [[JumpEntry; JUMP_CACHE_ENTRIES]; 3],
+}
+
+macro_rules! displacement {
+    ($($name:ident = $($field:tt).+;)*) => { $(pub(crate) const $name: i32 = offset_of!(Context, $($field).+) as i32;)* };
+}
+displacement! {
+    GPR = cpu.gpr;
+    RFLAGS = cpu.rflags;
+    FPU = cpu.fpu;
+    FLAGS = flags;
+    SPILL = spill;
+    PAGE_BASE = page_base;
+    POLL = poll;
+    HOST_RSP = host_rsp;
+    HOST_MXCSR = host_mxcsr;
+    EXIT = exit;
+    EXIT_FLAGS = exit_flags;
+    ENTRY = entry;
+    SLOW_ACCESS = slow_access;
+    INTERRUPT_WAITS = interrupt_waits;
+    TRANSLATOR = translator;
+    BLOCKS_RUN = blocks_run;
+    JUMP_CACHE = jump_cache;
+    TSC_OFFSET = cpu.tsc_offset;
+    KERNEL_GS_BASE = cpu.msr.kernel_gs_base;
+    SEG = cpu.seg;
+    TLB_AT = cpu.tlb;
+}
+
+/// Displacement of a general register's slot.
+pub(crate) const fn gpr(n: u8) -> i32 {
+    GPR + 8 * n as i32
+}
+
+/// Displacement of the TLB of a privilege.
+pub(crate) const fn tlb(privilege: u8) -> i32 {
+    TLB_AT + (size_of::<Tlb>() as i32) * privilege as i32
+}
+
+/// Displacement of a segment's base.
+pub(crate) const fn segment_base(seg: u8) -> i32 {
+    SEG + (size_of::<doppel_x86::Segment>() * seg as usize + offset_of!(doppel_x86::Segment, base))
+        as i32
+}
+
+/// Displacement of the jump cache of a privilege.
+pub(crate) const fn jump_cache(privilege: u8) -> i32 {
+    JUMP_CACHE + (size_of::<[JumpEntry; JUMP_CACHE_ENTRIES]>() as i32) * privilege as i32
+}
+
+const _: () = assert!(size_of::<TlbEntry>() == 32 && size_of::<Tlb>() == 32 * TLB_ENTRIES);
+const _: () = assert!(size_of::<JumpEntry>() == 16);
+const _: () = assert!(size_of::<doppel_x86::Rflags>() == 8);
