@@ -50,7 +50,9 @@ pub(crate) struct Context {
     pub interrupt_waits: u32,
     pub slow_access: u64,
     pub translator: u64,
+    /// Counted by the blocks themselves where [`crate::TranslateOptions::count`] asks for it.
     pub blocks_run: u64,
+    pub instructions_run: u64,
     pub jump_cache: [[JumpEntry; JUMP_CACHE_ENTRIES]; 3],
 }
 
@@ -74,6 +76,7 @@ displacement! {
     INTERRUPT_WAITS = interrupt_waits;
     TRANSLATOR = translator;
     BLOCKS_RUN = blocks_run;
+    INSTRUCTIONS_RUN = instructions_run;
     JUMP_CACHE = jump_cache;
     TSC_OFFSET = cpu.tsc_offset;
     KERNEL_GS_BASE = cpu.msr.kernel_gs_base;

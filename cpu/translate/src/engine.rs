@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Instant;
 
 use rustc_hash::FxHashMap;
 
@@ -39,8 +40,8 @@ pub struct TranslateOptions {
     pub flag_liveness: bool,
     /// Emit CLI, STI, PUSHF, POPF, STAC, CLAC and SWAPGS as code instead of interpreting them.
     pub inline_system: bool,
-    /// Count the blocks that run (costs three instructions a block).
-    pub count_blocks: bool,
+    /// Count the blocks and instructions that run (costs six instructions a block) and the time spent in translated code.
+    pub count: bool,
 }
 
 impl Default for TranslateOptions {
@@ -51,7 +52,7 @@ impl Default for TranslateOptions {
             link: true,
             flag_liveness: true,
             inline_system: true,
-            count_blocks: false,
+            count: false,
         }
     }
 }
@@ -99,6 +100,7 @@ struct Counts {
     tlb_misses: u64,
     kicks: u64,
     untranslatable: u64,
+    translated_nanoseconds: u64,
 }
 
 /// What [`Translate`] owns; generated code calls back into it.
@@ -235,7 +237,11 @@ impl Translator {
         ctx.page_base = ctx.cpu.rip & !PAGE_MASK;
         ctx.flags = pack(ctx.cpu.rflags.bits());
         ctx.cpu.rflags.remove(Rflags::RF);
+        let began = self.options.count.then(Instant::now);
         enter(self, self.thunks.enter);
+        if let Some(began) = began {
+            self.counts.translated_nanoseconds += began.elapsed().as_nanos() as u64;
+        }
         self.left(bus);
     }
 
@@ -394,7 +400,7 @@ impl Translator {
         let setting = Setting {
             base: key.base,
             privilege: key.privilege,
-            count_blocks: self.options.count_blocks,
+            count: self.options.count,
             thunks: self.thunks,
         };
         let first = self.blocks.first_sites();
@@ -584,13 +590,15 @@ impl Translator {
         let cpu = &self.context.cpu.counters;
         EngineStats::from([
             ("translations", c.translations),
-            ("translated_instructions", c.translated_instructions),
+            ("instructions_translated", c.translated_instructions),
             ("code_cache_bytes", self.cache.used() as u64),
             ("code_cache_flushes", c.cache_flushes),
             ("translation_metadata_bytes", self.blocks.metadata_bytes()),
             ("blocks_invalidated", self.blocks.invalidated),
             ("block_links", self.blocks.links),
-            ("blocks_run", self.context.blocks_run),
+            ("translated_blocks_run", self.context.blocks_run),
+            ("translated_instructions_run", self.context.instructions_run),
+            ("translated_code_nanoseconds", c.translated_nanoseconds),
             ("dispatches", c.dispatches),
             ("exits_unlinked_branch", c.exit_direct),
             ("exits_jump_cache_miss", c.exit_indirect),
@@ -628,8 +636,12 @@ fn translatable(cpu: &Cpu) -> bool {
         && !cpu.interrupt_shadow
         && !cpu.mov_ss_shadow
         && cpu.dr[7] & 0xff == 0
-        && !(user && cpu.cr4.contains(Cr4::TSD))
-        && !(user && cpu.rflags.contains(Rflags::AC) && cpu.cr0.contains(Cr0::AM))
+        && !(user && needs_checks(cpu))
+}
+
+/// User code whose RDTSC or unaligned accesses are to fault.
+fn needs_checks(cpu: &Cpu) -> bool {
+    cpu.cr4.contains(Cr4::TSD) || (cpu.rflags.contains(Rflags::AC) && cpu.cr0.contains(Cr0::AM))
 }
 
 fn simd_of(cpu: &Cpu) -> Simd {

@@ -34,7 +34,7 @@ pub(crate) struct Setting {
     pub base: Base,
     /// Index of the TLB and of the jump cache: [`doppel_memory::Privilege`].
     pub privilege: u8,
-    pub count_blocks: bool,
+    pub count: bool,
     pub thunks: Thunks,
 }
 
@@ -179,7 +179,7 @@ impl Work<'_> {
 
     fn run(&mut self) {
         self.entries();
-        if self.s.count_blocks {
+        if self.s.count {
             self.count_block();
         }
         let block = self.block;
@@ -232,10 +232,13 @@ impl Work<'_> {
     }
 
     fn count_block(&mut self) {
-        let a = self.asm();
-        a.load(S0, ctx::BLOCKS_RUN);
-        a.lea(S0, S0, 1);
-        a.store(ctx::BLOCKS_RUN, S0);
+        let instructions = self.block.instructions.len() as i32;
+        for (counter, by) in [(ctx::BLOCKS_RUN, 1), (ctx::INSTRUCTIONS_RUN, instructions)] {
+            let a = self.asm();
+            a.load(S0, counter);
+            a.lea(S0, S0, by);
+            a.store(counter, S0);
+        }
     }
 
     fn boundary(&mut self, i: &GuestInstruction) {
