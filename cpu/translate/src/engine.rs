@@ -117,6 +117,8 @@ pub(crate) struct Translator {
     link_from: Option<u32>,
     /// The next block found goes into the jump cache.
     enter_in_jump_cache: bool,
+    /// What the blocks in the jump caches were translated for.
+    simd: Simd,
     counts: Counts,
     recent: VecDeque<u64>,
 }
@@ -150,6 +152,7 @@ impl Translate {
             code_pages: Default::default(),
             link_from: None,
             enter_in_jump_cache: false,
+            simd: Simd::None,
             counts: Counts::default(),
             recent: VecDeque::new(),
         };
@@ -195,12 +198,12 @@ impl Translator {
             self.follow_memory_changes();
             if self.context.take_kick() {
                 self.counts.kicks += 1;
+                self.forget_origin();
                 return Exit::Kicked;
             }
             let cpu = &mut self.context.cpu;
             if event::deliver_pending(cpu, bus) {
-                self.link_from = None;
-                self.enter_in_jump_cache = false;
+                self.forget_origin();
             }
             let masked = !self.context.cpu.rflags.contains(Rflags::IF);
             self.context.interrupt_waits = u32::from(masked && bus.interrupt_pending());
@@ -216,10 +219,15 @@ impl Translator {
         }
     }
 
-    /// Interprets one instruction.
-    fn step(&mut self, bus: &mut dyn Bus) {
+    /// The next block does not follow from the one that ran last.
+    fn forget_origin(&mut self) {
         self.link_from = None;
         self.enter_in_jump_cache = false;
+    }
+
+    /// Interprets one instruction.
+    fn step(&mut self, bus: &mut dyn Bus) {
+        self.forget_origin();
         // The outcome shows in `activity`, which the loop looks at.
         let _: Outcome = interpret::step(&mut self.context.cpu, bus);
     }
@@ -317,6 +325,7 @@ impl Translator {
             self.counts.untranslatable += 1;
             return None;
         }
+        self.follow_simd();
         let rip = self.context.cpu.rip;
         let gpa = self.code_page(rip)? | (rip & PAGE_MASK);
         let key = self.key(gpa, rip);
@@ -332,6 +341,15 @@ impl Translator {
         Some(block)
     }
 
+    /// Jump caches do not tell blocks of different [`Simd`] apart: they are emptied when it changes.
+    fn follow_simd(&mut self) {
+        let simd = simd_of(&self.context.cpu);
+        if self.simd != simd {
+            self.simd = simd;
+            self.empty_jump_caches(0..3);
+        }
+    }
+
     fn key(&self, gpa: u64, rip: u64) -> Key {
         let cpu = &self.context.cpu;
         let privilege = cpu.privilege();
@@ -342,7 +360,7 @@ impl Translator {
         Key {
             gpa,
             privilege: privilege as u8,
-            simd: simd_of(cpu),
+            simd: self.simd,
             base,
         }
     }
