@@ -6,6 +6,7 @@
 /// Host registers by their encoding.
 pub(crate) type Reg = u8;
 pub(crate) const RAX: Reg = 0;
+pub(crate) const RCX: Reg = 1;
 pub(crate) const RDX: Reg = 2;
 pub(crate) const RSP: Reg = 4;
 pub(crate) const RBP: Reg = 5;
@@ -105,6 +106,12 @@ impl Asm {
         self.imm32(disp);
         self.imm32(imm);
     }
+    /// `test dword gs:[disp], imm`.
+    pub fn test_gs_imm32(&mut self, disp: i32, imm: i32) {
+        self.raw(&[0x65, 0xf7, 0x04, 0x25]);
+        self.imm32(disp);
+        self.imm32(imm);
+    }
     /// `test reg, imm`.
     pub fn test_imm32(&mut self, reg: Reg, imm: i32) {
         self.raw(&[Self::rex(false, 0, 0, reg), 0xf7, 0xc0 | (reg & 7)]);
@@ -174,6 +181,16 @@ impl Asm {
     /// `lea dst, [base + disp]`.
     pub fn lea(&mut self, dst: Reg, base: Reg, disp: i32) {
         self.mem(&[0x8d], true, dst, base, disp);
+    }
+    /// `lea dst, [base + index * scale]`; `base` is not rbp or r13.
+    pub fn lea_index(&mut self, dst: Reg, base: Reg, index: Reg, scale: u8) {
+        let sib = (scale.trailing_zeros() as u8) << 6 | (index & 7) << 3 | (base & 7);
+        self.raw(&[
+            Self::rex(true, dst, index, base),
+            0x8d,
+            (dst & 7) << 3 | 4,
+            sib,
+        ]);
     }
     /// `mov dst, [base + disp]`.
     pub fn load_mem(&mut self, dst: Reg, base: Reg, disp: i32) {

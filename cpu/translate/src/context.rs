@@ -30,7 +30,7 @@ pub(crate) struct Context {
     /// Arithmetic flags of the guest while generated code has saved them (see `flags`).
     pub flags: u64,
     /// Where a register is kept for a moment.
-    pub spill: [u64; 2],
+    pub spill: [u64; 3],
     /// Linear address of the guest page that executes, for position-independent blocks.
     pub page_base: u64,
     /// Loaded through at each back edge; a kick makes it point where no memory is.

@@ -40,6 +40,8 @@ pub struct TranslateOptions {
     pub flag_liveness: bool,
     /// Emit CLI, STI, PUSHF, POPF, STAC, CLAC and SWAPGS as code instead of interpreting them.
     pub inline_system: bool,
+    /// Emit REP MOVS and REP STOS as code where they stay within a page.
+    pub inline_strings: bool,
     /// Count the blocks and instructions that run (costs six instructions a block) and the time spent in translated code.
     pub count: bool,
 }
@@ -52,6 +54,7 @@ impl Default for TranslateOptions {
             link: true,
             flag_liveness: true,
             inline_system: true,
+            inline_strings: true,
             count: false,
         }
     }
@@ -453,6 +456,7 @@ impl Translator {
             user: key.privilege == Privilege::User as u8,
             flag_liveness: self.options.flag_liveness,
             inline_system: self.options.inline_system,
+            inline_strings: self.options.inline_strings,
         };
         let mut bytes = [0u8; PAGE_SIZE as usize + 15];
         let start = (rip & PAGE_MASK) as u16;

@@ -28,6 +28,7 @@ pub(crate) struct Decoding {
     pub user: bool,
     pub flag_liveness: bool,
     pub inline_system: bool,
+    pub inline_strings: bool,
 }
 
 /// How the translator treats an instruction.
@@ -64,6 +65,11 @@ pub(crate) enum Class {
     AlignmentFlag,
     Pushf,
     Popf,
+    /// REP MOVS and REP STOS of elements of so many bytes.
+    Repeat {
+        size: u8,
+        source: bool,
+    },
     /// The monitor's interpreter executes it; ends the block.
     Interpret,
 }
@@ -103,6 +109,7 @@ impl Class {
                 | Sti
                 | Pushf
                 | Popf
+                | Repeat { .. }
         )
     }
 }
@@ -227,7 +234,7 @@ fn classify(info: &mut InstructionInfoFactory, i: &Instruction, how: Decoding) -
     if i.is_privileged() {
         return Class::Interpret;
     }
-    match special(i) {
+    match special(i, how) {
         Some(class) => class,
         None if simd_needed(i) > how.simd => Class::Interpret,
         None => classify_operands(info, i),
@@ -281,7 +288,7 @@ fn inline_system(i: &Instruction, how: Decoding) -> Option<Class> {
 
 /// Instructions with a treatment of their own; above all those that name the machine's state, which x86-64
 /// either traps (privileged) or, worse, does not.
-fn special(i: &Instruction) -> Option<Class> {
+fn special(i: &Instruction, how: Decoding) -> Option<Class> {
     use Mnemonic::*;
     Some(match i.mnemonic() {
         Popf | Popfd | Popfq | Pushf | Pushfd | Pushfq | Cli | Sti | Cld | Std | Clac | Stac => {
@@ -297,7 +304,9 @@ fn special(i: &Instruction) -> Option<Class> {
         | Lodsq | Scasb | Scasw | Scasd | Scasq | Cmpsb | Cmpsw | Cmpsd | Cmpsq
             if i.is_string_instruction() =>
         {
-            Class::Interpret
+            repeated(i)
+                .filter(|_| how.inline_strings)
+                .unwrap_or(Class::Interpret)
         }
         Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xsavec | Xsavec64 | Xsaves | Xsaves64
         | Xrstor | Xrstor64 | Xrstors | Xrstors64 | Fxsave | Fxsave64 | Fxrstor | Fxrstor64
@@ -322,6 +331,24 @@ fn special(i: &Instruction) -> Option<Class> {
         }
         _ => return None,
     })
+}
+
+fn repeated(i: &Instruction) -> Option<Class> {
+    let (size, source) = match i.code() {
+        Code::Movsb_m8_m8 => (1, true),
+        Code::Movsw_m16_m16 => (2, true),
+        Code::Movsd_m32_m32 => (4, true),
+        Code::Movsq_m64_m64 => (8, true),
+        Code::Stosb_m8_AL => (1, false),
+        Code::Stosw_m16_AX => (2, false),
+        Code::Stosd_m32_EAX => (4, false),
+        Code::Stosq_m64_RAX => (8, false),
+        _ => return None,
+    };
+    let long = (0..i.op_count())
+        .all(|op| !matches!(i.op_kind(op), OpKind::MemoryESEDI | OpKind::MemorySegESI));
+    let plain = i.segment_prefix() == Register::None && !i.has_repne_prefix();
+    (i.has_rep_prefix() && long && plain).then_some(Class::Repeat { size, source })
 }
 
 fn bit_string(i: &Instruction) -> Class {

@@ -162,6 +162,7 @@ enum Stub {
 }
 
 const IF: i32 = 1 << 9;
+const DF: i32 = 1 << 10;
 const AC: i32 = 1 << 18;
 const RF_VM: i32 = 3 << 16;
 const ARITHMETIC: i32 = 0x8d5;
@@ -314,6 +315,7 @@ impl Work<'_> {
             Class::AlignmentFlag => self.alignment_flag(i),
             Class::Pushf => self.pushf(i),
             Class::Popf => self.popf(i),
+            Class::Repeat { size, source } => self.repeat(i, size, source),
             Class::Interpret => self.interpret(i),
         }
     }
@@ -441,8 +443,7 @@ impl Work<'_> {
 
     fn leave_if_interrupt_waits(&mut self, i: &GuestInstruction) {
         self.asm().alu_gs_imm32(Alu::Cmp, ctx::INTERRUPT_WAITS, 0);
-        let waits = self.asm().jcc(CC_NE);
-        self.leave_exit(i64::from(i.offset), waits, None, true);
+        self.leave_if(CC_NE, i);
     }
 
     /// The mode that a block is keyed by tells what AC is now, so that no flag is needed to change it.
@@ -493,8 +494,7 @@ impl Work<'_> {
         a.load(S1, ctx::RFLAGS);
         a.xor64(S1, S0);
         a.test_imm32(S1, !(ARITHMETIC | IF));
-        let other = a.jcc(CC_NE);
-        self.leave_exit(i64::from(i.offset), other, None, true);
+        self.leave_if(CC_NE, i);
         self.asm().test_imm32(S0, IF);
         let masked = self.asm().jcc(CC_E);
         self.leave_if_interrupt_waits(i);
@@ -765,6 +765,55 @@ impl Work<'_> {
         set_host_operand(&mut own, Register::R10);
         self.encode(&own);
         self.after_own(i);
+    }
+
+    /// REP MOVS or REP STOS upwards within one page on each side runs as it is on host addresses; the rest is interpreted.
+    fn repeat(&mut self, i: &GuestInstruction, size: u8, source: bool) {
+        self.before_check(i);
+        self.asm().test_gs_imm32(ctx::RFLAGS, DF);
+        self.leave_if(CC_NE, i);
+        self.asm().alu_imm64(Alu::Cmp, RCX, 4096 / i32::from(size));
+        self.leave_if(CC_A, i);
+        if source {
+            self.host_range(i, RSI, size, false);
+            self.asm().store(ctx::SPILL, S0);
+        }
+        self.host_range(i, RDI, size, true);
+        let a = self.asm();
+        a.lea_index(S1, RDI, RCX, size);
+        a.store(ctx::SPILL + 8, S1);
+        if source {
+            a.lea_index(S1, RSI, RCX, size);
+            a.store(ctx::SPILL + 16, S1);
+            a.load(RSI, ctx::SPILL);
+        }
+        a.mov(RDI, S0);
+        let from = usize::from(i.offset - self.block.start);
+        let bytes = &self.block.bytes[from..from + i.decoded.len()];
+        self.r.asm.raw(bytes);
+        let a = self.asm();
+        a.load(RDI, ctx::SPILL + 8);
+        if source {
+            a.load(RSI, ctx::SPILL + 16);
+        }
+    }
+
+    /// S0 = host address of the RCX elements at `pointer`, which end within its page.
+    fn host_range(&mut self, i: &GuestInstruction, pointer: Reg, size: u8, write: bool) {
+        self.asm().mov(S0, pointer);
+        self.check(i, 1, write);
+        let a = self.asm();
+        a.mov32(S1, S0);
+        a.alu_imm32(Alu::And, S1, 4095);
+        a.lea_index(S1, S1, RCX, size);
+        a.alu_imm32(Alu::Cmp, S1, 4096);
+        self.leave_if(CC_A, i);
+    }
+
+    /// Leaves to the interpreter on a condition.
+    fn leave_if(&mut self, cc: u8, i: &GuestInstruction) {
+        let jump = self.asm().jcc(cc);
+        self.leave_exit(i64::from(i.offset), jump, None, true);
     }
 
     // ---- stack ----
