@@ -99,6 +99,7 @@ fn configuration(args: &Run, boot: Boot, console: &Console) -> MachineConfig {
         no_reboot: args.no_reboot,
         debug_exit: args.debug_exit,
         translate_limit: args.translate_limit,
+        count: args.stats.is_some(),
         ..MachineConfig::new(boot.kernel)
     }
 }

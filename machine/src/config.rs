@@ -28,6 +28,8 @@ pub struct MachineConfig {
     pub debug_exit: bool,
     /// Translate the first so many blocks only and interpret the rest, to find a bad block by halving.
     pub translate_limit: Option<u64>,
+    /// Have the engine count what it runs, which costs a little.
+    pub count: bool,
 }
 
 impl MachineConfig {
@@ -44,6 +46,7 @@ impl MachineConfig {
             no_reboot: false,
             debug_exit: false,
             translate_limit: None,
+            count: false,
         }
     }
 }

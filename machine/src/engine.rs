@@ -98,7 +98,7 @@ impl Host {
     /// This host.
     pub fn probe() -> Self {
         Host {
-            translate: Err(NOT_BUILT.into()),
+            translate: doppel_translate::supported().map_err(|e| e.to_string()),
             kvm: probe_kvm(),
         }
     }

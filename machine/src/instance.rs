@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::thread::{self, Scope, ScopedJoinHandle};
 
 use doppel_memory::GuestRam;
-use doppel_x86::{Activity, Cpu, CpuidModel, Engine};
+use doppel_translate::{Translate, TranslateOptions};
+use doppel_x86::{Activity, Cpu, CpuidModel, Engine, Interpret};
 
 use crate::boot::{self, BootSource, Entry};
 use crate::config::MachineConfig;
@@ -130,16 +131,25 @@ fn new_cpus(
 }
 
 fn new_engine(
-    _config: &MachineConfig,
+    config: &MachineConfig,
     kind: EngineKind,
-    _cpu: Box<Cpu>,
+    cpu: Box<Cpu>,
 ) -> Result<Box<dyn Engine>, EngineError> {
-    let engine = match kind {
-        EngineKind::Interpret => "interpret",
-        EngineKind::Translate => "translate",
-    };
-    let reason = "it is not built into this version".into();
-    Err(EngineError { engine, reason })
+    match kind {
+        EngineKind::Interpret => Ok(Box::new(Interpret::new(cpu))),
+        EngineKind::Translate => {
+            let options = TranslateOptions {
+                translate_limit: config.translate_limit,
+                count: config.count,
+                ..TranslateOptions::default()
+            };
+            let engine = Translate::new(cpu, options).map_err(|e| EngineError {
+                engine: "translate",
+                reason: e.to_string(),
+            })?;
+            Ok(Box::new(engine))
+        }
+    }
 }
 
 type Started<'scope, T> = Result<ScopedJoinHandle<'scope, T>, MachineError>;
