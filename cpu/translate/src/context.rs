@@ -48,6 +48,8 @@ pub(crate) struct Context {
     pub fault_pc: u64,
     /// Not 0 while an interrupt waits for IF: STI and POPF leave to the monitor then.
     pub interrupt_waits: u32,
+    /// The address that a check failed for, while the monitor looks at it.
+    pub slow_linear: u64,
     pub slow_access: u64,
     pub translator: u64,
     /// Counted by the blocks themselves where [`crate::TranslateOptions::count`] asks for it.
@@ -72,6 +74,7 @@ displacement! {
     EXIT = exit;
     EXIT_FLAGS = exit_flags;
     ENTRY = entry;
+    SLOW_LINEAR = slow_linear;
     SLOW_ACCESS = slow_access;
     INTERRUPT_WAITS = interrupt_waits;
     TRANSLATOR = translator;

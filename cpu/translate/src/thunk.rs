@@ -42,6 +42,7 @@ pub(crate) fn assemble(asm: &mut Asm, base: u64, xsaveopt: bool) -> Thunks {
     let resume = asm.pos();
     xrstor(asm, XSAVE_MASK);
     load_guest(asm);
+    asm.load(S0, ctx::SLOW_LINEAR);
     asm.jmp_gs(ctx::ENTRY);
 
     let exit = base + asm.pos() as u64;
@@ -61,6 +62,7 @@ pub(crate) fn assemble(asm: &mut Asm, base: u64, xsaveopt: bool) -> Thunks {
 
     let slow = base + asm.pos() as u64;
     store_guest(asm);
+    asm.store(ctx::SLOW_LINEAR, S0);
     asm.load(RSP, ctx::HOST_RSP);
     xsave(asm, xsaveopt);
     asm.raw(&[0x65, 0x0f, 0xae, 0x14, 0x25]);
