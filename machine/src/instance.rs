@@ -5,7 +5,8 @@ use std::thread::{self, Scope, ScopedJoinHandle};
 
 use doppel_memory::GuestRam;
 use doppel_translate::{Translate, TranslateOptions};
-use doppel_x86::{Activity, Cpu, CpuidModel, Engine, Interpret};
+use doppel_x86::interpret::Interpret;
+use doppel_x86::{Activity, Cpu, CpuidModel, Engine};
 
 use crate::boot::{self, BootSource, Entry};
 use crate::config::MachineConfig;
