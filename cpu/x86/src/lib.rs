@@ -20,6 +20,8 @@ mod mmu;
 mod msr;
 mod mtrr;
 mod port;
+#[cfg(test)]
+mod program_tests;
 mod rights;
 mod segment;
 mod stack;
