@@ -652,13 +652,10 @@ const PRIVILEGES: [Privilege; 3] = [
 
 /// True where the code at RIP may be translated in the CPU's present state.
 fn translatable(cpu: &Cpu) -> bool {
-    let user = cpu.cpl == 3;
-    cpu.mode() == CpuMode::Bits64
-        && !cpu.rflags.contains(Rflags::TF)
-        && !cpu.interrupt_shadow
-        && !cpu.mov_ss_shadow
-        && cpu.dr[7] & 0xff == 0
-        && !(user && needs_checks(cpu))
+    let stepping = cpu.rflags.contains(Rflags::TF) || cpu.dr[7] & 0xff != 0;
+    let shadow = cpu.interrupt_shadow || cpu.mov_ss_shadow;
+    let checks = cpu.cpl == 3 && needs_checks(cpu);
+    cpu.mode() == CpuMode::Bits64 && !stepping && !shadow && !checks
 }
 
 /// User code whose RDTSC or unaligned accesses are to fault.

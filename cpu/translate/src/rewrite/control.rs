@@ -1,0 +1,205 @@
+//! Control flow: direct exits, the jump cache, polls at back edges.
+
+use super::*;
+
+impl Work<'_> {
+    /// A load that faults once the engine was kicked; every cycle of linked blocks passes one.
+    pub(super) fn poll(&mut self) {
+        let a = self.asm();
+        a.load(S1, ctx::POLL);
+        a.load_mem(S1, S1, 0);
+    }
+
+    pub(super) fn poll_if_backward(&mut self, i: &GuestInstruction, target: i64) {
+        if target <= i64::from(i.offset) {
+            self.poll();
+        }
+    }
+
+    pub(super) fn jump(&mut self, i: &GuestInstruction) {
+        let target = i.decoded.near_branch64() as i64;
+        self.poll_if_backward(i, target);
+        self.direct_exit(target);
+    }
+
+    pub(super) fn conditional(&mut self, i: &GuestInstruction) {
+        let target = i.decoded.near_branch64() as i64;
+        self.poll_if_backward(i, target);
+        self.before_own(i);
+        if i.class == Class::Conditional {
+            // iced-x86 counts conditions in the order of their encoding, from 1.
+            let cc = i.decoded.condition_code() as u8 - 1;
+            self.asm().align_displacement(2);
+            let taken = self.asm().jcc(cc);
+            self.exit(target, taken);
+        } else {
+            self.counted(i, target);
+        }
+        self.direct_exit(i64::from(i.offset) + i.decoded.len() as i64);
+    }
+
+    /// LOOP and JRCXZ reach only 127 bytes: the original jumps over a jump.
+    pub(super) fn counted(&mut self, i: &GuestInstruction, target: i64) {
+        let from = usize::from(i.offset - self.block.start);
+        let opcode = &self.block.bytes[from..from + i.decoded.len() - 1];
+        self.r.asm.raw(opcode);
+        self.asm().raw(&[2, 0xeb, 0]); // to the next but one; jmp short to the end
+        let short = self.asm().pos();
+        self.asm().align_displacement(1);
+        let taken = self.asm().jmp();
+        self.exit(target, taken);
+        let skip = (self.asm().pos() - short) as u8;
+        self.asm().bytes[short - 1] = skip;
+    }
+
+    pub(super) fn direct_exit(&mut self, target: i64) {
+        self.asm().align_displacement(1);
+        let jump = self.asm().jmp();
+        self.exit(target, jump);
+    }
+
+    /// On to the instruction after the block, which may be one that straddles the end of the page.
+    pub(super) fn fall_through(&mut self, target: i64) {
+        if self.s.base == Base::Dynamic && self.block.straddler_follows {
+            let jump = self.asm().jmp();
+            self.stubs.push((jump, Stub::Lookup(target, self.place)));
+        } else {
+            self.direct_exit(target);
+        }
+    }
+
+    pub(super) fn exit(&mut self, target: i64, jump: Fixup) {
+        if self.s.base == Base::Dynamic && !(0..4096).contains(&target) {
+            self.stubs.push((jump, Stub::Lookup(target, self.place)));
+        } else {
+            self.leave_exit(target, jump, Some(jump.0 as u32), false);
+        }
+    }
+
+    pub(super) fn leave_exit(
+        &mut self,
+        target: i64,
+        jump: Fixup,
+        patch: Option<u32>,
+        interpret: bool,
+    ) {
+        self.stubs.push((jump, Stub::Leave(self.out.exits.len())));
+        let flags = self.place;
+        self.out.exits.push(ExitSite {
+            target,
+            patch,
+            stub: 0,
+            flags,
+            interpret,
+            changes_mode: false,
+        });
+    }
+
+    pub(super) fn interpret(&mut self, i: &GuestInstruction) {
+        let jump = self.asm().jmp();
+        self.leave_exit(i64::from(i.offset), jump, None, true);
+    }
+
+    pub(super) fn exit_stubs(&mut self) {
+        let thunk = self.s.thunks.exit;
+        for (jump, stub) in std::mem::take(&mut self.stubs) {
+            let at = self.asm().pos() as u32;
+            self.asm().bind(jump);
+            match stub {
+                Stub::Leave(n) => {
+                    let id = self.first.exit + n as u32;
+                    self.asm().store_imm32(ctx::EXIT, id);
+                    self.asm().jmp_to(thunk);
+                    self.out.exits[n].stub = at;
+                }
+                Stub::Lookup(target, place) => {
+                    if place == FlagPlace::Registers {
+                        self.save_flags();
+                    }
+                    self.guest_address(S0, target);
+                    self.indirect();
+                }
+            }
+        }
+    }
+
+    pub(super) fn call(&mut self, i: &GuestInstruction) {
+        let target = i.decoded.near_branch64() as i64;
+        self.poll_if_backward(i, target);
+        self.before_check(i);
+        self.push_return_address(i);
+        self.direct_exit(target);
+    }
+
+    pub(super) fn call_indirect(&mut self, i: &GuestInstruction) {
+        self.poll();
+        self.before_check(i);
+        self.branch_target(i);
+        self.asm().store(ctx::SPILL, S0);
+        self.push_return_address(i);
+        self.asm().load(S0, ctx::SPILL);
+        self.indirect();
+    }
+
+    pub(super) fn jump_indirect(&mut self, i: &GuestInstruction) {
+        self.poll();
+        self.before_check(i);
+        self.branch_target(i);
+        self.indirect();
+    }
+
+    /// S0 = the target that an indirect branch names.
+    pub(super) fn branch_target(&mut self, i: &GuestInstruction) {
+        let d = &i.decoded;
+        if d.op0_kind() == OpKind::Memory {
+            self.address(d, true);
+            self.check(i, 8, false);
+            self.asm().load_mem(S0, S0, 0);
+            return;
+        }
+        let n = d.op0_register().number() as Reg;
+        if is_scratch(d.op0_register()) {
+            self.asm().load(S0, ctx::gpr(n));
+        } else {
+            self.asm().mov(S0, n);
+        }
+    }
+
+    pub(super) fn ret(&mut self, i: &GuestInstruction) {
+        self.poll();
+        self.before_check(i);
+        self.asm().mov(S0, RSP);
+        self.check(i, 8, false);
+        self.asm().load_mem(S0, S0, 0);
+        let extra = if i.decoded.op_count() > 0 {
+            i.decoded.immediate16()
+        } else {
+            0
+        };
+        self.asm().lea(RSP, RSP, 8 + i32::from(extra));
+        self.indirect();
+    }
+
+    /// Goes on at the guest address in S0, through the jump cache. The flags are saved here.
+    pub(super) fn indirect(&mut self) {
+        let cache = ctx::jump_cache(self.s.privilege);
+        let exit = self.s.thunks.exit;
+        let dynamic = self.s.base == Base::Dynamic;
+        let a = self.asm();
+        a.mov32(S1, S0);
+        a.shl32(S1, 4);
+        a.xor32(S1, S0);
+        a.alu_imm32(Alu::And, S1, JUMP_INDEX_MASK);
+        a.cmp_indexed(S0, S1, cache);
+        let miss = a.jcc(CC_NE);
+        if dynamic {
+            a.alu_imm64(Alu::And, S0, -4096);
+            a.store(ctx::PAGE_BASE, S0);
+        }
+        a.jmp_indexed(S1, cache + 8);
+        a.bind(miss);
+        a.store(ctx::SPILL + 8, S0);
+        a.store_imm32(ctx::EXIT, EXIT_INDIRECT);
+        a.jmp_to(exit);
+    }
+}
