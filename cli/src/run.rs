@@ -17,7 +17,7 @@ use std::time::Duration;
 const FAREWELL: Duration = Duration::from_secs(1);
 
 /// What ends a machine from outside.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum Order {
     Escape,
     Signal(String),
@@ -161,7 +161,7 @@ impl Session {
         let told = matches!(ending, Ok(Ending::Stopped));
         self.console.finish(told.then_some(FAREWELL));
         drop(self.raw);
-        Arc::into_inner(self.order).and_then(OnceLock::into_inner)
+        self.order.get().cloned()
     }
 }
 
