@@ -95,6 +95,8 @@ mod feature {
     pub const LEAF7_1_EAX: u32 = bits(&[0, 1, 2, 4, 5, 10, 11, 12, 23]);
     /// AVX-VNNI-INT8, AVX-NE-CONVERT, AVX-VNNI-INT16.
     pub const LEAF7_1_EDX: u32 = bits(&[4, 5, 10]);
+    /// Intel: BHI_CTRL, without which Linux clears the branch history by a long loop in every system call, and MCDT_NO.
+    pub const LEAF7_2_EDX_INTEL: u32 = bits(&[4, 5]);
     /// XSAVEOPT, XSAVEC, XGETBV with ECX = 1.
     pub const LEAF_D_1_EAX: u32 = bits(&[0, 1, 2]);
     /// LAHF, ABM, SSE4A, MISALIGNSSE, 3DNOWPREFETCH, XOP, FMA4, TBM.
@@ -306,9 +308,10 @@ impl CpuidModel {
         if self.vendor == Vendor::Intel {
             edx |= f::LEAF7_EDX_INTEL;
         }
-        let has_1 = host.eax >= 1;
+        let intel = self.vendor == Vendor::Intel;
+        let subleaves = if intel { 2 } else { host.eax.min(1) };
         let leaf = CpuidLeaf {
-            eax: has_1.into(),
+            eax: subleaves,
             ebx: self.without_disabled(
                 f::LEAF7_EBX.of(host.ebx),
                 f::NEEDS_AVX_LEAF7_EBX,
@@ -322,11 +325,21 @@ impl CpuidModel {
             edx: self.without_disabled(edx, f::NEEDS_AVX512_LEAF7_EDX, f::NEEDS_AVX512_LEAF7_EDX),
         };
         self.add(7, 0, leaf);
-        if !has_1 {
-            return;
+        if host.eax >= 1 {
+            self.add(7, 1, self.leaf7_1(read(7, 1)));
         }
-        let host = read(7, 1);
-        let leaf = CpuidLeaf {
+        if intel {
+            let mitigations = CpuidLeaf {
+                edx: f::LEAF7_2_EDX_INTEL,
+                ..CpuidLeaf::default()
+            };
+            self.add(7, 2, mitigations);
+        }
+    }
+
+    fn leaf7_1(&self, host: CpuidLeaf) -> CpuidLeaf {
+        use feature as f;
+        CpuidLeaf {
             eax: self.without_disabled(
                 host.eax & f::LEAF7_1_EAX,
                 f::NEEDS_AVX_LEAF7_1_EAX,
@@ -334,8 +347,7 @@ impl CpuidModel {
             ),
             edx: self.without_disabled(host.edx & f::LEAF7_1_EDX, f::LEAF7_1_EDX, 0),
             ..CpuidLeaf::default()
-        };
-        self.add(7, 1, leaf);
+        }
     }
 
     /// Leaf 0xD: the components and where the host's XSAVE puts them.

@@ -207,6 +207,8 @@ fn mitigations_are_said_to_be_needless() {
     let intel = cpu_of(INTEL, 1, 0);
     assert!(bit(intel.cpuid(7, 0).edx, 29) && bit(intel.cpuid(7, 0).edx, 26));
     assert!(!bit(intel.cpuid(7, 0).edx, 31), "SSBD");
+    assert_eq!((intel.cpuid(7, 0).eax, intel.cpuid(7, 2).edx), (2, 0x30));
+    assert_eq!(amd.cpuid(7, 2), CpuidLeaf::default());
 }
 
 #[test]

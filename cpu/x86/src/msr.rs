@@ -72,7 +72,8 @@ const STORED: &[Stored] = &[
     // IA32_MISC_ENABLE: fast strings (0), automatic thermal control (3), performance monitoring (7), BTS and PEBS
     // unavailable (11, 12), SpeedStep (16), limit CPUID (22), XD disable (34).
     stored!(0x1a0, misc_enable, Bits(0x4_0041_1889), INTEL),
-    stored!(0x48, spec_ctrl, Bits(0b11), INTEL),
+    // IBRS, STIBP, BHI_DIS_S.
+    stored!(0x48, spec_ctrl, Bits(1 << 10 | 0b11), INTEL),
     // LBR and BTF.
     stored!(0x1d9, debugctl, Bits(0b11), None),
     stored!(0x17a, mcg_status, Bits(0b111), None),
