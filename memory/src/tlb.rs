@@ -10,6 +10,8 @@
 //! for which the permission was granted by a walk with the accessed (and for `write_tag` the dirty) bit set.
 //! `write_tag` is valid only where the RAM page is marked dirty and holds no translated code.
 //! Invalid tags: no address in slot `i` can match `!(i << 12)`, because its index bits differ.
+//! Cost of a flush: an operating system flushes often and fills little in between, so each TLB lists the slots that it filled, and a
+//! flush goes over the list instead of the table.
 
 use crate::{GuestRam, HostPtr, PAGE_MASK, PageRights, Translation};
 
@@ -42,6 +44,14 @@ impl TlbEntry {
     /// Offset of the host page.
     pub const HOST: usize = std::mem::offset_of!(TlbEntry, host);
 
+    fn is_valid(&self) -> bool {
+        self.host != 0
+    }
+
+    fn is_global(&self) -> bool {
+        self.gpa & 1 != 0
+    }
+
     const fn invalid(slot: usize) -> Self {
         let tag = ((slot as u64) << 12) ^ INVALID_TAG_XOR;
         TlbEntry {
@@ -58,6 +68,41 @@ impl TlbEntry {
 #[derive(Debug)]
 pub struct Tlb {
     entries: [TlbEntry; TLB_ENTRIES],
+    non_global: FilledSlots,
+    global: FilledSlots,
+}
+
+/// Slots that were filled since they were last flushed; each valid entry stands in the list of its kind.
+#[derive(Debug)]
+struct FilledSlots {
+    slots: [u16; TLB_ENTRIES],
+    /// Past the length of `slots`, any slot may be filled.
+    len: usize,
+}
+
+impl FilledSlots {
+    const fn new() -> Self {
+        FilledSlots {
+            slots: [0; TLB_ENTRIES],
+            len: 0,
+        }
+    }
+
+    fn add(&mut self, slot: usize) {
+        if let Some(place) = self.slots.get_mut(self.len) {
+            *place = slot as u16;
+        }
+        self.len = (self.len + 1).min(TLB_ENTRIES + 1);
+    }
+
+    /// Calls `f` with every slot of the list, which is empty afterwards.
+    fn drain(&mut self, mut f: impl FnMut(usize)) {
+        match self.slots.get(..self.len) {
+            Some(listed) => listed.iter().for_each(|slot| f(usize::from(*slot))),
+            None => (0..TLB_ENTRIES).for_each(f),
+        }
+        self.len = 0;
+    }
 }
 
 impl Default for Tlb {
@@ -67,7 +112,11 @@ impl Default for Tlb {
             slot += 1;
             TlbEntry::invalid(slot - 1)
         });
-        Tlb { entries }
+        Tlb {
+            entries,
+            non_global: FilledSlots::new(),
+            global: FilledSlots::new(),
+        }
     }
 }
 
@@ -107,23 +156,43 @@ impl Tlb {
         }
         e.host = host.addr();
         e.gpa = gpa | u64::from(t.global);
-        self.entries[slot] = e;
+        let old = std::mem::replace(&mut self.entries[slot], e);
+        if !old.is_valid() || old.is_global() != t.global {
+            self.filled(t.global).add(slot);
+        }
+    }
+
+    fn filled(&mut self, global: bool) -> &mut FilledSlots {
+        if global {
+            &mut self.global
+        } else {
+            &mut self.non_global
+        }
     }
 
     /// Forgets everything.
     pub fn flush(&mut self) {
-        for (slot, e) in self.entries.iter_mut().enumerate() {
-            *e = TlbEntry::invalid(slot);
-        }
+        self.flush_non_global();
+        self.flush_of_kind(true);
     }
 
     /// Forgets what is not global.
     pub fn flush_non_global(&mut self) {
-        for (slot, e) in self.entries.iter_mut().enumerate() {
-            if e.gpa & 1 == 0 {
-                *e = TlbEntry::invalid(slot);
+        self.flush_of_kind(false);
+    }
+
+    fn flush_of_kind(&mut self, global: bool) {
+        let Tlb { entries, .. } = self;
+        let filled = if global {
+            &mut self.global
+        } else {
+            &mut self.non_global
+        };
+        filled.drain(|slot| {
+            if entries[slot].is_global() == global {
+                entries[slot] = TlbEntry::invalid(slot);
             }
-        }
+        });
     }
 
     /// Forgets the page of one linear address.
@@ -204,6 +273,24 @@ mod tests {
         tlb.protect(0x5008);
         assert!(tlb.lookup_write(0x40_0000, 1).is_none());
         assert!(tlb.lookup_read(0x40_0000, 1).is_some());
+    }
+
+    #[test]
+    fn a_slot_that_changes_its_kind_is_flushed_as_what_it_is() {
+        let ram = GuestRam::new(1 << 20).unwrap();
+        let mut tlb = Tlb::default();
+        for turn in 0..2000 {
+            tlb.fill(0x1000, &translation(0x1000, turn % 2 == 0), ALL, &ram);
+        }
+        tlb.fill(0x1000, &translation(0x1000, true), ALL, &ram);
+        tlb.flush_non_global();
+        assert!(tlb.lookup_read(0x1000, 8).is_some());
+        tlb.flush();
+        assert!(tlb.lookup_read(0x1000, 8).is_none());
+        tlb.fill(0x1000, &translation(0x1000, true), ALL, &ram);
+        tlb.fill(0x1000, &translation(0x1000, false), ALL, &ram);
+        tlb.flush_non_global();
+        assert!(tlb.lookup_read(0x1000, 8).is_none());
     }
 
     #[test]

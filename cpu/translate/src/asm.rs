@@ -127,17 +127,17 @@ impl Asm {
     pub fn add_indexed(&mut self, reg: Reg, index: Reg, disp: i32) {
         self.gs_indexed(0x03, reg, index, disp);
     }
-    pub fn cmp_indexed(&mut self, reg: Reg, index: Reg, disp: i32) {
-        self.gs_indexed(0x3b, reg, index, disp);
+    /// `cmp reg, gs:[index * 8 + disp]`.
+    pub fn cmp_indexed8(&mut self, reg: Reg, index: Reg, disp: i32) {
+        self.gs_indexed8(true, 0x3b, reg, index, disp);
     }
-    /// `jmp gs:[index + disp]`.
-    pub fn jmp_indexed(&mut self, index: Reg, disp: i32) {
-        self.raw(&[
-            0x65,
-            Self::rex(false, 0, 0, index),
-            0xff,
-            0x80 | 4 << 3 | (index & 7),
-        ]);
+    /// `jmp gs:[index * 8 + disp]`.
+    pub fn jmp_indexed8(&mut self, index: Reg, disp: i32) {
+        self.gs_indexed8(false, 0xff, 4, index, disp);
+    }
+    fn gs_indexed8(&mut self, w: bool, op: u8, reg: Reg, index: Reg, disp: i32) {
+        let (modrm, sib) = ((reg & 7) << 3 | 4, 3 << 6 | (index & 7) << 3 | 5);
+        self.raw(&[0x65, Self::rex(w, reg, index, 0), op, modrm, sib]);
         self.imm32(disp);
     }
     /// `jmp gs:[disp]`.
@@ -241,13 +241,6 @@ impl Asm {
             self.raw(&[Self::rex(w, 0, 0, reg), 0x81, modrm]);
             self.imm32(imm);
         }
-    }
-    pub fn xor32(&mut self, dst: Reg, src: Reg) {
-        self.raw(&[
-            Self::rex(false, src, 0, dst),
-            0x31,
-            0xc0 | (src & 7) << 3 | (dst & 7),
-        ]);
     }
     pub fn xor64(&mut self, dst: Reg, src: Reg) {
         self.raw(&[

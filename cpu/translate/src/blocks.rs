@@ -39,6 +39,10 @@ pub(crate) struct Block {
     pub len: u32,
     pub entry_registers: u64,
     pub entry_saved: u64,
+    /// Entry for blocks that have the vector state loaded, with the flags saved.
+    entry_simd: u64,
+    /// Uses the vector state, so that it is loaded at every exit that can be linked.
+    simd: bool,
     /// Bytes of guest code.
     pub guest_len: u16,
     boundaries: Vec<Boundary>,
@@ -133,6 +137,8 @@ impl Blocks {
             len,
             entry_registers: host + u64::from(t.entry_registers),
             entry_saved: host + u64::from(t.entry_saved),
+            entry_simd: host + u64::from(t.entry_simd),
+            simd: t.simd,
             guest_len,
             boundaries: t.boundaries,
             incoming: Vec::new(),
@@ -150,11 +156,9 @@ impl Blocks {
     pub fn link(&mut self, exit: u32, to: BlockId, across_pages: bool, cache: &mut CodeCache) {
         let e = self.exits[exit as usize];
         let Some(patch) = e.site.patch else { return };
+        let simd = self.blocks[e.block as usize].simd;
         let target = &mut self.blocks[to as usize];
-        let entry = match e.site.flags {
-            FlagPlace::Registers => target.entry_registers,
-            FlagPlace::Saved => target.entry_saved,
-        };
+        let entry = target.entry(e.site.flags, simd);
         target.incoming.push(exit);
         cache.patch(self.blocks[e.block as usize].host + u64::from(patch), entry);
         self.links += 1;
@@ -181,17 +185,17 @@ impl Blocks {
         }
     }
 
-    /// Throws away the blocks that were made from any of `len` bytes at `gpa`. Returns whether there were any.
+    /// Throws away the blocks that were made from any of `len` bytes at `gpa`; returns which they were.
     pub fn invalidate(
         &mut self,
         gpa: u64,
         len: u64,
         cache: &mut CodeCache,
         tracker: &PageTracker,
-    ) -> bool {
+    ) -> Vec<BlockId> {
         let page = gpa & !PAGE_MASK;
         let Some(ids) = self.by_page.get(&page) else {
-            return false;
+            return Vec::new();
         };
         let hit: Vec<_> = ids
             .iter()
@@ -206,7 +210,7 @@ impl Blocks {
             self.remove(*id, cache);
         }
         tracker.set_code(page, self.granules(page));
-        !hit.is_empty()
+        hit
     }
 
     fn remove(&mut self, id: BlockId, cache: &mut CodeCache) {
@@ -275,6 +279,21 @@ impl Blocks {
 }
 
 impl Block {
+    /// Host addresses of its code.
+    pub fn host_range(&self) -> std::ops::Range<u64> {
+        self.host..self.host + u64::from(self.len)
+    }
+
+    /// Where code enters that has its flags there, and the vector state loaded or perhaps not.
+    fn entry(&self, flags: FlagPlace, simd: bool) -> u64 {
+        let flags_fit = flags == FlagPlace::Saved || self.entry_registers == self.entry_saved;
+        match flags {
+            _ if simd && flags_fit => self.entry_simd,
+            FlagPlace::Registers => self.entry_registers,
+            FlagPlace::Saved => self.entry_saved,
+        }
+    }
+
     /// The guest physical bytes it was made from: `(address, length)`, one range a page.
     fn guest_ranges(&self) -> impl Iterator<Item = (u64, u64)> + use<> {
         let room = PAGE_SIZE - (self.key.gpa & PAGE_MASK);

@@ -9,19 +9,7 @@ use std::sync::atomic::AtomicU64;
 use doppel_memory::{TLB_ENTRIES, Tlb, TlbEntry};
 use doppel_x86::Cpu;
 
-/// Entries of one jump cache; a power of two.
-pub(crate) const JUMP_CACHE_ENTRIES: usize = 1024;
-
-/// One entry of the jump cache: a guest linear address and where its translation begins.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub(crate) struct JumpEntry {
-    pub linear: u64,
-    pub host: u64,
-}
-
-/// No address in slot 0 or any other is this one: it is not canonical.
-pub(crate) const NO_LINEAR: u64 = 0x8000_0000_0000_0000;
+use crate::jump_cache::{JumpCache, JumpEntry};
 
 /// The memory behind the GS base.
 #[repr(C, align(64))]
@@ -38,6 +26,8 @@ pub(crate) struct Context {
     pub poll_target: u64,
     pub host_rsp: u64,
     pub host_mxcsr: u32,
+    /// Not 0 while the host's x87 and vector registers hold the guest's values (see `thunk`).
+    pub simd_live: u32,
     /// Which exit was taken: an index of the exit table or one of the constants in `thunk`.
     pub exit: u32,
     /// Host flags at the exit.
@@ -55,7 +45,7 @@ pub(crate) struct Context {
     /// Counted by the blocks themselves where [`crate::TranslateOptions::count`] asks for it.
     pub blocks_run: u64,
     pub instructions_run: u64,
-    pub jump_cache: [[JumpEntry; JUMP_CACHE_ENTRIES]; 3],
+    pub jump_cache: [JumpCache; 3],
 }
 
 macro_rules! displacement {
@@ -71,6 +61,7 @@ displacement! {
     POLL = poll;
     HOST_RSP = host_rsp;
     HOST_MXCSR = host_mxcsr;
+    SIMD_LIVE = simd_live;
     EXIT = exit;
     EXIT_FLAGS = exit_flags;
     ENTRY = entry;
@@ -105,9 +96,10 @@ pub(crate) const fn segment_base(seg: u8) -> i32 {
 
 /// Displacement of the jump cache of a privilege.
 pub(crate) const fn jump_cache(privilege: u8) -> i32 {
-    JUMP_CACHE + (size_of::<[JumpEntry; JUMP_CACHE_ENTRIES]>() as i32) * privilege as i32
+    JUMP_CACHE + (size_of::<JumpCache>() as i32) * privilege as i32
 }
 
-const _: () = assert!(size_of::<TlbEntry>() == 32 && size_of::<Tlb>() == 32 * TLB_ENTRIES);
+const _: () =
+    assert!(size_of::<TlbEntry>() == 32 && size_of::<TlbEntry>() * TLB_ENTRIES <= size_of::<Tlb>());
 const _: () = assert!(size_of::<JumpEntry>() == 16);
 const _: () = assert!(size_of::<doppel_x86::Rflags>() == 8);

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use doppel_x86::{Cpu, Kick};
 
-use crate::context::{Context, JumpEntry, NO_LINEAR};
+use crate::context::Context;
 
 /// The owned context, at a fixed address; shared with kickers, which touch nothing but `poll`.
 pub(crate) struct ContextBox {
@@ -43,10 +43,7 @@ impl ContextBox {
             place.assume_init()
         };
         for cache in &mut ctx.jump_cache {
-            cache.fill(JumpEntry {
-                linear: NO_LINEAR,
-                host: 0,
-            });
+            cache.initialize();
         }
         ctx.host_mxcsr = 0x1f80;
         let at = NonNull::from(Box::leak(ctx));

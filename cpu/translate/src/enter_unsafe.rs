@@ -12,8 +12,8 @@ use std::sync::Once;
 
 use crate::context::Context;
 use crate::context_unsafe::ContextBox;
-use crate::engine::Translator;
 use crate::thunk::EXIT_FAULT;
+use crate::translator::Translator;
 
 #[derive(Clone, Copy)]
 struct Running {

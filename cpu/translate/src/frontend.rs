@@ -138,6 +138,8 @@ pub(crate) struct GuestBlock {
     pub end: u16,
     /// The next instruction begins in this page and ends in the next.
     pub straddler_follows: bool,
+    /// Some instruction that is not left to the monitor uses x87 or vector registers.
+    pub simd: bool,
 }
 
 impl GuestBlock {
@@ -146,6 +148,7 @@ impl GuestBlock {
         self.instructions.truncate(1);
         if let Some(first) = self.instructions.first_mut() {
             self.end = first.offset + first.decoded.len() as u16;
+            self.simd = uses_simd(first);
             if first.class == Class::Sti {
                 first.class = Class::Interpret;
             }
@@ -209,6 +212,7 @@ pub(crate) fn decode(
     block
         .bytes
         .extend_from_slice(&bytes[..usize::from(block.end - start)]);
+    block.simd = block.instructions.iter().any(uses_simd);
     if how.flag_liveness {
         liveness(&mut block.instructions);
     }
@@ -384,6 +388,10 @@ fn classify_pop(i: &Instruction) -> Class {
 
 pub(crate) fn has_memory(i: &Instruction) -> bool {
     (0..i.op_count()).any(|op| i.op_kind(op) == OpKind::Memory)
+}
+
+fn uses_simd(i: &GuestInstruction) -> bool {
+    matches!(i.class, Class::Copy | Class::Memory { .. }) && simd_needed(&i.decoded) != Simd::None
 }
 
 fn simd_needed(i: &Instruction) -> Simd {

@@ -12,13 +12,18 @@
 mod asm;
 mod blocks;
 mod cache_unsafe;
+mod code_pages;
 mod context;
 mod context_unsafe;
 mod engine;
 mod enter_unsafe;
 mod flags;
 mod frontend;
+mod jump_cache;
+mod lookup;
 mod rewrite;
+mod stats;
 mod thunk;
+mod translator;
 
 pub use engine::{Translate, TranslateError, TranslateOptions, supported};

@@ -2,9 +2,14 @@
 //!
 //! * `enter`: called by Rust; saves what the C calling convention preserves, loads the guest's registers and jumps to `entry`.
 //! * `exit`: jumped to by blocks with the exit's number in the context; the reverse.
-//! * `slow`: a memory access missed the TLB; calls the monitor, then goes on at the same check or leaves.
+//! * `slow` and `slow_simd`: a memory access missed the TLB; call the monitor, then go on at the same check or leave.
 //!
 //! S0 and S1 (r10, r11) are scratch: the guest's values of them are always in their slots.
+//!
+//! The guest's x87 and vector state is *lazy*: saving and loading it costs more than everything else here. `simd_live` says whether
+//! it is in the host's registers. It is not after `enter`; the first block that uses such an instruction loads it (every block that
+//! does asks at its start), and whatever calls into Rust saves it where it is live. A kernel hardly ever touches it, so
+//! most of its exits move general registers only. `slow_simd` is for the blocks that have asked already and rely on it.
 
 use crate::asm::*;
 use crate::context as ctx;
@@ -28,6 +33,7 @@ pub(crate) struct Thunks {
     pub enter: u64,
     pub exit: u64,
     pub slow: u64,
+    pub slow_simd: u64,
 }
 
 /// Assembles the thunks for a cache that begins at `base`.
@@ -39,10 +45,7 @@ pub(crate) fn assemble(asm: &mut Asm, base: u64, xsaveopt: bool) -> Thunks {
     }
     asm.lea(RSP, RSP, -8);
     asm.store(ctx::HOST_RSP, RSP);
-    let resume = asm.pos();
-    xrstor(asm, XSAVE_MASK);
     load_guest(asm);
-    asm.load(S0, ctx::SLOW_LINEAR);
     asm.jmp_gs(ctx::ENTRY);
 
     let exit = base + asm.pos() as u64;
@@ -50,34 +53,95 @@ pub(crate) fn assemble(asm: &mut Asm, base: u64, xsaveopt: bool) -> Thunks {
     asm.load(RSP, ctx::HOST_RSP);
     asm.raw(&[0x9c, 0x58]); // pushfq; pop rax
     asm.store(ctx::EXIT_FLAGS, RAX);
-    xsave(asm, xsaveopt);
+    park_simd(asm, xsaveopt);
     let leave = asm.pos();
-    asm.raw(&[0x65, 0x0f, 0xae, 0x14, 0x25]); // ldmxcsr gs:[]
-    asm.raw(&ctx::HOST_MXCSR.to_le_bytes());
     asm.lea(RSP, RSP, 8);
     for r in CALLEE_SAVED.into_iter().rev() {
         pop(asm, r);
     }
     asm.raw(&[0xc3]);
 
-    let slow = base + asm.pos() as u64;
+    let [slow, slow_simd] = [false, true].map(|simd| {
+        let at = base + asm.pos() as u64;
+        slow_access(asm, simd, xsaveopt, leave);
+        at
+    });
+    Thunks {
+        enter,
+        exit,
+        slow,
+        slow_simd,
+    }
+}
+
+/// Asks the monitor for the access at S0 of site S1; goes on at the address that it returns, or leaves where that is 0.
+fn slow_access(asm: &mut Asm, simd: bool, xsaveopt: bool, leave: usize) {
     store_guest(asm);
     asm.store(ctx::SLOW_LINEAR, S0);
     asm.load(RSP, ctx::HOST_RSP);
-    xsave(asm, xsaveopt);
-    asm.raw(&[0x65, 0x0f, 0xae, 0x14, 0x25]);
-    asm.raw(&ctx::HOST_MXCSR.to_le_bytes());
+    if simd {
+        save_simd(asm, xsaveopt);
+    } else {
+        park_simd(asm, xsaveopt);
+    }
     asm.load(RDI, ctx::TRANSLATOR);
-    asm.mov(RSI, S0);
+    asm.load(RSI, ctx::SLOW_LINEAR);
     asm.mov32(RDX, S1);
     asm.call_gs(ctx::SLOW_ACCESS);
-    asm.test64(RAX, RAX);
-    let out = asm.jcc(CC_E);
-    asm.bind_at(out, leave);
+    if simd {
+        asm.mov(RBP, RAX);
+        load_simd(asm);
+        asm.mov(RAX, RBP);
+    }
     asm.store(ctx::ENTRY, RAX);
-    let again = asm.jmp();
-    asm.bind_at(again, resume);
-    Thunks { enter, exit, slow }
+    asm.test64(RAX, RAX);
+    let again = asm.jcc(CC_NE);
+    if simd {
+        asm.store_imm32(ctx::SIMD_LIVE, 0);
+        host_mxcsr(asm);
+    }
+    let out = asm.jmp();
+    asm.bind_at(out, leave);
+    asm.bind(again);
+    load_guest(asm);
+    asm.load(S0, ctx::SLOW_LINEAR);
+    asm.jmp_gs(ctx::ENTRY);
+}
+
+/// Saves the vector state where it is live; it is not afterwards. Destroys RAX, RDX and the flags.
+fn park_simd(asm: &mut Asm, xsaveopt: bool) {
+    asm.alu_gs_imm32(Alu::Cmp, ctx::SIMD_LIVE, 0);
+    let parked = asm.jcc(CC_E);
+    save_simd(asm, xsaveopt);
+    asm.store_imm32(ctx::SIMD_LIVE, 0);
+    asm.bind(parked);
+}
+
+/// Loads the vector state. Destroys RAX and RDX, but no flags.
+pub(crate) fn load_simd(asm: &mut Asm) {
+    xsave_mask(asm);
+    asm.raw(&[0x65, 0x48, 0x0f, 0xae, 5 << 3 | 4, 0x25]); // xrstor64
+    asm.raw(&ctx::FPU.to_le_bytes());
+    asm.store_imm32(ctx::SIMD_LIVE, 1);
+}
+
+fn save_simd(asm: &mut Asm, xsaveopt: bool) {
+    xsave_mask(asm);
+    // xsaveopt64 is 0F AE /6, xsave64 is 0F AE /4.
+    let extension = if xsaveopt { 6 << 3 } else { 4 << 3 };
+    asm.raw(&[0x65, 0x48, 0x0f, 0xae, extension | 4, 0x25]);
+    asm.raw(&ctx::FPU.to_le_bytes());
+    host_mxcsr(asm);
+}
+
+fn xsave_mask(asm: &mut Asm) {
+    asm.mov_imm(RAX, u64::from(XSAVE_MASK));
+    asm.mov_imm(RDX, 0);
+}
+
+fn host_mxcsr(asm: &mut Asm) {
+    asm.raw(&[0x65, 0x0f, 0xae, 0x14, 0x25]); // ldmxcsr gs:[]
+    asm.raw(&ctx::HOST_MXCSR.to_le_bytes());
 }
 
 fn push(asm: &mut Asm, r: Reg) {
@@ -98,23 +162,4 @@ fn load_guest(asm: &mut Asm) {
     for r in GUEST_IN_HOST {
         asm.load(r, ctx::gpr(r));
     }
-}
-
-fn xsave_mask(asm: &mut Asm, mask: u32) {
-    asm.mov_imm(RAX, u64::from(mask));
-    asm.xor32(RDX, RDX);
-}
-
-fn xsave(asm: &mut Asm, optimized: bool) {
-    xsave_mask(asm, XSAVE_MASK);
-    // xsaveopt64 is 0F AE /6, xsave64 is 0F AE /4.
-    let extension = if optimized { 6 << 3 } else { 4 << 3 };
-    asm.raw(&[0x65, 0x48, 0x0f, 0xae, extension | 4, 0x25]);
-    asm.raw(&ctx::FPU.to_le_bytes());
-}
-
-fn xrstor(asm: &mut Asm, mask: u32) {
-    xsave_mask(asm, mask);
-    asm.raw(&[0x65, 0x48, 0x0f, 0xae, 5 << 3 | 4, 0x25]);
-    asm.raw(&ctx::FPU.to_le_bytes());
 }

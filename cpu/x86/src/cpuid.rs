@@ -84,10 +84,10 @@ mod feature {
         keep: bits(&[1, 6, 8, 9, 10, 11, 12, 14]),
         set: bits(&[2, 22]),
     };
-    /// FSRM, VP2INTERSECT, AVX-512 FP16.
+    /// FSRM, VP2INTERSECT, AVX-512 FP16; set: SERIALIZE, without which Linux serializes by IRET.
     pub const LEAF7_EDX: Word = Word {
         keep: bits(&[4, 8, 23]),
-        set: 0,
+        set: bits(&[14]),
     };
     /// Intel: ARCH_CAPABILITIES, IBRS and IBPB, STIBP.
     pub const LEAF7_EDX_INTEL: u32 = bits(&[26, 27, 29]);

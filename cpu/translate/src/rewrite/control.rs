@@ -1,6 +1,7 @@
 //! Control flow: direct exits, the jump cache, polls at back edges.
 
 use super::*;
+use crate::jump_cache::JUMP_INDEX_MASK;
 
 impl Work<'_> {
     /// A load that faults once the engine was kicked; every cycle of linked blocks passes one.
@@ -182,21 +183,24 @@ impl Work<'_> {
 
     /// Goes on at the guest address in S0, through the jump cache. The flags are saved here.
     pub(super) fn indirect(&mut self) {
-        let cache = ctx::jump_cache(self.s.privilege);
+        self.indirect_at(self.s.privilege);
+    }
+
+    /// The same into code of any privilege.
+    pub(super) fn indirect_at(&mut self, privilege: u8) {
+        let cache = ctx::jump_cache(privilege);
         let exit = self.s.thunks.exit;
-        let dynamic = self.s.base == Base::Dynamic;
+        let dynamic = privilege == Privilege::User as u8;
         let a = self.asm();
         a.mov32(S1, S0);
-        a.shl32(S1, 4);
-        a.xor32(S1, S0);
         a.alu_imm32(Alu::And, S1, JUMP_INDEX_MASK);
-        a.cmp_indexed(S0, S1, cache);
+        a.cmp_indexed8(S0, S1, cache);
         let miss = a.jcc(CC_NE);
         if dynamic {
             a.alu_imm64(Alu::And, S0, -4096);
             a.store(ctx::PAGE_BASE, S0);
         }
-        a.jmp_indexed(S1, cache + 8);
+        a.jmp_indexed8(S1, cache + 8);
         a.bind(miss);
         a.store(ctx::SPILL + 8, S0);
         a.store_imm32(ctx::EXIT, EXIT_INDIRECT);

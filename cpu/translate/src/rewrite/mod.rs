@@ -21,7 +21,7 @@ use crate::asm::*;
 use crate::context as ctx;
 use crate::flags::FlagPlace;
 use crate::frontend::{Class, GuestBlock, GuestInstruction};
-use crate::thunk::{EXIT_INDIRECT, Thunks};
+use crate::thunk::{EXIT_INDIRECT, Thunks, load_simd};
 
 /// What `rip` is relative to in a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -83,6 +83,10 @@ pub(crate) struct Boundary {
 pub(crate) struct Translated {
     pub entry_registers: u32,
     pub entry_saved: u32,
+    /// Where blocks enter that have the vector state loaded: past the question for it (see `thunk`).
+    pub entry_simd: u32,
+    /// It uses the vector state.
+    pub simd: bool,
     pub exits: Vec<ExitSite>,
     pub accesses: Vec<AccessSite>,
     pub boundaries: Vec<Boundary>,
@@ -138,6 +142,7 @@ impl Rewriter {
             out: Translated::default(),
             place: FlagPlace::Saved,
             slow: Vec::new(),
+            simd_missing: None,
             stubs: Vec::new(),
         };
         work.run();
@@ -153,6 +158,7 @@ struct Work<'a> {
     out: Translated,
     place: FlagPlace,
     slow: Vec<SlowJump>,
+    simd_missing: Option<Fixup>,
     /// Jumps to the exit stubs, which are emitted last.
     stubs: Vec<(Fixup, Stub)>,
 }
@@ -171,7 +177,6 @@ const AC: i32 = 1 << 18;
 const RF_VM: i32 = 3 << 16;
 const ARITHMETIC: i32 = 0x8d5;
 const TLB_INDEX_MASK: i32 = ((TLB_ENTRIES - 1) << TLB_ENTRY_SHIFT) as i32;
-const JUMP_INDEX_MASK: i32 = ((ctx::JUMP_CACHE_ENTRIES - 1) << 4) as i32;
 
 fn is_scratch(r: Register) -> bool {
     matches!(r.full_register(), Register::R10 | Register::R11)
@@ -184,6 +189,7 @@ impl Work<'_> {
 
     fn run(&mut self) {
         self.entries();
+        self.need_simd();
         if self.s.count {
             self.count_block();
         }
@@ -201,6 +207,34 @@ impl Work<'_> {
         }
         self.exit_stubs();
         self.slow_stubs();
+        self.simd_stub();
+    }
+
+    /// Asks for the vector state at the start of a block that uses it. The flags are saved or dead here.
+    fn need_simd(&mut self) {
+        self.out.simd = self.block.simd;
+        if self.block.simd {
+            let a = self.asm();
+            a.alu_gs_imm32(Alu::Cmp, ctx::SIMD_LIVE, 0);
+            self.simd_missing = Some(a.jcc(CC_E));
+        }
+        self.out.entry_simd = self.r.asm.pos() as u32;
+    }
+
+    fn simd_stub(&mut self) {
+        let Some(missing) = self.simd_missing.take() else {
+            return;
+        };
+        let back = self.out.entry_simd as usize;
+        let a = self.asm();
+        a.bind(missing);
+        a.mov(S0, RAX);
+        a.mov(S1, RDX);
+        load_simd(a);
+        a.mov(RAX, S0);
+        a.mov(RDX, S1);
+        let again = a.jmp();
+        a.bind_at(again, back);
     }
 
     /// Emits the conversions that the block's two entries need; see `flags`.
@@ -222,6 +256,10 @@ impl Work<'_> {
 
     /// Which place the first flag event wants; `None` where the flags are overwritten first.
     fn preferred(&self) -> Option<FlagPlace> {
+        let first = self.block.instructions.first()?;
+        if self.block.simd && first.live_before != 0 {
+            return Some(FlagPlace::Saved);
+        }
         for i in &self.block.instructions {
             if i.live_before == 0 {
                 return None;
@@ -575,7 +613,12 @@ impl Work<'_> {
     }
 
     fn slow_stubs(&mut self) {
-        let thunk = self.s.thunks.slow;
+        let thunks = self.s.thunks;
+        let thunk = if self.block.simd {
+            thunks.slow_simd
+        } else {
+            thunks.slow
+        };
         for s in std::mem::take(&mut self.slow) {
             let a = self.asm();
             a.bind(s.from);
@@ -735,12 +778,6 @@ impl Work<'_> {
         let jump = self.asm().jcc(cc);
         self.leave_exit(i64::from(i.offset), jump, None, true);
     }
-}
-
-/// Index of the jump cache entry for a linear address, as the generated code computes it.
-pub(crate) fn jump_index(linear: u64) -> usize {
-    let low = linear as u32;
-    (((low << 4) ^ low) & JUMP_INDEX_MASK as u32) as usize >> 4
 }
 
 /// How an instruction uses a register that lives in memory.

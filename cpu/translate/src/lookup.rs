@@ -1,0 +1,270 @@
+//! From a guest address to its translation, and what happens when the memory below changes.
+
+use doppel_memory::{AccessKind, PAGE_MASK, PAGE_SIZE, Privilege};
+use doppel_x86::{Cpu, CpuMode, Cr0, Cr4, Rflags};
+
+use crate::blocks::{BlockId, Key, Made};
+use crate::frontend::{Decoding, GuestBlock, Simd, decode};
+use crate::rewrite::{Base, Setting};
+use crate::translator::{CACHE_MARGIN, Translator};
+
+impl Translator {
+    /// Host address of the translation at the CPU's RIP; `None` where the instruction there has to be interpreted.
+    pub fn find_translation(&mut self) -> Option<u64> {
+        if !translatable(&self.context.cpu) {
+            self.counts.untranslatable += 1;
+            return None;
+        }
+        self.follow_simd();
+        let cpu = &self.context.cpu;
+        let (rip, privilege) = (cpu.rip, cpu.privilege());
+        if self.link_from.is_none()
+            && let Some(host) = self.context.jump_cache[privilege as usize].find(rip)
+        {
+            return Some(host);
+        }
+        let block = self.find_block(rip)?;
+        if !self.link(block) {
+            let host = self.blocks.get(block).entry_saved;
+            self.context.jump_cache[privilege as usize].insert(rip, host);
+        }
+        Some(self.blocks.get(block).entry_saved)
+    }
+
+    fn find_block(&mut self, rip: u64) -> Option<BlockId> {
+        let gpa = self.code_page(rip)? | (rip & PAGE_MASK);
+        let key = self.key(gpa, rip);
+        self.blocks
+            .find(&key)
+            .filter(|b| self.still_straddles(*b, rip))
+            .or_else(|| self.translate_block(key, rip))
+    }
+
+    /// Jump caches do not tell blocks of different [`Simd`] apart: they are emptied when it changes.
+    fn follow_simd(&mut self) {
+        let simd = simd_of(&self.context.cpu);
+        if self.simd != simd {
+            self.simd = simd;
+            self.empty_jump_caches(0..3);
+        }
+    }
+
+    fn key(&self, gpa: u64, rip: u64) -> Key {
+        let privilege = self.context.cpu.privilege();
+        let base = match privilege {
+            Privilege::User => Base::Dynamic,
+            _ => Base::Fixed(rip & !PAGE_MASK),
+        };
+        Key {
+            gpa,
+            privilege: privilege as u8,
+            simd: self.simd,
+            base,
+        }
+    }
+
+    /// Physical page of the code at `rip`, from the guest's page tables.
+    fn code_page(&mut self, rip: u64) -> Option<u64> {
+        let cpu = &mut self.context.cpu;
+        let user = cpu.cpl == 3;
+        let page = rip & !PAGE_MASK;
+        if let Some(gpa) = self.code_pages.get(user, page) {
+            return Some(gpa);
+        }
+        if !Cpu::canonical(rip) {
+            return None;
+        }
+        let privilege = if user {
+            Privilege::User
+        } else {
+            Privilege::Supervisor
+        };
+        let t = cpu.translate(page, AccessKind::Execute, privilege).ok()?;
+        let gpa = t.gpa & !PAGE_MASK;
+        if !cpu.ram.is_ram(gpa) {
+            return None;
+        }
+        self.code_pages.insert(user, page, &t);
+        Some(gpa)
+    }
+
+    fn still_straddles(&mut self, block: BlockId, rip: u64) -> bool {
+        match self.blocks.get(block).second_page {
+            None => true,
+            Some(second) => self.code_page((rip | PAGE_MASK).wrapping_add(1)) == Some(second),
+        }
+    }
+
+    fn translate_block(&mut self, key: Key, rip: u64) -> Option<BlockId> {
+        if self
+            .options
+            .translate_limit
+            .is_some_and(|limit| self.counts.translations >= limit)
+        {
+            return None;
+        }
+        let (guest, second_page) = self.read_block(&key, rip)?;
+        if self.cache.room() < CACHE_MARGIN {
+            self.empty_cache();
+        }
+        let setting = Setting {
+            base: key.base,
+            privilege: key.privilege,
+            count: self.options.count,
+            thunks: self.thunks,
+        };
+        let first = self.blocks.first_sites();
+        let translated = self
+            .rewriter
+            .translate(&guest, setting, self.cache.cursor(), first);
+        let host = self.cache.append(&self.rewriter.asm.bytes);
+        self.counts.translations += 1;
+        self.counts.translated_instructions += guest.instructions.len() as u64;
+        let cpu = &mut self.context.cpu;
+        for page in [Some(key.gpa), second_page].into_iter().flatten() {
+            if !cpu.ram.tracker().has_code(page) {
+                for tlb in &mut cpu.tlb {
+                    tlb.protect(page);
+                }
+            }
+        }
+        let made = Made {
+            second_page,
+            guest_len: guest.end - guest.start,
+            host,
+            len: self.rewriter.asm.bytes.len() as u32,
+            code: translated,
+        };
+        Some(self.blocks.insert(key, made, cpu.ram.tracker()))
+    }
+
+    /// Decodes the block at `rip`: from its page alone, or one instruction from two pages.
+    fn read_block(&mut self, key: &Key, rip: u64) -> Option<(GuestBlock, Option<u64>)> {
+        let how = Decoding {
+            simd: key.simd,
+            user: key.privilege == Privilege::User as u8,
+            flag_liveness: self.options.flag_liveness,
+            inline_system: self.options.inline_system,
+            inline_strings: self.options.inline_strings,
+        };
+        let mut bytes = [0u8; PAGE_SIZE as usize + 15];
+        let start = (rip & PAGE_MASK) as u16;
+        let len = (PAGE_SIZE - (rip & PAGE_MASK)) as usize;
+        self.context.cpu.ram.ptr(key.gpa)?.read(&mut bytes[..len]);
+        let info = self.rewriter.info();
+        if let Some(block) = decode(info, &bytes[..len], start, how) {
+            return Some((block, None));
+        }
+        let second = self.code_page((rip | PAGE_MASK).wrapping_add(1))?;
+        self.context
+            .cpu
+            .ram
+            .ptr(second)?
+            .read(&mut bytes[len..len + 15]);
+        let mut block = decode(self.rewriter.info(), &bytes[..len + 15], start, how)?;
+        block.keep_first();
+        Some((block, Some(second)))
+    }
+
+    /// Links the exit that led here to the block; true where that is done, or was.
+    fn link(&mut self, block: BlockId) -> bool {
+        let Some(exit) = self.link_from.take() else {
+            return false;
+        };
+        let e = self.blocks.exit(exit);
+        let (from, to) = (self.blocks.get(e.block), self.blocks.get(block));
+        let across = !(0..PAGE_SIZE as i64).contains(&e.site.target) || to.second_page.is_some();
+        let fixed = from.key.base != Base::Dynamic;
+        let same_mode = from.key.simd == to.key.simd
+            && (e.site.changes_mode || from.key.privilege == to.key.privilege);
+        let may = self.options.link && from.alive && same_mode && (fixed || !across);
+        if may {
+            self.blocks.link(exit, block, across, &mut self.cache);
+        }
+        may
+    }
+
+    // ---- what changes under the translations ----
+
+    /// Takes notice of writes to translated code and of flushes.
+    pub fn follow_memory_changes(&mut self) {
+        if !self.context.cpu.code_writes.is_empty() {
+            self.follow_code_writes();
+        }
+        if !self.context.cpu.flushed.is_empty() {
+            self.follow_flushes();
+        }
+    }
+
+    fn follow_code_writes(&mut self) {
+        for (gpa, len) in std::mem::take(&mut self.context.cpu.code_writes) {
+            let tracker = self.context.cpu.ram.tracker();
+            let gone = self
+                .blocks
+                .invalidate(gpa, u64::from(len), &mut self.cache, tracker);
+            for block in gone {
+                self.forget_jumps_to(block);
+            }
+        }
+    }
+
+    fn forget_jumps_to(&mut self, block: BlockId) {
+        let b = self.blocks.get(block);
+        let cache = &mut self.context.jump_cache[usize::from(b.key.privilege)];
+        match b.key.base {
+            Base::Fixed(page) => cache.forget(page | (b.key.gpa & PAGE_MASK)),
+            Base::Dynamic => cache.remove(&b.host_range()),
+        }
+    }
+
+    fn follow_flushes(&mut self) {
+        let flushed = std::mem::take(&mut self.context.cpu.flushed);
+        let lost = self.code_pages.flush(&flushed);
+        if lost.user {
+            self.empty_jump_caches(0..1);
+        }
+        if lost.kernel {
+            self.empty_jump_caches(1..3);
+            self.blocks.unlink_cross_page(&mut self.cache);
+        }
+    }
+
+    fn empty_jump_caches(&mut self, which: std::ops::Range<usize>) {
+        for cache in &mut self.context.jump_cache[which] {
+            cache.clear();
+        }
+    }
+
+    fn empty_cache(&mut self) {
+        self.counts.cache_flushes += 1;
+        let tracker = self.context.cpu.ram.tracker();
+        self.blocks.clear(tracker);
+        self.cache.clear();
+        self.link_from = None;
+        self.empty_jump_caches(0..3);
+    }
+}
+
+/// True where the code at RIP may be translated in the CPU's present state.
+fn translatable(cpu: &Cpu) -> bool {
+    let stepping = cpu.rflags.contains(Rflags::TF) || cpu.dr[7] & 0xff != 0;
+    let shadow = cpu.interrupt_shadow || cpu.mov_ss_shadow;
+    let checks = cpu.cpl == 3 && needs_checks(cpu);
+    cpu.mode() == CpuMode::Bits64 && !stepping && !shadow && !checks
+}
+
+/// User code whose RDTSC or unaligned accesses are to fault.
+fn needs_checks(cpu: &Cpu) -> bool {
+    cpu.cr4.contains(Cr4::TSD) || (cpu.rflags.contains(Rflags::AC) && cpu.cr0.contains(Cr0::AM))
+}
+
+fn simd_of(cpu: &Cpu) -> Simd {
+    if cpu.cr0.intersects(Cr0::EM | Cr0::TS) || !cpu.cr4.contains(Cr4::OSFXSR) {
+        return Simd::None;
+    }
+    match cpu.xcr0 {
+        x if !cpu.cr4.contains(Cr4::OSXSAVE) || x & 6 != 6 => Simd::Sse,
+        x if x & 0xe0 == 0xe0 => Simd::Avx512,
+        _ => Simd::Avx,
+    }
+}

@@ -1,0 +1,62 @@
+//! What the translator counts, for `--stats`.
+
+use doppel_x86::EngineStats;
+
+use crate::translator::Translator;
+
+/// Counters of the monitor's side; generated code counts in the context.
+#[derive(Default)]
+pub(crate) struct Counts {
+    pub translations: u64,
+    pub translated_instructions: u64,
+    pub cache_flushes: u64,
+    pub dispatches: u64,
+    pub exit_direct: u64,
+    pub exit_indirect: u64,
+    pub exit_interpret: u64,
+    pub exit_access: u64,
+    pub exit_fault: u64,
+    pub tlb_misses: u64,
+    pub kicks: u64,
+    pub untranslatable: u64,
+    pub translated_nanoseconds: u64,
+}
+
+impl Translator {
+    /// Everything counted so far.
+    pub fn stats(&self) -> EngineStats {
+        let c = &self.counts;
+        let cpu = &self.context.cpu.counters;
+        EngineStats::from([
+            ("translations", c.translations),
+            ("instructions_translated", c.translated_instructions),
+            ("code_cache_bytes", self.cache.used() as u64),
+            ("code_cache_flushes", c.cache_flushes),
+            ("translation_metadata_bytes", self.blocks.metadata_bytes()),
+            ("blocks_invalidated", self.blocks.invalidated),
+            ("block_links", self.blocks.links),
+            ("translated_blocks_run", self.context.blocks_run),
+            ("translated_instructions_run", self.context.instructions_run),
+            ("translated_code_nanoseconds", c.translated_nanoseconds),
+            ("dispatches", c.dispatches),
+            ("exits_unlinked_branch", c.exit_direct),
+            ("exits_jump_cache_miss", c.exit_indirect),
+            ("exits_sensitive_instruction", c.exit_interpret),
+            ("exits_memory_access", c.exit_access),
+            ("exits_fault", c.exit_fault),
+            ("exits_kick", c.kicks),
+            ("untranslatable_instructions", c.untranslatable),
+            ("tlb_misses", c.tlb_misses),
+            ("tlb_flushes", cpu.tlb_flushes),
+            ("page_walks", cpu.page_walks),
+            ("interpreted_instructions", cpu.interpreted_instructions),
+            ("exceptions", cpu.exceptions.iter().sum()),
+            ("page_faults", cpu.exceptions[14]),
+            ("interrupts", cpu.interrupts),
+            ("port_accesses", cpu.port_accesses),
+            ("mmio_accesses", cpu.mmio_accesses),
+            ("msr_accesses", cpu.msr_accesses),
+            ("code_writes", cpu.code_writes),
+        ])
+    }
+}

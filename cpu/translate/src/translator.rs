@@ -1,0 +1,249 @@
+//! The loop: find a block, run it, see why it came back.
+//!
+//! The monitor's part of every instruction that is not translated is the interpreter of `doppel-x86`. A memory access that the
+//! TLB cannot serve (a fault, a device, a page with code, an access across pages) and a fault that the processor raised are
+//! handled in one way: go back to the beginning of the guest instruction and interpret it, which gives the exact outcome.
+
+use std::time::Instant;
+
+use doppel_memory::{AccessKind, PAGE_MASK, PAGE_SIZE, Privilege};
+use doppel_x86::{Activity, Bus, Cpu, Exit, Outcome, Rflags, event, interpret};
+
+use crate::asm::Asm;
+use crate::blocks::{BlockId, Blocks};
+use crate::cache_unsafe::CodeCache;
+use crate::code_pages::CodePages;
+use crate::context_unsafe::ContextBox;
+use crate::engine::{TranslateError, TranslateOptions};
+use crate::enter_unsafe::{enter, host_features};
+use crate::flags::{FlagPlace, pack, unpack};
+use crate::frontend::Simd;
+use crate::rewrite::{Base, Rewriter};
+use crate::stats::Counts;
+use crate::thunk::{self, EXIT_ACCESS, EXIT_FAULT, EXIT_INDIRECT, Thunks};
+
+/// What [`crate::Translate`] owns; generated code calls back into it.
+pub(crate) struct Translator {
+    pub context: ContextBox,
+    pub cache: CodeCache,
+    pub blocks: Blocks,
+    pub rewriter: Rewriter,
+    pub thunks: Thunks,
+    pub options: TranslateOptions,
+    pub code_pages: CodePages,
+    /// An exit that the next block found is to be linked to.
+    pub link_from: Option<u32>,
+    /// What the blocks in the jump caches were translated for.
+    pub simd: Simd,
+    pub counts: Counts,
+    recent: Recent,
+}
+
+/// Where translated code was entered lately.
+#[derive(Default)]
+struct Recent {
+    rip: [u64; Recent::SIZE],
+    entered: usize,
+}
+
+impl Recent {
+    const SIZE: usize = 16;
+
+    fn add(&mut self, rip: u64) {
+        self.rip[self.entered % Recent::SIZE] = rip;
+        self.entered += 1;
+    }
+}
+
+/// More than one block can take.
+pub(crate) const CACHE_MARGIN: usize = 64 << 10;
+
+impl Translator {
+    pub fn new(cpu: Box<Cpu>, options: TranslateOptions) -> Result<Self, TranslateError> {
+        let size = options.cache_size.clamp(4 * CACHE_MARGIN, 1 << 30);
+        let mut cache = CodeCache::new(size).map_err(|e| TranslateError::Cache(size, e))?;
+        let mut asm = Asm::default();
+        let thunks = thunk::assemble(&mut asm, cache.cursor(), host_features().1);
+        cache.append(&asm.bytes);
+        cache.pin();
+        Ok(Translator {
+            context: ContextBox::new(cpu),
+            cache,
+            blocks: Blocks::default(),
+            rewriter: Rewriter::new(),
+            thunks,
+            options,
+            code_pages: CodePages::default(),
+            link_from: None,
+            simd: Simd::None,
+            counts: Counts::default(),
+            recent: Recent::default(),
+        })
+    }
+
+    pub fn run(&mut self, bus: &mut dyn Bus) -> Exit {
+        loop {
+            self.follow_memory_changes();
+            if self.context.take_kick() {
+                self.counts.kicks += 1;
+                self.link_from = None;
+                return Exit::Kicked;
+            }
+            let cpu = &mut self.context.cpu;
+            if event::deliver_pending(cpu, bus) {
+                self.link_from = None;
+            }
+            let masked = !self.context.cpu.rflags.contains(Rflags::IF);
+            self.context.interrupt_waits = u32::from(masked && bus.interrupt_pending());
+            match self.context.cpu.activity {
+                Activity::Active => {}
+                Activity::Shutdown => return Exit::Shutdown,
+                Activity::Halted | Activity::WaitForSipi => return Exit::Halted,
+            }
+            match self.find_translation() {
+                Some(host) => self.run_translation(host, bus),
+                None => self.step(bus),
+            }
+        }
+    }
+
+    /// Where translated code was entered lately, the latest last.
+    pub fn recent(&self) -> impl Iterator<Item = u64> {
+        let r = &self.recent;
+        let first = r.entered.saturating_sub(Recent::SIZE);
+        (first..r.entered).map(|n| r.rip[n % Recent::SIZE])
+    }
+
+    /// Interprets one instruction.
+    fn step(&mut self, bus: &mut dyn Bus) {
+        self.link_from = None;
+        // The outcome shows in `activity`, which the loop looks at.
+        let _: Outcome = interpret::step(&mut self.context.cpu, bus);
+    }
+
+    /// Runs translated code from its host address on, until it leaves.
+    fn run_translation(&mut self, host: u64, bus: &mut dyn Bus) {
+        self.counts.dispatches += 1;
+        let ctx = &mut *self.context;
+        self.recent.add(ctx.cpu.rip);
+        ctx.entry = host;
+        ctx.page_base = ctx.cpu.rip & !PAGE_MASK;
+        ctx.flags = pack(ctx.cpu.rflags.bits());
+        ctx.cpu.rflags.remove(Rflags::RF);
+        let began = self.options.count.then(Instant::now);
+        enter(self, self.thunks.enter);
+        if let Some(began) = began {
+            self.counts.translated_nanoseconds += began.elapsed().as_nanos() as u64;
+        }
+        self.left(bus);
+    }
+
+    /// Brings the CPU's state up to date after translated code was left, and does what it was left for.
+    fn left(&mut self, bus: &mut dyn Bus) {
+        match self.context.exit {
+            EXIT_INDIRECT => {
+                self.counts.exit_indirect += 1;
+                self.set_flags(FlagPlace::Saved);
+                self.context.cpu.rip = self.context.spill[1];
+            }
+            EXIT_ACCESS => {
+                self.counts.exit_access += 1;
+                let access = self.blocks.access(self.context.fault_pc as u32);
+                self.set_flags(access.site.flags);
+                self.context.cpu.rip = self.rip_in(access.block, i64::from(access.site.offset));
+                self.step(bus);
+            }
+            EXIT_FAULT => self.faulted(bus),
+            n => {
+                let e = self.blocks.exit(n);
+                self.set_flags(e.site.flags);
+                self.context.cpu.rip = self.rip_in(e.block, e.site.target);
+                if e.site.interpret {
+                    self.counts.exit_interpret += 1;
+                    self.step(bus);
+                } else {
+                    self.counts.exit_direct += 1;
+                    self.link_from = Some(n);
+                }
+            }
+        }
+    }
+
+    /// The processor raised a fault: the load of the poll after a kick, or the guest's instruction.
+    fn faulted(&mut self, bus: &mut dyn Bus) {
+        self.counts.exit_fault += 1;
+        // The handler only sends faults inside the cache here, and every block has a boundary at its start; the
+        // entry conversions before the first boundary cannot fault.
+        let Some((block, at)) = self.blocks.at_host(self.context.fault_pc) else {
+            self.context.cpu.activity = Activity::Shutdown;
+            return;
+        };
+        self.set_flags(at.flags);
+        self.context.cpu.rip = self.rip_in(block, i64::from(at.guest));
+        if !self.context.is_kicked() {
+            self.step(bus);
+        }
+    }
+
+    fn set_flags(&mut self, place: FlagPlace) {
+        let ctx = &mut *self.context;
+        let arithmetic = match place {
+            FlagPlace::Registers => ctx.exit_flags & Rflags::ARITHMETIC.bits(),
+            FlagPlace::Saved => unpack(ctx.flags),
+        };
+        let others = ctx.cpu.rflags.bits() & !Rflags::ARITHMETIC.bits();
+        ctx.cpu.rflags = Rflags::from_bits_retain(others | arithmetic);
+    }
+
+    fn rip_in(&self, block: BlockId, offset: i64) -> u64 {
+        let page = match self.blocks.get(block).key.base {
+            Base::Fixed(page) => page,
+            Base::Dynamic => self.context.page_base,
+        };
+        page.wrapping_add(offset as u64)
+    }
+
+    /// A memory access missed the TLB: returns where to go on, or 0 to leave and interpret the instruction.
+    pub fn access(&mut self, linear: u64, site: u32) -> u64 {
+        self.counts.tlb_misses += 1;
+        let access = self.blocks.access(site);
+        let block = self.blocks.get(access.block);
+        let (privilege, host) = (PRIVILEGES[usize::from(block.key.privilege)], block.host);
+        if self.fill(linear, access.site.size, access.site.write, privilege) {
+            return host + u64::from(access.site.retry);
+        }
+        self.context.exit = EXIT_ACCESS;
+        self.context.fault_pc = u64::from(site);
+        0
+    }
+
+    fn fill(&mut self, linear: u64, size: u8, write: bool, privilege: Privilege) -> bool {
+        let crosses = (linear & PAGE_MASK) + u64::from(size) > PAGE_SIZE;
+        if crosses || !Cpu::canonical(linear) {
+            return false;
+        }
+        let kind = if write {
+            AccessKind::Write
+        } else {
+            AccessKind::Read
+        };
+        let cpu = &mut self.context.cpu;
+        if cpu.translate(linear, kind, privilege).is_err() {
+            return false;
+        }
+        let tlb = &cpu.tlb[privilege as usize];
+        let size = usize::from(size);
+        if write {
+            tlb.lookup_write(linear, size)
+        } else {
+            tlb.lookup_read(linear, size)
+        }
+        .is_some()
+    }
+}
+
+const PRIVILEGES: [Privilege; 3] = [
+    Privilege::User,
+    Privilege::Supervisor,
+    Privilege::SupervisorAc,
+];
