@@ -100,6 +100,30 @@ impl Asm {
         self.imm32(disp);
         self.imm32(imm as i32);
     }
+    /// `mov qword gs:[disp], imm` (sign extended).
+    pub fn store_imm64(&mut self, disp: i32, imm: i32) {
+        self.raw(&[0x65, 0x48, 0xc7, 0x04, 0x25]);
+        self.imm32(disp);
+        self.imm32(imm);
+    }
+    /// `mov byte gs:[disp], imm`.
+    pub fn store_imm8(&mut self, disp: i32, imm: u8) {
+        self.raw(&[0x65, 0xc6, 0x04, 0x25]);
+        self.imm32(disp);
+        self.raw(&[imm]);
+    }
+    /// `mov word gs:[disp], reg`.
+    pub fn store16(&mut self, disp: i32, reg: Reg) {
+        self.raw(&[0x65, 0x66]);
+        self.raw(&[Self::rex(false, reg, 0, 0), 0x89, (reg & 7) << 3 | 4, 0x25]);
+        self.imm32(disp);
+    }
+    /// `movzx reg, word gs:[disp]`.
+    pub fn load16(&mut self, reg: Reg, disp: i32) {
+        self.raw(&[0x65, Self::rex(false, reg, 0, 0), 0x0f, 0xb7]);
+        self.raw(&[(reg & 7) << 3 | 4, 0x25]);
+        self.imm32(disp);
+    }
     /// `op dword gs:[disp], imm`.
     pub fn alu_gs_imm32(&mut self, op: Alu, disp: i32, imm: i32) {
         self.raw(&[0x65, 0x81, (op as u8) << 3 | 4, 0x25]);
@@ -255,6 +279,16 @@ impl Asm {
             0x09,
             0xc0 | (src & 7) << 3 | (dst & 7),
         ]);
+    }
+    pub fn and64(&mut self, dst: Reg, src: Reg) {
+        self.raw(&[
+            Self::rex(true, src, 0, dst),
+            0x21,
+            0xc0 | (src & 7) << 3 | (dst & 7),
+        ]);
+    }
+    pub fn not32(&mut self, reg: Reg) {
+        self.raw(&[Self::rex(false, 0, 0, reg), 0xf7, 0xd0 | (reg & 7)]);
     }
     pub fn add64(&mut self, dst: Reg, src: Reg) {
         self.raw(&[

@@ -7,7 +7,7 @@ use std::mem::offset_of;
 use std::sync::atomic::AtomicU64;
 
 use doppel_memory::{TLB_ENTRIES, Tlb, TlbEntry};
-use doppel_x86::Cpu;
+use doppel_x86::{Cpu, Segment};
 
 use crate::jump_cache::{JumpCache, JumpEntry};
 
@@ -73,6 +73,13 @@ displacement! {
     INSTRUCTIONS_RUN = instructions_run;
     JUMP_CACHE = jump_cache;
     TSC_OFFSET = cpu.tsc_offset;
+    TSC_AUX = cpu.msr.tsc_aux;
+    STAR = cpu.msr.star;
+    LSTAR = cpu.msr.lstar;
+    SFMASK = cpu.msr.sfmask;
+    CR4 = cpu.cr4;
+    EFER = cpu.efer;
+    CPL = cpu.cpl;
     KERNEL_GS_BASE = cpu.msr.kernel_gs_base;
     SEG = cpu.seg;
     TLB_AT = cpu.tlb;
@@ -88,10 +95,19 @@ pub(crate) const fn tlb(privilege: u8) -> i32 {
     TLB_AT + (size_of::<Tlb>() as i32) * privilege as i32
 }
 
-/// Displacement of a segment's base.
-pub(crate) const fn segment_base(seg: u8) -> i32 {
-    SEG + (size_of::<doppel_x86::Segment>() * seg as usize + offset_of!(doppel_x86::Segment, base))
-        as i32
+macro_rules! segment_displacement {
+    ($($name:ident = $field:ident;)*) => { $(
+        /// Displacement of this part of a segment register.
+        pub(crate) const fn $name(seg: u8) -> i32 {
+            SEG + (size_of::<Segment>() * seg as usize + offset_of!(Segment, $field)) as i32
+        }
+    )* };
+}
+segment_displacement! {
+    segment_base = base;
+    segment_limit = limit;
+    segment_attributes = attributes;
+    segment_selector = selector;
 }
 
 /// Displacement of the jump cache of a privilege.

@@ -58,7 +58,20 @@ pub(crate) enum Class {
     CallIndirect,
     Return,
     Swapgs,
+    /// RDTSC, RDTSCP.
     Rdtsc,
+    Rdpid,
+    /// MOV from a segment register to a general one.
+    ReadSelector,
+    /// RDFSBASE and its kin.
+    SegmentBase {
+        segment: u8,
+        write: bool,
+    },
+    Syscall,
+    /// To 64-bit code.
+    Sysret,
+    Serialize,
     Cli,
     Sti,
     /// STAC and CLAC: go on in the other mode's blocks.
@@ -86,6 +99,8 @@ impl Class {
                 | CallIndirect
                 | Return
                 | AlignmentFlag
+                | Syscall
+                | Sysret
                 | Interpret
         )
     }
@@ -105,6 +120,9 @@ impl Class {
                 | CallIndirect
                 | Return
                 | Rdtsc
+                | SegmentBase { .. }
+                | Syscall
+                | Sysret
                 | Cli
                 | Sti
                 | Pushf
@@ -190,7 +208,7 @@ pub(crate) fn decode(
             classify(info, &decoded, how)
         };
         let offset = decoded.ip() as u16;
-        let flags = FlagUse::of(&decoded);
+        let flags = flag_use(&decoded, class);
         block.end = offset + decoded.len() as u16;
         block.instructions.push(GuestInstruction {
             decoded,
@@ -219,6 +237,17 @@ pub(crate) fn decode(
     Some(block)
 }
 
+/// What leaves to the monitor, or stores RFLAGS, shows all flags as they are.
+fn flag_use(i: &Instruction, class: Class) -> FlagUse {
+    match class {
+        Class::Interpret | Class::Syscall | Class::Pushf => FlagUse {
+            reads: ALL,
+            ..FlagUse::default()
+        },
+        _ => FlagUse::of(i),
+    }
+}
+
 fn liveness(instructions: &mut [GuestInstruction]) {
     let mut live = ALL;
     for i in instructions.iter_mut().rev() {
@@ -229,11 +258,11 @@ fn liveness(instructions: &mut [GuestInstruction]) {
 }
 
 fn classify(info: &mut InstructionInfoFactory, i: &Instruction, how: Decoding) -> Class {
-    if i.flow_control() != FlowControl::Next {
-        return classify_branch(i);
-    }
     if let Some(class) = inline_system(i, how) {
         return class;
+    }
+    if i.flow_control() != FlowControl::Next {
+        return classify_branch(i);
     }
     if i.is_privileged() {
         return Class::Interpret;
@@ -277,17 +306,31 @@ fn inline_system(i: &Instruction, how: Decoding) -> Option<Class> {
     }
     match i.code() {
         Code::Pushfq => return Some(Class::Pushf),
+        Code::Syscall => return Some(Class::Syscall),
+        Code::Rdpid_r64 => return Some(Class::Rdpid),
+        Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg if i.op0_kind() == OpKind::Register => {
+            return Some(Class::ReadSelector);
+        }
+        Code::Rdfsbase_r32 | Code::Rdfsbase_r64 => return Some(segment_base(4, false)),
+        Code::Rdgsbase_r32 | Code::Rdgsbase_r64 => return Some(segment_base(5, false)),
+        Code::Wrfsbase_r32 | Code::Wrfsbase_r64 => return Some(segment_base(4, true)),
+        Code::Wrgsbase_r32 | Code::Wrgsbase_r64 => return Some(segment_base(5, true)),
         _ if how.user => return None,
         _ => {}
     }
     match i.code() {
         Code::Swapgs => Some(Class::Swapgs),
+        Code::Sysretq => Some(Class::Sysret),
         Code::Cli => Some(Class::Cli),
         Code::Sti => Some(Class::Sti),
         Code::Clac | Code::Stac => Some(Class::AlignmentFlag),
         Code::Popfq => Some(Class::Popf),
         _ => None,
     }
+}
+
+fn segment_base(segment: u8, write: bool) -> Class {
+    Class::SegmentBase { segment, write }
 }
 
 /// Instructions with a treatment of their own; above all those that name the machine's state, which x86-64
@@ -298,11 +341,13 @@ fn special(i: &Instruction, how: Decoding) -> Option<Class> {
         Popf | Popfd | Popfq | Pushf | Pushfd | Pushfq | Cli | Sti | Cld | Std | Clac | Stac => {
             Class::Interpret
         }
+        Rdtscp if how.inline_system => Class::Rdtsc,
         Sgdt | Sidt | Sldt | Str | Smsw | Lar | Lsl | Verr | Verw | Cpuid | Rdtscp | Rdpid
         | Rdpmc | Xgetbv | Rdfsbase | Rdgsbase | Wrfsbase | Wrgsbase | Rdpkru | Wrpkru => {
             Class::Interpret
         }
         Rdtsc => Class::Rdtsc,
+        Serialize => Class::Serialize,
         In | Out | Insb | Insw | Insd | Outsb | Outsw | Outsd => Class::Interpret,
         Movsb | Movsw | Movsd | Movsq | Stosb | Stosw | Stosd | Stosq | Lodsb | Lodsw | Lodsd
         | Lodsq | Scasb | Scasw | Scasd | Scasq | Cmpsb | Cmpsw | Cmpsd | Cmpsq

@@ -39,6 +39,7 @@ pub use bus::Bus;
 pub use cpuid::{APIC_BUS_HZ, CpuidLeaf, CpuidModel, Vendor, XCR0_MASK};
 pub use engine::{Engine, EngineStats, Exit, Kick, Outcome};
 pub use fault::{Exception, Vector};
+pub use segment::flat_attributes;
 pub use state::{
     Activity, Counters, Cpu, CpuMode, Cr0, Cr4, Dtr, Efer, Flushed, FpuArea, Gpr, Msrs, Rflags,
     Seg, Segment,

@@ -367,7 +367,8 @@ pub(crate) fn flat(selector: u16, attributes: u32, dpl: u8) -> Segment {
 }
 
 /// Attributes of a present, flat segment with its accessed bit set, for [`flat`].
-pub(crate) mod flat_attributes {
+/// Attributes (see [`Segment`]) of the flat segments of DPL 0 that SYSCALL, SYSRET and their kin load.
+pub mod flat_attributes {
     /// 64-bit code, execute/read.
     pub const CODE64: u32 = 0xa09b;
     /// 32-bit code, execute/read.

@@ -264,7 +264,7 @@ impl Work<'_> {
             if i.live_before == 0 {
                 return None;
             }
-            if i.class.checks() {
+            if i.class.checks() || i.class == Class::Interpret {
                 return Some(FlagPlace::Saved);
             }
             if i.flags.needs_registers(i.live_after) {
@@ -352,6 +352,12 @@ impl Work<'_> {
             Class::Return => self.ret(i),
             Class::Swapgs => self.swapgs(),
             Class::Rdtsc => self.rdtsc(i),
+            Class::Rdpid => self.rdpid(i),
+            Class::ReadSelector => self.read_selector(i),
+            Class::SegmentBase { segment, write } => self.segment_base(i, segment, write),
+            Class::Syscall => self.syscall(i),
+            Class::Sysret => self.sysret(i),
+            Class::Serialize => self.asm().raw(&[0x0f, 0xae, 0xf0]), // mfence
             Class::Cli => self.cli(i),
             Class::Sti => self.sti(i),
             Class::AlignmentFlag => self.alignment_flag(i),
@@ -425,7 +431,7 @@ impl Work<'_> {
                     a.mov32(S0, S0);
                     a.store(ctx::gpr(n), S0);
                 }
-                _ => self.store16(ctx::gpr(n), S0),
+                _ => self.asm().store16(ctx::gpr(n), S0),
             }
             return;
         }
@@ -435,12 +441,6 @@ impl Work<'_> {
             4 => self.asm().mov32(n, S0),
             _ => self.mov16(n, S0),
         }
-    }
-
-    fn store16(&mut self, disp: i32, r: Reg) {
-        self.asm()
-            .raw(&[0x65, 0x66, 0x44, 0x89, (r & 7) << 3 | 4, 0x25]);
-        self.asm().raw(&disp.to_le_bytes());
     }
 
     fn mov16(&mut self, dst: Reg, src: Reg) {
@@ -456,18 +456,6 @@ impl Work<'_> {
         a.load(S1, ctx::KERNEL_GS_BASE);
         a.store(base, S1);
         a.store(ctx::KERNEL_GS_BASE, S0);
-    }
-
-    fn rdtsc(&mut self, i: &GuestInstruction) {
-        self.before_check(i);
-        let a = self.asm();
-        a.raw(&[0x0f, 0x31]);
-        a.shl64(RDX, 32);
-        a.or64(RAX, RDX);
-        a.add_gs(RAX, ctx::TSC_OFFSET);
-        a.mov(RDX, RAX);
-        a.shr64(RDX, 32);
-        a.mov32(RAX, RAX);
     }
 
     // ---- addresses and checks ----

@@ -1,8 +1,21 @@
-//! Sensitive instructions emitted as code on the virtual RFLAGS.
+//! Sensitive instructions emitted as code on the virtual state.
 //!
-//! The arithmetic bits of the virtual RFLAGS in the context are stale while translated code runs.
+//! The arithmetic bits of the virtual RFLAGS in the context are stale while translated code runs; they are in the registers
+//! or in `FLAGS` (see `flags`). What is rare or may fault leaves to the interpreter before anything has changed.
+
+use doppel_x86::flat_attributes;
 
 use super::*;
+
+const RF: i32 = 1 << 16;
+const TF: i32 = 1 << 8;
+/// What SYSRET takes from R11.
+const SYSRET_FLAGS: i32 = 0x3c_7fd7;
+const EFER_SCE: i32 = 1;
+const CR4_FSGSBASE: i32 = 1 << 16;
+const CR4_TSD: i32 = 1 << 2;
+const CS: u8 = 1;
+const SS: u8 = 2;
 
 impl Work<'_> {
     pub(super) fn cli(&mut self, i: &GuestInstruction) {
@@ -37,8 +50,8 @@ impl Work<'_> {
         }
     }
 
-    pub(super) fn pushf(&mut self, i: &GuestInstruction) {
-        self.before_check(i);
+    /// S0 = the guest's RFLAGS without RF and VM. The flags are saved here.
+    fn whole_flags(&mut self) {
         let a = self.asm();
         a.load32(S1, ctx::FLAGS);
         a.mov32(S0, S1);
@@ -50,6 +63,25 @@ impl Work<'_> {
         a.load32(S1, ctx::RFLAGS);
         a.alu_imm32(Alu::And, S1, !(ARITHMETIC | RF_VM));
         a.or64(S0, S1);
+    }
+
+    /// The arithmetic flags become those of an RFLAGS value in S0, which is destroyed, as is S1.
+    fn set_arithmetic_flags(&mut self) {
+        let a = self.asm();
+        a.mov32(S1, S0);
+        a.alu_imm32(Alu::And, S1, 0xd5);
+        a.shl32(S1, 8);
+        a.shr32(S0, 11);
+        a.alu_imm32(Alu::And, S0, 1);
+        a.or64(S1, S0);
+        a.store32(ctx::FLAGS, S1);
+        self.place = FlagPlace::Saved;
+    }
+
+    pub(super) fn pushf(&mut self, i: &GuestInstruction) {
+        self.before_check(i);
+        self.whole_flags();
+        let a = self.asm();
         a.store(ctx::SPILL, S0);
         a.lea(S0, RSP, -8);
         self.check(i, 8, true);
@@ -76,14 +108,175 @@ impl Work<'_> {
         let a = self.asm();
         a.bind(masked);
         a.store(ctx::RFLAGS, S0);
-        a.mov32(S1, S0);
-        a.alu_imm32(Alu::And, S1, 0xd5);
-        a.shl32(S1, 8);
-        a.shr32(S0, 11);
-        a.alu_imm32(Alu::And, S0, 1);
-        a.or64(S1, S0);
-        a.store32(ctx::FLAGS, S1);
-        a.lea(RSP, RSP, 8);
+        self.set_arithmetic_flags();
+        self.asm().lea(RSP, RSP, 8);
+    }
+
+    pub(super) fn rdtsc(&mut self, i: &GuestInstruction) {
+        self.before_check(i);
+        let a = self.asm();
+        a.raw(&[0x0f, 0x31]);
+        a.shl64(RDX, 32);
+        a.or64(RAX, RDX);
+        a.add_gs(RAX, ctx::TSC_OFFSET);
+        a.mov(RDX, RAX);
+        a.shr64(RDX, 32);
+        a.mov32(RAX, RAX);
+        if i.decoded.code() == Code::Rdtscp {
+            // What RDTSCP waits for.
+            a.raw(&[0x0f, 0xae, 0xe8]); // lfence
+            a.load32(RCX, ctx::TSC_AUX);
+        }
+    }
+
+    /// A general register becomes what stands in a slot of the context; the upper half is zero where `wide` is not set.
+    fn load_slot(&mut self, to: Register, slot: i32, wide: bool) {
+        let n = to.number() as Reg;
+        let r = if is_scratch(to) { S0 } else { n };
+        let a = self.asm();
+        if wide {
+            a.load(r, slot);
+        } else {
+            a.load32(r, slot);
+        }
+        if is_scratch(to) {
+            a.store(ctx::gpr(n), S0);
+        }
+    }
+
+    pub(super) fn rdpid(&mut self, i: &GuestInstruction) {
+        self.load_slot(i.decoded.op0_register(), ctx::TSC_AUX, false);
+    }
+
+    /// `mov r32, sreg` or `mov r64, sreg`: the selector, zero extended.
+    pub(super) fn read_selector(&mut self, i: &GuestInstruction) {
+        let selector = ctx::segment_selector(i.decoded.op1_register().number() as u8);
+        let to = i.decoded.op0_register();
+        let n = to.number() as Reg;
+        let r = if is_scratch(to) { S0 } else { n };
+        self.asm().load16(r, selector);
+        if is_scratch(to) {
+            self.asm().store(ctx::gpr(n), S0);
+        }
+    }
+
+    /// RDFSBASE, RDGSBASE, WRFSBASE and WRGSBASE.
+    pub(super) fn segment_base(&mut self, i: &GuestInstruction, segment: u8, write: bool) {
+        self.before_check(i);
+        self.asm().test_gs_imm32(ctx::CR4, CR4_FSGSBASE);
+        self.leave_if(CC_E, i);
+        let r = i.decoded.op0_register();
+        let (wide, base) = (r.size() == 8, ctx::segment_base(segment));
+        if !write {
+            self.load_slot(r, base, wide);
+            return;
+        }
+        let n = r.number() as Reg;
+        let a = self.asm();
+        if is_scratch(r) {
+            a.load(S0, ctx::gpr(n));
+        } else {
+            a.mov(S0, n);
+        }
+        if wide {
+            self.leave_unless_canonical(S0, i);
+        } else {
+            a.mov32(S0, S0);
+        }
+        self.asm().store(base, S0);
+    }
+
+    /// Destroys S1.
+    fn leave_unless_canonical(&mut self, r: Reg, i: &GuestInstruction) {
+        let a = self.asm();
+        a.mov(S1, r);
+        a.shl64(S1, 16);
+        a.sar64(S1, 16);
+        a.xor64(S1, r);
+        self.leave_if(CC_NE, i);
+    }
+
+    /// SYSCALL from 64-bit code where the kernel masks the arithmetic flags, IF, TF and AC.
+    pub(super) fn syscall(&mut self, i: &GuestInstruction) {
+        const MASKED: i32 = ARITHMETIC | IF | TF | AC;
+        self.before_check(i);
+        let a = self.asm();
+        a.test_gs_imm32(ctx::EFER, EFER_SCE);
+        self.leave_if(CC_E, i);
+        let a = self.asm();
+        a.load32(S0, ctx::SFMASK);
+        a.alu_imm32(Alu::And, S0, MASKED);
+        a.alu_imm32(Alu::Cmp, S0, MASKED);
+        self.leave_if(CC_NE, i);
+        self.whole_flags();
+        let next = i64::from(i.offset) + i.decoded.len() as i64;
+        let a = self.asm();
+        a.store(ctx::gpr(11), S0);
+        a.load32(S1, ctx::SFMASK);
+        a.not32(S1);
+        a.and64(S0, S1);
+        a.alu_imm64(Alu::Or, S0, 2);
+        a.store(ctx::RFLAGS, S0);
+        a.store_imm32(ctx::FLAGS, 2 << 8);
+        self.guest_address(RCX, next);
+        let a = self.asm();
+        a.load32(S0, ctx::STAR + 4);
+        a.alu_imm32(Alu::And, S0, 0xfffc);
+        self.flat_segments(flat_attributes::CODE64, flat_attributes::DATA, 0);
+        let a = self.asm();
+        a.load(S0, ctx::LSTAR);
         self.place = FlagPlace::Saved;
+        self.indirect_at(Privilege::Supervisor as u8);
+    }
+
+    /// SYSRET to 64-bit code that may be translated; anything else is interpreted.
+    pub(super) fn sysret(&mut self, i: &GuestInstruction) {
+        self.before_check(i);
+        self.asm().test_gs_imm32(ctx::EFER, EFER_SCE);
+        self.leave_if(CC_E, i);
+        self.asm().test_gs_imm32(ctx::CR4, CR4_TSD);
+        self.leave_if(CC_NE, i);
+        self.leave_unless_canonical(RCX, i);
+        let a = self.asm();
+        a.load(S0, ctx::gpr(11));
+        a.test_imm32(S0, TF | AC);
+        self.leave_if(CC_NE, i);
+        self.asm().test_imm32(S0, IF);
+        let masked = self.asm().jcc(CC_E);
+        self.leave_if_interrupt_waits(i);
+        let a = self.asm();
+        a.bind(masked);
+        a.alu_imm32(Alu::And, S0, SYSRET_FLAGS & !RF);
+        a.alu_imm32(Alu::Or, S0, 2);
+        a.store(ctx::RFLAGS, S0);
+        self.set_arithmetic_flags();
+        let a = self.asm();
+        a.load32(S0, ctx::STAR + 4);
+        a.shr32(S0, 16);
+        a.lea(S0, S0, 16);
+        a.alu_imm32(Alu::Or, S0, 3);
+        let user = 3 << 5;
+        self.flat_segments(
+            flat_attributes::CODE64 | user,
+            flat_attributes::DATA | user,
+            3,
+        );
+        self.asm().mov(S0, RCX);
+        self.indirect_at(Privilege::User as u8);
+    }
+
+    /// CS and SS become flat segments of a privilege. The selector of CS stands in S0; that of SS is 8 more on the way into
+    /// the kernel and 8 less on the way out.
+    fn flat_segments(&mut self, code: u32, data: u32, cpl: u8) {
+        let to_ss = if cpl == 0 { 8 } else { -8 };
+        for (segment, attributes, step) in [(CS, code, 0), (SS, data, to_ss)] {
+            let a = self.asm();
+            a.lea(S1, S0, step);
+            a.store16(ctx::segment_selector(segment), S1);
+            a.store_imm64(ctx::segment_base(segment), 0);
+            a.store_imm32(ctx::segment_limit(segment), u32::MAX);
+            a.store_imm32(ctx::segment_attributes(segment), attributes);
+        }
+        self.asm().store_imm8(ctx::CPL, cpl);
     }
 }
