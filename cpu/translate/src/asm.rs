@@ -290,6 +290,27 @@ impl Asm {
     pub fn not32(&mut self, reg: Reg) {
         self.raw(&[Self::rex(false, 0, 0, reg), 0xf7, 0xd0 | (reg & 7)]);
     }
+    pub fn sub64(&mut self, dst: Reg, src: Reg) {
+        self.raw(&[
+            Self::rex(true, src, 0, dst),
+            0x29,
+            0xc0 | (src & 7) << 3 | (dst & 7),
+        ]);
+    }
+    pub fn xchg(&mut self, a: Reg, b: Reg) {
+        self.raw(&[
+            Self::rex(true, b, 0, a),
+            0x87,
+            0xc0 | (b & 7) << 3 | (a & 7),
+        ]);
+    }
+    pub fn neg32(&mut self, reg: Reg) {
+        self.raw(&[Self::rex(false, 0, 0, reg), 0xf7, 0xd8 | (reg & 7)]);
+    }
+    /// `cmp reg, gs:[disp]`.
+    pub fn cmp_gs(&mut self, reg: Reg, disp: i32) {
+        self.gs(true, 0x3b, reg, disp);
+    }
     pub fn add64(&mut self, dst: Reg, src: Reg) {
         self.raw(&[
             Self::rex(true, src, 0, dst),

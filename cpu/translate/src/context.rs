@@ -11,6 +11,10 @@ use doppel_x86::{Cpu, Segment};
 
 use crate::jump_cache::{JumpCache, JumpEntry};
 
+/// See [`Context::bounce`].
+#[repr(C, align(64))]
+pub(crate) struct Bounce(pub [u8; 128]);
+
 /// The memory behind the GS base.
 #[repr(C, align(64))]
 pub(crate) struct Context {
@@ -18,7 +22,7 @@ pub(crate) struct Context {
     /// Arithmetic flags of the guest while generated code has saved them (see `flags`).
     pub flags: u64,
     /// Where a register is kept for a moment.
-    pub spill: [u64; 3],
+    pub spill: [u64; 4],
     /// Linear address of the guest page that executes, for position-independent blocks.
     pub page_base: u64,
     /// Loaded through at each back edge; a kick makes it point where no memory is.
@@ -41,6 +45,8 @@ pub(crate) struct Context {
     /// The address that a check failed for, while the monitor looks at it.
     pub slow_linear: u64,
     pub slow_access: u64,
+    /// Where a load that crosses pages finds its bytes; twice as long as the longest, to keep its alignment.
+    pub bounce: Bounce,
     pub translator: u64,
     /// Counted by the blocks themselves where [`crate::TranslateOptions::count`] asks for it.
     pub blocks_run: u64,

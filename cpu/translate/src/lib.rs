@@ -9,6 +9,7 @@
 //! `thunk` (the way in and out), `blocks` (cache, links, self-modifying code), `engine` (the loop), `enter_unsafe` (signals).
 //! docs/translate.md explains the whole.
 
+mod access;
 mod asm;
 mod blocks;
 mod cache_unsafe;

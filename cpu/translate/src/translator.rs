@@ -6,7 +6,7 @@
 
 use std::time::Instant;
 
-use doppel_memory::{AccessKind, PAGE_MASK, PAGE_SIZE, Privilege};
+use doppel_memory::{PAGE_MASK, Privilege};
 use doppel_x86::{Activity, Bus, Cpu, Exit, Outcome, Rflags, event, interpret};
 
 use crate::asm::Asm;
@@ -202,47 +202,9 @@ impl Translator {
         };
         page.wrapping_add(offset as u64)
     }
-
-    /// A memory access missed the TLB: returns where to go on, or 0 to leave and interpret the instruction.
-    pub fn access(&mut self, linear: u64, site: u32) -> u64 {
-        self.counts.tlb_misses += 1;
-        let access = self.blocks.access(site);
-        let block = self.blocks.get(access.block);
-        let (privilege, host) = (PRIVILEGES[usize::from(block.key.privilege)], block.host);
-        if self.fill(linear, access.site.size, access.site.write, privilege) {
-            return host + u64::from(access.site.retry);
-        }
-        self.context.exit = EXIT_ACCESS;
-        self.context.fault_pc = u64::from(site);
-        0
-    }
-
-    fn fill(&mut self, linear: u64, size: u8, write: bool, privilege: Privilege) -> bool {
-        let crosses = (linear & PAGE_MASK) + u64::from(size) > PAGE_SIZE;
-        if crosses || !Cpu::canonical(linear) {
-            return false;
-        }
-        let kind = if write {
-            AccessKind::Write
-        } else {
-            AccessKind::Read
-        };
-        let cpu = &mut self.context.cpu;
-        if cpu.translate(linear, kind, privilege).is_err() {
-            return false;
-        }
-        let tlb = &cpu.tlb[privilege as usize];
-        let size = usize::from(size);
-        if write {
-            tlb.lookup_write(linear, size)
-        } else {
-            tlb.lookup_read(linear, size)
-        }
-        .is_some()
-    }
 }
 
-const PRIVILEGES: [Privilege; 3] = [
+pub(crate) const PRIVILEGES: [Privilege; 3] = [
     Privilege::User,
     Privilege::Supervisor,
     Privilege::SupervisorAc,

@@ -11,6 +11,7 @@
 
 mod control;
 mod stack;
+mod string;
 mod system;
 
 use iced_x86::{Code, Encoder, Instruction, InstructionInfoFactory, OpAccess, OpKind, Register};
@@ -67,6 +68,8 @@ pub(crate) struct AccessSite {
     pub write: bool,
     /// Position of the check.
     pub retry: u32,
+    /// Position behind the check, where S0 is a host address.
+    pub done: u32,
     pub flags: FlagPlace,
 }
 
@@ -595,6 +598,7 @@ impl Work<'_> {
             size: size as u8,
             write,
             retry,
+            done: self.r.asm.pos() as u32,
             flags: self.place,
         });
         self.slow.push(SlowJump { from, tag, site });
@@ -716,49 +720,6 @@ impl Work<'_> {
         set_host_operand(&mut own, Register::R10);
         self.encode(&own);
         self.after_own(i);
-    }
-
-    /// REP MOVS or REP STOS upwards within one page on each side runs as it is on host addresses; the rest is interpreted.
-    fn repeat(&mut self, i: &GuestInstruction, size: u8, source: bool) {
-        self.before_check(i);
-        self.asm().test_gs_imm32(ctx::RFLAGS, DF);
-        self.leave_if(CC_NE, i);
-        self.asm().alu_imm64(Alu::Cmp, RCX, 4096 / i32::from(size));
-        self.leave_if(CC_A, i);
-        if source {
-            self.host_range(i, RSI, size, false);
-            self.asm().store(ctx::SPILL, S0);
-        }
-        self.host_range(i, RDI, size, true);
-        let a = self.asm();
-        a.lea_index(S1, RDI, RCX, size);
-        a.store(ctx::SPILL + 8, S1);
-        if source {
-            a.lea_index(S1, RSI, RCX, size);
-            a.store(ctx::SPILL + 16, S1);
-            a.load(RSI, ctx::SPILL);
-        }
-        a.mov(RDI, S0);
-        let from = usize::from(i.offset - self.block.start);
-        let bytes = &self.block.bytes[from..from + i.decoded.len()];
-        self.r.asm.raw(bytes);
-        let a = self.asm();
-        a.load(RDI, ctx::SPILL + 8);
-        if source {
-            a.load(RSI, ctx::SPILL + 16);
-        }
-    }
-
-    /// S0 = host address of the RCX elements at `pointer`, which end within its page.
-    fn host_range(&mut self, i: &GuestInstruction, pointer: Reg, size: u8, write: bool) {
-        self.asm().mov(S0, pointer);
-        self.check(i, 1, write);
-        let a = self.asm();
-        a.mov32(S1, S0);
-        a.alu_imm32(Alu::And, S1, 4095);
-        a.lea_index(S1, S1, RCX, size);
-        a.alu_imm32(Alu::Cmp, S1, 4096);
-        self.leave_if(CC_A, i);
     }
 
     /// Leaves to the interpreter on a condition.
