@@ -155,6 +155,35 @@ impl Asm {
     pub fn cmp_indexed8(&mut self, reg: Reg, index: Reg, disp: i32) {
         self.gs_indexed8(true, 0x3b, reg, index, disp);
     }
+    /// `mov reg, gs:[index * 8 + disp]`.
+    pub fn load_indexed8(&mut self, reg: Reg, index: Reg, disp: i32) {
+        self.gs_indexed8(true, 0x8b, reg, index, disp);
+    }
+    /// `mov gs:[index * 8 + disp], reg`.
+    pub fn store_indexed8(&mut self, index: Reg, disp: i32, reg: Reg) {
+        self.gs_indexed8(true, 0x89, reg, index, disp);
+    }
+    /// `lea dst, [index * scale]`.
+    pub fn lea_index_only(&mut self, dst: Reg, index: Reg, scale: u8) {
+        let sib = (scale.trailing_zeros() as u8) << 6 | (index & 7) << 3 | 5;
+        self.raw(&[
+            Self::rex(true, dst, index, 0),
+            0x8d,
+            (dst & 7) << 3 | 4,
+            sib,
+        ]);
+        self.imm32(0);
+    }
+    /// `imul dst, src, imm`.
+    pub fn imul_imm32(&mut self, dst: Reg, src: Reg, imm: i32) {
+        let modrm = 0xc0 | (dst & 7) << 3 | (src & 7);
+        self.raw(&[Self::rex(false, dst, 0, src), 0x69, modrm]);
+        self.imm32(imm);
+    }
+    /// `jmp reg`.
+    pub fn jmp_reg(&mut self, reg: Reg) {
+        self.raw(&[Self::rex(false, 0, 0, reg), 0xff, 0xe0 | (reg & 7)]);
+    }
     /// `jmp gs:[index * 8 + disp]`.
     pub fn jmp_indexed8(&mut self, index: Reg, disp: i32) {
         self.gs_indexed8(false, 0xff, 4, index, disp);

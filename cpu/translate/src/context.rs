@@ -116,7 +116,12 @@ segment_displacement! {
     segment_selector = selector;
 }
 
-/// Displacement of the jump cache of a privilege.
+/// Displacement of the second level of the jump cache of a privilege.
+pub(crate) const fn second_jump_cache(privilege: u8) -> i32 {
+    jump_cache(privilege) + offset_of!(JumpCache, second) as i32
+}
+
+/// Displacement of the first level of the jump cache of a privilege.
 pub(crate) const fn jump_cache(privilege: u8) -> i32 {
     JUMP_CACHE + (size_of::<JumpCache>() as i32) * privilege as i32
 }

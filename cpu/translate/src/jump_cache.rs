@@ -1,13 +1,25 @@
 //! The jump cache: guest linear address → translation, for branches whose target is known only when they run.
 //!
-//! Direct mapped, one per privilege; generated code looks a target up in five instructions. Only the monitor enters anything, so
-//! it lists the slots it used, and emptying the cache (each change of address space does) costs what was entered since.
-//! Invariant: an entry's address leads to a block that is alive and that the guest's page tables give for its linear address.
+//! Two levels, one pair per privilege. Generated code looks a target up in the first, indexed by its low bits, in five instructions;
+//! return addresses collide there, so a thunk then looks into the second, which is larger, hashes all bits, and
+//! brings what it finds into the first. Only what is in neither asks the monitor.
+//! Invariants: an entry's address leads to a block that is alive and that the guest's page tables give for its linear address.
+//! Whatever is in the first level is in the second, and the second lists the slots it uses, so that emptying both (each change of
+//! address space does) costs what was entered since. Slot 0 apart, an unused entry is all zeros: address 0 belongs in slot 0.
 
-/// Entries; a power of two.
-pub(crate) const JUMP_CACHE_ENTRIES: usize = 4096;
-/// Generated code ands a linear address with this and scales by 8 to reach its entry: bit 0 does not count.
-pub(crate) const JUMP_INDEX_MASK: i32 = 2 * (JUMP_CACHE_ENTRIES as i32 - 1);
+use std::ops::Range;
+
+/// Entries of the first level; a power of two.
+const FIRST: usize = 4096;
+/// log2 of the entries of the second level.
+const SECOND_BITS: u32 = 13;
+const SECOND: usize = 1 << SECOND_BITS;
+/// Generated code ands a linear address with this and scales by 8 to reach its entry in the first level: bit 0 does not count.
+pub(crate) const FIRST_INDEX_MASK: i32 = 2 * (FIRST as i32 - 1);
+/// The second level's slot is the top [`SECOND_BITS`] of the 32-bit product of the linear address and this.
+pub(crate) const SECOND_FACTOR: i32 = 0x61c8_8647;
+/// How far the product is shifted right to become a slot.
+pub(crate) const SECOND_SHIFT: u8 = (32 - SECOND_BITS) as u8;
 
 /// A guest linear address and where its translation begins.
 #[repr(C)]
@@ -21,10 +33,11 @@ pub(crate) struct JumpEntry {
 const NO_LINEAR: u64 = 0x8000_0000_0000_0000;
 
 impl JumpEntry {
-    const EMPTY: JumpEntry = JumpEntry {
-        linear: NO_LINEAR,
-        host: 0,
-    };
+    fn empty(slot: usize) -> JumpEntry {
+        let linear = if slot == 0 { NO_LINEAR } else { 0 };
+        JumpEntry { linear, host: 0 }
+    }
+
     /// Empty, but in the list of filled slots.
     const FORGOTTEN: JumpEntry = JumpEntry {
         linear: NO_LINEAR,
@@ -35,62 +48,83 @@ impl JumpEntry {
 /// The layout is relied on by generated code.
 #[repr(C)]
 pub(crate) struct JumpCache {
-    entries: [JumpEntry; JUMP_CACHE_ENTRIES],
-    filled: [u16; JUMP_CACHE_ENTRIES],
+    pub first: [JumpEntry; FIRST],
+    pub second: [JumpEntry; SECOND],
+    filled: [u16; SECOND],
     len: usize,
 }
 
-fn index(linear: u64) -> usize {
-    (linear as i32 & JUMP_INDEX_MASK) as usize / 2
+fn first_slot(linear: u64) -> usize {
+    (linear as i32 & FIRST_INDEX_MASK) as usize / 2
+}
+
+fn second_slot(linear: u64) -> usize {
+    ((linear as u32).wrapping_mul(SECOND_FACTOR as u32) >> SECOND_SHIFT) as usize
 }
 
 impl JumpCache {
     /// Makes a zeroed cache an empty one.
     pub fn initialize(&mut self) {
-        self.entries.fill(JumpEntry::EMPTY);
-        self.len = 0;
+        self.first[0] = JumpEntry::empty(0);
+        self.second[0] = JumpEntry::empty(0);
     }
 
     /// The translation of a linear address.
     pub fn find(&self, linear: u64) -> Option<u64> {
-        let entry = &self.entries[index(linear)];
+        let entry = &self.second[second_slot(linear)];
         (entry.linear == linear).then_some(entry.host)
     }
 
     /// Enters a translation.
     pub fn insert(&mut self, linear: u64, host: u64) {
-        let slot = index(linear);
-        if self.entries[slot].host == 0 {
+        let slot = second_slot(linear);
+        let old = self.second[slot];
+        if old.host == 0 {
             // A slot leaves the list only with its entry, so the list has room for all.
             self.filled[self.len] = slot as u16;
             self.len += 1;
         }
-        self.entries[slot] = JumpEntry { linear, host };
+        self.forget_first(old.linear);
+        self.second[slot] = JumpEntry { linear, host };
+        self.first[first_slot(linear)] = JumpEntry { linear, host };
+    }
+
+    fn forget_first(&mut self, linear: u64) {
+        let slot = first_slot(linear);
+        if self.first[slot].linear == linear {
+            self.first[slot] = JumpEntry::empty(slot);
+        }
     }
 
     /// Forgets everything.
     pub fn clear(&mut self) {
-        for slot in &self.filled[..self.len] {
-            self.entries[usize::from(*slot)] = JumpEntry::EMPTY;
+        for n in 0..self.len {
+            self.empty_second(usize::from(self.filled[n]));
         }
         self.len = 0;
     }
 
+    fn empty_second(&mut self, slot: usize) {
+        self.forget_first(self.second[slot].linear);
+        self.second[slot] = JumpEntry::empty(slot);
+    }
+
     /// Forgets one linear address.
     pub fn forget(&mut self, linear: u64) {
-        let entry = &mut self.entries[index(linear)];
+        self.forget_first(linear);
+        let entry = &mut self.second[second_slot(linear)];
         if entry.linear == linear {
             *entry = JumpEntry::FORGOTTEN;
         }
     }
 
     /// Forgets the entries whose translations lie in a range of host addresses.
-    pub fn remove(&mut self, host: &std::ops::Range<u64>) {
+    pub fn remove(&mut self, host: &Range<u64>) {
         let mut kept = 0;
         for n in 0..self.len {
             let slot = self.filled[n];
-            if host.contains(&self.entries[usize::from(slot)].host) {
-                self.entries[usize::from(slot)] = JumpEntry::EMPTY;
+            if host.contains(&self.second[usize::from(slot)].host) {
+                self.empty_second(usize::from(slot));
             } else {
                 self.filled[kept] = slot;
                 kept += 1;
@@ -105,34 +139,47 @@ mod tests {
     use super::*;
 
     fn empty() -> Box<JumpCache> {
+        let zeros = JumpEntry { linear: 0, host: 0 };
         let mut cache = Box::new(JumpCache {
-            entries: [JumpEntry::EMPTY; JUMP_CACHE_ENTRIES],
-            filled: [0; JUMP_CACHE_ENTRIES],
+            first: [zeros; FIRST],
+            second: [zeros; SECOND],
+            filled: [0; SECOND],
             len: 0,
         });
         cache.initialize();
         cache
     }
 
+    /// The first level holds nothing that the second does not.
+    fn check(cache: &JumpCache) {
+        for (slot, e) in cache.first.iter().enumerate() {
+            let vacant = JumpEntry::empty(slot).linear;
+            assert!(e.linear == vacant || cache.find(e.linear) == Some(e.host));
+        }
+    }
+
     #[test]
     fn entries_are_found_until_they_are_forgotten() {
         let mut cache = empty();
-        for turn in 0..3u64 {
-            for n in 0..2 * JUMP_CACHE_ENTRIES as u64 {
-                cache.insert(n, 0x1000 + n + turn);
-            }
-            assert_eq!(cache.find(8191), Some(0x1000 + 8191 + turn));
-            assert_eq!(cache.find(8190), None, "displaced by 8191");
+        for n in 0..40_000u64 {
+            let linear = n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 17;
+            cache.insert(linear, 0x1000 + n);
+            assert_eq!(cache.find(linear), Some(0x1000 + n));
         }
-        cache.remove(&(0x1000 + 8192..0x1000 + 8194));
-        assert_eq!(cache.find(8191), None);
-        assert!(cache.find(8189).is_some());
-        cache.insert(8191, 7);
-        cache.forget(8191);
-        assert_eq!(cache.find(8191), None);
-        cache.insert(8191, 7);
+        check(&cache);
+        cache.insert(0, 77);
+        assert_eq!(cache.find(0), Some(77));
+        cache.forget(0);
+        assert_eq!(cache.find(0), None);
+        cache.insert(0, 78);
+        cache.remove(&(0x1000 + 30_000..0x1000 + 40_000));
+        check(&cache);
+        assert!(cache.second.iter().all(|e| e.host < 0x1000 + 30_000));
+        assert_eq!(cache.find(0), Some(78));
         cache.clear();
-        assert!((0..1 << 13).all(|n| cache.find(n).is_none()));
+        check(&cache);
+        assert_eq!(cache.len, 0);
+        assert!(cache.first.iter().all(|e| e.host == 0));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //!
 //! * `enter`: called by Rust; saves what the C calling convention preserves, loads the guest's registers and jumps to `entry`.
 //! * `exit`: jumped to by blocks with the exit's number in the context; the reverse.
+//! * `lookup`: an indirect branch whose target the first level of the jump cache does not know.
 //! * `slow` and `slow_simd`: a memory access missed the TLB; call the monitor, then go on at the same check or leave.
 //!
 //! S0 and S1 (r10, r11) are scratch: the guest's values of them are always in their slots.
@@ -11,8 +12,11 @@
 //! does asks at its start), and whatever calls into Rust saves it where it is live. A kernel hardly ever touches it, so
 //! most of its exits move general registers only. `slow_simd` is for the blocks that have asked already and rely on it.
 
+use doppel_memory::Privilege;
+
 use crate::asm::*;
 use crate::context as ctx;
+use crate::jump_cache::{FIRST_INDEX_MASK, SECOND_FACTOR, SECOND_SHIFT};
 
 /// Exit numbers that are not indices of the exit table.
 pub(crate) const EXIT_FAULT: u32 = u32::MAX;
@@ -34,6 +38,8 @@ pub(crate) struct Thunks {
     pub exit: u64,
     pub slow: u64,
     pub slow_simd: u64,
+    /// By the privilege of the code at the target.
+    pub lookup: [u64; 3],
 }
 
 /// Assembles the thunks for a cache that begins at `base`.
@@ -66,11 +72,17 @@ pub(crate) fn assemble(asm: &mut Asm, base: u64, xsaveopt: bool) -> Thunks {
         slow_access(asm, simd, xsaveopt, leave);
         at
     });
+    let lookup = [0, 1, 2].map(|privilege| {
+        let at = base + asm.pos() as u64;
+        lookup(asm, privilege, exit);
+        at
+    });
     Thunks {
         enter,
         exit,
         slow,
         slow_simd,
+        lookup,
     }
 }
 
@@ -106,6 +118,36 @@ fn slow_access(asm: &mut Asm, simd: bool, xsaveopt: bool, leave: usize) {
     load_guest(asm);
     asm.load(S0, ctx::SLOW_LINEAR);
     asm.jmp_gs(ctx::ENTRY);
+}
+
+/// Goes on at the guest address in S0, which the first level of the jump cache does not know.
+fn lookup(asm: &mut Asm, privilege: u8, exit: u64) {
+    let (first, second) = (
+        ctx::jump_cache(privilege),
+        ctx::second_jump_cache(privilege),
+    );
+    asm.imul_imm32(S1, S0, SECOND_FACTOR);
+    asm.shr32(S1, SECOND_SHIFT);
+    asm.lea_index_only(S1, S1, 2);
+    asm.cmp_indexed8(S0, S1, second);
+    let miss = asm.jcc(CC_NE);
+    asm.store(ctx::SPILL, RAX);
+    asm.load_indexed8(RAX, S1, second + 8);
+    asm.mov32(S1, S0);
+    asm.alu_imm32(Alu::And, S1, FIRST_INDEX_MASK);
+    asm.store_indexed8(S1, first, S0);
+    asm.store_indexed8(S1, first + 8, RAX);
+    if privilege == Privilege::User as u8 {
+        asm.alu_imm64(Alu::And, S0, -4096);
+        asm.store(ctx::PAGE_BASE, S0);
+    }
+    asm.mov(S1, RAX);
+    asm.load(RAX, ctx::SPILL);
+    asm.jmp_reg(S1);
+    asm.bind(miss);
+    asm.store(ctx::SPILL + 8, S0);
+    asm.store_imm32(ctx::EXIT, EXIT_INDIRECT);
+    asm.jmp_to(exit);
 }
 
 /// Saves the vector state where it is live; it is not afterwards. Destroys RAX, RDX and the flags.

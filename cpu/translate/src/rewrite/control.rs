@@ -1,7 +1,7 @@
 //! Control flow: direct exits, the jump cache, polls at back edges.
 
 use super::*;
-use crate::jump_cache::JUMP_INDEX_MASK;
+use crate::jump_cache::FIRST_INDEX_MASK;
 
 impl Work<'_> {
     /// A load that faults once the engine was kicked; every cycle of linked blocks passes one.
@@ -189,21 +189,18 @@ impl Work<'_> {
     /// The same into code of any privilege.
     pub(super) fn indirect_at(&mut self, privilege: u8) {
         let cache = ctx::jump_cache(privilege);
-        let exit = self.s.thunks.exit;
+        let lookup = self.s.thunks.lookup[usize::from(privilege)];
         let dynamic = privilege == Privilege::User as u8;
         let a = self.asm();
         a.mov32(S1, S0);
-        a.alu_imm32(Alu::And, S1, JUMP_INDEX_MASK);
+        a.alu_imm32(Alu::And, S1, FIRST_INDEX_MASK);
         a.cmp_indexed8(S0, S1, cache);
         let miss = a.jcc(CC_NE);
+        a.bind_to(miss, lookup);
         if dynamic {
             a.alu_imm64(Alu::And, S0, -4096);
             a.store(ctx::PAGE_BASE, S0);
         }
         a.jmp_indexed8(S1, cache + 8);
-        a.bind(miss);
-        a.store(ctx::SPILL + 8, S0);
-        a.store_imm32(ctx::EXIT, EXIT_INDIRECT);
-        a.jmp_to(exit);
     }
 }

@@ -22,7 +22,7 @@ use crate::asm::*;
 use crate::context as ctx;
 use crate::flags::FlagPlace;
 use crate::frontend::{Class, GuestBlock, GuestInstruction};
-use crate::thunk::{EXIT_INDIRECT, Thunks, load_simd};
+use crate::thunk::{Thunks, load_simd};
 
 /// What `rip` is relative to in a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
