@@ -2,15 +2,16 @@
 //!
 //! A miss is filled from the guest's page tables and the check tried again. An access that crosses into another page goes on
 //! behind the check: at the host's address where the two pages lie side by side in the host too (they do wherever the guest has
-//! them side by side in its physical memory), else, if it only reads, at a copy of its bytes. Everything else (a fault, a device, a
-//! page with code) is left to the interpreter.
+//! them side by side in its physical memory), else at a copy of its bytes; a write then goes through a translation of its own of
+//! the one instruction ([`Form::TwoPages`]), which copies back. Everything else (a fault, a device, a page with code, an atomic
+//! access) is left to the interpreter.
 
 use doppel_memory::{AccessKind, HostPtr, PAGE_MASK, PAGE_SIZE, Privilege};
 use doppel_x86::Cpu;
 
-use crate::rewrite::AccessSite;
+use crate::blocks::{Access, Form, Key};
 use crate::thunk::EXIT_ACCESS;
-use crate::translator::{PRIVILEGES, Translator};
+use crate::translator::{CACHE_MARGIN, PRIVILEGES, Translator};
 
 impl Translator {
     /// Called by generated code: returns where to go on, or 0 to leave and interpret the instruction.
@@ -18,16 +19,16 @@ impl Translator {
         self.counts.tlb_misses += 1;
         let access = self.blocks.access(site);
         let block = self.blocks.get(access.block);
-        let (privilege, host) = (PRIVILEGES[usize::from(block.key.privilege)], block.host);
+        let (key, host) = (block.key, block.host);
+        let privilege = PRIVILEGES[usize::from(key.privilege)];
         let room = PAGE_SIZE - (linear & PAGE_MASK);
         if u64::from(access.site.size) <= room {
             if self.page(linear, access.site.write, privilege).is_some() {
                 return host + u64::from(access.site.retry);
             }
-        } else if let Some(at) = self.two_pages(linear, access.site, privilege) {
+        } else if let Some(at) = self.two_pages(linear, access, privilege) {
             self.counts.page_crossings += 1;
-            self.context.slow_linear = at;
-            return host + u64::from(access.site.done);
+            return at;
         }
         self.context.exit = EXIT_ACCESS;
         self.context.fault_pc = u64::from(site);
@@ -52,23 +53,53 @@ impl Translator {
         lookup(cpu, linear, write, privilege)
     }
 
-    /// A host address that stands for an access to two pages.
-    fn two_pages(&mut self, linear: u64, site: AccessSite, privilege: Privilege) -> Option<u64> {
+    /// Where to go on with an access to two pages; what it is to access instead is left in `slow_linear`.
+    fn two_pages(&mut self, linear: u64, access: Access, privilege: Privilege) -> Option<u64> {
+        let site = access.site;
         let first = self.page(linear, site.write, privilege)?;
         let next = (linear | PAGE_MASK).wrapping_add(1);
         let second = self.page(next, site.write, privilege)?;
+        let behind = self.blocks.get(access.block).host + u64::from(site.done);
         if first.addr() + first.room() as u64 == second.addr() {
-            return Some(first.addr());
+            self.context.slow_linear = first.addr();
+            return Some(behind);
         }
-        if site.write {
-            return None;
-        }
-        let at = (linear & 63) as usize;
-        let bounce = &mut self.context.bounce.0;
-        let (low, high) = bounce[at..at + usize::from(site.size)].split_at_mut(first.room());
+        let at = if site.write {
+            self.two_page_form(access)?
+        } else {
+            behind
+        };
+        let place = (linear & 63) as usize;
+        let ctx = &mut *self.context;
+        let bounce = &mut ctx.bounce.0[place..place + usize::from(site.size)];
+        let (low, high) = bounce.split_at_mut(first.room());
         first.read(low);
         second.read(high);
-        Some(bounce[at..].as_ptr() as u64)
+        ctx.copy_to = [first.addr(), second.addr()];
+        ctx.copy_len = [low.len() as u64, high.len() as u64];
+        ctx.slow_linear = low.as_ptr() as u64;
+        Some(at)
+    }
+
+    /// Where the instruction of the access begins in its translation that copies back.
+    fn two_page_form(&mut self, access: Access) -> Option<u64> {
+        let from = self.blocks.get(access.block);
+        let key = Key {
+            gpa: (from.key.gpa & !PAGE_MASK) | u64::from(access.site.offset),
+            form: Form::TwoPages,
+            ..from.key
+        };
+        let simd = from.simd;
+        if from.second_page.is_some() || !access.site.own_operand || !from.alive {
+            return None;
+        }
+        let block = match self.blocks.find(&key) {
+            Some(block) => block,
+            // An emptied cache would leave nothing to go back to.
+            None if self.cache.room() < 2 * CACHE_MARGIN => return None,
+            None => self.translate_block(key, u64::from(access.site.offset))?,
+        };
+        Some(self.blocks.get(block).entry(access.site.flags, simd))
     }
 }
 

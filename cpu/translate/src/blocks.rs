@@ -26,6 +26,16 @@ pub(crate) struct Key {
     pub privilege: u8,
     pub simd: Simd,
     pub base: Base,
+    pub form: Form,
+}
+
+/// What the block is a translation of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Form {
+    /// The instructions from its address on.
+    Normal,
+    /// The one instruction there, whose memory operand lies in two pages and is at `bounce` for now (see `access`).
+    TwoPages,
 }
 
 /// One translated block.
@@ -42,7 +52,7 @@ pub(crate) struct Block {
     /// Entry for blocks that have the vector state loaded, with the flags saved.
     entry_simd: u64,
     /// Uses the vector state, so that it is loaded at every exit that can be linked.
-    simd: bool,
+    pub simd: bool,
     /// Bytes of guest code.
     pub guest_len: u16,
     boundaries: Vec<Boundary>,
@@ -285,7 +295,7 @@ impl Block {
     }
 
     /// Where code enters that has its flags there, and the vector state loaded or perhaps not.
-    fn entry(&self, flags: FlagPlace, simd: bool) -> u64 {
+    pub fn entry(&self, flags: FlagPlace, simd: bool) -> u64 {
         let flags_fit = flags == FlagPlace::Saved || self.entry_registers == self.entry_saved;
         match flags {
             _ if simd && flags_fit => self.entry_simd,

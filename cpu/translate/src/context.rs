@@ -47,6 +47,9 @@ pub(crate) struct Context {
     pub slow_access: u64,
     /// Where a load that crosses pages finds its bytes; twice as long as the longest, to keep its alignment.
     pub bounce: Bounce,
+    /// The two places that `bounce` is a copy of.
+    pub copy_to: [u64; 2],
+    pub copy_len: [u64; 2],
     pub translator: u64,
     /// Counted by the blocks themselves where [`crate::TranslateOptions::count`] asks for it.
     pub blocks_run: u64,
@@ -73,6 +76,8 @@ displacement! {
     ENTRY = entry;
     SLOW_LINEAR = slow_linear;
     SLOW_ACCESS = slow_access;
+    COPY_TO = copy_to;
+    COPY_LEN = copy_len;
     INTERRUPT_WAITS = interrupt_waits;
     TRANSLATOR = translator;
     BLOCKS_RUN = blocks_run;

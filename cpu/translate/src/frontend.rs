@@ -161,6 +161,13 @@ pub(crate) struct GuestBlock {
 }
 
 impl GuestBlock {
+    /// True where the block writes memory in an instruction that must be atomic.
+    pub fn is_atomic(&self) -> bool {
+        self.instructions
+            .iter()
+            .any(|i| i.decoded.has_lock_prefix() || i.decoded.mnemonic() == Mnemonic::Xchg)
+    }
+
     /// Cuts the block after its first instruction.
     pub fn keep_first(&mut self) {
         self.instructions.truncate(1);

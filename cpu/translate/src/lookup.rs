@@ -3,7 +3,7 @@
 use doppel_memory::{AccessKind, PAGE_MASK, PAGE_SIZE, Privilege};
 use doppel_x86::{Cpu, CpuMode, Cr0, Cr4, Rflags};
 
-use crate::blocks::{BlockId, Key, Made};
+use crate::blocks::{BlockId, Form, Key, Made};
 use crate::frontend::{Decoding, GuestBlock, Simd, decode};
 use crate::rewrite::{Base, Setting};
 use crate::translator::{CACHE_MARGIN, Translator};
@@ -60,6 +60,7 @@ impl Translator {
             privilege: privilege as u8,
             simd: self.simd,
             base,
+            form: Form::Normal,
         }
     }
 
@@ -95,7 +96,7 @@ impl Translator {
         }
     }
 
-    fn translate_block(&mut self, key: Key, rip: u64) -> Option<BlockId> {
+    pub fn translate_block(&mut self, key: Key, rip: u64) -> Option<BlockId> {
         if self
             .options
             .translate_limit
@@ -109,6 +110,7 @@ impl Translator {
         }
         let setting = Setting {
             base: key.base,
+            form: key.form,
             privilege: key.privilege,
             count: self.options.count,
             thunks: self.thunks,
@@ -152,8 +154,11 @@ impl Translator {
         let len = (PAGE_SIZE - (rip & PAGE_MASK)) as usize;
         self.context.cpu.ram.ptr(key.gpa)?.read(&mut bytes[..len]);
         let info = self.rewriter.info();
-        if let Some(block) = decode(info, &bytes[..len], start, how) {
-            return Some((block, None));
+        if let Some(mut block) = decode(info, &bytes[..len], start, how) {
+            if key.form == Form::TwoPages {
+                block.keep_first();
+            }
+            return (key.form == Form::Normal || !block.is_atomic()).then_some((block, None));
         }
         let second = self.code_page((rip | PAGE_MASK).wrapping_add(1))?;
         self.context

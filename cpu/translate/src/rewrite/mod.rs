@@ -19,6 +19,7 @@ use iced_x86::{Code, Encoder, Instruction, InstructionInfoFactory, OpAccess, OpK
 use doppel_memory::{Privilege, TLB_ENTRIES, TLB_ENTRY_SHIFT, TlbEntry};
 
 use crate::asm::*;
+use crate::blocks::Form;
 use crate::context as ctx;
 use crate::flags::FlagPlace;
 use crate::frontend::{Class, GuestBlock, GuestInstruction};
@@ -37,6 +38,7 @@ pub(crate) enum Base {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Setting {
     pub base: Base,
+    pub form: Form,
     /// Index of the TLB and of the jump cache: [`doppel_memory::Privilege`].
     pub privilege: u8,
     pub count: bool,
@@ -66,6 +68,8 @@ pub(crate) struct AccessSite {
     pub offset: u16,
     pub size: u8,
     pub write: bool,
+    /// It is the explicit memory operand of an ordinary instruction.
+    pub own_operand: bool,
     /// Position of the check.
     pub retry: u32,
     /// Position behind the check, where S0 is a host address.
@@ -597,6 +601,7 @@ impl Work<'_> {
             offset: i.offset,
             size: size as u8,
             write,
+            own_operand: matches!(i.class, Class::Memory { .. }),
             retry,
             done: self.r.asm.pos() as u32,
             flags: self.place,
@@ -624,8 +629,12 @@ impl Work<'_> {
 
     fn memory(&mut self, i: &GuestInstruction, size: u8, write: bool) {
         self.before_check(i);
-        self.address(&i.decoded, true);
-        self.check(i, u16::from(size), write);
+        if self.s.form == Form::TwoPages {
+            self.asm().load(S0, ctx::SLOW_LINEAR);
+        } else {
+            self.address(&i.decoded, true);
+            self.check(i, u16::from(size), write);
+        }
         self.before_own(i);
         let mut own = i.decoded;
         let operand = self.replace_scratch_operand(&mut own);
@@ -640,7 +649,32 @@ impl Work<'_> {
         {
             self.asm().store(ctx::gpr(n), S1);
         }
+        if self.s.form == Form::TwoPages {
+            self.copy_out();
+        }
         self.after_own(i);
+    }
+
+    /// Moves what the instruction has written at `bounce` to the two pages where it belongs. No flag changes.
+    fn copy_out(&mut self) {
+        let saved = [
+            (RCX, ctx::SPILL),
+            (RSI, ctx::SPILL + 8),
+            (RDI, ctx::SPILL + 16),
+        ];
+        let a = self.asm();
+        for (r, slot) in saved {
+            a.store(slot, r);
+        }
+        a.load(RSI, ctx::SLOW_LINEAR);
+        for part in 0..2 {
+            a.load(RDI, ctx::COPY_TO + 8 * part);
+            a.load(RCX, ctx::COPY_LEN + 8 * part);
+            a.raw(&[0xf3, 0xa4]); // rep movsb
+        }
+        for (r, slot) in saved {
+            a.load(r, slot);
+        }
     }
 
     /// A register operand r10 or r11 becomes S1; tells which it was and how it is used.
