@@ -9,6 +9,9 @@
 use doppel_memory::{AccessKind, HostPtr, PAGE_MASK, PAGE_SIZE, Privilege};
 use doppel_x86::Cpu;
 
+use crate::blocks::BlockId;
+use crate::rewrite::AccessSite;
+
 use crate::blocks::{Access, Form, Key};
 use crate::thunk::EXIT_ACCESS;
 use crate::translator::{CACHE_MARGIN, PRIVILEGES, Translator};
@@ -18,21 +21,49 @@ impl Translator {
     pub fn access(&mut self, linear: u64, site: u32) -> u64 {
         self.counts.tlb_misses += 1;
         let access = self.blocks.access(site);
+        self.go_on(linear, access).unwrap_or_else(|| {
+            self.context.exit = EXIT_ACCESS;
+            self.context.fault_pc = u64::from(site);
+            0
+        })
+    }
+
+    fn go_on(&mut self, linear: u64, access: Access) -> Option<u64> {
+        let site = access.site;
         let block = self.blocks.get(access.block);
-        let (key, host) = (block.key, block.host);
-        let privilege = PRIVILEGES[usize::from(key.privilege)];
-        let room = PAGE_SIZE - (linear & PAGE_MASK);
-        if u64::from(access.site.size) <= room {
-            if self.page(linear, access.site.write, privilege).is_some() {
-                return host + u64::from(access.site.retry);
+        let (privilege, host) = (PRIVILEGES[usize::from(block.key.privilege)], block.host);
+        let own = linear.wrapping_add(u64::from(site.own.from));
+        if room(own) >= u64::from(site.own.size) {
+            self.page(own, site.own.write, privilege)?;
+            if self.covers(linear, &site, privilege) {
+                return Some(host + u64::from(site.retry));
             }
-        } else if let Some(at) = self.two_pages(linear, access, privilege) {
-            self.counts.page_crossings += 1;
-            return at;
+            return self.careful_form(access);
         }
-        self.context.exit = EXIT_ACCESS;
-        self.context.fault_pc = u64::from(site);
-        0
+        if site.careful.is_some() {
+            return self.careful_form(access);
+        }
+        self.counts.page_crossings += 1;
+        self.two_pages(linear, access, privilege)
+    }
+
+    /// True where the check will pass now.
+    fn covers(&self, linear: u64, site: &AccessSite, privilege: Privilege) -> bool {
+        let known = lookup(&self.context.cpu, linear, site.write, privilege);
+        room(linear) >= u64::from(site.span) && known.is_some()
+    }
+
+    /// The block from the instruction of a shared check on, with a check for each access; the slow path leads there from now on.
+    fn careful_form(&mut self, access: Access) -> Option<u64> {
+        self.counts.careful += 1;
+        let exit = access.site.careful?;
+        let block = self.form(access, Form::Careful)?;
+        let from = self.blocks.get(access.block);
+        let (alive, simd) = (from.alive, from.simd);
+        if alive {
+            self.blocks.link(exit, block, false, &mut self.cache);
+        }
+        Some(self.blocks.get(block).entry(access.site.flags, simd))
     }
 
     /// Enters the page into the TLB; its host address at `linear`, where translated code may access it.
@@ -71,7 +102,7 @@ impl Translator {
         };
         let place = (linear & 63) as usize;
         let ctx = &mut *self.context;
-        let bounce = &mut ctx.bounce.0[place..place + usize::from(site.size)];
+        let bounce = &mut ctx.bounce.0[place..place + usize::from(site.own.size)];
         let (low, high) = bounce.split_at_mut(first.room());
         first.read(low);
         second.read(high);
@@ -83,24 +114,36 @@ impl Translator {
 
     /// Where the instruction of the access begins in its translation that copies back.
     fn two_page_form(&mut self, access: Access) -> Option<u64> {
-        let from = self.blocks.get(access.block);
-        let key = Key {
-            gpa: (from.key.gpa & !PAGE_MASK) | u64::from(access.site.offset),
-            form: Form::TwoPages,
-            ..from.key
-        };
-        let simd = from.simd;
-        if from.second_page.is_some() || !access.site.own_operand || !from.alive {
+        if !access.site.own_operand {
             return None;
         }
-        let block = match self.blocks.find(&key) {
-            Some(block) => block,
-            // An emptied cache would leave nothing to go back to.
-            None if self.cache.room() < 2 * CACHE_MARGIN => return None,
-            None => self.translate_block(key, u64::from(access.site.offset))?,
-        };
+        let simd = self.blocks.get(access.block).simd;
+        let block = self.form(access, Form::TwoPages)?;
         Some(self.blocks.get(block).entry(access.site.flags, simd))
     }
+
+    /// The block from the instruction of the access on, in another form.
+    fn form(&mut self, access: Access, form: Form) -> Option<BlockId> {
+        let from = self.blocks.get(access.block);
+        if from.second_page.is_some() {
+            return None;
+        }
+        let key = Key {
+            gpa: (from.key.gpa & !PAGE_MASK) | u64::from(access.site.offset),
+            form,
+            ..from.key
+        };
+        match self.blocks.find(&key) {
+            Some(block) => Some(block),
+            // An emptied cache would leave nothing to go back to.
+            None if self.cache.room() < 2 * CACHE_MARGIN => None,
+            None => self.translate_block(key, u64::from(access.site.offset)),
+        }
+    }
+}
+
+fn room(linear: u64) -> u64 {
+    PAGE_SIZE - (linear & PAGE_MASK)
 }
 
 fn lookup(cpu: &Cpu, linear: u64, write: bool, privilege: Privilege) -> Option<HostPtr> {

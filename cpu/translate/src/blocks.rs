@@ -36,6 +36,8 @@ pub(crate) enum Form {
     Normal,
     /// The one instruction there, whose memory operand lies in two pages and is at `bounce` for now (see `access`).
     TwoPages,
+    /// The instructions from its address on, each access with a check of its own (see `rewrite::share`).
+    Careful,
 }
 
 /// One translated block.

@@ -22,6 +22,8 @@ pub struct TranslateOptions {
     pub inline_system: bool,
     /// Emit REP MOVS and REP STOS as code where they stay within a page.
     pub inline_strings: bool,
+    /// Let accesses off one base share a TLB check.
+    pub share_checks: bool,
     /// Count the blocks and instructions that run (costs six instructions a block) and the time spent in translated code.
     pub count: bool,
 }
@@ -35,6 +37,7 @@ impl Default for TranslateOptions {
             flag_liveness: true,
             inline_system: true,
             inline_strings: true,
+            share_checks: true,
             count: false,
         }
     }

@@ -140,6 +140,8 @@ pub(crate) struct GuestInstruction {
     pub offset: u16,
     pub class: Class,
     pub flags: FlagUse,
+    /// General registers that it may write, a bit each.
+    pub writes: u16,
     pub live_before: FlagSet,
     pub live_after: FlagSet,
 }
@@ -222,6 +224,7 @@ pub(crate) fn decode(
             offset,
             class,
             flags,
+            writes: written_registers(info, &decoded),
             live_before: ALL,
             live_after: ALL,
         });
@@ -253,6 +256,20 @@ fn flag_use(i: &Instruction, class: Class) -> FlagUse {
         },
         _ => FlagUse::of(i),
     }
+}
+
+fn written_registers(info: &mut InstructionInfoFactory, i: &Instruction) -> u16 {
+    let used = info.info(i);
+    let written = used.used_registers().iter().filter(|u| {
+        !matches!(
+            u.access(),
+            OpAccess::None | OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess
+        )
+    });
+    written
+        .map(|u| u.register().full_register())
+        .filter(|r| r.is_gpr())
+        .fold(0, |mask, r| mask | 1 << r.number())
 }
 
 fn liveness(instructions: &mut [GuestInstruction]) {

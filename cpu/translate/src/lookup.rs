@@ -113,6 +113,7 @@ impl Translator {
             form: key.form,
             privilege: key.privilege,
             count: self.options.count,
+            share_checks: self.options.share_checks,
             thunks: self.thunks,
         };
         let first = self.blocks.first_sites();
@@ -121,6 +122,8 @@ impl Translator {
             .translate(&guest, setting, self.cache.cursor(), first);
         let host = self.cache.append(&self.rewriter.asm.bytes);
         self.counts.translations += 1;
+        self.counts.unencodable += u64::from(translated.unencodable);
+        self.counts.shared_checks += u64::from(translated.shared);
         self.counts.translated_instructions += guest.instructions.len() as u64;
         let cpu = &mut self.context.cpu;
         for page in [Some(key.gpa), second_page].into_iter().flatten() {
@@ -158,7 +161,7 @@ impl Translator {
             if key.form == Form::TwoPages {
                 block.keep_first();
             }
-            return (key.form == Form::Normal || !block.is_atomic()).then_some((block, None));
+            return (key.form != Form::TwoPages || !block.is_atomic()).then_some((block, None));
         }
         let second = self.code_page((rip | PAGE_MASK).wrapping_add(1))?;
         self.context

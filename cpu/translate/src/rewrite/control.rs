@@ -127,7 +127,6 @@ impl Work<'_> {
     pub(super) fn call(&mut self, i: &GuestInstruction) {
         let target = i.decoded.near_branch64() as i64;
         self.poll_if_backward(i, target);
-        self.before_check(i);
         self.push_return_address(i);
         self.direct_exit(target);
     }
@@ -135,8 +134,14 @@ impl Work<'_> {
     pub(super) fn call_indirect(&mut self, i: &GuestInstruction) {
         self.poll();
         self.before_check(i);
-        self.branch_target(i);
-        self.asm().store(ctx::SPILL, S0);
+        if i.decoded.op0_kind() == OpKind::Memory {
+            self.branch_target(i);
+            self.asm().store(ctx::SPILL, S0);
+        } else {
+            // Not through S0, which may reach the stack.
+            let r = self.source(i.decoded.op0_register(), S1);
+            self.asm().store(ctx::SPILL, r);
+        }
         self.push_return_address(i);
         self.asm().load(S0, ctx::SPILL);
         self.indirect();
@@ -153,25 +158,37 @@ impl Work<'_> {
     pub(super) fn branch_target(&mut self, i: &GuestInstruction) {
         let d = &i.decoded;
         if d.op0_kind() == OpKind::Memory {
-            self.address(d, true);
-            self.check(i, 8, false);
-            self.asm().load_mem(S0, S0, 0);
+            if i.class == Class::JumpIndirect {
+                let at = self.operand(i, 8, false);
+                self.asm().load_mem(S0, S0, at);
+            } else {
+                self.address(d, true);
+                self.check(i, 8, false);
+                self.asm().load_mem(S0, S0, 0);
+            }
             return;
         }
-        let n = d.op0_register().number() as Reg;
-        if is_scratch(d.op0_register()) {
-            self.asm().load(S0, ctx::gpr(n));
-        } else {
-            self.asm().mov(S0, n);
+        match self.source(d.op0_register(), S0) {
+            S0 => {}
+            n => self.asm().mov(S0, n),
         }
+    }
+
+    /// The register itself, or `scratch` with its value where it lives in memory.
+    fn source(&mut self, r: Register, scratch: Reg) -> Reg {
+        let n = r.number() as Reg;
+        if !is_scratch(r) {
+            return n;
+        }
+        self.asm().load(scratch, ctx::gpr(n));
+        scratch
     }
 
     pub(super) fn ret(&mut self, i: &GuestInstruction) {
         self.poll();
+        let at = self.operand(i, 8, false);
         self.before_check(i);
-        self.asm().mov(S0, RSP);
-        self.check(i, 8, false);
-        self.asm().load_mem(S0, S0, 0);
+        self.asm().load_mem(S0, S0, at);
         let extra = if i.decoded.op_count() > 0 {
             i.decoded.immediate16()
         } else {

@@ -10,6 +10,7 @@
 //! S0 and S1 are r10 and r11; the guest's values of these two live in their slots.
 
 mod control;
+mod share;
 mod stack;
 mod string;
 mod system;
@@ -24,6 +25,7 @@ use crate::context as ctx;
 use crate::flags::FlagPlace;
 use crate::frontend::{Class, GuestBlock, GuestInstruction};
 use crate::thunk::{Thunks, load_simd};
+use share::Run;
 
 /// What `rip` is relative to in a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -42,6 +44,7 @@ pub(crate) struct Setting {
     /// Index of the TLB and of the jump cache: [`doppel_memory::Privilege`].
     pub privilege: u8,
     pub count: bool,
+    pub share_checks: bool,
     pub thunks: Thunks,
 }
 
@@ -66,8 +69,13 @@ pub(crate) struct ExitSite {
 pub(crate) struct AccessSite {
     /// Offset of the guest instruction in its page.
     pub offset: u16,
-    pub size: u8,
+    /// What the check is for, from the address that it was given on.
+    pub span: u16,
     pub write: bool,
+    /// What the instruction itself accesses: so far from that address, and so many bytes.
+    pub own: Part,
+    /// The exit to the careful form, where others share the check.
+    pub careful: Option<u32>,
     /// It is the explicit memory operand of an ordinary instruction.
     pub own_operand: bool,
     /// Position of the check.
@@ -75,6 +83,14 @@ pub(crate) struct AccessSite {
     /// Position behind the check, where S0 is a host address.
     pub done: u32,
     pub flags: FlagPlace,
+}
+
+/// A part of the bytes that a check is for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Part {
+    pub from: u16,
+    pub size: u8,
+    pub write: bool,
 }
 
 /// From here on, host code belongs to this guest instruction and its flags are there.
@@ -96,6 +112,10 @@ pub(crate) struct Translated {
     pub simd: bool,
     pub exits: Vec<ExitSite>,
     pub accesses: Vec<AccessSite>,
+    /// Instructions that could not be encoded with another operand, so that they are interpreted.
+    pub unencodable: u32,
+    /// Accesses that needed no check of their own.
+    pub shared: u32,
     pub boundaries: Vec<Boundary>,
 }
 
@@ -110,6 +130,8 @@ struct SlowJump {
     from: Fixup,
     tag: i32,
     site: u32,
+    /// Index of the exit to the careful form.
+    careful: Option<usize>,
 }
 
 /// Translates blocks; keeps its buffers from one to the next.
@@ -150,6 +172,8 @@ impl Rewriter {
             place: FlagPlace::Saved,
             slow: Vec::new(),
             simd_missing: None,
+            run: None,
+            at: 0,
             stubs: Vec::new(),
         };
         work.run();
@@ -166,6 +190,10 @@ struct Work<'a> {
     place: FlagPlace,
     slow: Vec<SlowJump>,
     simd_missing: Option<Fixup>,
+    /// What S0 reaches (see `share`).
+    run: Option<Run>,
+    /// Which instruction is being translated.
+    at: usize,
     /// Jumps to the exit stubs, which are emitted last.
     stubs: Vec<(Fixup, Stub)>,
 }
@@ -201,9 +229,11 @@ impl Work<'_> {
             self.count_block();
         }
         let block = self.block;
-        for i in &block.instructions {
+        for (at, i) in block.instructions.iter().enumerate() {
+            self.at = at;
             self.boundary(i);
             self.instruction(i);
+            self.run = self.run.take().and_then(|run| run.after(i));
         }
         if block
             .instructions
@@ -300,15 +330,15 @@ impl Work<'_> {
         });
     }
 
+    /// As its reverse, this uses S1, since S0 may hold a host address.
     fn save_flags(&mut self) {
         let a = self.asm();
-        a.mov(S0, RAX);
+        a.mov(S1, RAX);
         a.flags_to_ax();
         a.store32(ctx::FLAGS, RAX);
-        a.mov(RAX, S0);
+        a.mov(RAX, S1);
     }
 
-    /// Uses S1, since S0 may hold a host address.
     fn restore_flags(&mut self) {
         let a = self.asm();
         a.mov(S1, RAX);
@@ -423,6 +453,9 @@ impl Work<'_> {
 
     fn lea(&mut self, i: &GuestInstruction) {
         let d = &i.decoded;
+        if plain_lea(d) {
+            return self.copy(i);
+        }
         self.address(d, false);
         let to = d.op0_register();
         if is_scratch(to) {
@@ -572,14 +605,68 @@ impl Work<'_> {
             Ok(_) => buffer.append(&mut r.encoder.take_buffer()),
             Err(e) => {
                 debug_assert!(false, "cannot encode {i:?}: {e}");
+                self.out.unencodable += 1;
                 buffer.extend_from_slice(&[0x0f, 0x0b]); // ud2: the monitor will interpret the instruction
             }
         }
         r.asm.bytes = buffer;
     }
 
+    /// Where the instruction's own memory access finds its bytes: displacement from S0. The flags may be destroyed.
+    fn operand(&mut self, i: &GuestInstruction, size: u8, write: bool) -> i32 {
+        let reference = share::reference(i).filter(|_| self.s.share_checks);
+        if let (Some(run), Some(r)) = (&self.run, &reference)
+            && let Some(disp) = run.find(r)
+        {
+            self.out.shared += 1;
+            return disp;
+        }
+        self.before_check(i);
+        let plan = reference.and_then(|r| {
+            let stretch = share::plan(&self.block.instructions[self.at..])?;
+            (self.s.form == Form::Normal).then_some((r, stretch))
+        });
+        let Some((r, stretch)) = plan else {
+            self.own_address(i, 0);
+            self.check(i, size.into(), write);
+            return 0;
+        };
+        let from = r.disp - stretch.low;
+        self.own_address(i, -from);
+        let part = Part {
+            from: from as u16,
+            size,
+            write,
+        };
+        self.check_stretch(i, (stretch.high - stretch.low) as u16, stretch.write, part);
+        self.run = Some(Run::new(&r, stretch));
+        from as i32
+    }
+
+    /// S0 = linear address of the instruction's one memory access, explicit or on the stack, plus a constant.
+    fn own_address(&mut self, i: &GuestInstruction, plus: i64) {
+        let d = &i.decoded;
+        match i.class {
+            Class::Memory { .. } | Class::JumpIndirect => self.address(&moved(d, plus), true),
+            Class::Pop | Class::Return => self.asm().lea(S0, RSP, plus as i32),
+            Class::Leave => self.asm().lea(S0, RBP, plus as i32),
+            _ => self.asm().lea(S0, RSP, plus as i32 - 8),
+        }
+    }
+
     /// S0 (linear) becomes a host address, or the monitor is asked.
     fn check(&mut self, i: &GuestInstruction, size: u16, write: bool) {
+        let own = Part {
+            from: 0,
+            size: size as u8,
+            write,
+        };
+        self.check_stretch(i, size, write, own);
+    }
+
+    /// The same for a stretch of which the instruction accesses a part.
+    fn check_stretch(&mut self, i: &GuestInstruction, size: u16, write: bool, own: Part) {
+        self.run = None;
         let tlb = ctx::tlb(self.s.privilege);
         let tag = tlb
             + if write {
@@ -597,16 +684,40 @@ impl Work<'_> {
         let from = a.jcc(CC_A);
         a.add_indexed(S0, S1, tlb + TlbEntry::HOST as i32);
         let site = self.first.access + self.out.accesses.len() as u32;
+        let alone = own.from == 0 && u16::from(own.size) == size && own.write == write;
+        let careful = (!alone).then_some(self.out.exits.len());
+        if !alone {
+            self.careful_exit(i);
+        }
         self.out.accesses.push(AccessSite {
             offset: i.offset,
-            size: size as u8,
+            span: size,
             write,
+            own,
+            careful: careful.map(|n| self.first.exit + n as u32),
             own_operand: matches!(i.class, Class::Memory { .. }),
             retry,
             done: self.r.asm.pos() as u32,
             flags: self.place,
         });
-        self.slow.push(SlowJump { from, tag, site });
+        self.slow.push(SlowJump {
+            from,
+            tag,
+            site,
+            careful,
+        });
+    }
+
+    /// An exit that the slow path of a shared check takes once it is linked.
+    fn careful_exit(&mut self, i: &GuestInstruction) {
+        self.out.exits.push(ExitSite {
+            target: i64::from(i.offset),
+            patch: None,
+            stub: 0,
+            flags: self.place,
+            interpret: false,
+            changes_mode: false,
+        });
     }
 
     fn slow_stubs(&mut self) {
@@ -617,8 +728,15 @@ impl Work<'_> {
             thunks.slow
         };
         for s in std::mem::take(&mut self.slow) {
+            self.asm().bind(s.from);
+            if let Some(n) = s.careful {
+                self.asm().align_displacement(1);
+                let patched = self.asm().jmp();
+                self.asm().bind(patched);
+                self.out.exits[n].patch = Some(patched.0 as u32);
+                self.out.exits[n].stub = self.r.asm.pos() as u32;
+            }
             let a = self.asm();
-            a.bind(s.from);
             a.xor_indexed(S0, S1, s.tag);
             a.mov_imm(S1, u64::from(s.site));
             a.jmp_to(thunk);
@@ -628,13 +746,13 @@ impl Work<'_> {
     // ---- instructions with memory ----
 
     fn memory(&mut self, i: &GuestInstruction, size: u8, write: bool) {
-        self.before_check(i);
-        if self.s.form == Form::TwoPages {
+        let disp = if self.s.form == Form::TwoPages {
+            self.before_check(i);
             self.asm().load(S0, ctx::SLOW_LINEAR);
+            0
         } else {
-            self.address(&i.decoded, true);
-            self.check(i, u16::from(size), write);
-        }
+            self.operand(i, size, write)
+        };
         self.before_own(i);
         let mut own = i.decoded;
         let operand = self.replace_scratch_operand(&mut own);
@@ -643,7 +761,7 @@ impl Work<'_> {
         {
             self.asm().load(S1, ctx::gpr(n));
         }
-        self.emit_with_host_address(&mut own);
+        self.emit_with_host_address(&mut own, disp);
         if let Some((n, access)) = operand
             && access != Use::Reads
         {
@@ -697,20 +815,20 @@ impl Work<'_> {
         found
     }
 
-    /// Emits the instruction with `[S0]` for its memory operand.
-    fn emit_with_host_address(&mut self, own: &mut Instruction) {
+    /// Emits the instruction with `[S0 + disp]` for its memory operand.
+    fn emit_with_host_address(&mut self, own: &mut Instruction, disp: i32) {
         explicit_form(own);
         if !(0..own.op_count())
             .any(|op| own.op_kind(op) == OpKind::Register && is_high_byte(own.op_register(op)))
         {
-            set_host_operand(own, Register::R10);
+            set_host_operand(own, Register::R10, disp);
             self.encode(own);
             return;
         }
         // AH to BH cannot be named together with S0, which needs a REX prefix: RBP stands in for it.
         self.asm().store(ctx::SPILL, RBP);
         self.asm().mov(RBP, S0);
-        set_host_operand(own, Register::RBP);
+        set_host_operand(own, Register::RBP, disp);
         self.encode(own);
         self.asm().load(RBP, ctx::SPILL);
     }
@@ -751,7 +869,7 @@ impl Work<'_> {
         }
         let mut own = *d;
         own.set_op1_register(scratch_one(bit));
-        set_host_operand(&mut own, Register::R10);
+        set_host_operand(&mut own, Register::R10, 0);
         self.encode(&own);
         self.after_own(i);
     }
@@ -802,13 +920,39 @@ fn is_high_byte(r: Register) -> bool {
     matches!(r, Register::AH | Register::BH | Register::CH | Register::DH)
 }
 
-fn set_host_operand(i: &mut Instruction, base: Register) {
+fn set_host_operand(i: &mut Instruction, base: Register, disp: i32) {
     i.set_segment_prefix(Register::None);
     i.set_memory_base(base);
     i.set_memory_index(Register::None);
     i.set_memory_index_scale(1);
-    i.set_memory_displacement64(0);
-    i.set_memory_displ_size(0);
+    i.set_memory_displacement64(disp as i64 as u64);
+    i.set_memory_displ_size(match i8::try_from(disp) {
+        Ok(0) => 0,
+        Ok(_) => 1,
+        Err(_) => 8,
+    });
+}
+
+/// The instruction with a constant added to the address of its memory operand.
+fn moved(d: &Instruction, plus: i64) -> Instruction {
+    let mut d = *d;
+    let disp = d.memory_displacement64().wrapping_add(plus as u64);
+    d.set_memory_displacement64(disp);
+    d
+}
+
+/// True where an operand is this register or a part of it.
+fn names(d: &Instruction, r: Register) -> bool {
+    (0..d.op_count())
+        .any(|op| d.op_kind(op) == OpKind::Register && d.op_register(op).full_register() == r)
+}
+
+/// LEA that can be copied: it names neither RIP nor a register that lives in memory.
+fn plain_lea(d: &Instruction) -> bool {
+    let fine = |r: Register| r == Register::None || (r.is_gpr() && !is_scratch(r));
+    [d.op0_register(), d.memory_base(), d.memory_index()]
+        .into_iter()
+        .all(fine)
 }
 
 /// The accumulator forms with a 64-bit absolute address have no ModRM byte to put a register into.

@@ -1,0 +1,266 @@
+//! One TLB check for several accesses.
+//!
+//! Problem: compiled code touches memory in runs off one base: a frame off RSP, a structure off a pointer, the pushes of a prologue. A
+//! check for each costs more than the accesses.
+//! Idea: the first access of a run checks the whole stretch from the lowest to the highest byte that the run will touch, for
+//! writing if any of them writes, and leaves the host address in S0; the others use `[S0 + displacement]` and need neither check
+//! nor flags. A base that moves by a constant (`push`, `add rsp, 8`) is followed.
+//! Invariant: S0 is the host address of the run's root plus `at` as long as `run` says so; nothing between the accesses of
+//! a run can change a mapping, since nothing between them leaves the block.
+//! Where the stretch does not lie within one page, or may be read but not written, the block goes on in a translation of its
+//! own from that instruction on ([`Form::Careful`](crate::blocks::Form::Careful)), in which each access has its check: it faults where the guest's instruction faults, and
+//! marks as dirty what the guest writes. The check's slow path is patched to go there at once from then on.
+//! Cost: a careful twin for the blocks that need one. Gain: see docs/translate.md.
+
+use iced_x86::{Code, Instruction, OpKind, Register};
+
+use super::{RSP, is_scratch};
+use crate::frontend::{Class, GuestInstruction};
+
+/// Bytes that a run may stretch over: the longer, the more often it does not fit into a page.
+const LONGEST: i64 = 1024;
+
+/// What an address is made of, apart from the displacement.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Root {
+    base: Register,
+    index: Register,
+    scale: u32,
+    segment: Register,
+}
+
+/// One access relative to a root.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Reference {
+    pub root: Root,
+    pub disp: i64,
+    pub size: u16,
+    pub write: bool,
+}
+
+/// What S0 reaches.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Run {
+    root: Root,
+    /// How far the root has moved since S0 was worked out.
+    moved: i64,
+    /// S0 is the host address of the root of that time plus this.
+    at: i64,
+    low: i64,
+    high: i64,
+    write: bool,
+}
+
+/// The stretch that a run will touch, relative to the root at its first access.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Stretch {
+    pub low: i64,
+    pub high: i64,
+    pub write: bool,
+}
+
+impl Root {
+    fn of_register(base: Register) -> Self {
+        Root {
+            base,
+            index: Register::None,
+            scale: 1,
+            segment: Register::None,
+        }
+    }
+
+    fn uses(&self, registers: u16) -> bool {
+        [self.base, self.index]
+            .iter()
+            .any(|r| r.is_gpr() && registers & 1 << r.number() != 0)
+    }
+}
+
+/// The one memory access of an instruction, where it may share a check.
+pub(super) fn reference(i: &GuestInstruction) -> Option<Reference> {
+    let stack = |base, disp, write| {
+        Some(Reference {
+            root: Root::of_register(base),
+            disp,
+            size: 8,
+            write,
+        })
+    };
+    let d = &i.decoded;
+    let register = d.op0_kind() != OpKind::Memory;
+    match i.class {
+        Class::Memory { size, write } => of_operand(d, size, write),
+        Class::JumpIndirect if !register => of_operand(d, 8, false),
+        Class::Push | Class::CallIndirect if register => stack(Register::RSP, -8, true),
+        Class::Call => stack(Register::RSP, -8, true),
+        Class::Pop | Class::Return => stack(Register::RSP, 0, false),
+        Class::Leave => stack(Register::RBP, 0, false),
+        _ => None,
+    }
+}
+
+fn of_operand(d: &Instruction, size: u8, write: bool) -> Option<Reference> {
+    let (base, index) = (d.memory_base(), d.memory_index());
+    let wide = |r: Register| r == Register::None || (r.size() == 8 && !is_scratch(r));
+    let disp = match base {
+        Register::RIP => d.ip_rel_memory_address() as i64,
+        _ => d.memory_displacement64() as i64,
+    };
+    // A root without registers is an absolute address, far from all others.
+    let root = base != Register::None || index != Register::None;
+    (wide(base) && wide(index) && root).then_some(Reference {
+        root: Root {
+            base,
+            index,
+            scale: d.memory_index_scale(),
+            segment: match d.memory_segment() {
+                s @ (Register::FS | Register::GS) => s,
+                _ => Register::None,
+            },
+        },
+        disp,
+        size: u16::from(size),
+        write,
+    })
+}
+
+impl Run {
+    /// A run that begins with a check of `stretch`.
+    pub fn new(r: &Reference, stretch: Stretch) -> Self {
+        Run {
+            root: r.root,
+            moved: 0,
+            at: stretch.low,
+            low: stretch.low,
+            high: stretch.high,
+            write: stretch.write,
+        }
+    }
+
+    /// The displacement from S0 at which the access finds its bytes, if it lies within what was checked.
+    pub fn find(&self, r: &Reference) -> Option<i32> {
+        let from = r.disp.checked_add(self.moved)?;
+        let within = from >= self.low && from + i64::from(r.size) <= self.high;
+        let fits = r.root == self.root && within && (self.write || !r.write);
+        fits.then_some((from - self.at) as i32)
+    }
+
+    /// What remains of the run after an instruction, which accesses nothing outside of it.
+    pub fn after(mut self, i: &GuestInstruction) -> Option<Self> {
+        if !leaves_s0(i) {
+            return None;
+        }
+        if i.class == Class::Leave {
+            return self.after_leave();
+        }
+        let (moves, by) = constant_move(i);
+        if self.root.uses(i.writes & !moves) {
+            return None;
+        }
+        if self.root.uses(moves) {
+            self.moved = self
+                .moved
+                .checked_add(by.checked_mul(self.weight(moves))?)?;
+        }
+        Some(self)
+    }
+
+    /// `leave` makes RSP what RBP was, plus 8.
+    fn after_leave(mut self) -> Option<Self> {
+        if self.root != Root::of_register(Register::RBP) {
+            return None;
+        }
+        self.root = Root::of_register(Register::RSP);
+        self.moved += 8;
+        Some(self)
+    }
+
+    /// How often a register counts in the root.
+    fn weight(&self, register: u16) -> i64 {
+        let count = |r: Register, n: i64| {
+            if r.is_gpr() && register & 1 << r.number() != 0 {
+                n
+            } else {
+                0
+            }
+        };
+        count(self.root.base, 1) + count(self.root.index, i64::from(self.root.scale))
+    }
+}
+
+/// The register that an instruction moves by a constant (as a mask), and by how much.
+fn constant_move(i: &GuestInstruction) -> (u16, i64) {
+    let d = &i.decoded;
+    let stack = 1u16 << RSP;
+    let by = match d.code() {
+        Code::Add_rm64_imm8 | Code::Add_rm64_imm32 | Code::Add_RAX_imm32 => d.immediate(1) as i64,
+        Code::Sub_rm64_imm8 | Code::Sub_rm64_imm32 | Code::Sub_RAX_imm32 => {
+            (d.immediate(1) as i64).wrapping_neg()
+        }
+        Code::Inc_rm64 => 1,
+        Code::Dec_rm64 => -1,
+        Code::Lea_r64_m
+            if d.memory_base() == d.op0_register() && d.memory_index() == Register::None =>
+        {
+            d.memory_displacement64() as i64
+        }
+        _ if matches!(i.class, Class::Push | Class::Call) => return (stack, -8),
+        _ if i.class == Class::Pop && d.op0_register() != Register::RSP => return (stack, 8),
+        _ => return (0, 0),
+    };
+    match d.op0_kind() {
+        OpKind::Register => (1 << d.op0_register().number(), by),
+        _ => (0, 0),
+    }
+}
+
+/// True where the translation of an instruction leaves S0 as the address of its own access, or alone.
+fn leaves_s0(i: &GuestInstruction) -> bool {
+    match i.class {
+        Class::Copy => !super::names(&i.decoded, Register::R10),
+        Class::Lea => super::plain_lea(&i.decoded),
+        Class::Nothing => true,
+        Class::Memory { .. } | Class::Push | Class::Pop | Class::Leave => reference(i).is_some(),
+        _ => false,
+    }
+}
+
+/// The stretch of the run that begins with the first of `instructions`.
+pub(super) fn plan(instructions: &[GuestInstruction]) -> Option<Stretch> {
+    let first = reference(instructions.first()?)?;
+    let high = first.disp.checked_add(i64::from(first.size))?;
+    let mut stretch = Stretch {
+        low: first.disp,
+        high,
+        write: first.write,
+    };
+    let everything = Stretch {
+        low: i64::MIN / 2,
+        high: i64::MAX / 2,
+        write: true,
+    };
+    let mut run = Run::new(&first, everything);
+    for i in instructions {
+        if let Some(r) = reference(i) {
+            if r.root != run.root {
+                break;
+            }
+            let from = r.disp.checked_add(run.moved)?;
+            let low = stretch.low.min(from);
+            let high = stretch.high.max(from.checked_add(i64::from(r.size))?);
+            if high - low > LONGEST {
+                break;
+            }
+            stretch = Stretch {
+                low,
+                high,
+                write: stretch.write || r.write,
+            };
+        }
+        match run.after(i) {
+            Some(next) => run = next,
+            None => break,
+        }
+    }
+    Some(stretch)
+}
