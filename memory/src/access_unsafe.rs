@@ -127,6 +127,31 @@ impl HostPtr {
         unsafe { std::ptr::copy_nonoverlapping(p, out.as_mut_ptr(), out.len()) }
     }
 
+    /// Copies `len` bytes from other guest memory, as if all were read before the first is written.
+    pub fn copy_from(self, source: HostPtr, len: usize) {
+        let (to, from) = (self.check(len), source.check(len));
+        // SAFETY: both ends in bounds by `check`; `copy` allows them to overlap.
+        unsafe { std::ptr::copy(from, to, len) }
+    }
+
+    /// Fills `len` bytes with repetitions of the low `unit` bytes (1, 2, 4 or 8) of `v`.
+    pub fn fill(self, len: usize, v: u64, unit: usize) {
+        let p = self.check(len);
+        let pattern = v & u64::MAX >> (64 - 8 * unit);
+        let all = (0..8 / unit).fold(0, |all, n| all | pattern << (8 * unit * n));
+        if all == u64::from(all as u8) * 0x0101_0101_0101_0101 {
+            // SAFETY: in bounds by `check`.
+            return unsafe { std::ptr::write_bytes(p, all as u8, len) };
+        }
+        let (bytes, whole) = (all.to_le_bytes(), len & !7);
+        for at in (0..whole).step_by(8) {
+            // SAFETY: `at + 8 <= len`, which `check` bounds.
+            unsafe { p.add(at).cast::<[u8; 8]>().write(bytes) };
+        }
+        // SAFETY: `whole..len` is in bounds by `check`; the source is a Rust array of 8 bytes, and `len - whole < 8`.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), p.add(whole), len - whole) }
+    }
+
     /// Copies into guest memory.
     pub fn write(self, data: &[u8]) {
         let p = self.check(data.len());

@@ -217,6 +217,21 @@ impl Cpu {
         Ok(p)
     }
 
+    /// A pointer for a read of `size` bytes within one page of RAM: `None` where the access crosses a page or is not RAM.
+    pub fn read_ptr(
+        &mut self,
+        linear: u64,
+        size: usize,
+        privilege: Privilege,
+    ) -> Result<Option<HostPtr>, Exception> {
+        if let Some(p) = self.tlb[privilege as usize].lookup_read(linear, size) {
+            return Ok(Some(p));
+        }
+        self.check_canonical(linear, size as u64)?;
+        let t = self.translate(linear, AccessKind::Read, privilege)?;
+        Ok(self.ram.ptr(t.gpa).filter(|_| size <= room(linear)))
+    }
+
     /// Checks that `size` bytes may be written, and sets the dirty bits of their pages as the write will.
     pub fn check_writable(
         &mut self,

@@ -1,8 +1,8 @@
 //! String instructions and their repetition.
 //!
 //! Problem: `rep movs` and `rep stos` move whole pages; a unit at a time they would take most of a boot.
-//! Idea: a repetition runs unit by unit, and wherever it stands on pages that the TLB knows, as
-//! many units as stay on them go in one copy. Invariant: after every unit the registers are exact, so
+//! Idea: a repetition runs unit by unit, and wherever it stands on pages of RAM, as many units as stay on
+//! them go in one copy, fill or comparison, up or down. Invariant: after every unit the registers are exact, so
 //! that a fault or an interrupt finds the instruction restartable. One step is bounded: a long repetition
 //! returns [`Flow::Repeat`] after [`BATCH`] units or bytes and goes on with the next step.
 
@@ -13,11 +13,13 @@ use super::flags;
 use super::operand::{linear_in, load, segment_of, store};
 use super::register::{mask, read_gpr, write_gpr};
 use super::{Flow, Handler, Step};
-use crate::{Bus, Cpu, CpuMode, Exception, Gpr, Rflags, Seg};
+use crate::{Bus, Cpu, Exception, Gpr, Rflags, Seg};
 
 /// Units that a repeated instruction does in one step at most (a bulk copy counts as one).
 const BATCH: u32 = 64;
 const PAGE: u64 = doppel_memory::PAGE_SIZE;
+/// Bytes that a bulk comparison looks at: most end early.
+const CHUNK: usize = 128;
 
 pub(super) fn lookup(i: &Instruction) -> Option<Handler> {
     use Code::*;
@@ -139,31 +141,90 @@ fn repeat(
     Ok(if left == 0 { Flow::Next } else { Flow::Repeat })
 }
 
-/// Units that fit on the pages of these linear addresses, going up; 0 where a bulk operation is not possible.
-fn bulk_units(cpu: &Cpu, shape: Shape, left: u64, places: &[(u64, usize)]) -> u64 {
-    if left < 8 || cpu.rflags.contains(Rflags::DF) || cpu.mode() != CpuMode::Bits64 {
+/// One side of a bulk operation.
+#[derive(Clone, Copy)]
+struct Side {
+    seg: Seg,
+    /// The index register.
+    register: usize,
+    /// Where the next unit lies.
+    linear: u64,
+    write: bool,
+}
+
+impl Side {
+    fn source(shape: Shape, linear: u64) -> Self {
+        Side {
+            seg: shape.segment,
+            register: RSI,
+            linear,
+            write: false,
+        }
+    }
+
+    fn destination(linear: u64, write: bool) -> Self {
+        Side {
+            seg: Seg::Es,
+            register: RDI,
+            linear,
+            write,
+        }
+    }
+
+    /// Units from here on, in the direction of DF, that lie on this page and before the index register wraps.
+    fn units(&self, cpu: &Cpu, shape: Shape) -> u64 {
+        let (unit, in_page) = (shape.unit as u64, self.linear % PAGE);
+        let index = read_gpr(cpu, self.register, shape.address);
+        if !cpu.rflags.contains(Rflags::DF) {
+            return ((PAGE - in_page) / unit).min((mask(shape.address) - index) / unit);
+        }
+        if in_page + unit > PAGE {
+            return 0;
+        }
+        (in_page / unit + 1).min(index / unit + 1)
+    }
+
+    /// The lowest byte of `units` units, where the page is RAM and all of them may be accessed. A write is noted already.
+    fn open(&self, cpu: &mut Cpu, shape: Shape, units: u64) -> Option<HostPtr> {
+        let len = units as usize * shape.unit;
+        let down = if cpu.rflags.contains(Rflags::DF) {
+            (len - shape.unit) as u64
+        } else {
+            0
+        };
+        let lowest = read_gpr(cpu, self.register, shape.address).wrapping_sub(down);
+        linear_in(cpu, self.seg, lowest, len, self.write).ok()?;
+        let (at, privilege) = (self.linear - down, cpu.privilege());
+        if self.write {
+            return cpu.rmw_ptr(at, len, privilege).ok()?;
+        }
+        cpu.read_ptr(at, len, privilege).ok()?
+    }
+}
+
+/// Units that a bulk operation on these sides may do; 0 where it does not pay or a unit crosses pages.
+fn bulk_units(cpu: &Cpu, shape: Shape, left: u64, sides: &[Side]) -> u64 {
+    if left < 2 {
         return 0;
     }
-    let in_page = |linear: u64| (PAGE - linear % PAGE) / shape.unit as u64;
-    let unwrapped = |register| {
-        (mask(shape.address) - read_gpr(cpu, register, shape.address)) / shape.unit as u64
-    };
-    places.iter().fold(left, |n, &(linear, register)| {
-        n.min(in_page(linear)).min(unwrapped(register))
-    })
+    sides
+        .iter()
+        .fold(left, |n, side| n.min(side.units(cpu, shape)))
 }
 
 fn movs(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     repeat(cpu, bus, i, |cpu, bus, shape, left| {
         let from = shape.source(cpu)?;
         let to = shape.destination(cpu, true)?;
-        let bulk = bulk_units(cpu, shape, left, &[(from, RSI), (to, RDI)]);
-        let units = if copy_bulk(cpu, from, to, bulk as usize * shape.unit) {
-            bulk
-        } else {
-            let v = load(cpu, bus, from, shape.unit)?;
-            store(cpu, bus, to, shape.unit, v)?;
-            1
+        let sides = [Side::source(shape, from), Side::destination(to, true)];
+        let bulk = bulk_units(cpu, shape, left, &sides);
+        let units = match copy_bulk(cpu, shape, bulk, sides) {
+            Some(()) => bulk,
+            None => {
+                let v = load(cpu, bus, from, shape.unit)?;
+                store(cpu, bus, to, shape.unit, v)?;
+                1
+            }
         };
         shape.advance(cpu, RSI, units);
         shape.advance(cpu, RDI, units);
@@ -171,36 +232,37 @@ fn movs(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     })
 }
 
-/// Copies up to a page between pages that the TLB knows, unless they overlap.
-fn copy_bulk(cpu: &Cpu, from: u64, to: u64, len: usize) -> bool {
-    if len == 0 {
-        return false;
+/// Copies up to a page, unless the units that are written are read later in the same copy.
+fn copy_bulk(cpu: &mut Cpu, shape: Shape, units: u64, [source, target]: [Side; 2]) -> Option<()> {
+    if units < 2 {
+        return None;
     }
-    let tlb = &cpu.tlb[cpu.privilege() as usize];
-    let (Some(source), Some(target)) = (tlb.lookup_read(from, len), tlb.lookup_write(to, len))
-    else {
-        return false;
+    // The source first: a fault on it comes before the target's page turns dirty.
+    let from = source.open(cpu, shape, units)?;
+    let to = target.open(cpu, shape, units)?;
+    let len = units as usize * shape.unit;
+    let ahead = if cpu.rflags.contains(Rflags::DF) {
+        from.addr().wrapping_sub(to.addr())
+    } else {
+        to.addr().wrapping_sub(from.addr())
     };
-    if source.addr().abs_diff(target.addr()) < len as u64 {
-        return false;
+    if ahead != 0 && ahead < len as u64 {
+        return None;
     }
-    let mut page = [0; PAGE as usize];
-    let bytes = &mut page[..len];
-    source.read(bytes);
-    target.write(bytes);
-    true
+    to.copy_from(from, len);
+    Some(())
 }
 
 fn stos(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     repeat(cpu, bus, i, |cpu, bus, shape, left| {
         let to = shape.destination(cpu, true)?;
         let v = read_gpr(cpu, RAX, shape.unit);
-        let bulk = bulk_units(cpu, shape, left, &[(to, RDI)]);
-        let tlb = &cpu.tlb[cpu.privilege() as usize];
-        let target = tlb.lookup_write(to, bulk as usize * shape.unit);
-        let units = match target.filter(|_| bulk > 0) {
+        let side = Side::destination(to, true);
+        let bulk = bulk_units(cpu, shape, left, &[side]);
+        let target = (bulk > 0).then(|| side.open(cpu, shape, bulk)).flatten();
+        let units = match target {
             Some(p) => {
-                fill(p, bulk as usize * shape.unit, v, shape.unit);
+                p.fill(bulk as usize * shape.unit, v, shape.unit);
                 bulk
             }
             None => {
@@ -211,16 +273,6 @@ fn stos(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
         shape.advance(cpu, RDI, units);
         Ok((units, true))
     })
-}
-
-fn fill(p: HostPtr, len: usize, v: u64, unit: usize) {
-    let mut page = [0; PAGE as usize];
-    let bytes = &mut page[..len];
-    let pattern = v.to_le_bytes();
-    for (n, b) in bytes.iter_mut().enumerate() {
-        *b = pattern[n % unit];
-    }
-    p.write(bytes);
 }
 
 fn lods(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
@@ -239,25 +291,80 @@ fn goes_on(cpu: &Cpu, i: &Instruction) -> bool {
 }
 
 fn cmps(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
-    repeat(cpu, bus, i, |cpu, bus, shape, _| {
+    repeat(cpu, bus, i, |cpu, bus, shape, left| {
         let from = shape.source(cpu)?;
         let to = shape.destination(cpu, false)?;
-        let a = load(cpu, bus, from, shape.unit)?;
-        let b = load(cpu, bus, to, shape.unit)?;
+        let sides = [Side::source(shape, from), Side::destination(to, false)];
+        let bulk = compare_bulk(cpu, shape, left, i, sides, None);
+        let (units, a, b) = match bulk {
+            Some(found) => found,
+            None => {
+                let a = load(cpu, bus, from, shape.unit)?;
+                (1, a, load(cpu, bus, to, shape.unit)?)
+            }
+        };
         flags::set(cpu, flags::sub(a, b, 0, shape.unit).1);
-        shape.advance(cpu, RSI, 1);
-        shape.advance(cpu, RDI, 1);
-        Ok((1, goes_on(cpu, i)))
+        shape.advance(cpu, RSI, units);
+        shape.advance(cpu, RDI, units);
+        Ok((units, goes_on(cpu, i)))
     })
 }
 
 fn scas(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
-    repeat(cpu, bus, i, |cpu, bus, shape, _| {
+    repeat(cpu, bus, i, |cpu, bus, shape, left| {
         let to = shape.destination(cpu, false)?;
-        let b = load(cpu, bus, to, shape.unit)?;
         let a = read_gpr(cpu, RAX, shape.unit);
+        let sides = [Side::destination(to, false)];
+        let bulk = compare_bulk(cpu, shape, left, i, sides, Some(a));
+        let (units, a, b) = match bulk {
+            Some(found) => found,
+            None => (1, a, load(cpu, bus, to, shape.unit)?),
+        };
         flags::set(cpu, flags::sub(a, b, 0, shape.unit).1);
-        shape.advance(cpu, RDI, 1);
-        Ok((1, goes_on(cpu, i)))
+        shape.advance(cpu, RDI, units);
+        Ok((units, goes_on(cpu, i)))
     })
+}
+
+/// Compares the units of two sides, or of one with `value`, up to the one that ends the repetition. Returns how many were
+/// compared, and the operands of the last comparison.
+fn compare_bulk<const N: usize>(
+    cpu: &mut Cpu,
+    shape: Shape,
+    left: u64,
+    i: &Instruction,
+    sides: [Side; N],
+    value: Option<u64>,
+) -> Option<(u64, u64, u64)> {
+    let units = bulk_units(cpu, shape, left, &sides).min((CHUNK / shape.unit) as u64);
+    if units < 2 {
+        return None;
+    }
+    let mut bytes = [[0; CHUNK]; N];
+    let len = units as usize * shape.unit;
+    for (side, bytes) in sides.iter().zip(&mut bytes) {
+        side.open(cpu, shape, units)?.read(&mut bytes[..len]);
+    }
+    let down = cpu.rflags.contains(Rflags::DF);
+    let operands = |n: u64| {
+        let n = if down { units - 1 - n } else { n };
+        let at = n as usize * shape.unit;
+        let a = value.unwrap_or_else(|| unit_at(&bytes[0], at, shape.unit));
+        (a, unit_at(&bytes[N - 1], at, shape.unit))
+    };
+    let while_equal = !i.has_repne_prefix();
+    let end = (0..units).find(|n| {
+        let (a, b) = operands(*n);
+        (a == b) != while_equal
+    });
+    let last = end.unwrap_or(units - 1);
+    let (a, b) = operands(last);
+    Some((last + 1, a, b))
+}
+
+/// The unit at an offset.
+fn unit_at(bytes: &[u8; CHUNK], at: usize, unit: usize) -> u64 {
+    let mut v = [0; 8];
+    v[..unit].copy_from_slice(&bytes[at..at + unit]);
+    u64::from_le_bytes(v)
 }

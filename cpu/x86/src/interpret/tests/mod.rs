@@ -168,6 +168,105 @@ fn repeated_stores_and_scans() {
     assert!(cpu.rflags.contains(Rflags::ZF));
 }
 
+/// What `rep movs` does, unit by unit.
+fn moved(memory: &mut [u8], from: usize, to: usize, unit: usize, count: usize, down: bool) {
+    for n in 0..count {
+        let n = if down { -(n as isize) } else { n as isize } * unit as isize;
+        let (from, to) = (from.wrapping_add_signed(n), to.wrapping_add_signed(n));
+        memory.copy_within(from..from + unit, to);
+    }
+}
+
+#[test]
+fn repeated_moves_are_those_of_single_units() {
+    const AT: u64 = 0x20_000;
+    for (opcode, unit) in [(0xa4, 1), (0xa5, 4)] {
+        for down in [false, true] {
+            for distance in [-4100i64, -9, -4, -1, 0, 1, 4, 7, 4093, 8192] {
+                let mut cpu = machine(64);
+                let mut memory: Vec<u8> = (0..0x8000u32).map(|n| (n % 253) as u8).collect();
+                put_all(&cpu, AT, &memory);
+                let (from, count) = (0x3003u64, 1500);
+                let to = from.wrapping_add_signed(distance);
+                (cpu.gpr[6], cpu.gpr[7], cpu.gpr[1]) = (AT + from, AT + to, count);
+                cpu.rflags.set(Rflags::DF, down);
+                run(&mut cpu, &[0xf3, opcode]);
+                moved(
+                    &mut memory,
+                    from as usize,
+                    to as usize,
+                    unit,
+                    count as usize,
+                    down,
+                );
+                for (n, expected) in memory.iter().enumerate() {
+                    let got = get::<1>(&cpu, AT + n as u64)[0];
+                    assert_eq!(got, *expected, "{unit} {down} {distance} at {n:#x}");
+                }
+            }
+        }
+    }
+}
+
+fn put_all(cpu: &Cpu, at: u64, bytes: &[u8]) {
+    for (n, page) in bytes.chunks(4096).enumerate() {
+        put(cpu, at + 4096 * n as u64, page);
+    }
+}
+
+#[test]
+fn repeated_comparisons_end_at_the_unit_that_decides() {
+    for down in [false, true] {
+        for at in [0u64, 1, 63, 64, 200, 299] {
+            let mut cpu = machine(64);
+            let n = |k: u64| if down { 299 - k } else { k };
+            put(&cpu, 0x20_f00 + 2 * n(at), &[1, 0]);
+            let start = |base: u64| base + 2 * n(0);
+            (cpu.gpr[6], cpu.gpr[7], cpu.gpr[1]) = (start(0x20_f00), start(0x30_f02), 300);
+            cpu.rflags.set(Rflags::DF, down);
+            run(&mut cpu, &[0xf3, 0x66, 0xa7]); // repe cmpsw
+            assert_eq!(cpu.gpr[1], 299 - at, "{down} {at}");
+            assert!(!cpu.rflags.contains(Rflags::ZF) && !cpu.rflags.contains(Rflags::CF));
+            (cpu.rip, cpu.gpr[7], cpu.gpr[0], cpu.gpr[1]) = (CODE, start(0x20_f00), 1, 300);
+            run(&mut cpu, &[0xf2, 0x66, 0xaf]); // repne scasw
+            assert_eq!(cpu.gpr[1], 299 - at, "{down} {at}");
+            assert!(cpu.rflags.contains(Rflags::ZF));
+        }
+    }
+}
+
+#[test]
+fn repeated_stores_fill_up_and_down() {
+    for (opcode, unit) in [
+        (&[0xf3, 0xaa][..], 1),
+        (&[0xf3, 0x66, 0xab], 2),
+        (&[0xf3, 0x48, 0xab], 8),
+    ] {
+        for down in [false, true] {
+            let mut cpu = machine(64);
+            cpu.gpr[0] = 0x1122_3344_5566_7788;
+            let first = if down {
+                0x20_ffb + 700 * unit
+            } else {
+                0x20_ffb
+            };
+            (cpu.gpr[7], cpu.gpr[1]) = (first, 701);
+            cpu.rflags.set(Rflags::DF, down);
+            run(&mut cpu, opcode);
+            for n in 0..701 * unit {
+                let expected = (cpu.gpr[0] >> (8 * (n % unit))) as u8;
+                assert_eq!(
+                    get::<1>(&cpu, 0x20_ffb + n),
+                    [expected],
+                    "{unit} {down} {n}"
+                );
+            }
+            assert_eq!(get::<1>(&cpu, 0x20_ffa), [0]);
+            assert_eq!(get::<1>(&cpu, 0x20_ffb + 701 * unit), [0]);
+        }
+    }
+}
+
 #[test]
 fn code_that_changes_itself_takes_effect_at_once() {
     let mut cpu = machine(64);

@@ -138,6 +138,11 @@ fn forgive_undefined(i: &Instruction, ours: &State, host: &mut State) {
     for (_, flag) in bits.iter().filter(|(bit, _)| undefined & bit != 0) {
         host.1 = host.1 & !flag.bits() | ours.1 & flag.bits();
     }
+    // A count that is a whole turn is one more case of a count that is not 1.
+    let through_carry = matches!(i.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr);
+    if through_carry && i.try_immediate(1).ok() != Some(1) {
+        host.1 = host.1 & !Rflags::OF.bits() | ours.1 & Rflags::OF.bits();
+    }
     let narrow = register_size(i.op0_register()) == 2;
     if narrow
         && matches!(
