@@ -70,15 +70,18 @@ impl HostPtr {
     }
 
     /// Bytes that may be accessed from here.
+    #[inline]
     pub fn room(self) -> usize {
         self.room
     }
 
     /// The raw address, for code generators and `libc` calls.
+    #[inline]
     pub fn addr(self) -> u64 {
         self.at.as_ptr() as u64
     }
 
+    #[inline]
     fn check(self, len: usize) -> *mut u8 {
         assert!(
             len <= self.room,
@@ -118,6 +121,23 @@ impl HostPtr {
         // that Doppel's engines accept (checked at start).
         let seen = unsafe { compare_exchange_16(p.cast(), old, new) };
         if seen == old { Ok(seen) } else { Err(seen) }
+    }
+
+    /// True where guest memory holds these words; of the last one, its top `shift` bits do not matter.
+    #[inline]
+    pub fn holds(self, words: &[u64], shift: u32) -> bool {
+        let p = self.check(8 * words.len()).cast::<Packed<u64>>();
+        let mut differ = 0;
+        for (n, word) in words.iter().enumerate() {
+            // SAFETY: word `n` is in bounds by `check`; unaligned volatile reads as in `load`.
+            let seen = unsafe { std::ptr::read_volatile(p.add(n)).0 } ^ word;
+            differ |= if n + 1 == words.len() {
+                seen << shift
+            } else {
+                seen
+            };
+        }
+        differ == 0
     }
 
     /// Copies guest memory out.

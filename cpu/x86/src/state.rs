@@ -287,6 +287,10 @@ impl std::fmt::Debug for FpuArea {
 #[allow(missing_docs)]
 pub struct Counters {
     pub interpreted_instructions: u64,
+    /// Those of them that ran in predecoded blocks.
+    pub quick_instructions: u64,
+    /// Blocks predecoded.
+    pub predecoded_blocks: u64,
     pub exceptions: [u64; 32],
     pub interrupts: u64,
     pub page_walks: u64,
@@ -554,7 +558,7 @@ impl Cpu {
         if global_too {
             self.large_pages.clear();
         }
-        self.code.flush();
+        self.code.flush(global_too);
         for tlb in &mut self.tlb {
             if global_too {
                 tlb.flush()
@@ -570,7 +574,7 @@ impl Cpu {
             return self.flush_tlb(true);
         }
         self.flushed.page(linear & !PAGE_MASK);
-        self.code.flush();
+        self.code.flush_page(linear);
         for tlb in &mut self.tlb {
             tlb.flush_page(linear);
         }

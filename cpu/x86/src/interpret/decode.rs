@@ -3,12 +3,14 @@
 //! Problem: walking the page tables and decoding cost many times what executing an instruction does.
 //! Idea: a small TLB for code pages, and a cache of decoded instructions by guest physical address, each with the function
 //! that executes it. Invariant: an entry is used only for the very bytes that it was made from, which are
-//! compared every time, at the same RIP and in the same mode; so self-modifying code needs no tracking here. The code TLB is
-//! emptied with the data TLBs, and holds pages of one CR3. Cost: some 2 MiB per CPU that interprets.
+//! compared every time, at the same RIP and in the same mode; so self-modifying code needs no tracking here. The code TLB
+//! holds what a walk for execution at CPL 3 or below it allowed, and is flushed with the data TLBs. Cost: some 2 MiB
+//! per CPU that interprets.
 
 use doppel_memory::{AccessKind, HostPtr, PAGE_MASK, PAGE_SIZE, Privilege};
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
 
+use super::quick::{Blocks, Ran};
 use super::{Handler, dispatch};
 use crate::{Cpu, CpuMode, Exception, Seg};
 
@@ -23,14 +25,24 @@ const HISTORY: usize = 16;
 #[derive(Default)]
 pub(crate) struct CodeCache {
     tables: Option<Box<Tables>>,
+    /// The blocks of `quick`; taken out while they run.
+    pub(super) blocks: Option<Box<Blocks>>,
+}
+
+/// What was executed, for a trace.
+#[derive(Clone, Copy, Default)]
+pub(super) enum Past {
+    #[default]
+    Nothing,
+    One(Instruction),
+    Block(Ran),
 }
 
 struct Tables {
     pages: [CodePage; PAGES],
-    cr3: u64,
     entries: Vec<Entry>,
     options: u32,
-    history: [Instruction; HISTORY],
+    history: [Past; HISTORY],
     executed: usize,
 }
 
@@ -38,11 +50,13 @@ struct Tables {
 struct CodePage {
     /// Linear page, with [`VALID`] and perhaps [`USER`]; 0 where nothing is known.
     tag: u64,
+    /// Guest physical page, with [`GLOBAL`] where the translation is.
     gpa: u64,
 }
 
 const VALID: u64 = 1;
 const USER: u64 = 2;
+const GLOBAL: u64 = 1;
 
 #[derive(Clone, Copy)]
 struct Entry {
@@ -62,18 +76,33 @@ pub(super) struct Decoded {
 }
 
 impl CodeCache {
-    /// Forgets where code pages lie.
-    pub(crate) fn flush(&mut self) {
+    /// Forgets where code pages lie, perhaps but for global ones.
+    pub(crate) fn flush(&mut self, global_too: bool) {
+        for page in self.tables.iter_mut().flat_map(|t| &mut t.pages) {
+            if global_too || page.gpa & GLOBAL == 0 {
+                *page = CodePage::default();
+            }
+        }
+    }
+
+    /// Forgets where one code page lies.
+    pub(crate) fn flush_page(&mut self, linear: u64) {
         if let Some(t) = &mut self.tables {
-            t.pages = [CodePage::default(); PAGES];
+            t.pages[page_slot(linear)] = CodePage::default();
         }
     }
 
     /// Notes an instruction that is about to be executed.
     #[inline]
-    pub(super) fn note(&mut self, i: &Instruction) {
+    fn note(&mut self, i: &Instruction) {
+        self.note_past(Past::One(*i));
+    }
+
+    /// Notes a block that was executed.
+    #[inline]
+    pub(super) fn note_past(&mut self, past: Past) {
         if let Some(t) = &mut self.tables {
-            t.history[t.executed % HISTORY] = *i;
+            t.history[t.executed % HISTORY] = past;
             t.executed = t.executed.wrapping_add(1);
         }
     }
@@ -83,10 +112,17 @@ impl CodeCache {
         let Some(t) = &self.tables else {
             return Vec::new();
         };
-        (0..HISTORY)
-            .map(|n| t.history[t.executed.wrapping_add(n) % HISTORY])
-            .filter(|i| !i.is_invalid())
-            .collect()
+        let mut all = Vec::new();
+        for n in 0..HISTORY {
+            match &t.history[t.executed.wrapping_add(n) % HISTORY] {
+                Past::Nothing => {}
+                Past::One(i) => all.push(*i),
+                Past::Block(ran) => {
+                    all.extend(self.blocks.iter().flat_map(|b| b.instructions(ran)))
+                }
+            }
+        }
+        all.split_off(all.len().saturating_sub(HISTORY))
     }
 
     fn tables(&mut self) -> &mut Tables {
@@ -116,17 +152,16 @@ impl Tables {
         };
         Tables {
             pages: [CodePage::default(); PAGES],
-            cr3: 0,
             entries: vec![empty; ENTRIES],
             options: decoder_options(),
-            history: [Instruction::default(); HISTORY],
+            history: [Past::default(); HISTORY],
             executed: 0,
         }
     }
 }
 
 /// The host's maker decides a few encodings (near branches with an operand-size prefix in 64-bit mode).
-fn decoder_options() -> u32 {
+pub(super) fn decoder_options() -> u32 {
     let vendor = raw_cpuid::CpuId::new().get_vendor_info();
     match vendor.as_ref().map(|v| v.as_str()) {
         Some("AuthenticAMD" | "HygonGenuine") => DecoderOptions::AMD,
@@ -161,10 +196,16 @@ fn masks(len: usize) -> [u64; 2] {
 pub(super) fn next(cpu: &mut Cpu) -> Result<Decoded, Exception> {
     let mode = cpu.mode();
     let linear = code_linear(cpu, mode)?;
-    match cached(cpu, mode, linear) {
-        Some(d) => Ok(d),
-        None => decode(cpu, mode, linear),
-    }
+    let gpa = match code_address(cpu, linear) {
+        Some(gpa) => gpa,
+        None => find_page(cpu, linear)?,
+    };
+    let decoded = match cached(cpu, mode, gpa) {
+        Some(d) => d,
+        None => decode(cpu, mode, linear, gpa)?,
+    };
+    cpu.code.note(&decoded.instruction);
+    Ok(decoded)
 }
 
 /// The linear address of RIP; #GP(0) where it is outside of the code segment or not canonical.
@@ -184,15 +225,35 @@ fn code_linear(cpu: &Cpu, mode: CpuMode) -> Result<u64, Exception> {
     Ok(cs.base.wrapping_add(cpu.rip) & 0xffff_ffff)
 }
 
+/// The guest physical address of code, where its page is known for the current privilege.
 #[inline]
-fn cached(cpu: &Cpu, mode: CpuMode, linear: u64) -> Option<Decoded> {
-    let t = cpu.code.tables.as_deref()?;
-    let page = &t.pages[page_slot(linear)];
-    if page.tag != page_tag(cpu, linear) || t.cr3 != cpu.cr3 {
-        return None;
+pub(super) fn code_address(cpu: &Cpu, linear: u64) -> Option<u64> {
+    let page = &cpu.code.tables.as_deref()?.pages[page_slot(linear)];
+    (page.tag == page_tag(cpu, linear)).then_some(page.gpa & !PAGE_MASK | linear & PAGE_MASK)
+}
+
+/// Walks the page tables for code, and remembers the page where it is RAM.
+#[cold]
+fn find_page(cpu: &mut Cpu, linear: u64) -> Result<u64, Exception> {
+    let privilege = if cpu.cpl == 3 {
+        Privilege::User
+    } else {
+        Privilege::Supervisor
+    };
+    let t = cpu.translate(linear, AccessKind::Execute, privilege)?;
+    if cpu.ram.is_ram(t.gpa) {
+        let page = CodePage {
+            tag: page_tag(cpu, linear),
+            gpa: t.gpa & !PAGE_MASK | if t.global { GLOBAL } else { 0 },
+        };
+        cpu.code.tables().pages[page_slot(linear)] = page;
     }
-    let gpa = page.gpa | linear & PAGE_MASK;
-    let e = &t.entries[entry_slot(gpa)];
+    Ok(t.gpa)
+}
+
+#[inline]
+fn cached(cpu: &Cpu, mode: CpuMode, gpa: u64) -> Option<Decoded> {
+    let e = &cpu.code.tables.as_deref()?.entries[entry_slot(gpa)];
     let i = &e.decoded.instruction;
     if e.gpa != gpa || i.ip() != cpu.rip || e.mode != mode {
         return None;
@@ -226,7 +287,7 @@ fn to_words(bytes: &[u8; 16]) -> [u64; 2] {
 }
 
 #[cold]
-fn decode(cpu: &mut Cpu, mode: CpuMode, linear: u64) -> Result<Decoded, Exception> {
+fn decode(cpu: &mut Cpu, mode: CpuMode, linear: u64, gpa: u64) -> Result<Decoded, Exception> {
     let mut bytes = [0; 16];
     let available = cpu.fetch(linear, &mut bytes)?;
     let options = cpu.code.tables().options;
@@ -247,7 +308,7 @@ fn decode(cpu: &mut Cpu, mode: CpuMode, linear: u64) -> Result<Decoded, Exceptio
         handler,
         system,
     };
-    remember(cpu, mode, linear, &bytes, decoded);
+    remember(cpu, mode, gpa, &bytes, decoded);
     Ok(decoded)
 }
 
@@ -281,31 +342,13 @@ fn check_limit(cpu: &Cpu, mode: CpuMode, len: usize) -> Result<(), Exception> {
 }
 
 /// Enters what was decoded, unless it reaches into a second page.
-fn remember(cpu: &mut Cpu, mode: CpuMode, linear: u64, bytes: &[u8; 16], decoded: Decoded) {
-    let privilege = if cpu.cpl == 3 {
-        Privilege::User
-    } else {
-        Privilege::Supervisor
-    };
-    let Ok(t) = cpu.translate(linear, AccessKind::Execute, privilege) else {
-        return;
-    };
-    let room = PAGE_SIZE - (linear & PAGE_MASK);
-    if decoded.instruction.len() as u64 > room || !cpu.ram.is_ram(t.gpa) {
+fn remember(cpu: &mut Cpu, mode: CpuMode, gpa: u64, bytes: &[u8; 16], decoded: Decoded) {
+    let room = PAGE_SIZE - (gpa & PAGE_MASK);
+    if decoded.instruction.len() as u64 > room || !cpu.ram.is_ram(gpa) {
         return;
     }
-    let (tag, cr3) = (page_tag(cpu, linear), cpu.cr3);
-    let tables = cpu.code.tables();
-    if tables.cr3 != cr3 {
-        tables.pages = [CodePage::default(); PAGES];
-        tables.cr3 = cr3;
-    }
-    tables.pages[page_slot(linear)] = CodePage {
-        tag,
-        gpa: t.gpa & !PAGE_MASK,
-    };
-    tables.entries[entry_slot(t.gpa)] = Entry {
-        gpa: t.gpa,
+    cpu.code.tables().entries[entry_slot(gpa)] = Entry {
+        gpa,
         raw: to_words(bytes),
         mode,
         decoded,

@@ -5,13 +5,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use iced_x86::{Formatter, IntelFormatter};
 
-use super::execute_one;
+use super::{execute_one, quick};
 use crate::{Activity, Bus, Cpu, Engine, EngineStats, Exit, Kick, Outcome, event};
 
 /// Runs a CPU by interpretation alone.
 pub struct Interpret {
     cpu: Box<Cpu>,
     kick: Arc<KickFlag>,
+    quick: bool,
 }
 
 #[derive(Default)]
@@ -29,7 +30,13 @@ impl Interpret {
         Interpret {
             cpu,
             kick: Arc::default(),
+            quick: true,
         }
+    }
+
+    /// Whether common instructions of 64-bit code run in predecoded blocks (as they do at first), or one by one as all others.
+    pub fn set_quick(&mut self, on: bool) {
+        self.quick = on;
     }
 
     /// Executes until an interrupt may have become deliverable; `Some` ends the run.
@@ -38,6 +45,9 @@ impl Interpret {
             if self.kick.0.load(Ordering::Relaxed) {
                 self.kick.0.store(false, Ordering::Release);
                 return Some(Exit::Kicked);
+            }
+            if self.quick {
+                quick::run(&mut self.cpu, &self.kick.0);
             }
             match execute_one(&mut self.cpu, bus) {
                 (Outcome::Continue, false) => {}
@@ -84,6 +94,8 @@ impl Engine for Interpret {
         let c = &self.cpu.counters;
         EngineStats::from([
             ("interpreted_instructions", c.interpreted_instructions),
+            ("quick_instructions", c.quick_instructions),
+            ("predecoded_blocks", c.predecoded_blocks),
             ("exceptions", c.exceptions.iter().sum()),
             ("page_faults", c.exceptions[14]),
             ("interrupts", c.interrupts),

@@ -30,6 +30,7 @@ mod multiply_divide;
 mod native;
 pub(crate) mod operand;
 mod push_pop;
+mod quick;
 pub(crate) mod register;
 mod shift;
 mod snippet;
@@ -88,7 +89,6 @@ fn execute_one(cpu: &mut Cpu, bus: &mut dyn Bus) -> (Outcome, bool) {
         Err(e) => return (exception::raise(cpu, bus, e, cpu.rip), true),
     };
     let i = &decoded.instruction;
-    cpu.code.note(i);
     cpu.rflags.remove(Rflags::RF);
     let next = next_rip(cpu, i);
     let devices = cpu.counters.mmio_accesses;

@@ -34,7 +34,7 @@ fn write_pair(cpu: &mut Cpu, size: usize, high: u64, low: u64) {
 }
 
 /// CF and OF say that the product does not fit its lower half. The other flags are undefined: they stay.
-fn set_product_flags(cpu: &mut Cpu, overflow: bool) {
+pub(super) fn set_product_flags(cpu: &mut Cpu, overflow: bool) {
     flags::set_some(cpu, CF | OF, if overflow { CF | OF } else { 0 });
 }
 
@@ -49,7 +49,7 @@ fn mul(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
 }
 
 /// The signed product, as 128 bits, and whether it overflows `size` bytes.
-fn signed_product(a: u64, b: u64, size: usize) -> (i128, bool) {
+pub(super) fn signed_product(a: u64, b: u64, size: usize) -> (i128, bool) {
     let wide = |v| i128::from(sign_extend(v, size) as i64);
     let product = wide(a) * wide(b);
     (product, product != wide(product as u64 & mask(size)))

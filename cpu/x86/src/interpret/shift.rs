@@ -61,34 +61,47 @@ fn shift(
     Ok(Flow::Next)
 }
 
-const ROTATE: u64 = CF | OF;
+/// The flags that rotations change.
+pub(super) const ROTATE: u64 = CF | OF;
 
 fn shl(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
-    shift(cpu, bus, i, ALL, |a, n, size| {
-        let wide = u128::from(a) << n;
-        let r = wide as u64 & mask(size);
-        let carry = (wide >> (8 * size)) as u64 & 1;
-        let overflow = flags::overflow_if(flags::sign(r, size) != carry);
-        (r, flags::of_result(r, size) | carry | overflow | SHIFT_AF)
-    })
+    shift(cpu, bus, i, ALL, left)
 }
 
 fn shr(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
-    shift(cpu, bus, i, ALL, |a, n, size| {
-        let r = a >> n;
-        let carry = a >> (n - 1) & 1;
-        let overflow = flags::overflow_if(flags::sign(r << 1 ^ r, size) != 0);
-        (r, flags::of_result(r, size) | carry | overflow | SHIFT_AF)
-    })
+    shift(cpu, bus, i, ALL, right)
 }
 
 fn sar(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
-    shift(cpu, bus, i, ALL, |a, n, size| {
-        let wide = sign_extend(a, size) as i64;
-        let r = (wide >> n) as u64 & mask(size);
-        let carry = (wide >> (n - 1)) as u64 & 1;
-        (r, flags::of_result(r, size) | carry | SHIFT_AF)
-    })
+    shift(cpu, bus, i, ALL, right_signed)
+}
+
+/// `a << n` for a count of at least 1, and the flags.
+#[inline]
+pub(super) fn left(a: u64, n: u32, size: usize) -> (u64, u64) {
+    let wide = u128::from(a) << n;
+    let r = wide as u64 & mask(size);
+    let carry = (wide >> (8 * size)) as u64 & 1;
+    let overflow = flags::overflow_if(flags::sign(r, size) != carry);
+    (r, flags::of_result(r, size) | carry | overflow | SHIFT_AF)
+}
+
+/// `a >> n` for a count of at least 1, and the flags.
+#[inline]
+pub(super) fn right(a: u64, n: u32, size: usize) -> (u64, u64) {
+    let r = a >> n;
+    let carry = a >> (n - 1) & 1;
+    let overflow = flags::overflow_if(flags::sign(r << 1 ^ r, size) != 0);
+    (r, flags::of_result(r, size) | carry | overflow | SHIFT_AF)
+}
+
+/// `a >> n` with the sign moving in, for a count of at least 1, and the flags.
+#[inline]
+pub(super) fn right_signed(a: u64, n: u32, size: usize) -> (u64, u64) {
+    let wide = sign_extend(a, size) as i64;
+    let r = (wide >> n) as u64 & mask(size);
+    let carry = (wide >> (n - 1)) as u64 & 1;
+    (r, flags::of_result(r, size) | carry | SHIFT_AF)
 }
 
 /// AF after a shift.
@@ -101,23 +114,29 @@ fn rotate_left(a: u64, n: u32, size: usize) -> u64 {
 }
 
 fn rol(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
-    shift(cpu, bus, i, ROTATE, |a, n, size| {
-        let r = rotate_left(a, n, size);
-        let carry = r & 1;
-        (r, carry | flags::overflow_if(flags::sign(r, size) != carry))
-    })
+    shift(cpu, bus, i, ROTATE, turn_left)
 }
 
 fn ror(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
-    shift(cpu, bus, i, ROTATE, |a, n, size| {
-        let bits = 8 * size as u32;
-        let r = rotate_left(a, bits - n % bits, size);
-        let carry = flags::sign(r, size);
-        (
-            r,
-            carry | flags::overflow_if(flags::sign(r << 1 ^ r, size) != 0),
-        )
-    })
+    shift(cpu, bus, i, ROTATE, turn_right)
+}
+
+/// `a` rotated left, and the flags of [`ROTATE`].
+#[inline]
+pub(super) fn turn_left(a: u64, n: u32, size: usize) -> (u64, u64) {
+    let r = rotate_left(a, n, size);
+    let carry = r & 1;
+    (r, carry | flags::overflow_if(flags::sign(r, size) != carry))
+}
+
+/// `a` rotated right, and the flags of [`ROTATE`].
+#[inline]
+pub(super) fn turn_right(a: u64, n: u32, size: usize) -> (u64, u64) {
+    let bits = 8 * size as u32;
+    let r = rotate_left(a, bits - n % bits, size);
+    let carry = flags::sign(r, size);
+    let overflow = flags::overflow_if(flags::sign(r << 1 ^ r, size) != 0);
+    (r, carry | overflow)
 }
 
 /// Rotates `size * 8 + 1` bits, the carry on top, left by `n`.
