@@ -127,17 +127,21 @@ impl HostPtr {
     #[inline]
     pub fn holds(self, words: &[u64], shift: u32) -> bool {
         let p = self.check(8 * words.len()).cast::<Packed<u64>>();
-        let mut differ = 0;
-        for (n, word) in words.iter().enumerate() {
-            // SAFETY: word `n` is in bounds by `check`; unaligned volatile reads as in `load`.
-            let seen = unsafe { std::ptr::read_volatile(p.add(n)).0 } ^ word;
-            differ |= if n + 1 == words.len() {
-                seen << shift
-            } else {
-                seen
-            };
-        }
-        differ == 0
+        // SAFETY: word `n` is in bounds by `check`; unaligned volatile reads as in `load`.
+        let seen = |n: usize| unsafe { std::ptr::read_volatile(p.add(n)).0 };
+        let Some((last, full)) = words.split_last() else {
+            return true;
+        };
+        full.iter().enumerate().all(|(n, word)| seen(n) == *word)
+            && (seen(full.len()) ^ last) << (shift & 63) == 0
+    }
+
+    /// The pointer `offset` bytes further on; `offset` is at most the room.
+    #[inline]
+    pub fn at(self, offset: usize) -> HostPtr {
+        let at = self.check(offset);
+        // SAFETY: `check` keeps the sum inside or at the end of the room, which is not null.
+        unsafe { HostPtr::new(NonNull::new_unchecked(at.add(offset)), self.room - offset) }
     }
 
     /// Copies guest memory out.

@@ -70,14 +70,31 @@ pub(super) struct Op {
     end: u8,
 }
 
-/// What does not change while blocks run.
+/// What does not change while blocks run, and the page that the current one lies on.
 pub(super) struct Context {
     /// Of data accesses.
     privilege: Privilege,
-    /// Host address of the page that the block lies on.
-    page: u64,
+    page: CodePage,
 }
 
+struct CodePage {
+    linear: u64,
+    gpa: u64,
+    host: HostPtr,
+}
+
+impl CodePage {
+    /// The page of RIP, where the code TLB knows it and it is RAM.
+    fn of(cpu: &Cpu, rip: u64) -> Option<Self> {
+        let linear = rip & !PAGE_MASK;
+        let gpa = code_address(cpu, linear)?;
+        let host = cpu.ram.ptr(gpa)?;
+        Some(CodePage { linear, gpa, host })
+    }
+}
+
+// A header of one cache line, then the instructions.
+#[repr(C, align(64))]
 struct Block {
     gpa: u64,
     /// Instructions; 0 where the first is for the interpreter proper.
@@ -224,59 +241,67 @@ pub(super) fn run(cpu: &mut Cpu, kick: &AtomicBool) {
     if !allowed(cpu) {
         return;
     }
+    let Some(page) = CodePage::of(cpu, cpu.rip) else {
+        return;
+    };
     let mut blocks = match cpu.code.blocks.take() {
         Some(blocks) => blocks,
         None => Box::new(Blocks::new()),
     };
     let mut context = Context {
         privilege: cpu.privilege(),
-        page: 0,
+        page,
     };
-    while run_block(cpu, &mut blocks, &mut context) && !kick.load(Ordering::Relaxed) {}
+    let mut executed = 0;
+    while !kick.load(Ordering::Relaxed) {
+        let rip = cpu.rip;
+        if rip ^ context.page.linear > PAGE_MASK {
+            match CodePage::of(cpu, rip) {
+                Some(page) => context.page = page,
+                None => break,
+            }
+        }
+        let (count, more) = run_block(cpu, &mut blocks, &context);
+        executed += u64::from(count);
+        if !more {
+            break;
+        }
+    }
+    cpu.counters.interpreted_instructions += executed;
+    cpu.counters.quick_instructions += executed;
     cpu.code.blocks = Some(blocks);
 }
 
-/// Runs the block at RIP; false where the interpreter proper has to go on.
+/// Runs the block at RIP: how many instructions were executed, and whether the next one may be one of ours.
 #[inline]
-fn run_block(cpu: &mut Cpu, blocks: &mut Blocks, context: &mut Context) -> bool {
+fn run_block(cpu: &mut Cpu, blocks: &mut Blocks, context: &Context) -> (u32, bool) {
     let rip = cpu.rip;
-    let Some(p) = code_address(cpu, rip).and_then(|gpa| Some((gpa, cpu.ram.ptr(gpa)?))) else {
-        return false;
-    };
-    let (gpa, p) = p;
+    let offset = rip & PAGE_MASK;
+    let p = context.page.host.at(offset as usize);
     if p.room() < 8 {
-        return false;
+        return (0, false);
     }
-    context.page = p.addr() & !PAGE_MASK;
-    let (slot, block) = blocks.at(cpu, gpa, p);
-    let (mut count, mut go) = (0, Go::Next);
+    let (slot, block) = blocks.at(cpu, context.page.gpa | offset, p);
+    let (mut count, mut go, mut end) = (0, Go::Next, 0);
     for op in &block.ops[..usize::from(block.count)] {
         go = (op.run)(cpu, op, context);
+        end = op.end;
         if go != Go::Next {
-            match go {
-                Go::Bail => cpu.rip = rip.wrapping_add(op.begin.into()),
-                Go::Stop => cpu.rip = rip.wrapping_add(op.end.into()),
-                _ => {}
+            if go == Go::Bail {
+                end = op.begin;
+                break;
             }
-            count += u32::from(go != Go::Bail);
+            count += 1;
             break;
         }
         count += 1;
     }
-    if count == 0 {
-        return false;
+    if go != Go::Jump {
+        cpu.rip = rip.wrapping_add(end.into());
     }
-    if go == Go::Next {
-        let last = &block.ops[usize::from(block.count) - 1];
-        cpu.rip = rip.wrapping_add(last.end.into());
+    if count > 0 {
+        let slot = slot as u32;
+        cpu.code.note_past(Past::Block(Ran { rip, slot, count }));
     }
-    cpu.counters.interpreted_instructions += u64::from(count);
-    cpu.counters.quick_instructions += u64::from(count);
-    let ran = Ran {
-        rip,
-        slot: slot as u32,
-        count,
-    };
-    cpu.code.note_past(Past::Block(ran));
-    go != Go::Bail
+    (count, count > 0 && go != Go::Bail)
 }

@@ -129,7 +129,7 @@ pub(super) fn modify<const S: usize, R>(
 /// After a store to the page that the block lies on, its bytes have to be compared again.
 #[inline(always)]
 fn stored(c: &Context, p: HostPtr) -> Go {
-    if p.addr() & !PAGE_MASK == c.page {
+    if p.addr() & !PAGE_MASK == c.page.host.addr() {
         Go::Stop
     } else {
         Go::Next
