@@ -46,7 +46,7 @@ fn alu<O: Alu>() -> Binary {
 }
 
 /// True where no instruction follows in the block.
-pub(super) fn ends_block(i: &Instruction) -> bool {
+pub(in crate::interpret) fn ends_block(i: &Instruction) -> bool {
     !matches!(
         i.flow_control(),
         FlowControl::Next | FlowControl::ConditionalBranch
@@ -54,7 +54,7 @@ pub(super) fn ends_block(i: &Instruction) -> bool {
 }
 
 /// The instruction, resolved; it was decoded as if its block began at address 0.
-pub(super) fn lookup(i: &Instruction) -> Option<Op> {
+pub(in crate::interpret) fn lookup(i: &Instruction) -> Option<Op> {
     if i.is_invalid() || i.has_lock_prefix() {
         return None;
     }

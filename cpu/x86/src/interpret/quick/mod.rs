@@ -27,6 +27,8 @@ use iced_x86::{Decoder, Instruction};
 
 use super::decode::{Past, code_address, decoder_options};
 use crate::{Cpu, CpuMode, Cr0, Rflags};
+#[cfg(test)]
+pub(super) use lookup::{ends_block, lookup};
 
 /// Instructions of a block at most.
 const OPS: usize = 10;

@@ -1,5 +1,6 @@
 //! Tests of the interpreter: small programs in flat memory, and the host's processor as the oracle.
 
+mod caches;
 mod oracle;
 
 use std::sync::Arc;
