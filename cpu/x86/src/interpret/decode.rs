@@ -75,6 +75,17 @@ pub(super) struct Decoded {
     pub system: bool,
 }
 
+impl Decoded {
+    /// No instruction: #UD.
+    pub(super) fn none() -> Self {
+        Decoded {
+            instruction: Instruction::default(),
+            handler: super::hint::undefined,
+            system: false,
+        }
+    }
+}
+
 impl CodeCache {
     /// Forgets where code pages lie, perhaps but for global ones.
     pub(crate) fn flush(&mut self, global_too: bool) {
@@ -144,11 +155,7 @@ impl Tables {
             gpa: u64::MAX,
             raw: [0; 2],
             mode: CpuMode::Real,
-            decoded: Decoded {
-                instruction: Instruction::default(),
-                handler: super::hint::undefined,
-                system: false,
-            },
+            decoded: Decoded::none(),
         };
         Tables {
             pages: [CodePage::default(); PAGES],
@@ -191,21 +198,24 @@ fn masks(len: usize) -> [u64; 2] {
     [bits as u64, (bits >> 64) as u64]
 }
 
-/// The instruction at RIP, or why it cannot be executed.
+/// Puts the instruction at RIP in `out`, or says why it cannot be executed. (It is copied, once: it may replace its own entry.)
 #[inline]
-pub(super) fn next(cpu: &mut Cpu) -> Result<Decoded, Exception> {
+pub(super) fn next(cpu: &mut Cpu, out: &mut Decoded) -> Result<(), Exception> {
     let mode = cpu.mode();
     let linear = code_linear(cpu, mode)?;
-    let gpa = match code_address(cpu, linear) {
-        Some(gpa) => gpa,
-        None => find_page(cpu, linear)?,
-    };
-    let decoded = match cached(cpu, mode, gpa) {
-        Some(d) => d,
-        None => decode(cpu, mode, linear, gpa)?,
-    };
-    cpu.code.note(&decoded.instruction);
-    Ok(decoded)
+    let gpa = cpu.fetch_address(linear)?;
+    if !cached(cpu, mode, gpa) {
+        *out = decode(cpu, mode, linear, gpa)?;
+        cpu.code.note(&out.instruction);
+        return Ok(());
+    }
+    let tables = cpu.code.tables();
+    let decoded = &tables.entries[entry_slot(gpa)].decoded;
+    *out = *decoded;
+    // From the entry, not from the copy that was just made: the processor could not forward those stores to these loads.
+    tables.history[tables.executed % HISTORY] = Past::One(decoded.instruction);
+    tables.executed = tables.executed.wrapping_add(1);
+    Ok(())
 }
 
 /// The linear address of RIP; #GP(0) where it is outside of the code segment or not canonical.
@@ -223,6 +233,18 @@ fn code_linear(cpu: &Cpu, mode: CpuMode) -> Result<u64, Exception> {
         return Err(Exception::gp(0));
     }
     Ok(cs.base.wrapping_add(cpu.rip) & 0xffff_ffff)
+}
+
+impl Cpu {
+    /// The guest physical address that a fetch from `linear`, which is canonical, reads with the current privilege: from
+    /// the code TLB, or else by a walk that may fault.
+    #[inline]
+    pub fn fetch_address(&mut self, linear: u64) -> Result<u64, Exception> {
+        match code_address(self, linear) {
+            Some(gpa) => Ok(gpa),
+            None => find_page(self, linear),
+        }
+    }
 }
 
 /// The guest physical address of code, where its page is known for the current privilege.
@@ -251,17 +273,20 @@ fn find_page(cpu: &mut Cpu, linear: u64) -> Result<u64, Exception> {
     Ok(t.gpa)
 }
 
+/// True where the entry for this address holds the instruction that is there.
 #[inline]
-fn cached(cpu: &Cpu, mode: CpuMode, gpa: u64) -> Option<Decoded> {
-    let e = &cpu.code.tables.as_deref()?.entries[entry_slot(gpa)];
+fn cached(cpu: &Cpu, mode: CpuMode, gpa: u64) -> bool {
+    let Some(t) = cpu.code.tables.as_deref() else {
+        return false;
+    };
+    let e = &t.entries[entry_slot(gpa)];
     let i = &e.decoded.instruction;
     if e.gpa != gpa || i.ip() != cpu.rip || e.mode != mode {
-        return None;
+        return false;
     }
     let m = masks(i.len());
-    let raw = raw_bytes(cpu, gpa)?;
-    let same = (raw[0] ^ e.raw[0]) & m[0] | (raw[1] ^ e.raw[1]) & m[1] == 0;
-    same.then_some(e.decoded)
+    raw_bytes(cpu, gpa)
+        .is_some_and(|raw| (raw[0] ^ e.raw[0]) & m[0] | (raw[1] ^ e.raw[1]) & m[1] == 0)
 }
 
 /// 16 bytes of code; those beyond the page are zero.
@@ -289,17 +314,14 @@ fn to_words(bytes: &[u8; 16]) -> [u64; 2] {
 #[cold]
 fn decode(cpu: &mut Cpu, mode: CpuMode, linear: u64, gpa: u64) -> Result<Decoded, Exception> {
     let mut bytes = [0; 16];
-    let available = cpu.fetch(linear, &mut bytes)?;
-    let options = cpu.code.tables().options;
-    let bitness = match mode {
-        CpuMode::Bits64 => 64,
-        CpuMode::Bits32 => 32,
-        _ => 16,
-    };
-    let mut decoder = Decoder::with_ip(bitness, &bytes[..available], cpu.rip, options);
-    let instruction = decoder.decode();
+    let mut available = on_page(cpu, gpa, &mut bytes);
+    let (mut instruction, mut error) = decode_bytes(cpu, mode, &bytes[..available]);
+    if error == DecoderError::NoMoreBytes && available < LONGEST {
+        available = cpu.fetch(linear, &mut bytes)?;
+        (instruction, error) = decode_bytes(cpu, mode, &bytes[..available]);
+    }
     if instruction.is_invalid() {
-        return Err(invalid(cpu, linear, available, decoder.last_error()));
+        return Err(invalid(cpu, linear, available, error));
     }
     check_limit(cpu, mode, instruction.len())?;
     let (handler, system) = dispatch::resolve(&instruction, mode);
@@ -310,6 +332,25 @@ fn decode(cpu: &mut Cpu, mode: CpuMode, linear: u64, gpa: u64) -> Result<Decoded
     };
     remember(cpu, mode, gpa, &bytes, decoded);
     Ok(decoded)
+}
+
+/// Reads what there is of an instruction on its first page; nothing where that is not RAM.
+fn on_page(cpu: &Cpu, gpa: u64, out: &mut [u8; 16]) -> usize {
+    let Some(p) = cpu.ram.ptr(gpa) else { return 0 };
+    let len = p.room().min(LONGEST);
+    p.read(&mut out[..len]);
+    len
+}
+
+fn decode_bytes(cpu: &mut Cpu, mode: CpuMode, bytes: &[u8]) -> (Instruction, DecoderError) {
+    let bitness = match mode {
+        CpuMode::Bits64 => 64,
+        CpuMode::Bits32 => 32,
+        _ => 16,
+    };
+    let options = cpu.code.tables().options;
+    let mut decoder = Decoder::with_ip(bitness, bytes, cpu.rip, options);
+    (decoder.decode(), decoder.last_error())
 }
 
 /// Why bytes are no instruction: too many of them, a page fault on those that are missing, or #UD.

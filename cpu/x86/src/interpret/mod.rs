@@ -5,6 +5,9 @@
 //! gives up with an [`Exception`] no register, flag or byte of memory has changed (except where the manual allows:
 //! string instructions keep the units that they have done).
 //!
+//! Executing 64-bit code for long, it runs the common instructions in predecoded blocks (`quick`), which any case out of the
+//! ordinary leaves for [`step`]'s way of doing things. `docs/interpret.md` tells of both, and of what is remembered.
+//!
 //! Reading order: [`step`], `decode` (which instruction is next), `dispatch` (which function executes it), `operand`
 //! (how they all reach registers and memory), then a file per textbook concept. x87, SSE and AVX instructions are
 //! not written out: `native` lets the host's processor execute them on the guest's operands.
@@ -84,10 +87,10 @@ fn execute_one(cpu: &mut Cpu, bus: &mut dyn Bus) -> (Outcome, bool) {
     cpu.interrupt_shadow = false;
     cpu.mov_ss_shadow = false;
     let before = cpu.rflags;
-    let decoded = match check_breakpoints(cpu).and_then(|()| decode::next(cpu)) {
-        Ok(d) => d,
-        Err(e) => return (exception::raise(cpu, bus, e, cpu.rip), true),
-    };
+    let mut decoded = decode::Decoded::none();
+    if let Err(e) = check_breakpoints(cpu).and_then(|()| decode::next(cpu, &mut decoded)) {
+        return (exception::raise(cpu, bus, e, cpu.rip), true);
+    }
     let i = &decoded.instruction;
     cpu.rflags.remove(Rflags::RF);
     let next = next_rip(cpu, i);
