@@ -77,6 +77,14 @@ fn the_cloud_kernel_boots_and_works_translated() {
 }
 
 #[test]
+fn the_cloud_kernel_boots_and_works_interpreted() {
+    system(CLOUD)
+        .doppel("interpret", 10 * MINUTES)
+        .expect(PASSED)
+        .says("step: done");
+}
+
+#[test]
 fn the_generic_kernel_boots_and_works_translated() {
     system(GENERIC)
         .doppel("translate", 3 * MINUTES)
