@@ -380,6 +380,27 @@ fn a_block_is_left_for_what_it_cannot_do() {
     );
 }
 
+#[test]
+fn the_trace_shows_what_ran_in_blocks() {
+    for on in [false, true] {
+        let cpu = machine();
+        place(&cpu, CODE, |a| {
+            a.mov(eax, 5)?;
+            a.inc(eax)?;
+            a.hlt()
+        });
+        let mut engine = Interpret::new(cpu);
+        engine.set_quick(on);
+        engine.run(&mut TestBus::default());
+        let trace: Vec<_> = engine
+            .trace()
+            .iter()
+            .map(|line| line[20..].to_string())
+            .collect();
+        assert_eq!(trace, ["mov eax,5", "inc eax", "hlt"]);
+    }
+}
+
 // ---- blocks against the interpreter proper ----
 
 const DATA: u64 = 0x2_0000;
