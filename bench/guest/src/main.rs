@@ -1,0 +1,99 @@
+//! The work that `cargo xtask bench` measures: the same static program on the host, in QEMU and in Doppel.
+//!
+//! `doppel-bench-guest [--passes N] [NAME...]` does the rows of those names, or of the groups of those names, or all.
+//! What it prints, a line each, is for the host's side to read:
+//!
+//! ```text
+//! clock SECONDS                    the smallest step of CLOCK_MONOTONIC that was seen
+//! begin
+//! row NAME CHECKSUM SECONDS...     one time a pass
+//! end SECONDS                      since "begin"
+//! ```
+//!
+//! A row does a fixed amount of work, the same everywhere, and the checksum is of its results.
+
+mod compute;
+mod kernel;
+mod random;
+mod row;
+mod whole;
+
+use anyhow::{Context, Result, bail, ensure};
+use row::Row;
+use std::time::{Duration, Instant};
+
+/// As this program's first argument: end at once. What fork+exec of a static program runs.
+const NOTHING: &str = "nothing";
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match arguments.first().map(String::as_str) {
+        Some(NOTHING) => Ok(()),
+        Some("list") => {
+            all().for_each(|row| println!("{} {}", row.group, row.name));
+            Ok(())
+        }
+        _ => measure(&arguments),
+    }
+}
+
+fn all() -> impl Iterator<Item = &'static Row> {
+    [compute::ROWS, kernel::ROWS, whole::ROWS]
+        .into_iter()
+        .flatten()
+}
+
+fn measure(arguments: &[String]) -> Result<()> {
+    let (passes, names) = match arguments {
+        [flag, passes, names @ ..] if flag == "--passes" => (passes.parse()?, names),
+        names => (3, names),
+    };
+    kernel::system_unsafe::pin_to_one_cpu()?;
+    let rows = chosen(names)?;
+    println!("clock {}", clock_step().as_secs_f64());
+    println!("begin");
+    let start = Instant::now();
+    for row in rows {
+        report(row, passes)?;
+    }
+    println!("end {}", start.elapsed().as_secs_f64());
+    Ok(())
+}
+
+fn chosen(names: &[String]) -> Result<Vec<&'static Row>> {
+    for name in names {
+        ensure!(all().any(|row| row.is(name)), "no row or group {name}");
+    }
+    Ok(all()
+        .filter(|row| names.is_empty() || names.iter().any(|name| row.is(name)))
+        .collect())
+}
+
+fn report(row: &Row, passes: usize) -> Result<()> {
+    let mut times = Vec::new();
+    let mut checksum = None;
+    for _ in 0..row.passes(passes) {
+        let (sum, took) = row.run().with_context(|| format!("row {}", row.name))?;
+        if checksum.is_some_and(|before| before != sum) {
+            bail!("row {}: two passes, two results", row.name);
+        }
+        checksum = Some(sum);
+        times.push(format!("{:.9}", took.as_secs_f64()));
+    }
+    let checksum = checksum.context("no pass")?;
+    println!("row {} {checksum:016x} {}", row.name, times.join(" "));
+    Ok(())
+}
+
+fn clock_step() -> Duration {
+    let step = |_| {
+        let start = Instant::now();
+        loop {
+            let passed = start.elapsed();
+            if !passed.is_zero() {
+                return passed;
+            }
+        }
+    };
+    (0..1000).map(step).min().unwrap_or_default()
+}

@@ -1,0 +1,187 @@
+//! One run of one contestant: starts it, reads what it says as it says it, and looks at its memory meanwhile.
+
+use crate::contestant::MEMORY;
+use crate::memory::{self, Footprint};
+use anyhow::{Context, Result, bail, ensure};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+/// How much the guest's clock may differ from the host's between "begin" and "end".
+const CLOCK_TOLERANCE: f64 = 0.03;
+/// The statuses of a run whose program ended well: natively, and through the debug-exit port.
+const PASSED: [i32; 2] = [0, (16 << 1) | 1];
+
+/// What a run said.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Run {
+    pub rows: BTreeMap<String, Measured>,
+    /// The smallest step of the clock that the guest saw, in seconds.
+    pub clock_step: f64,
+    pub clocksource: Option<String>,
+    /// The guest's time from "begin" to "end" over the host's.
+    pub clock_rate: Option<f64>,
+    pub after_boot: Option<Footprint>,
+    pub after_all: Option<Footprint>,
+}
+
+/// One row in one run.
+#[derive(Clone, Debug, Serialize)]
+pub struct Measured {
+    pub checksum: String,
+    /// Seconds, one a pass.
+    pub passes: Vec<f64>,
+}
+
+/// A process whose output is read a line at a time.
+struct Process {
+    child: Child,
+    lines: Receiver<(Instant, String)>,
+    transcript: String,
+    end: Instant,
+}
+
+/// Runs a contestant's program to its end.
+pub fn run(command: Command, limit: Duration) -> Result<Run> {
+    let mut process = Process::start(command, limit)?;
+    let mut reader = Reader::default();
+    while let Some((at, line)) = process.line()? {
+        let line = line.trim();
+        if let Some(("bench:", word)) = line.split_once(' ') {
+            let footprint = || memory::footprint(process.child.id(), MEMORY);
+            match word {
+                "booted" => reader.run.after_boot = Some(footprint()?),
+                "done" => reader.run.after_all = Some(footprint()?),
+                _ => {}
+            }
+        }
+        reader
+            .line(at, line)
+            .with_context(|| format!("reading {line:?}"))?;
+    }
+    process.finish()?;
+    ensure!(
+        reader.ended,
+        "it never came to its end\n{}",
+        process.transcript
+    );
+    Ok(reader.run)
+}
+
+/// Seconds from the start of a machine until its init speaks; then the machine is ended.
+pub fn boot(command: Command, limit: Duration) -> Result<f64> {
+    let start = Instant::now();
+    let mut process = Process::start(command, limit)?;
+    while let Some((at, line)) = process.line()? {
+        if line.trim() == "bench: init" {
+            return Ok((at - start).as_secs_f64());
+        }
+    }
+    bail!("it ended without a word of init\n{}", process.transcript)
+}
+
+/// Makes numbers of lines.
+#[derive(Default)]
+struct Reader {
+    run: Run,
+    begin: Option<Instant>,
+    ended: bool,
+}
+
+impl Reader {
+    fn line(&mut self, at: Instant, line: &str) -> Result<()> {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match words[..] {
+            ["clock", step] => self.run.clock_step = step.parse()?,
+            ["clocksource", name] => self.run.clocksource = Some(name.to_owned()),
+            ["begin"] => self.begin = Some(at),
+            ["end", seconds] => self.end(at, seconds.parse()?)?,
+            ["row", name, checksum, ref times @ ..] => {
+                let passes = times.iter().map(|t| t.parse()).collect::<Result<_, _>>()?;
+                let checksum = checksum.to_owned();
+                self.run
+                    .rows
+                    .insert(name.to_owned(), Measured { checksum, passes });
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// A guest whose clock is slow would look fast.
+    fn end(&mut self, at: Instant, seconds: f64) -> Result<()> {
+        let begin = self.begin.context("an end without a beginning")?;
+        let rate = seconds / (at - begin).as_secs_f64();
+        self.run.clock_rate = Some(rate);
+        self.ended = true;
+        if seconds > 1.0 && (rate - 1.0).abs() > CLOCK_TOLERANCE {
+            eprintln!("bench: WARNING: the guest's clock runs at {rate:.3} of the host's");
+        }
+        Ok(())
+    }
+}
+
+impl Process {
+    fn start(mut command: Command, limit: Duration) -> Result<Process> {
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("starting {}", command.get_program().display()))?;
+        let (sender, lines) = channel();
+        let stdout = child.stdout.take().context("no stdout")?;
+        let stderr = child.stderr.take().context("no stderr")?;
+        for output in [
+            Box::new(stdout) as Box<dyn std::io::Read + Send>,
+            Box::new(stderr),
+        ] {
+            let sender = sender.clone();
+            std::thread::spawn(move || {
+                for line in BufReader::new(output).split(b'\n').map_while(Result::ok) {
+                    let line = String::from_utf8_lossy(&line).into_owned();
+                    if sender.send((Instant::now(), line)).is_err() {
+                        break;
+                    }
+                }
+            });
+        }
+        Ok(Process {
+            child,
+            lines,
+            transcript: String::new(),
+            end: Instant::now() + limit,
+        })
+    }
+
+    /// The next line with the time it came; none at the end of the output.
+    fn line(&mut self) -> Result<Option<(Instant, String)>> {
+        let left = self.end.saturating_duration_since(Instant::now());
+        match self.lines.recv_timeout(left) {
+            Ok((at, line)) => {
+                self.transcript.push_str(&line);
+                self.transcript.push('\n');
+                Ok(Some((at, line)))
+            }
+            Err(RecvTimeoutError::Disconnected) => Ok(None),
+            Err(RecvTimeoutError::Timeout) => bail!("it takes too long\n{}", self.transcript),
+        }
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        let status = self.child.wait()?;
+        let passed = status.code().is_some_and(|code| PASSED.contains(&code));
+        ensure!(passed, "it ended with {status}\n{}", self.transcript);
+        Ok(())
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
