@@ -10,6 +10,7 @@ mod memory;
 mod qemu;
 mod readme;
 mod results;
+mod root;
 mod session;
 mod table;
 
@@ -18,6 +19,7 @@ use clap::Parser;
 use contestant::{Contestant, Kind, Order};
 use guest::Guest;
 use results::Results;
+use root::Root;
 use session::{Measured, Run};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -184,23 +186,6 @@ fn contestants(args: &Args, workspace: &Path) -> Result<Vec<Contestant>> {
     Ok(all)
 }
 
-/// A directory with the guest's files in the host's tmpfs, as they are in the guest's; gone at the end.
-struct Root(PathBuf);
-
-impl Root {
-    fn unpack(guest: &Guest) -> Result<Root> {
-        let root = Root(Path::new("/dev/shm").join(format!("doppel-bench-{}", std::process::id())));
-        guest.unpack(&root.0)?;
-        Ok(root)
-    }
-}
-
-impl Drop for Root {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
 struct Bench {
     args: Args,
     contestants: Vec<Contestant>,
@@ -211,7 +196,7 @@ struct Bench {
 
 impl Bench {
     fn run(&self, known: &[(String, String)]) -> Result<Results> {
-        let mut results = Results::new(&self.contestants, known, &self.args.engine)?;
+        let mut results = Results::new(&self.contestants, known);
         for round in 0..self.args.rounds {
             for turn in 0..self.contestants.len() {
                 // Each round begins with another one.
@@ -238,7 +223,7 @@ impl Bench {
                     passes: self.args.passes,
                 };
                 session::run(
-                    contestant.command(&self.guest, &self.root.0, &order)?,
+                    contestant.command(&self.guest, self.root.path(), &order)?,
                     limit,
                 )?
             }

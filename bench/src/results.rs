@@ -16,6 +16,9 @@ pub struct Results {
     pub columns: Vec<Column>,
     pub rows: Vec<Row>,
     pub groups: Vec<Group>,
+    /// Group and name of every row there is, measured or not.
+    #[serde(skip)]
+    known: Vec<(String, String)>,
 }
 
 /// A contestant with all its runs, one a round.
@@ -58,37 +61,42 @@ pub struct Ratio {
 #[derive(Serialize)]
 pub struct Group {
     pub name: String,
+    /// Whether all its rows were measured.
+    pub complete: bool,
     /// Geometric means; the extremes are those of the means of single rounds.
     pub ratios: Vec<Ratio>,
 }
 
 impl Results {
-    pub fn new(
-        contestants: &[Contestant],
-        known: &[(String, String)],
-        engine: &str,
-    ) -> Result<Results> {
+    pub fn new(contestants: &[Contestant], known: &[(String, String)]) -> Results {
         let column = |contestant: &Contestant| Column {
-            name: contestant.name.clone(),
-            role: role(&contestant.kind),
-            command: describe(&contestant.kind, engine),
-            runs: Vec::new(),
+            command: describe(&contestant.kind),
+            ..Column::empty(&contestant.name, role(&contestant.kind))
         };
-        let row = |group: &str, name: &str| Row {
-            group: group.to_owned(),
-            name: name.to_owned(),
+        let row = |(group, name): &(String, String)| Row {
+            group: group.clone(),
+            name: name.clone(),
             seconds: Vec::new(),
             ratios: Vec::new(),
         };
-        let mut rows: Vec<Row> = known.iter().map(|(group, name)| row(group, name)).collect();
-        rows.push(row(BOOT, BOOT));
-        Ok(Results {
+        let boot = (BOOT.to_owned(), BOOT.to_owned());
+        let known = [known, &[boot]].concat();
+        Results {
             host: host(),
             qemu: qemu::version().ok(),
             columns: contestants.iter().map(column).collect(),
-            rows,
+            rows: known.iter().map(row).collect(),
             groups: Vec::new(),
-        })
+            known,
+        }
+    }
+
+    #[cfg(test)]
+    pub fn empty(columns: Vec<Column>) -> Results {
+        Results {
+            columns,
+            ..Results::new(&[], &[])
+        }
     }
 
     pub fn add(&mut self, column: usize, run: Run) {
@@ -135,13 +143,19 @@ impl Results {
             .iter()
             .filter_map(|pair| ratio(&self.columns, *pair, &rows));
         Group {
+            complete: rows.len()
+                == self
+                    .known
+                    .iter()
+                    .filter(|(group, _)| *group == name)
+                    .count(),
             ratios: ratios.collect(),
             name,
         }
     }
 
     /// The pairs (over, under) that are compared: TCG over Doppel, Doppel over native, other Doppels over the first.
-    fn pairs(&self) -> Vec<(usize, usize)> {
+    pub fn pairs(&self) -> Vec<(usize, usize)> {
         let of = |role| self.columns.iter().position(|c| c.role == role);
         let doppels: Vec<usize> = (0..self.columns.len())
             .filter(|n| self.columns[*n].role == Role::Doppel)
@@ -177,6 +191,15 @@ impl Results {
 }
 
 impl Column {
+    pub fn empty(name: &str, role: Role) -> Column {
+        Column {
+            name: name.to_owned(),
+            role,
+            command: String::new(),
+            runs: Vec::new(),
+        }
+    }
+
     /// Seconds of a row, round by round: the median of each run's passes.
     fn rounds(&self, row: &str) -> impl Iterator<Item = f64> {
         self.runs
@@ -230,12 +253,14 @@ fn role(kind: &Kind) -> Role {
     }
 }
 
-fn describe(kind: &Kind, engine: &str) -> String {
+fn describe(kind: &Kind) -> String {
     match kind {
-        Kind::Native => "the host".to_owned(),
-        Kind::Qemu => "qemu-system-x86_64 -accel tcg -cpu max".to_owned(),
-        Kind::Doppel { flags, .. } if flags.len() > 2 => format!("doppel run {}", flags.join(" ")),
-        Kind::Doppel { .. } => format!("doppel run --engine {engine}"),
+        Kind::Native => "the host, on one CPU".to_owned(),
+        Kind::Qemu => "qemu-system-x86_64 -accel tcg -cpu max -smp 1".to_owned(),
+        Kind::Doppel { program, flags } => {
+            let name = program.file_name().unwrap_or_default();
+            format!("{} run {}", name.to_string_lossy(), flags.join(" "))
+        }
     }
 }
 
@@ -259,4 +284,99 @@ fn host() -> String {
         field("model\t"),
         read("/proc/sys/kernel/osrelease").trim()
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::session::Measured;
+
+    fn run(rows: &[(&str, &[f64], &str)]) -> Run {
+        let measured = |(name, passes, sum): &(&str, &[f64], &str)| {
+            let checksum = sum.to_string();
+            (
+                name.to_string(),
+                Measured {
+                    checksum,
+                    passes: passes.to_vec(),
+                },
+            )
+        };
+        Run {
+            rows: rows.iter().map(measured).collect(),
+            ..Run::default()
+        }
+    }
+
+    fn results(rounds: &[[Run; 3]]) -> Results {
+        let doppel = Kind::Doppel {
+            program: "doppel".into(),
+            flags: vec![],
+        };
+        let kinds = [
+            ("native", Kind::Native),
+            ("TCG", Kind::Qemu),
+            ("Doppel", doppel),
+        ];
+        let contestants = kinds.map(|(name, kind)| Contestant {
+            name: name.to_owned(),
+            kind,
+        });
+        let known = ["a", "b"].map(|row| ("group".to_owned(), row.to_owned()));
+        let mut results = Results::new(&contestants, &known);
+        for round in rounds {
+            round
+                .iter()
+                .enumerate()
+                .for_each(|(column, run)| results.add(column, run.clone()));
+        }
+        results
+    }
+
+    fn both(a: f64, b: f64) -> Run {
+        run(&[("a", &[9.0, a, 0.1], "x"), ("b", &[b], "y")])
+    }
+
+    #[test]
+    fn ratios_are_of_the_same_round_and_means_are_geometric() {
+        let mut results = results(&[
+            [both(1.0, 1.0), both(9.0, 4.0), both(2.0, 2.0)],
+            [both(3.0, 3.0), both(9.0, 30.0), both(6.0, 3.0)],
+        ]);
+        results.finish().unwrap();
+        assert_eq!(results.rows.len(), 2, "nobody booted");
+        assert_eq!(results.rows[0].seconds, [Some(2.0), Some(9.0), Some(4.0)]);
+        let [tcg, native] = &results.rows[0].ratios[..] else {
+            panic!()
+        };
+        let close = |a: f64, b: f64| (a - b).abs() < 1e-9;
+        assert_eq!((tcg.over, tcg.under), (1, 2));
+        assert!(close(tcg.least, 1.5) && close(tcg.median, 3.0) && close(tcg.most, 4.5));
+        assert_eq!((native.over, native.under), (2, 0));
+        assert!(close(native.median, 2.0));
+        assert!(results.groups[0].complete);
+        let mean = &results.groups[0].ratios[0];
+        assert!(
+            close(mean.least, 3.0) && close(mean.most, 15f64.sqrt()),
+            "{} {}",
+            mean.least,
+            mean.most
+        );
+    }
+
+    #[test]
+    fn another_result_is_an_error() {
+        let other = run(&[("a", &[1.0], "z"), ("b", &[1.0], "y")]);
+        let error = results(&[[both(1.0, 1.0), both(1.0, 1.0), other]])
+            .finish()
+            .unwrap_err();
+        assert!(error.to_string().contains("row a"), "{error}");
+    }
+
+    #[test]
+    fn the_median_is_the_middle() {
+        assert_eq!(median(&[]), None);
+        assert_eq!(median(&[3.0, 1.0, 2.0]), Some(2.0));
+        assert_eq!(median(&[1.0, 2.0]), Some(1.5));
+    }
 }

@@ -1,8 +1,8 @@
 //! The table: for a terminal, and for the README.
 
-use crate::results::{Ratio, Results, Role, Row};
+use crate::results::{Column, Ratio, Results, Role, Row};
 
-/// What issue-wide geometric means are to reach: group, TCG : Doppel at least, Doppel : native at most.
+/// What geometric means are to reach: group, TCG : Doppel at least, Doppel : native at most.
 const GOALS: &[(&str, f64, Option<f64>)] = &[
     ("compute", 7.0, Some(2.2)),
     ("kernel", 4.0, None),
@@ -15,6 +15,12 @@ const SLOWER: &str = " <-- slower than TCG";
 pub fn text(results: &Results) -> String {
     let mut lines = vec![results.host.clone()];
     lines.extend(results.qemu.clone());
+    lines.extend(
+        results
+            .columns
+            .iter()
+            .map(|c| format!("{}: {}", c.name, c.command)),
+    );
     lines.push(String::new());
     lines.push(head(results));
     for group in &results.groups {
@@ -23,14 +29,15 @@ pub fn text(results: &Results) -> String {
         }
         let name = format!("= {}", group.name);
         let mut mean = format!("{name:14}{}", " ".repeat(12 * results.columns.len()));
-        group
-            .ratios
-            .iter()
-            .for_each(|ratio| mean.push_str(&cell(ratio)));
-        lines.push(mean + &goal(results, &group.name, &group.ratios));
+        mean.push_str(&cells(results, &group.ratios));
+        if group.complete {
+            mean.push_str(&goal(results, &group.name, &group.ratios));
+        }
+        lines.push(mean);
         lines.push(String::new());
     }
     lines.extend(memory(results));
+    lines.extend(clocks(results));
     lines.join("\n")
 }
 
@@ -58,21 +65,30 @@ fn pair(results: &Results, ratio: &Ratio) -> String {
 fn line(results: &Results, row: &Row) -> String {
     let mut line = format!("{:14}", row.name);
     for seconds in &row.seconds {
-        let text = seconds.map_or("-".to_owned(), |s| format!("{:.2}", s * 1000.0));
+        let text = milliseconds(*seconds);
         line.push_str(&format!("{text:>12}"));
     }
-    row.ratios
-        .iter()
-        .for_each(|ratio| line.push_str(&cell(ratio)));
+    line.push_str(&cells(results, &row.ratios));
     if is_slower(results, &row.ratios) {
         line.push_str(SLOWER);
     }
     line
 }
 
-fn cell(ratio: &Ratio) -> String {
-    let spread = format!("{:.2}..{:.2}", ratio.least, ratio.most);
-    format!("{:>10.2} {:15}", ratio.median, format!("({spread})"))
+fn milliseconds(seconds: Option<f64>) -> String {
+    seconds.map_or("-".to_owned(), |s| format!("{:.2}", s * 1000.0))
+}
+
+/// A cell for each pair that is compared, empty where this row has none.
+fn cells(results: &Results, ratios: &[Ratio]) -> String {
+    let cell = |pair| {
+        let ratio = ratios.iter().find(|r| (r.over, r.under) == pair);
+        ratio.map_or(" ".repeat(26), |r| {
+            let spread = format!("({:.2}..{:.2})", r.least, r.most);
+            format!("{:>10.2} {spread:15}", r.median)
+        })
+    };
+    results.pairs().into_iter().map(cell).collect()
 }
 
 fn is_tcg(results: &Results, ratio: &Ratio) -> bool {
@@ -126,7 +142,111 @@ fn memory(results: &Results) -> Vec<String> {
     lines
 }
 
-/// The same for the README.
+/// How good the clock was by which each column was measured.
+fn clocks(results: &Results) -> Vec<String> {
+    let line = |column: &Column| {
+        let run = column.runs.last().filter(|run| !run.rows.is_empty())?;
+        let source = run.clocksource.as_deref().unwrap_or("the host's");
+        let rate = run.clock_rate?;
+        Some(format!(
+            "clock of {}: {source}, steps of {:.0} ns, rate {rate:.3}",
+            column.name,
+            run.clock_step * 1e9
+        ))
+    };
+    results.columns.iter().filter_map(line).collect()
+}
+
+/// The same for the README: means first, then every row.
 pub fn markdown(results: &Results) -> String {
-    text(results)
+    let pairs: Vec<(usize, usize)> = results.pairs();
+    let mut text = format!(
+        "{}; {}.\n\n",
+        results.host,
+        results.qemu.as_deref().unwrap_or("no QEMU")
+    );
+    text.push_str(&markdown_head("geometric mean of", &[], results, &pairs));
+    for group in &results.groups {
+        text.push_str(&markdown_line(&group.name, &[], &group.ratios, &pairs));
+    }
+    text.push_str("\n<details><summary>Every row (milliseconds)</summary>\n\n");
+    let names: Vec<&str> = results.columns.iter().map(|c| c.name.as_str()).collect();
+    text.push_str(&markdown_head("", &names, results, &pairs));
+    for row in &results.rows {
+        let times: Vec<String> = row.seconds.iter().map(|s| milliseconds(*s)).collect();
+        let slower = is_slower(results, &row.ratios);
+        let name = format!(
+            "{}{}",
+            row.name,
+            if slower { " (slower than TCG)" } else { "" }
+        );
+        text.push_str(&markdown_line(&name, &times, &row.ratios, &pairs));
+    }
+    let memory = memory(results)
+        .into_iter()
+        .map(|line| format!("\n{line}\n"));
+    text + "\n" + &memory.collect::<String>() + "\n</details>\n"
+}
+
+fn markdown_head(
+    first: &str,
+    names: &[&str],
+    results: &Results,
+    pairs: &[(usize, usize)],
+) -> String {
+    let name = |n: usize| results.columns[n].name.as_str();
+    let mut head: Vec<String> = vec![first.to_owned()];
+    head.extend(names.iter().map(|name| name.to_string()));
+    head.extend(
+        pairs
+            .iter()
+            .map(|(over, under)| format!("{} : {}", name(*over), name(*under))),
+    );
+    let rule = format!("|---|{}", "--:|".repeat(head.len() - 1));
+    format!("| {} |\n{rule}\n", head.join(" | "))
+}
+
+fn markdown_line(
+    name: &str,
+    times: &[String],
+    ratios: &[Ratio],
+    pairs: &[(usize, usize)],
+) -> String {
+    let mut cells = vec![name.to_owned()];
+    cells.extend(times.iter().cloned());
+    cells.extend(pairs.iter().map(|pair| {
+        let ratio = ratios.iter().find(|r| (r.over, r.under) == *pair);
+        ratio.map_or(String::new(), |r| {
+            format!("{:.2} ({:.2}–{:.2})", r.median, r.least, r.most)
+        })
+    }));
+    format!("| {} |\n", cells.join(" | "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missed_goal_and_a_row_slower_than_tcg_are_said() {
+        let ratio = |median| Ratio {
+            over: 0,
+            under: 1,
+            median,
+            least: 0.5,
+            most: 9.0,
+        };
+        let columns = [("TCG", Role::Tcg), ("Doppel", Role::Doppel)];
+        let columns = columns.map(|(name, role)| Column::empty(name, role));
+        let results = Results::empty(columns.into());
+        assert!(is_slower(&results, &[ratio(0.9)]) && !is_slower(&results, &[ratio(1.1)]));
+        assert_eq!(
+            goal(&results, "kernel", &[ratio(3.9)]),
+            " goal >= 4: missed"
+        );
+        assert_eq!(
+            goal(&results, "kernel", &[ratio(4.0)]),
+            " goal >= 4: reached"
+        );
+    }
 }

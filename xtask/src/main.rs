@@ -1,4 +1,4 @@
-//! The project's own tasks: `tidy`, `test`, `boots`, `fuzz`; `cargo xtask --help` says what each does.
+//! The project's own tasks: `tidy`, `test`, `boots`, `bench`, `fuzz`; `cargo xtask --help` says what each does.
 
 mod boots;
 mod source;
@@ -24,6 +24,12 @@ enum Task {
     Test,
     /// Boot the default guest again and again; tell how long it takes.
     Boots(boots::Boots),
+    /// Do the same work natively, in QEMU and in Doppel, and compare; the arguments go to the bench crate (try --help).
+    #[command(disable_help_flag = true)]
+    Bench {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// Run a long differential campaign; the arguments go to the fuzz crate (try --help).
     #[command(disable_help_flag = true)]
     Fuzz {
@@ -40,7 +46,11 @@ fn main() -> Result<()> {
             cargo("build", &["--release", "--package", "doppel"])?;
             boots::boots(&root()?, &args)
         }
-        Task::Fuzz { arguments } => fuzz(&arguments),
+        Task::Bench { arguments } => {
+            cargo("build", &["--release", "--package", "doppel"])?;
+            run("doppel-bench", &arguments)
+        }
+        Task::Fuzz { arguments } => run("doppel-fuzz", &arguments),
     }
 }
 
@@ -100,8 +110,9 @@ fn has(subcommand: &str) -> bool {
     has
 }
 
-fn fuzz(arguments: &[String]) -> Result<()> {
-    let fixed = ["--release", "--quiet", "--package", "doppel-fuzz", "--"];
+/// Runs the program of another crate of the workspace, which xtask itself does not depend on.
+fn run(package: &str, arguments: &[String]) -> Result<()> {
+    let fixed = ["--release", "--quiet", "--package", package, "--"];
     let all: Vec<&str> = fixed
         .into_iter()
         .chain(arguments.iter().map(String::as_str))

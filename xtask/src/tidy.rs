@@ -34,6 +34,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ),
     ("cli", &["machine"]),
     ("fuzz", &["memory", "cpu/x86", "cpu/translate"]),
+    ("bench", &["cli"]),
+    ("bench/guest", &[]),
     ("xtask", &[]),
 ];
 

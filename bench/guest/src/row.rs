@@ -30,20 +30,20 @@ impl Row {
         if self.repeated { wanted } else { 1 }
     }
 
-    /// One pass: the checksum of its results, and how long it took.
-    pub fn run(&self) -> Result<(u64, Duration)> {
+    /// One pass of so much work: the checksum of its results, and how long it took.
+    pub fn run(&self, count: u64) -> Result<(u64, Duration)> {
         match self.work {
             Work::All(work) => {
                 let start = Instant::now();
-                let checksum = work(self.count)?;
+                let checksum = work(count)?;
                 Ok((checksum, start.elapsed()))
             }
-            Work::Own(work) => work(self.count),
+            Work::Own(work) => work(count),
         }
     }
 }
 
-/// Prepares with `before`, then measures `work`.
+/// Measures `work`, for which `input` was prepared before the clock runs; it is dropped after that.
 pub fn measured<T>(input: T, work: impl FnOnce(&mut T) -> Result<u64>) -> Result<(u64, Duration)> {
     let mut input = input;
     let start = Instant::now();

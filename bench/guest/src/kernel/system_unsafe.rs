@@ -42,8 +42,8 @@ impl Child {
 
 /// Runs `child` in a child process, whose exit status it returns.
 pub fn fork(child: impl FnOnce() -> i32) -> Result<Child> {
-    // SAFETY: this program has one thread when it forks (threads of other rows are joined), so the child may do
-    // whatever it likes; it leaves by _exit, so nothing of the parent's is run or written twice.
+    // SAFETY: this program has one thread when it forks (threads of other rows are joined), and what its children do
+    // before they leave by _exit are system calls, which need nothing that another thread could hold.
     let pid = unsafe {
         let pid = libc::fork();
         if pid == 0 {
