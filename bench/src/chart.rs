@@ -6,10 +6,10 @@ use crate::results::{Results, Role, Row};
 use std::fmt::Write;
 
 const LABELS: f64 = 130.0;
-const DECADE: f64 = 210.0;
-/// The axis goes from a tenth to three decades above one.
-const LEAST: f64 = 0.1;
-const WIDTH: f64 = LABELS + 4.0 * DECADE + 60.0;
+const DECADE: f64 = 250.0;
+/// Where the axis begins; it goes to three decades above one.
+const LEAST: f64 = 0.5;
+const WIDTH: f64 = LABELS + 3.3 * DECADE + 80.0;
 const BAR: f64 = 9.0;
 const GAP: f64 = 6.0;
 const HEAD: f64 = 60.0;
@@ -93,7 +93,7 @@ fn legend(svg: &mut String, results: &Results, columns: &[usize]) {
 
 fn axis(svg: &mut String, bottom: f64) {
     for ratio in [
-        0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0,
+        0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0,
     ] {
         let x = place(ratio);
         let color = if ratio == 1.0 { "#000" } else { "#ddd" };

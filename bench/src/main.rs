@@ -5,6 +5,7 @@
 
 mod chart;
 mod contestant;
+mod cpu;
 mod guest;
 mod memory;
 mod qemu;

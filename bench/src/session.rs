@@ -1,6 +1,7 @@
 //! One run of one contestant: starts it, reads what it says as it says it, and looks at its memory meanwhile.
 
 use crate::contestant::MEMORY;
+use crate::cpu;
 use crate::memory::{self, Footprint};
 use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
@@ -12,6 +13,8 @@ use std::time::{Duration, Instant};
 
 /// How much the guest's clock may differ from the host's between "begin" and "end".
 const CLOCK_TOLERANCE: f64 = 0.03;
+/// The share of a processor below which the host is too busy to measure.
+const CPU_SHARE: f64 = 0.9;
 /// The statuses of a run whose program ended well: natively, and through the debug-exit port.
 const PASSED: [i32; 2] = [0, (16 << 1) | 1];
 
@@ -24,6 +27,8 @@ pub struct Run {
     pub clocksource: Option<String>,
     /// The guest's time from "begin" to "end" over the host's.
     pub clock_rate: Option<f64>,
+    /// Processor time from "begin" to "end" over the time that passed on the host.
+    pub cpu_share: Option<f64>,
     pub after_boot: Option<Footprint>,
     pub after_all: Option<Footprint>,
 }
@@ -47,7 +52,7 @@ struct Process {
 /// Runs a contestant's program to its end.
 pub fn run(command: Command, limit: Duration) -> Result<Run> {
     let mut process = Process::start(command, limit)?;
-    let mut reader = Reader::default();
+    let mut reader = Reader::new(process.child.id());
     while let Some((at, line)) = process.line()? {
         let line = line.trim();
         if let Some(("bench:", word)) = line.split_once(' ') {
@@ -84,20 +89,30 @@ pub fn boot(command: Command, limit: Duration) -> Result<f64> {
 }
 
 /// Makes numbers of lines.
-#[derive(Default)]
 struct Reader {
     run: Run,
-    begin: Option<Instant>,
+    process: u32,
+    /// When the work began, and how much processor time had been used before.
+    begin: Option<(Instant, f64)>,
     ended: bool,
 }
 
 impl Reader {
+    fn new(process: u32) -> Reader {
+        Reader {
+            run: Run::default(),
+            process,
+            begin: None,
+            ended: false,
+        }
+    }
+
     fn line(&mut self, at: Instant, line: &str) -> Result<()> {
         let words: Vec<&str> = line.split_whitespace().collect();
         match words[..] {
             ["clock", step] => self.run.clock_step = step.parse()?,
             ["clocksource", name] => self.run.clocksource = Some(name.to_owned()),
-            ["begin"] => self.begin = Some(at),
+            ["begin"] => self.begin = Some((at, cpu::seconds(self.process)?)),
             ["end", seconds] => self.end(at, seconds.parse()?)?,
             ["row", name, checksum, ref times @ ..] => {
                 let passes = times.iter().map(|t| t.parse()).collect::<Result<_, _>>()?;
@@ -111,14 +126,20 @@ impl Reader {
         Ok(())
     }
 
-    /// A guest whose clock is slow would look fast.
+    /// A guest whose clock is slow would look fast, and whoever gets half a processor looks half as fast.
     fn end(&mut self, at: Instant, seconds: f64) -> Result<()> {
-        let begin = self.begin.context("an end without a beginning")?;
-        let rate = seconds / (at - begin).as_secs_f64();
+        let (begin, cpu) = self.begin.context("an end without a beginning")?;
+        let passed = (at - begin).as_secs_f64();
+        let rate = seconds / passed;
+        let share = (cpu::seconds(self.process)? - cpu) / passed;
         self.run.clock_rate = Some(rate);
+        self.run.cpu_share = Some(share);
         self.ended = true;
-        if seconds > 1.0 && (rate - 1.0).abs() > CLOCK_TOLERANCE {
+        if passed > 1.0 && (rate - 1.0).abs() > CLOCK_TOLERANCE {
             eprintln!("bench: WARNING: the guest's clock runs at {rate:.3} of the host's");
+        }
+        if passed > 1.0 && share < CPU_SHARE {
+            eprintln!("bench: WARNING: the host is busy: this run got {share:.2} of a processor");
         }
         Ok(())
     }
@@ -183,5 +204,39 @@ impl Drop for Process {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MINUTE: Duration = Duration::from_secs(60);
+
+    fn sh(script: &str) -> Command {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        command
+    }
+
+    #[test]
+    fn what_the_program_says_becomes_numbers() {
+        let said =
+            "echo clock 0.5; echo begin; echo row a 0f 1.5 2; echo noise; echo end 0.1; sleep 0.2";
+        let run = run(sh(said), MINUTE).unwrap();
+        assert_eq!(run.clock_step, 0.5);
+        assert_eq!(run.rows["a"].checksum, "0f");
+        assert_eq!(run.rows["a"].passes, [1.5, 2.0]);
+        assert!(run.clock_rate.is_some() && run.cpu_share.is_some());
+    }
+
+    #[test]
+    fn a_run_that_fails_stops_or_hangs_is_an_error_with_its_transcript() {
+        let error = |script, limit| format!("{:#}", run(sh(script), limit).unwrap_err());
+        assert!(error("echo oops; exit 1", MINUTE).contains("oops"));
+        assert!(error("echo begin; sleep 0.2", MINUTE).contains("never came"));
+        assert!(error("exec sleep 60", Duration::from_millis(200)).contains("too long"));
+        assert!(boot(sh("echo no"), MINUTE).is_err());
+        assert!(boot(sh("echo bench: init; exec sleep 60"), MINUTE).unwrap() < 30.0);
     }
 }

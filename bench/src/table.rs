@@ -147,11 +147,13 @@ fn clocks(results: &Results) -> Vec<String> {
     let line = |column: &Column| {
         let run = column.runs.last().filter(|run| !run.rows.is_empty())?;
         let source = run.clocksource.as_deref().unwrap_or("the host's");
-        let rate = run.clock_rate?;
+        let shares = column.runs.iter().filter_map(|run| run.cpu_share);
         Some(format!(
-            "clock of {}: {source}, steps of {:.0} ns, rate {rate:.3}",
+            "clock of {}: {source}, steps of {:.0} ns, rate {:.3}; it got at least {:.2} of a CPU",
             column.name,
-            run.clock_step * 1e9
+            run.clock_step * 1e9,
+            run.clock_rate?,
+            shares.fold(f64::INFINITY, f64::min)
         ))
     };
     results.columns.iter().filter_map(line).collect()
