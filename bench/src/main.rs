@@ -45,6 +45,9 @@ struct Args {
     /// How often a row of the groups compute and kernel is done in one boot; the median of these times counts.
     #[arg(long, default_value_t = 3)]
     passes: usize,
+    /// On a busy host: count only the share of time in which a process had a processor.
+    #[arg(long)]
+    cpu_time: bool,
     /// Without QEMU.
     #[arg(long)]
     no_qemu: bool,
@@ -198,6 +201,7 @@ struct Bench {
 impl Bench {
     fn run(&self, known: &[(String, String)]) -> Result<Results> {
         let mut results = Results::new(&self.contestants, known);
+        results.corrected = self.args.cpu_time;
         for round in 0..self.args.rounds {
             for turn in 0..self.contestants.len() {
                 // Each round begins with another one.
@@ -230,12 +234,16 @@ impl Bench {
             }
             None => Run::default(),
         };
+        if self.args.cpu_time {
+            run.correct();
+        }
         if self.selection.boot && contestant.boots() {
             let (kernel, initrd) = (&self.guest.kernel, &self.guest.boot_initrd);
             let seconds = session::boot(contestant.boot(kernel, initrd, "console=ttyS0"), limit)?;
             let measured = Measured {
                 checksum: String::new(),
                 passes: vec![seconds],
+                cpu_share: None,
             };
             run.rows.insert(BOOT.to_owned(), measured);
         }

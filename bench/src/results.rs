@@ -13,6 +13,8 @@ use serde::Serialize;
 pub struct Results {
     pub host: String,
     pub qemu: Option<String>,
+    /// Whether times are without those in which a process waited for a processor.
+    pub corrected: bool,
     pub columns: Vec<Column>,
     pub rows: Vec<Row>,
     pub groups: Vec<Group>,
@@ -84,6 +86,7 @@ impl Results {
         Results {
             host: host(),
             qemu: qemu::version().ok(),
+            corrected: false,
             columns: contestants.iter().map(column).collect(),
             rows: known.iter().map(row).collect(),
             groups: Vec::new(),
@@ -299,6 +302,7 @@ mod tests {
                 Measured {
                     checksum,
                     passes: passes.to_vec(),
+                    cpu_share: None,
                 },
             )
         };

@@ -1,7 +1,7 @@
 //! One run of one contestant: starts it, reads what it says as it says it, and looks at its memory meanwhile.
 
 use crate::contestant::MEMORY;
-use crate::cpu;
+use crate::cpu::Mark;
 use crate::memory::{self, Footprint};
 use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
@@ -39,6 +39,18 @@ pub struct Measured {
     pub checksum: String,
     /// Seconds, one a pass.
     pub passes: Vec<f64>,
+    /// The share of a processor that the process had since the row before.
+    pub cpu_share: Option<f64>,
+}
+
+impl Run {
+    /// Makes of each row's times what they would be had the process had a processor to itself.
+    pub fn correct(&mut self) {
+        for row in self.rows.values_mut() {
+            let share = row.cpu_share.unwrap_or(1.0).min(1.0);
+            row.passes.iter_mut().for_each(|seconds| *seconds *= share);
+        }
+    }
 }
 
 /// A process whose output is read a line at a time.
@@ -92,8 +104,10 @@ pub fn boot(command: Command, limit: Duration) -> Result<f64> {
 struct Reader {
     run: Run,
     process: u32,
-    /// When the work began, and how much processor time had been used before.
-    begin: Option<(Instant, f64)>,
+    /// When the work began.
+    begin: Option<(Instant, Mark)>,
+    /// When the last line came.
+    last: Option<Mark>,
     ended: bool,
 }
 
@@ -103,6 +117,7 @@ impl Reader {
             run: Run::default(),
             process,
             begin: None,
+            last: None,
             ended: false,
         }
     }
@@ -112,26 +127,38 @@ impl Reader {
         match words[..] {
             ["clock", step] => self.run.clock_step = step.parse()?,
             ["clocksource", name] => self.run.clocksource = Some(name.to_owned()),
-            ["begin"] => self.begin = Some((at, cpu::seconds(self.process)?)),
+            ["begin"] => {
+                let mark = Mark::new(self.process)?;
+                (self.begin, self.last) = (Some((at, mark)), Some(mark));
+            }
             ["end", seconds] => self.end(at, seconds.parse()?)?,
             ["row", name, checksum, ref times @ ..] => {
                 let passes = times.iter().map(|t| t.parse()).collect::<Result<_, _>>()?;
-                let checksum = checksum.to_owned();
-                self.run
-                    .rows
-                    .insert(name.to_owned(), Measured { checksum, passes });
+                self.row(name, checksum, passes)?;
             }
             _ => {}
         }
         Ok(())
     }
 
+    fn row(&mut self, name: &str, checksum: &str, passes: Vec<f64>) -> Result<()> {
+        let mark = Mark::new(self.process)?;
+        let measured = Measured {
+            checksum: checksum.to_owned(),
+            passes,
+            cpu_share: self.last.map(|last| mark.share_since(&last)),
+        };
+        self.last = Some(mark);
+        self.run.rows.insert(name.to_owned(), measured);
+        Ok(())
+    }
+
     /// A guest whose clock is slow would look fast, and whoever gets half a processor looks half as fast.
     fn end(&mut self, at: Instant, seconds: f64) -> Result<()> {
-        let (begin, cpu) = self.begin.context("an end without a beginning")?;
+        let (begin, mark) = self.begin.context("an end without a beginning")?;
         let passed = (at - begin).as_secs_f64();
         let rate = seconds / passed;
-        let share = (cpu::seconds(self.process)? - cpu) / passed;
+        let share = Mark::new(self.process)?.share_since(&mark);
         self.run.clock_rate = Some(rate);
         self.run.cpu_share = Some(share);
         self.ended = true;
@@ -228,6 +255,25 @@ mod tests {
         assert_eq!(run.rows["a"].checksum, "0f");
         assert_eq!(run.rows["a"].passes, [1.5, 2.0]);
         assert!(run.clock_rate.is_some() && run.cpu_share.is_some());
+    }
+
+    #[test]
+    fn a_corrected_time_is_the_share_of_it_in_which_the_process_ran() {
+        let row = |cpu_share| Measured {
+            checksum: String::new(),
+            passes: vec![2.0, 4.0],
+            cpu_share,
+        };
+        let rows = [("a", Some(0.5)), ("b", Some(1.1)), ("boot", None)];
+        let rows = rows.map(|(name, share)| (name.to_owned(), row(share)));
+        let mut run = Run {
+            rows: rows.into(),
+            ..Run::default()
+        };
+        run.correct();
+        assert_eq!(run.rows["a"].passes, [1.0, 2.0]);
+        assert_eq!(run.rows["b"].passes, [2.0, 4.0]);
+        assert_eq!(run.rows["boot"].passes, [2.0, 4.0]);
     }
 
     #[test]

@@ -9,6 +9,8 @@ const GOALS: &[(&str, f64, Option<f64>)] = &[
     ("boot", 3.5, None),
     ("whole", 5.0, None),
 ];
+const CORRECTED: &str =
+    "the host was busy: times (boot's aside) are without what a process waited for a processor";
 /// Marks a row at which TCG is faster than Doppel.
 const SLOWER: &str = " <-- slower than TCG";
 
@@ -21,6 +23,9 @@ pub fn text(results: &Results) -> String {
             .iter()
             .map(|c| format!("{}: {}", c.name, c.command)),
     );
+    if results.corrected {
+        lines.push(CORRECTED.to_owned());
+    }
     lines.push(String::new());
     lines.push(head(results));
     for group in &results.groups {
@@ -162,11 +167,13 @@ fn clocks(results: &Results) -> Vec<String> {
 /// The same for the README: means first, then every row.
 pub fn markdown(results: &Results) -> String {
     let pairs: Vec<(usize, usize)> = results.pairs();
-    let mut text = format!(
-        "{}; {}.\n\n",
-        results.host,
-        results.qemu.as_deref().unwrap_or("no QEMU")
-    );
+    let qemu = results.qemu.as_deref().unwrap_or("no QEMU");
+    let mut text = format!("{}; {qemu}", results.host);
+    if results.corrected {
+        text.push_str("; ");
+        text.push_str(CORRECTED);
+    }
+    text.push_str(".\n\n");
     text.push_str(&markdown_head("geometric mean of", &[], results, &pairs));
     for group in &results.groups {
         text.push_str(&markdown_line(&group.name, &[], &group.ratios, &pairs));
