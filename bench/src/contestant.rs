@@ -1,6 +1,7 @@
 //! Who does the work: the host itself, QEMU, or a Doppel.
 
 use crate::guest::Guest;
+use crate::session::CpuTime;
 use anyhow::Result;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -42,6 +43,13 @@ impl Contestant {
 
     pub fn boots(&self) -> bool {
         !matches!(self.kind, Kind::Native)
+    }
+
+    pub fn cpu_time(&self) -> CpuTime {
+        match self.kind {
+            Kind::Native => CpuTime::AsTold,
+            _ => CpuTime::OfProcess,
+        }
     }
 
     /// The command that does the order; `root` is where the guest's files are unpacked.

@@ -82,6 +82,8 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
+    let is_whole = args.only.is_empty() && !args.no_native && !args.no_qemu;
+    ensure!(is_whole || !args.readme, "--readme is for the whole table");
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
         .context("no workspace")?;
@@ -227,10 +229,8 @@ impl Bench {
                     rows,
                     passes: self.args.passes,
                 };
-                session::run(
-                    contestant.command(&self.guest, self.root.path(), &order)?,
-                    limit,
-                )?
+                let command = contestant.command(&self.guest, self.root.path(), &order)?;
+                session::run(command, contestant.cpu_time(), limit)?
             }
             None => Run::default(),
         };

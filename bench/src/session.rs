@@ -61,10 +61,19 @@ struct Process {
     end: Instant,
 }
 
+/// Whom the processor time of the work is asked of.
+#[derive(Clone, Copy, PartialEq)]
+pub enum CpuTime {
+    /// The process that was started: a monitor, which does all the work itself.
+    OfProcess,
+    /// The program that does the work, which has children: it says so.
+    AsTold,
+}
+
 /// Runs a contestant's program to its end.
-pub fn run(command: Command, limit: Duration) -> Result<Run> {
+pub fn run(command: Command, cpu_time: CpuTime, limit: Duration) -> Result<Run> {
     let mut process = Process::start(command, limit)?;
-    let mut reader = Reader::new(process.child.id());
+    let mut reader = Reader::new(process.child.id(), cpu_time);
     while let Some((at, line)) = process.line()? {
         let line = line.trim();
         if let Some(("bench:", word)) = line.split_once(' ') {
@@ -104,20 +113,22 @@ pub fn boot(command: Command, limit: Duration) -> Result<f64> {
 struct Reader {
     run: Run,
     process: u32,
+    cpu_time: CpuTime,
     /// When the work began.
-    begin: Option<(Instant, Mark)>,
-    /// When the last line came.
-    last: Option<Mark>,
+    begin: Option<Instant>,
+    /// Before the first row, before the last, and after it.
+    marks: Option<[Mark; 3]>,
     ended: bool,
 }
 
 impl Reader {
-    fn new(process: u32) -> Reader {
+    fn new(process: u32, cpu_time: CpuTime) -> Reader {
         Reader {
             run: Run::default(),
             process,
+            cpu_time,
             begin: None,
-            last: None,
+            marks: None,
             ended: false,
         }
     }
@@ -127,38 +138,46 @@ impl Reader {
         match words[..] {
             ["clock", step] => self.run.clock_step = step.parse()?,
             ["clocksource", name] => self.run.clocksource = Some(name.to_owned()),
-            ["begin"] => {
-                let mark = Mark::new(self.process)?;
-                (self.begin, self.last) = (Some((at, mark)), Some(mark));
-            }
+            ["begin"] => self.begin = Some(at),
+            ["cpu", seconds] => self.mark(at, seconds.parse()?)?,
             ["end", seconds] => self.end(at, seconds.parse()?)?,
             ["row", name, checksum, ref times @ ..] => {
                 let passes = times.iter().map(|t| t.parse()).collect::<Result<_, _>>()?;
-                self.row(name, checksum, passes)?;
+                self.row(name, checksum, passes);
             }
             _ => {}
         }
         Ok(())
     }
 
-    fn row(&mut self, name: &str, checksum: &str, passes: Vec<f64>) -> Result<()> {
-        let mark = Mark::new(self.process)?;
+    fn mark(&mut self, at: Instant, told: f64) -> Result<()> {
+        let mark = match self.cpu_time {
+            CpuTime::OfProcess => Mark::now(self.process)?,
+            CpuTime::AsTold => Mark::told(at, Duration::try_from_secs_f64(told)?),
+        };
+        let [first, _, last] = self.marks.unwrap_or([mark; 3]);
+        self.marks = Some([first, last, mark]);
+        Ok(())
+    }
+
+    fn row(&mut self, name: &str, checksum: &str, passes: Vec<f64>) {
         let measured = Measured {
             checksum: checksum.to_owned(),
             passes,
-            cpu_share: self.last.map(|last| mark.share_since(&last)),
+            cpu_share: self
+                .marks
+                .map(|[_, before, after]| after.share_since(&before)),
         };
-        self.last = Some(mark);
         self.run.rows.insert(name.to_owned(), measured);
-        Ok(())
     }
 
     /// A guest whose clock is slow would look fast, and whoever gets half a processor looks half as fast.
     fn end(&mut self, at: Instant, seconds: f64) -> Result<()> {
-        let (begin, mark) = self.begin.context("an end without a beginning")?;
+        let begin = self.begin.context("an end without a beginning")?;
+        let [first, _, last] = self.marks.context("an end without processor time")?;
         let passed = (at - begin).as_secs_f64();
         let rate = seconds / passed;
-        let share = Mark::new(self.process)?.share_since(&mark);
+        let share = last.share_since(&first);
         self.run.clock_rate = Some(rate);
         self.run.cpu_share = Some(share);
         self.ended = true;
@@ -248,13 +267,13 @@ mod tests {
 
     #[test]
     fn what_the_program_says_becomes_numbers() {
-        let said =
-            "echo clock 0.5; echo begin; echo row a 0f 1.5 2; echo noise; echo end 0.1; sleep 0.2";
-        let run = run(sh(said), MINUTE).unwrap();
+        let said = "echo clock 0.5; echo begin; echo cpu 0; sleep 0.1; echo cpu 60; echo row a 0f 1.5 2; echo noise; echo end 0.1";
+        let run = run(sh(said), CpuTime::AsTold, MINUTE).unwrap();
         assert_eq!(run.clock_step, 0.5);
         assert_eq!(run.rows["a"].checksum, "0f");
         assert_eq!(run.rows["a"].passes, [1.5, 2.0]);
-        assert!(run.clock_rate.is_some() && run.cpu_share.is_some());
+        assert!(run.clock_rate.is_some() && run.cpu_share.unwrap() > 2.0);
+        assert!(run.rows["a"].cpu_share.unwrap() > 2.0);
     }
 
     #[test]
@@ -278,7 +297,12 @@ mod tests {
 
     #[test]
     fn a_run_that_fails_stops_or_hangs_is_an_error_with_its_transcript() {
-        let error = |script, limit| format!("{:#}", run(sh(script), limit).unwrap_err());
+        let error = |script, limit| {
+            format!(
+                "{:#}",
+                run(sh(script), CpuTime::OfProcess, limit).unwrap_err()
+            )
+        };
         assert!(error("echo oops; exit 1", MINUTE).contains("oops"));
         assert!(error("echo begin; sleep 0.2", MINUTE).contains("never came"));
         assert!(error("exec sleep 60", Duration::from_millis(200)).contains("too long"));

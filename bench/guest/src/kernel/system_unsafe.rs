@@ -4,6 +4,7 @@ use anyhow::{Context, Result, ensure};
 use std::ffi::CStr;
 use std::io::Error;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 /// Runs from now on where it runs now, as it would in a machine of one processor.
 pub fn pin_to_one_cpu() -> Result<()> {
@@ -14,6 +15,23 @@ pub fn pin_to_one_cpu() -> Result<()> {
         libc::sched_setaffinity(0, size_of_val(&set), &set)
     };
     done(status).context("sched_setaffinity")
+}
+
+/// Processor time of this process and of the children that it has waited for.
+pub fn cpu_time() -> Result<Duration> {
+    let mut sum = Duration::ZERO;
+    for who in [libc::RUSAGE_SELF, libc::RUSAGE_CHILDREN] {
+        // SAFETY: the structure is plain data and outlives the call.
+        let (status, usage) = unsafe {
+            let mut usage: libc::rusage = std::mem::zeroed();
+            (libc::getrusage(who, &mut usage), usage)
+        };
+        done(status).context("getrusage")?;
+        for time in [usage.ru_utime, usage.ru_stime] {
+            sum += Duration::new(time.tv_sec as u64, time.tv_usec as u32 * 1000);
+        }
+    }
+    Ok(sum)
 }
 
 fn done(status: i32) -> Result<()> {
