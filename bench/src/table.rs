@@ -36,7 +36,7 @@ pub fn text(results: &Results) -> String {
         let mut mean = format!("{name:14}{}", " ".repeat(12 * results.columns.len()));
         mean.push_str(&cells(results, &group.ratios));
         if group.complete {
-            mean.push_str(&goal(results, &group.name, &group.ratios));
+            mean.push_str(&goal(results, &group.name, &group.ratios).join(", "));
         }
         lines.push(mean);
         lines.push(String::new());
@@ -111,22 +111,22 @@ fn is_slower(results: &Results, ratios: &[Ratio]) -> bool {
 }
 
 /// The goals of a group, and whether they are reached.
-fn goal(results: &Results, group: &str, ratios: &[Ratio]) -> String {
+fn goal(results: &Results, group: &str, ratios: &[Ratio]) -> Vec<String> {
     let Some((_, tcg, native)) = GOALS.iter().find(|(name, ..)| *name == group) else {
-        return String::new();
+        return Vec::new();
     };
     let of = |kind: fn(&Results, &Ratio) -> bool| {
         ratios.iter().find(|r| kind(results, r)).map(|r| r.median)
     };
     let verdict = |reached| if reached { "reached" } else { "missed" };
-    let mut text = String::new();
+    let mut goals = Vec::new();
     if let Some(median) = of(is_tcg) {
-        text.push_str(&format!(" goal >= {tcg}: {}", verdict(median >= *tcg)));
+        goals.push(format!("goal >= {tcg}: {}", verdict(median >= *tcg)));
     }
     if let (Some(median), Some(goal)) = (of(is_native), native) {
-        text.push_str(&format!(" goal <= {goal}: {}", verdict(median <= *goal)));
+        goals.push(format!("goal <= {goal}: {}", verdict(median <= *goal)));
     }
-    text
+    goals
 }
 
 fn memory(results: &Results) -> Vec<String> {
@@ -176,7 +176,12 @@ pub fn markdown(results: &Results) -> String {
     text.push_str(".\n\n");
     text.push_str(&markdown_head("geometric mean of", &[], results, &pairs));
     for group in &results.groups {
-        text.push_str(&markdown_line(&group.name, &[], &group.ratios, &pairs));
+        let goals = match group.complete {
+            true => goal(results, &group.name, &group.ratios).join(", "),
+            false => String::new(),
+        };
+        let name = format!("{} ({goals})", group.name).replace(" ()", "");
+        text.push_str(&markdown_line(&name, &[], &group.ratios, &pairs));
     }
     text.push_str("\n<details><summary>Every row (milliseconds)</summary>\n\n");
     let names: Vec<&str> = results.columns.iter().map(|c| c.name.as_str()).collect();
@@ -251,11 +256,11 @@ mod tests {
         assert!(is_slower(&results, &[ratio(0.9)]) && !is_slower(&results, &[ratio(1.1)]));
         assert_eq!(
             goal(&results, "kernel", &[ratio(3.9)]),
-            " goal >= 4: missed"
+            ["goal >= 4: missed"]
         );
         assert_eq!(
             goal(&results, "kernel", &[ratio(4.0)]),
-            " goal >= 4: reached"
+            ["goal >= 4: reached"]
         );
     }
 }
