@@ -29,20 +29,23 @@ pub(crate) struct JumpEntry {
     pub host: u64,
 }
 
-/// Not canonical, so no branch leads there.
-const NO_LINEAR: u64 = 0x8000_0000_0000_0000;
+/// An address that belongs in slot 0 of neither level. (One that is not canonical would not do: a guest may jump to any.)
+const NOT_IN_SLOT_0: u64 = 2;
 
 impl JumpEntry {
+    /// An entry that no address finds, since its own belongs in another slot.
     fn empty(slot: usize) -> JumpEntry {
-        let linear = if slot == 0 { NO_LINEAR } else { 0 };
+        let linear = if slot == 0 { NOT_IN_SLOT_0 } else { 0 };
         JumpEntry { linear, host: 0 }
     }
 
     /// Empty, but in the list of filled slots.
-    const FORGOTTEN: JumpEntry = JumpEntry {
-        linear: NO_LINEAR,
-        host: 1,
-    };
+    fn forgotten(slot: usize) -> JumpEntry {
+        JumpEntry {
+            host: 1,
+            ..JumpEntry::empty(slot)
+        }
+    }
 }
 
 /// The layout is relied on by generated code.
@@ -112,9 +115,9 @@ impl JumpCache {
     /// Forgets one linear address.
     pub fn forget(&mut self, linear: u64) {
         self.forget_first(linear);
-        let entry = &mut self.second[second_slot(linear)];
-        if entry.linear == linear {
-            *entry = JumpEntry::FORGOTTEN;
+        let slot = second_slot(linear);
+        if self.second[slot].linear == linear {
+            self.second[slot] = JumpEntry::forgotten(slot);
         }
     }
 
@@ -187,5 +190,19 @@ mod tests {
         let cache = empty();
         assert_eq!(cache.find(0), None);
         assert_eq!(cache.find(u64::MAX), None);
+    }
+
+    #[test]
+    fn a_vacant_entry_is_found_by_no_address() {
+        assert!(first_slot(NOT_IN_SLOT_0) != 0 && second_slot(NOT_IN_SLOT_0) != 0);
+        let mut cache = empty();
+        for _ in 0..2 {
+            for linear in [0, 2, 1 << 63, u64::MAX, 1 << 47] {
+                assert_eq!(cache.find(linear), None);
+                assert_ne!(cache.first[first_slot(linear)].linear, linear);
+                cache.insert(linear, 7);
+                cache.forget(linear);
+            }
+        }
     }
 }
