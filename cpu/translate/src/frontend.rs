@@ -465,6 +465,10 @@ fn uses_simd(i: &GuestInstruction) -> bool {
 
 fn simd_needed(i: &Instruction) -> Simd {
     use iced_x86::{CpuidFeature, EncodingKind};
+    // It is as old as the processor, but looks at CR0.TS as the coprocessor's own instructions do.
+    if i.mnemonic() == Mnemonic::Wait {
+        return Simd::Sse;
+    }
     match i.encoding() {
         EncodingKind::EVEX | EncodingKind::MVEX => Simd::Avx512,
         EncodingKind::VEX | EncodingKind::XOP => {
