@@ -321,6 +321,9 @@ fn decode(cpu: &mut Cpu, mode: CpuMode, linear: u64, gpa: u64) -> Result<Decoded
         (instruction, error) = decode_bytes(cpu, mode, &bytes[..available]);
     }
     if instruction.is_invalid() {
+        if too_long(cpu, mode, &bytes[..available]) {
+            return Err(Exception::gp(0));
+        }
         return Err(invalid(cpu, linear, available, error));
     }
     check_limit(cpu, mode, instruction.len())?;
@@ -353,13 +356,17 @@ fn decode_bytes(cpu: &mut Cpu, mode: CpuMode, bytes: &[u8]) -> (Instruction, Dec
     (decoder.decode(), decoder.last_error())
 }
 
-/// Why bytes are no instruction: too many of them, a page fault on those that are missing, or #UD.
+/// True where the bytes of an invalid instruction do not end before the longest that is allowed. The decoder says the same of
+/// these as of other invalid ones, but not when one byte is missing.
+fn too_long(cpu: &mut Cpu, mode: CpuMode, bytes: &[u8]) -> bool {
+    let shorter = bytes.get(..LONGEST - 1).filter(|_| bytes.len() >= LONGEST);
+    shorter.is_some_and(|bytes| decode_bytes(cpu, mode, bytes).1 == DecoderError::NoMoreBytes)
+}
+
+/// Why bytes are no instruction: a page fault on those that are missing, or #UD.
 fn invalid(cpu: &mut Cpu, linear: u64, available: usize, why: DecoderError) -> Exception {
     if why != DecoderError::NoMoreBytes {
         return Exception::UD;
-    }
-    if available >= LONGEST {
-        return Exception::gp(0);
     }
     let missing = linear.wrapping_add(available as u64);
     let privilege = if cpu.cpl == 3 {
