@@ -120,6 +120,23 @@ impl GuestRam {
             .map(|p| p.store(v))
     }
 
+    /// A write by a device (DMA): what is no RAM is left out. Returns true where translated code was touched; whoever wrote
+    /// then kicks the engines, lest they go on in it.
+    pub fn write_from_device(&self, gpa: u64, data: &[u8]) -> bool {
+        let (mut at, mut data, mut touched) = (gpa, data, false);
+        while !data.is_empty() {
+            let room = (PAGE_SIZE - (at & PAGE_MASK)) as usize;
+            let (now, rest) = data.split_at(data.len().min(room));
+            if let Some(p) = self.ptr(at) {
+                p.write(now);
+                touched |= self.tracker.note_device_write(at, now.len() as u64);
+            }
+            at = at.wrapping_add(now.len() as u64);
+            data = rest;
+        }
+        touched
+    }
+
     /// What the pages hold (written pages, translated code).
     pub fn tracker(&self) -> &PageTracker {
         &self.tracker
@@ -173,6 +190,19 @@ mod tests {
         assert_eq!(ram.load::<u32>(0x1005), Some(0x3344_5566));
         assert_eq!(ram.load::<u32>(0x1ffd), None);
         assert_eq!(ram.load::<u8>(1 << 20), None);
+    }
+
+    #[test]
+    fn devices_write_across_pages_and_past_the_end() {
+        let ram = GuestRam::new(1 << 20).unwrap();
+        ram.tracker().add_code(0x2000, 16);
+        assert!(ram.write_from_device(0x1fff, &[1, 2, 3]));
+        assert_eq!(ram.load::<u16>(0x2000), Some(0x0302));
+        assert!(ram.tracker().is_dirty(0x1000) && ram.tracker().is_dirty(0x2000));
+        assert!(!ram.write_from_device((1 << 20) - 1, &[7, 8]));
+        assert_eq!(ram.load::<u8>((1 << 20) - 1), Some(7));
+        assert!(!ram.write_from_device(u64::MAX, &[1, 2]));
+        assert_eq!(ram.load::<u8>(0), Some(2), "the address wraps");
     }
 
     #[test]

@@ -2,10 +2,11 @@
 //!
 //! Both facts are enforced by the software TLB, which gives write permission only to a page that is
 //! dirty already and holds no code, so that every other first write takes a slow path that looks here.
+//! Writes that do not go through a CPU (a device's) are told to every [`CodeWatch`]: a translator owns one.
 
-use std::collections::HashMap;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::collections::{BTreeSet, HashMap};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use crate::{PAGE_MASK, PAGE_SIZE};
 
@@ -23,6 +24,37 @@ pub struct PageTracker {
     flags: Vec<AtomicU8>,
     // Only pages with the CODE flag have an entry.
     code: Mutex<HashMap<u64, CodeGranules>>,
+    watches: Mutex<Vec<Weak<CodeWatch>>>,
+}
+
+/// Pages with translated code that a device wrote to since the owner last looked.
+#[derive(Debug, Default)]
+pub struct CodeWatch {
+    any: AtomicBool,
+    // At most as many as there are pages of RAM.
+    pages: Mutex<BTreeSet<u64>>,
+}
+
+impl CodeWatch {
+    /// The pages, which are forgotten here.
+    pub fn take(&self) -> BTreeSet<u64> {
+        if !self.any.load(Ordering::Acquire) {
+            return BTreeSet::new();
+        }
+        let mut pages = lock(&self.pages);
+        self.any.store(false, Ordering::Release);
+        std::mem::take(&mut pages)
+    }
+
+    fn note(&self, page: u64) {
+        let mut pages = lock(&self.pages);
+        pages.insert(page);
+        self.any.store(true, Ordering::Release);
+    }
+}
+
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl PageTracker {
@@ -33,7 +65,30 @@ impl PageTracker {
         PageTracker {
             flags,
             code: Mutex::new(HashMap::new()),
+            watches: Mutex::default(),
         }
+    }
+
+    /// From now on the owner learns of devices' writes to translated code.
+    pub fn watch(&self) -> Arc<CodeWatch> {
+        let watch = Arc::new(CodeWatch::default());
+        let mut watches = lock(&self.watches);
+        watches.retain(|w| w.strong_count() > 0);
+        watches.push(Arc::downgrade(&watch));
+        watch
+    }
+
+    /// Notes a write within one page that no CPU made, after it was made. Returns true where it touched translated code:
+    /// the engines follow when they next come back to the monitor, which a kick makes them do.
+    pub fn note_device_write(&self, gpa: u64, len: u64) -> bool {
+        self.mark_dirty(gpa);
+        let touched = self.touches_code(gpa, len);
+        if touched {
+            for watch in lock(&self.watches).iter().filter_map(Weak::upgrade) {
+                watch.note(gpa & !PAGE_MASK);
+            }
+        }
+        touched
     }
 
     #[inline]
@@ -79,7 +134,7 @@ impl PageTracker {
     /// Notes that `len` bytes at `gpa` (within one page) were translated. Returns true where the page
     /// held no code before: its write permission must then leave every TLB.
     pub fn add_code(&self, gpa: u64, len: u64) -> bool {
-        let mut code = self.code.lock().unwrap_or_else(|e| e.into_inner());
+        let mut code = lock(&self.code);
         *code.entry(gpa & !PAGE_MASK).or_default() |= granules(gpa, len);
         let fresh = self.flag(gpa) & CODE == 0;
         self.set(gpa, CODE);
@@ -89,7 +144,7 @@ impl PageTracker {
     /// True where a write of `len` bytes at `gpa` (within one page) may change translated code.
     pub fn touches_code(&self, gpa: u64, len: u64) -> bool {
         self.has_code(gpa) && {
-            let code = self.code.lock().unwrap_or_else(|e| e.into_inner());
+            let code = lock(&self.code);
             code.get(&(gpa & !PAGE_MASK))
                 .is_some_and(|c| c & granules(gpa, len) != 0)
         }
@@ -97,7 +152,7 @@ impl PageTracker {
 
     /// Sets which granules of the page still hold code, after blocks were thrown away.
     pub fn set_code(&self, gpa: u64, granules: CodeGranules) {
-        let mut code = self.code.lock().unwrap_or_else(|e| e.into_inner());
+        let mut code = lock(&self.code);
         if granules != 0 {
             code.insert(gpa & !PAGE_MASK, granules);
             self.set(gpa, CODE);
@@ -142,6 +197,20 @@ mod tests {
         assert!(!t.touches_code(0x2000, 8));
         t.set_code(0x2000, 0);
         assert!(!t.has_code(0x2100));
+    }
+
+    #[test]
+    fn a_device_that_writes_to_code_is_noticed_by_every_watch() {
+        let t = PageTracker::new(16);
+        let (a, b) = (t.watch(), t.watch());
+        assert!(!t.note_device_write(0x2100, 8) && t.is_dirty(0x2100));
+        t.add_code(0x2100, 10);
+        assert!(!t.note_device_write(0x2000, 8));
+        assert!(t.note_device_write(0x2104, 1));
+        drop(b);
+        assert!(t.note_device_write(0x2104, 1));
+        assert_eq!(a.take(), BTreeSet::from([0x2000]));
+        assert!(a.take().is_empty());
     }
 
     #[test]

@@ -196,6 +196,9 @@ impl Translator {
 
     /// Takes notice of writes to translated code and of flushes.
     pub fn follow_memory_changes(&mut self) {
+        for page in self.device_writes.take() {
+            self.context.cpu.code_writes.push((page, PAGE_SIZE as u32));
+        }
         if !self.context.cpu.code_writes.is_empty() {
             self.follow_code_writes();
         }

@@ -4,9 +4,10 @@
 //! TLB cannot serve (a fault, a device, a page with code, an access across pages) and a fault that the processor raised are
 //! handled in one way: go back to the beginning of the guest instruction and interpret it, which gives the exact outcome.
 
+use std::sync::Arc;
 use std::time::Instant;
 
-use doppel_memory::{PAGE_MASK, Privilege};
+use doppel_memory::{CodeWatch, PAGE_MASK, Privilege};
 use doppel_x86::{Activity, Bus, Cpu, Exit, Outcome, Rflags, event, interpret};
 
 use crate::asm::Asm;
@@ -37,6 +38,8 @@ pub(crate) struct Translator {
     pub simd: Simd,
     pub counts: Counts,
     recent: Recent,
+    /// Code that devices wrote to.
+    pub device_writes: Arc<CodeWatch>,
 }
 
 /// Where translated code was entered lately.
@@ -66,6 +69,7 @@ impl Translator {
         let thunks = thunk::assemble(&mut asm, cache.cursor(), host_features().1);
         cache.append(&asm.bytes);
         cache.pin();
+        let device_writes = cpu.ram.tracker().watch();
         Ok(Translator {
             context: ContextBox::new(cpu),
             cache,
@@ -78,6 +82,7 @@ impl Translator {
             simd: Simd::None,
             counts: Counts::default(),
             recent: Recent::default(),
+            device_writes,
         })
     }
 
