@@ -16,6 +16,16 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("memory", &[]),
     ("cpu/x86", &["memory"]),
     ("cpu/translate", &["cpu/x86", "memory"]),
+    (
+        "cpu/conformance",
+        &[
+            "memory",
+            "cpu/x86",
+            "cpu/translate",
+            "cpu/direct",
+            "cpu/kvm",
+        ],
+    ),
     ("cpu/direct", &["cpu/x86", "memory"]),
     ("cpu/kvm", &["cpu/x86", "memory"]),
     ("io/device", &["memory"]),

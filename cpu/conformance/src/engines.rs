@@ -1,0 +1,53 @@
+//! The engines that the suite runs on: a new engine or switch is a row.
+
+use doppel_translate::{Translate, TranslateOptions};
+use doppel_x86::interpret::Interpret;
+use doppel_x86::{Cpu, Engine};
+
+/// An engine in one configuration.
+pub struct Row {
+    /// What a failing test shows.
+    pub name: &'static str,
+    /// Makes the engine for a CPU.
+    pub make: fn(Box<Cpu>) -> Box<dyn Engine>,
+}
+
+fn interpret(cpu: Box<Cpu>) -> Box<dyn Engine> {
+    Box::new(Interpret::new(cpu))
+}
+
+fn translate(cpu: Box<Cpu>, options: TranslateOptions) -> Box<dyn Engine> {
+    match Translate::new(cpu, options) {
+        Ok(engine) => Box::new(engine),
+        Err(e) => panic!("the translator does not run on this host: {e}"),
+    }
+}
+
+macro_rules! translate_with {
+    ($name:literal $(, $field:ident: $value:expr)*) => {
+        Row {
+            name: $name,
+            make: |cpu| {
+                #[allow(unused_mut)]
+                let mut options = TranslateOptions::default();
+                $(options.$field = $value;)*
+                translate(cpu, options)
+            },
+        }
+    };
+}
+
+/// Every engine, and the translator with each of its accelerators turned off.
+pub const ENGINES: &[Row] = &[
+    Row {
+        name: "interpret",
+        make: interpret,
+    },
+    translate_with!("translate"),
+    translate_with!("translate, link off", link: false),
+    translate_with!("translate, flag_liveness off", flag_liveness: false),
+    translate_with!("translate, inline_system off", inline_system: false),
+    translate_with!("translate, inline_strings off", inline_strings: false),
+    translate_with!("translate, smallest cache, counting", cache_size: 0, count: true),
+    translate_with!("translate, first three blocks", translate_limit: Some(3)),
+];

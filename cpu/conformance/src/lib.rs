@@ -1,0 +1,29 @@
+//! Conformance of the CPU engines: small bare-metal guests, written once and run on every engine.
+//!
+//! A test is a closure on a [`Machine`], which [`each_engine`] hands it once for every row of [`engines::ENGINES`]. The
+//! machine starts in 64-bit mode with a map of memory ([`layout`]), a GDT, and a handler behind every vector that notes
+//! what it was called with ([`Record`]). The test places code, runs it until it stops, and asks what happened.
+//! A guest that does not stop fails its test within seconds, whatever it does: the watchdog kicks the engine, and ends the process
+//! if that does not help.
+
+pub mod bus;
+pub mod engines;
+pub mod hostile;
+pub mod layout;
+pub mod machine;
+pub mod paging;
+mod watchdog;
+
+pub use bus::{Lines, TestBus};
+pub use engines::{ENGINES, Row};
+pub use layout::*;
+pub use machine::{Action, Machine, Record};
+
+/// Runs a test on every engine.
+pub fn each_engine(test: impl Fn(&mut Machine)) {
+    for row in ENGINES {
+        // Shown by the test harness where the test fails.
+        println!("on {}", row.name);
+        test(&mut Machine::new(row));
+    }
+}
