@@ -97,6 +97,8 @@ impl Translator {
             let cpu = &mut self.context.cpu;
             if event::deliver_pending(cpu, bus) {
                 self.link_from = None;
+                // The frame may have been pushed onto code.
+                self.follow_memory_changes();
             }
             let masked = !self.context.cpu.rflags.contains(Rflags::IF);
             self.context.interrupt_waits = u32::from(masked && bus.interrupt_pending());
