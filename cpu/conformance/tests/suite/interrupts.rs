@@ -1,0 +1,403 @@
+//! Interrupts, NMIs and kicks: when they are taken, and when they wait.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use doppel_conformance::bus::{PORT_INTERRUPT, PORT_NMI};
+use doppel_conformance::paging::{P, US};
+use doppel_conformance::*;
+use doppel_x86::{Exit, Gpr, Rflags};
+use iced_x86::IcedError;
+use iced_x86::code_asm::*;
+
+const VECTOR: u8 = 0x40;
+
+/// Raises the interrupt, then runs `more`.
+fn raise(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.mov(al, i32::from(VECTOR))?;
+    a.out(i32::from(PORT_INTERRUPT), al)
+}
+
+#[test]
+fn an_interrupt_waits_for_if_and_comes_after_the_shadow_of_sti() {
+    each_engine(|m| {
+        m.run_code(|a| {
+            raise(a)?;
+            a.mov(ecx, 100)?;
+            let mut again = a.create_label();
+            a.set_label(&mut again)?;
+            a.dec(ecx)?;
+            a.jnz(again)?;
+            a.sti()?;
+            a.inc(ebx)?;
+            a.inc(ebx)
+        });
+        let r = m.records();
+        assert_eq!(m.vectors(), [u64::from(VECTOR)]);
+        // After STI and one INC: 4 + 5 + 2 + 2 bytes, 1, 2.
+        assert_eq!(r[0].rip, CODE + 4 + 5 + 2 + 2 + 1 + 2);
+        assert!(!r[0].rf() && r[0].rflags & 0x200 != 0);
+    });
+}
+
+#[test]
+fn sti_twice_and_sti_cli() {
+    each_engine(|m| {
+        m.run_code(|a| {
+            raise(a)?;
+            // CLI in the shadow: never open.
+            a.sti()?;
+            a.cli()?;
+            a.nop()?;
+            a.mov(rbx, qword_ptr(HANDLER_DATA))?;
+            a.sti()?;
+            a.sti()?;
+            a.nop()
+        });
+        assert_eq!(m.reg(Gpr::Rbx), LOG, "none so far");
+        assert_eq!(m.records()[0].rip, CODE + 4 + 3 + 8 + 2);
+    });
+}
+
+#[test]
+fn popf_and_iret_open_at_once() {
+    each_engine(|m| {
+        m.run_code(|a| {
+            raise(a)?;
+            a.push(0x202)?;
+            a.popfq()?;
+            a.nop()
+        });
+        assert_eq!(m.records()[0].rip, CODE + 4 + 5 + 1);
+        m.forget();
+        m.to_kernel();
+        let target = CODE + 0x400;
+        m.place(64, target, machine::stop);
+        m.run_code(|a| {
+            raise(a)?;
+            a.push(KERNEL_DS as i32)?;
+            a.push(rsp)?;
+            a.push(0x202)?;
+            a.push(KERNEL_CS as i32)?;
+            a.push(target as i32)?;
+            a.iretq()
+        });
+        assert_eq!(m.records()[0].rip, target);
+    });
+}
+
+#[test]
+fn mov_ss_and_pop_ss_hold_interrupts_and_nmi_back() {
+    each_engine(|m| {
+        m.run_code(|a| {
+            a.mov(edx, ss)?;
+            a.mov(eax, i32::from(VECTOR))?;
+            a.sti()?;
+            a.nop()?;
+            a.mov(ss, edx)?;
+            a.out(i32::from(PORT_INTERRUPT), al)?;
+            a.nop()?;
+            a.mov(ss, edx)?;
+            a.out(i32::from(PORT_NMI), al)?;
+            a.nop()
+        });
+        let base = CODE + 2 + 5 + 1 + 1;
+        let records = m.records();
+        assert_eq!(m.vectors(), [u64::from(VECTOR), 2]);
+        assert_eq!(
+            (records[0].rip, records[1].rip),
+            (base + 4, base + 4 + 1 + 4)
+        );
+    });
+}
+
+#[test]
+fn sti_hlt_wakes_in_one_piece() {
+    each_engine(|m| {
+        m.place(64, CODE, |a: &mut CodeAssembler| {
+            let mut again = a.create_label();
+            a.set_label(&mut again)?;
+            a.cli()?;
+            a.inc(ebx)?;
+            a.sti()?;
+            a.hlt()?;
+            a.cmp(ebx, 5)?;
+            a.jb(again)?;
+            machine::stop(a)
+        });
+        for n in 1..=5 {
+            m.run();
+            assert_eq!((m.reg(Gpr::Rbx), m.cpu().rip), (n, CODE + 5), "in HLT");
+            assert_eq!(m.run_once(), Exit::Halted, "it stays there");
+            m.bus.lines.interrupt(VECTOR);
+        }
+        m.run();
+        assert_eq!(m.records().len(), 5);
+        assert!(m.records().iter().all(|r| r.rip == CODE + 5));
+    });
+}
+
+#[test]
+fn an_interrupt_that_is_pending_before_sti_hlt_does_not_get_lost() {
+    each_engine(|m| {
+        m.run_code(|a| {
+            raise(a)?;
+            a.sti()?;
+            a.hlt()
+        });
+        assert_eq!(m.records()[0].rip, CODE + 6);
+    });
+}
+
+#[test]
+fn nmi_is_taken_with_interrupts_off_and_waits_for_iret() {
+    each_engine(|m| {
+        let handler = CODE + 0x400;
+        m.place(64, handler, |a: &mut CodeAssembler| {
+            a.inc(ebx)?;
+            a.cmp(ebx, 3)?;
+            let mut leave = a.create_label();
+            a.jae(leave)?;
+            // Another one, which has to wait.
+            a.out(i32::from(PORT_NMI), al)?;
+            a.nop()?;
+            a.mov(qword_ptr(rbx * 8 + DATA), rbx)?;
+            a.set_label(&mut leave)?;
+            a.iretq()
+        });
+        m.gate(2, handler, 0xe, 1, 0);
+        m.run_code(|a| {
+            a.out(i32::from(PORT_NMI), al)?;
+            a.nop()
+        });
+        assert_eq!(m.reg(Gpr::Rbx), 3);
+        assert_eq!(
+            (m.data(1), m.data(2)),
+            (1, 2),
+            "the handler was not interrupted"
+        );
+    });
+}
+
+#[test]
+fn an_nmi_wakes_a_halt_with_interrupts_off() {
+    each_engine(|m| {
+        m.place(64, CODE, |a: &mut CodeAssembler| {
+            a.hlt()?;
+            a.mov(ebx, 7)?;
+            machine::stop(a)
+        });
+        m.run();
+        m.bus.lines.interrupt(VECTOR);
+        assert_eq!(m.run_once(), Exit::Halted);
+        m.bus.lines.nmi();
+        m.run();
+        assert_eq!((m.vectors(), m.reg(Gpr::Rbx)), (vec![2], 7));
+    });
+}
+
+/// Raises an interrupt every so often until told to stop; an interrupt that is still waiting is not replaced.
+fn with_timer(m: &mut Machine, run: impl FnOnce(&mut Machine)) {
+    let (lines, kicker) = (m.bus.lines.clone(), m.kicker());
+    let over = Arc::new(AtomicBool::new(false));
+    let ends = over.clone();
+    let timer = std::thread::spawn(move || {
+        while !ends.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_micros(100));
+            if !lines.interrupt_waits() {
+                lines.interrupt(VECTOR);
+            }
+            kicker.kick();
+        }
+    });
+    run(m);
+    over.store(true, Ordering::SeqCst);
+    timer.join().expect("the timer");
+}
+
+/// The handler counts in R12 and stops the guest at 20 with the loop's registers as they are.
+fn counting_handler(m: &mut Machine) {
+    let handler = CODE + 0x800;
+    m.place(64, handler, |a: &mut CodeAssembler| {
+        let mut leave = a.create_label();
+        a.inc(r12)?;
+        a.cmp(r12, 20)?;
+        a.jb(leave)?;
+        a.hlt()?;
+        a.set_label(&mut leave)?;
+        a.iretq()
+    });
+    m.gate(VECTOR, handler, 0xe, 1, 0);
+}
+
+/// Endless loops, each with something that must hold at every instruction: RAX = RBX.
+const LOOPS: &[fn(&mut CodeAssembler) -> Result<(), IcedError>] = &[
+    |a| {
+        let mut again = a.create_label();
+        a.set_label(&mut again)?;
+        a.jmp(again)
+    },
+    |a| {
+        // Two blocks, forward and back.
+        let (mut again, mut other) = (a.create_label(), a.create_label());
+        a.set_label(&mut again)?;
+        a.inc(rcx)?;
+        a.jmp(other)?;
+        a.nops_with_size(100)?;
+        a.set_label(&mut other)?;
+        a.inc(rdx)?;
+        a.jmp(again)
+    },
+    |a| {
+        // Calls and returns, memory, flags that live over the back edge.
+        let (mut again, mut f) = (a.create_label(), a.create_label());
+        a.set_label(&mut again)?;
+        a.call(f)?;
+        a.jmp(again)?;
+        a.set_label(&mut f)?;
+        a.inc(qword_ptr(DATA))?;
+        a.ret()
+    },
+    |a| {
+        // An indirect jump to itself.
+        let mut again = a.create_label();
+        a.lea(r13, qword_ptr(again))?;
+        a.set_label(&mut again)?;
+        a.inc(rcx)?;
+        a.jmp(r13)
+    },
+    |a| {
+        // LOOP with a huge count, over and over.
+        let mut again = a.create_label();
+        a.set_label(&mut again)?;
+        a.loop_(again)?;
+        a.jmp(again)
+    },
+    |a| {
+        // A repeated string instruction of four GiB of units, on one page again and again by wrapping R.
+        let mut again = a.create_label();
+        a.set_label(&mut again)?;
+        a.mov(rdi, DATA)?;
+        a.mov(ecx, 0x1000)?;
+        a.rep().stosb()?;
+        a.jmp(again)
+    },
+    |a| {
+        // Conditional branches alone.
+        let mut again = a.create_label();
+        a.set_label(&mut again)?;
+        a.test(rsp, rsp)?;
+        a.jnz(again)?;
+        a.hlt()
+    },
+];
+
+#[test]
+fn interrupts_reach_every_kind_of_loop() {
+    each_engine(|m| {
+        counting_handler(m);
+        for (n, code) in LOOPS.iter().enumerate() {
+            println!("loop {n}");
+            m.to_kernel();
+            m.set_reg(Gpr::R12, 0);
+            m.cpu_mut().rflags |= Rflags::IF;
+            m.place(64, CODE, code);
+            m.go(CODE);
+            with_timer(m, |m| m.run());
+            assert_eq!(m.reg(Gpr::R12), 20);
+        }
+    });
+}
+
+#[test]
+fn interrupts_reach_loops_of_user_code_across_pages() {
+    each_engine(|m| {
+        counting_handler(m);
+        m.map(0, SPARE, P | US);
+        m.map(1, SPARE + 0x1000, P | US);
+        m.place_at(64, SPARE, X, |a: &mut CodeAssembler| a.jmp(X + 0x1000));
+        m.place_at(64, SPARE + 0x1000, X + 0x1000, |a: &mut CodeAssembler| {
+            a.jmp(X)
+        });
+        m.to_user();
+        m.go(X);
+        with_timer(m, |m| m.run());
+        assert_eq!(m.reg(Gpr::R12), 20);
+    });
+}
+
+#[test]
+fn registers_and_flags_survive_interrupts_anywhere() {
+    each_engine(|m| {
+        counting_handler(m);
+        // A sum with carries through memory and back, checked against what it must give, until the timer ends it.
+        m.set_reg(Gpr::R12, 0);
+        m.cpu_mut().rflags |= Rflags::IF;
+        let wrong = CODE + 0x700;
+        m.place(64, wrong, |a: &mut CodeAssembler| a.ud2());
+        m.place(64, CODE, |a: &mut CodeAssembler| {
+            let (mut again, mut inner) = (a.create_label(), a.create_label());
+            a.set_label(&mut again)?;
+            a.mov(ecx, 1000)?;
+            a.xor(eax, eax)?;
+            a.xor(edx, edx)?;
+            a.mov(qword_ptr(DATA), rax)?;
+            a.set_label(&mut inner)?;
+            a.mov(r10, 0x8000_0000_0000_0001u64)?;
+            a.add(qword_ptr(DATA), r10)?;
+            a.adc(rdx, 0)?;
+            a.push(rcx)?;
+            a.pop(r11)?;
+            a.add(rax, r11)?;
+            a.dec(rcx)?;
+            a.jnz(inner)?;
+            a.cmp(rax, 500_500)?;
+            a.jne(wrong)?;
+            a.cmp(rdx, 500)?;
+            a.jne(wrong)?;
+            a.cmp(qword_ptr(DATA), 1000)?;
+            a.jne(wrong)?;
+            a.jmp(again)
+        });
+        m.go(CODE);
+        with_timer(m, |m| m.run());
+        assert!(m.records().is_empty(), "{:x?}", m.records());
+        assert_eq!(m.reg(Gpr::R12), 20);
+    });
+}
+
+#[test]
+fn a_kick_before_a_run_is_not_lost() {
+    each_engine(|m| {
+        m.place(64, CODE, LOOPS[0]);
+        for _ in 0..3 {
+            m.kicker().kick();
+            assert_eq!(m.run_once(), Exit::Kicked);
+        }
+    });
+}
+
+#[test]
+fn cli_and_sti_in_a_tight_loop_let_interrupts_in() {
+    each_engine(|m| {
+        counting_handler(m);
+        m.set_reg(Gpr::R12, 0);
+        m.place(64, CODE, |a: &mut CodeAssembler| {
+            let mut again = a.create_label();
+            a.set_label(&mut again)?;
+            a.pushfq()?;
+            a.cli()?;
+            a.inc(qword_ptr(DATA))?;
+            a.popfq()?;
+            a.cli()?;
+            a.inc(rcx)?;
+            a.sti()?;
+            a.inc(rdx)?;
+            a.jmp(again)
+        });
+        m.go(CODE);
+        with_timer(m, |m| m.run());
+        assert_eq!(m.reg(Gpr::R12), 20);
+    });
+}
