@@ -258,7 +258,7 @@ impl Translator {
 
 /// True where the code at RIP may be translated in the CPU's present state.
 fn translatable(cpu: &Cpu) -> bool {
-    let stepping = cpu.rflags.contains(Rflags::TF) || cpu.dr[7] & 0xff != 0;
+    let stepping = cpu.rflags.contains(Rflags::TF) || cpu.has_instruction_breakpoints();
     let shadow = cpu.interrupt_shadow || cpu.mov_ss_shadow;
     let checks = cpu.cpl == 3 && needs_checks(cpu);
     cpu.mode() == CpuMode::Bits64 && !stepping && !shadow && !checks

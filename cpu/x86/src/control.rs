@@ -230,6 +230,7 @@ pub(crate) fn write_debug(cpu: &mut Cpu, n: usize, v: u64) -> Result<(), Excepti
         7 => (v & DR7_WRITABLE) | DR7_ONE,
         _ => v,
     };
+    cpu.follow_breakpoints();
     Ok(())
 }
 

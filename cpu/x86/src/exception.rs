@@ -74,7 +74,7 @@ impl Event {
             error_code: e.error_code,
             source,
             return_rip: if e.trap { next_rip } else { cpu.rip },
-            resume_flag: !e.trap && e.vector != Vector::Debug,
+            resume_flag: !e.trap && !is_instruction_breakpoint(e),
         }
     }
 
@@ -103,6 +103,11 @@ impl Event {
         };
         (cpu.rflags | rf).bits()
     }
+}
+
+/// The fault whose frame has RF as it was: the handler decides whether the instruction then runs.
+fn is_instruction_breakpoint(e: &Exception) -> bool {
+    e.vector == Vector::Debug && e.dr6 & 0xf != 0
 }
 
 /// What a second exception during the delivery of a first one leads to.

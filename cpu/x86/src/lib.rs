@@ -5,6 +5,7 @@
 //! system instructions and what they need), `cpuid` and `msr`, `interpret`.
 
 mod arch_host;
+mod breakpoint;
 mod bus;
 mod control;
 mod cpuid;

@@ -34,7 +34,7 @@ impl Cpu {
         if kind == AccessKind::Write {
             self.ram.tracker().mark_dirty(t.gpa);
         }
-        if kind != AccessKind::Execute {
+        if kind != AccessKind::Execute && !self.page_is_watched(linear) {
             let rights = t.rights(&paging, privilege);
             self.tlb[privilege as usize].fill(linear, &t, rights, &self.ram);
         }
@@ -119,6 +119,7 @@ impl Cpu {
         privilege: Privilege,
         out: &mut [u8],
     ) -> Result<(), Exception> {
+        let size = out.len() as u64;
         let mut at = linear;
         let mut out = out;
         while !out.is_empty() {
@@ -132,6 +133,7 @@ impl Cpu {
             out = rest;
             self.counters.page_crossings += u64::from(!out.is_empty());
         }
+        self.note_access(linear, size, false);
         Ok(())
     }
 
@@ -151,6 +153,7 @@ impl Cpu {
             at = self.wrap((at | PAGE_MASK).wrapping_add(1));
             self.translate(at, AccessKind::Write, privilege)?;
         }
+        self.note_access(linear, data.len() as u64, true);
         let (mut at, mut data, mut t) = (linear, data, first);
         loop {
             let (now, rest) = data.split_at(data.len().min(room(at)));
@@ -213,6 +216,7 @@ impl Cpu {
         let p = self.ram.ptr(t.gpa);
         if p.is_some() {
             self.note_write(t.gpa, size as u32);
+            self.note_access(linear, size as u64, true);
         }
         Ok(p)
     }

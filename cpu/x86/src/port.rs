@@ -30,6 +30,7 @@ fn input(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Result<(), Except
     task::check_io(cpu, bus, port, size)?;
     cpu.counters.port_accesses += 1;
     let v = bus.port_read(port, size);
+    cpu.note_port_access(port, size);
     operand::write_operand(cpu, bus, i, 0, v.into())
 }
 
@@ -40,6 +41,7 @@ fn output(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Result<(), Excep
     let v = operand::read_operand(cpu, bus, i, 1)?;
     cpu.counters.port_accesses += 1;
     bus.port_write(port, size, v as u32);
+    cpu.note_port_access(port, size);
     Ok(())
 }
 
@@ -120,6 +122,7 @@ fn transfer_item(
         let v = operand::load(cpu, bus, at, size)?;
         bus.port_write(port, form.size, v as u32);
     }
+    cpu.note_port_access(port, form.size);
     let step = if cpu.rflags.contains(Rflags::DF) {
         (size as u64).wrapping_neg()
     } else {

@@ -357,6 +357,8 @@ pub struct Cpu {
     pub xcr0: u64,
     /// DR0 to DR3, unused, unused, DR6, DR7.
     pub dr: [u64; 8],
+    /// Data and port breakpoints that the present instruction hit: bits for DR6.
+    pub(crate) breakpoint_hits: u64,
     pub cpl: u8,
     /// The instruction after STI, MOV SS or POP SS: interrupts (and for the latter #DB) wait for one instruction.
     pub interrupt_shadow: bool,
@@ -442,6 +444,7 @@ impl Cpu {
             efer: Efer::empty(),
             xcr0: 1,
             dr: [0, 0, 0, 0, 0, 0, 0xffff_0ff0, 0x400],
+            breakpoint_hits: 0,
             cpl: 0,
             interrupt_shadow: false,
             mov_ss_shadow: false,

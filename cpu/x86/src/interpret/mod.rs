@@ -84,11 +84,18 @@ pub fn step(cpu: &mut Cpu, bus: &mut dyn Bus) -> Outcome {
 fn execute_one(cpu: &mut Cpu, bus: &mut dyn Bus) -> (Outcome, bool) {
     cpu.counters.interpreted_instructions += 1;
     let shadow = cpu.interrupt_shadow || cpu.mov_ss_shadow;
+    let after_mov_ss = cpu.mov_ss_shadow;
     cpu.interrupt_shadow = false;
     cpu.mov_ss_shadow = false;
     let before = cpu.rflags;
+    // In the shadow of MOV SS no #DB is raised.
+    let breakpoints = if after_mov_ss {
+        Ok(())
+    } else {
+        check_breakpoints(cpu)
+    };
     let mut decoded = decode::Decoded::none();
-    if let Err(e) = check_breakpoints(cpu).and_then(|()| decode::next(cpu, &mut decoded)) {
+    if let Err(e) = breakpoints.and_then(|()| decode::next(cpu, &mut decoded)) {
         return (exception::raise(cpu, bus, e, cpu.rip), true);
     }
     let i = &decoded.instruction;
@@ -98,6 +105,7 @@ fn execute_one(cpu: &mut Cpu, bus: &mut dyn Bus) -> (Outcome, bool) {
     let outcome = match (decoded.handler)(cpu, bus, i) {
         Ok(flow) => finish(cpu, bus, i, flow, next, before),
         Err(e) => {
+            cpu.breakpoint_hits = 0;
             let outcome = exception::raise(cpu, bus, e, next);
             return (outcome, true);
         }
@@ -127,21 +135,36 @@ fn finish(
     match flow {
         Flow::Next => cpu.rip = next,
         Flow::Done => {}
-        Flow::Repeat => cpu.rflags |= before & Rflags::RF,
+        // An event that comes now finds RF set, so that the rest is no new hit of an instruction breakpoint.
+        Flow::Repeat => cpu.rflags |= Rflags::RF,
         Flow::Halt => {
             cpu.rip = next;
             cpu.activity = Activity::Halted;
         }
     }
-    if before.contains(Rflags::TF) && single_steps(cpu, i) {
+    let traps = traps(cpu, i, before);
+    if traps != 0 {
         let at = cpu.rip;
-        return exception::raise(cpu, bus, Exception::db(DR6_BS, true), at);
+        return exception::raise(cpu, bus, Exception::db(traps, true), at);
     }
     match cpu.activity {
         Activity::Active => Outcome::Continue,
         Activity::Shutdown => Outcome::Shutdown,
         Activity::Halted | Activity::WaitForSipi => Outcome::Halted,
     }
+}
+
+/// The traps after an instruction, as bits of DR6: hits of data breakpoints and the single step.
+#[inline]
+fn traps(cpu: &mut Cpu, i: &Instruction, before: Rflags) -> u64 {
+    let mut traps = 0;
+    if before.contains(Rflags::TF) && single_steps(cpu, i) {
+        traps |= DR6_BS;
+    }
+    if cpu.breakpoint_hits != 0 && !cpu.mov_ss_shadow {
+        traps |= std::mem::take(&mut cpu.breakpoint_hits);
+    }
+    traps
 }
 
 /// True where TF, set before the instruction, leads to #DB after it: not in the shadow of MOV SS, and not in
@@ -161,23 +184,5 @@ fn check_breakpoints(cpu: &Cpu) -> Result<(), Exception> {
     if cpu.dr[7] & ENABLES == 0 || cpu.rflags.contains(Rflags::RF) {
         return Ok(());
     }
-    breakpoint_hits(cpu)
-}
-
-#[cold]
-fn breakpoint_hits(cpu: &Cpu) -> Result<(), Exception> {
-    let base = match cpu.mode() {
-        CpuMode::Bits64 => 0,
-        _ => cpu.segment(crate::Seg::Cs).base,
-    };
-    let linear = base.wrapping_add(cpu.rip);
-    let hits = (0..4)
-        .filter(|n| cpu.dr[7] >> (2 * n) & 3 != 0 && cpu.dr[7] >> (16 + 4 * n) & 3 == 0)
-        .filter(|n| cpu.dr[*n] == linear)
-        .fold(0, |hits, n| hits | 1 << n);
-    if hits == 0 {
-        Ok(())
-    } else {
-        Err(Exception::db(hits, false))
-    }
+    cpu.check_instruction_breakpoints()
 }

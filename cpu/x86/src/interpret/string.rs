@@ -137,6 +137,9 @@ fn repeat(
         if !more {
             return Ok(Flow::Next);
         }
+        if cpu.breakpoint_hits != 0 {
+            break;
+        }
     }
     Ok(if left == 0 { Flow::Next } else { Flow::Repeat })
 }

@@ -1,0 +1,117 @@
+//! Breakpoints in DR0 to DR3 (Intel SDM vol. 3B, chapter 18): on instructions, on data, on ports.
+//!
+//! Problem: a data breakpoint concerns every memory access, and an access is a hit in the software TLB.
+//! Idea: a page with a data breakpoint is never entered in the TLBs, so that every access to it takes the slow path, which looks here.
+//! Invariant: no TLB holds the page of an enabled data breakpoint; a write to a debug register flushes them.
+//! Hits are collected while an instruction executes and raise one #DB, a trap, after it.
+
+use doppel_memory::PAGE_MASK;
+
+use crate::{Cpu, CpuMode, Cr4, Exception, Seg};
+
+/// What a breakpoint waits for: R/W in DR7.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Execute,
+    Write,
+    Port,
+    Access,
+}
+
+const ENABLES: u64 = 0xff;
+
+impl Cpu {
+    /// The breakpoints that are enabled: number, what for, first address, bytes.
+    fn breakpoints(&self) -> impl Iterator<Item = (usize, Kind, u64, u64)> + '_ {
+        let enabled = (0..4).filter(|n| self.dr[7] >> (2 * n) & 3 != 0);
+        enabled.map(|n| {
+            let control = self.dr[7] >> (16 + 4 * n);
+            let kind = match control & 3 {
+                0 => Kind::Execute,
+                1 => Kind::Write,
+                2 if self.cr4.contains(Cr4::DE) => Kind::Port,
+                // Undefined without CR4.DE: processors watch for all accesses.
+                _ => Kind::Access,
+            };
+            let bytes = [1, 2, 8, 4][control as usize >> 2 & 3];
+            (n, kind, self.dr[n] & !(bytes - 1), bytes)
+        })
+    }
+
+    /// True while some instruction would raise #DB: code then has to be interpreted.
+    #[inline]
+    pub fn has_instruction_breakpoints(&self) -> bool {
+        self.dr[7] & ENABLES != 0
+            && self
+                .breakpoints()
+                .any(|(_, kind, ..)| kind == Kind::Execute)
+    }
+
+    /// True where accesses to the page of this linear address have to be looked at one by one.
+    #[inline]
+    pub(crate) fn page_is_watched(&self, linear: u64) -> bool {
+        self.dr[7] & ENABLES != 0 && self.watches_page(linear)
+    }
+
+    #[cold]
+    fn watches_page(&self, linear: u64) -> bool {
+        self.breakpoints().any(|(_, kind, at, _)| {
+            matches!(kind, Kind::Write | Kind::Access) && (at ^ linear) & !PAGE_MASK == 0
+        })
+    }
+
+    /// Notes an access to memory that took place.
+    #[inline]
+    pub(crate) fn note_access(&mut self, linear: u64, size: u64, write: bool) {
+        if self.dr[7] & ENABLES != 0 {
+            self.note_hits(linear, size, |kind| {
+                kind == Kind::Access || (write && kind == Kind::Write)
+            });
+        }
+    }
+
+    /// Notes an access to a port that took place.
+    #[inline]
+    pub(crate) fn note_port_access(&mut self, port: u16, size: u8) {
+        if self.dr[7] & ENABLES != 0 {
+            self.note_hits(port.into(), size.into(), |kind| kind == Kind::Port);
+        }
+    }
+
+    #[cold]
+    fn note_hits(&mut self, from: u64, size: u64, concerns: impl Fn(Kind) -> bool) {
+        let hits = self
+            .breakpoints()
+            .filter(|&(_, kind, at, bytes)| {
+                concerns(kind) && at < from.wrapping_add(size) && from < at.wrapping_add(bytes)
+            })
+            .fold(0, |hits, (n, ..)| hits | 1 << n);
+        self.breakpoint_hits |= hits;
+    }
+
+    /// #DB, a fault, where an instruction breakpoint is enabled for RIP. (RF, which skips it, was looked at.)
+    #[cold]
+    pub(crate) fn check_instruction_breakpoints(&self) -> Result<(), Exception> {
+        let base = match self.mode() {
+            CpuMode::Bits64 => 0,
+            _ => self.segment(Seg::Cs).base,
+        };
+        let linear = base.wrapping_add(self.rip);
+        let hits = self
+            .breakpoints()
+            .filter(|&(n, kind, ..)| kind == Kind::Execute && self.dr[n] == linear)
+            .fold(0, |hits, (n, ..)| hits | 1 << n);
+        if hits == 0 {
+            Ok(())
+        } else {
+            Err(Exception::db(hits, false))
+        }
+    }
+
+    /// Debug registers changed.
+    pub(crate) fn follow_breakpoints(&mut self) {
+        for tlb in &mut self.tlb {
+            tlb.flush();
+        }
+    }
+}
