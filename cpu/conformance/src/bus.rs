@@ -69,7 +69,7 @@ const MOST_NOTED: usize = 1000;
 
 impl Bus for TestBus {
     fn port_read(&mut self, port: u16, size: u8) -> u32 {
-        u32::from(port) * 0x0101 & (u32::MAX >> (32 - 8 * u32::from(size)))
+        (u32::from(port) * 0x0101) & (u32::MAX >> (32 - 8 * u32::from(size)))
     }
     fn port_write(&mut self, port: u16, _size: u8, value: u32) {
         match port {
@@ -84,7 +84,7 @@ impl Bus for TestBus {
         }
     }
     fn mmio_read(&mut self, gpa: u64, size: u8) -> u64 {
-        (gpa & 0xff) * 0x0101_0101_0101_0101 & (u64::MAX >> (64 - 8 * u32::from(size)))
+        ((gpa & 0xff) * 0x0101_0101_0101_0101) & (u64::MAX >> (64 - 8 * u32::from(size)))
     }
     fn mmio_write(&mut self, gpa: u64, size: u8, value: u64) {
         if self.device_stores.len() < MOST_NOTED {

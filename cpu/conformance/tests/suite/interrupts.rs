@@ -11,6 +11,8 @@ use doppel_x86::{Exit, Gpr, Rflags};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
+type Emit = fn(&mut CodeAssembler) -> Result<(), IcedError>;
+
 const VECTOR: u8 = 0x40;
 
 /// Raises the interrupt, then runs `more`.
@@ -232,7 +234,7 @@ fn counting_handler(m: &mut Machine) {
 }
 
 /// Endless loops, each with something that must hold at every instruction: RAX = RBX.
-const LOOPS: &[fn(&mut CodeAssembler) -> Result<(), IcedError>] = &[
+const LOOPS: &[Emit] = &[
     |a| {
         let mut again = a.create_label();
         a.set_label(&mut again)?;

@@ -1,8 +1,13 @@
 //! The conformance suite: one module per concern, every test on every engine.
 
 mod crossing;
+mod debug;
 mod exceptions;
+mod hostile;
 mod interrupts;
 mod paging;
+mod segments;
 mod self_modifying;
+mod strings;
+mod system_calls;
 mod translations;

@@ -48,7 +48,11 @@ fn expected(c: &Case, access: Access) -> Option<u64> {
     } else if c.user {
         user_page && (!write || writable)
     } else {
-        !(c.smap && user_page && !c.ac) && (!write || writable || !c.wp)
+        {
+            let smap = c.smap && user_page && !c.ac;
+            let protected = write && !writable && c.wp;
+            !smap && !protected
+        }
     };
     let bits = error::P
         | if write { error::W } else { 0 }
@@ -158,7 +162,12 @@ const OPEN: Case = Case {
 
 /// All combinations of RW, US and XD.
 fn all_bits() -> impl Iterator<Item = u64> {
-    (0..8).map(|n| (n & 1) * RW | (n >> 1 & 1) * US | (n >> 2 & 1) * XD)
+    (0..8u64).map(|n| {
+        [RW, US, XD]
+            .iter()
+            .enumerate()
+            .fold(0, |bits, (at, bit)| bits | ((n >> at & 1) * bit))
+    })
 }
 
 #[test]
@@ -249,13 +258,13 @@ fn without_nx_the_bit_is_reserved_and_fetches_look_like_reads() {
 fn what_is_not_present_faults_at_every_level() {
     each_engine(|m| {
         for leaf in [1, 2, 3] {
-            for level in 0..=leaf {
+            for (level, at) in LEVELS.iter().enumerate().take(leaf + 1) {
                 for user in [false, true] {
                     let c = Case { user, leaf, ..OPEN };
                     map(m, &c);
-                    let entry = m.get(LEVELS[level]);
+                    let entry = m.get(*at);
                     // Nothing else in the entry counts.
-                    m.put(LEVELS[level], (entry | 0x7ff0_0000_0000_0000) & !P);
+                    m.put(*at, (entry | 0x7ff0_0000_0000_0000) & !P);
                     for access in ACCESSES {
                         let r = try_access(m, &c, access).expect("a fault");
                         let all = expected(
