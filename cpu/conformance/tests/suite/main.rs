@@ -3,6 +3,7 @@
 mod crossing;
 mod debug;
 mod exceptions;
+mod extended_state;
 mod hostile;
 mod interrupts;
 mod paging;

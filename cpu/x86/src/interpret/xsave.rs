@@ -266,6 +266,9 @@ fn xsave(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     };
     let mut pieces = pieces(cpu, i, &r, stored, None);
     let header = r.at.wrapping_add(HEADER as u64);
+    // Read in order to be written: where that is not allowed, the fault is that of a write.
+    let privilege = cpu.privilege();
+    cpu.check_writable(header, 8, privilege)?;
     let old = super::operand::load(cpu, bus, header, 8)?;
     let xstate_bv = old & !r.components | in_use & r.components;
     pieces.push((header, xstate_bv.to_le_bytes().to_vec()));

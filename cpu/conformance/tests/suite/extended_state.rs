@@ -1,0 +1,348 @@
+//! x87, SSE and AVX state: saved and restored whole, by the kernel between programs too; what the XSAVE family refuses.
+
+use doppel_conformance::paging::{P, RW};
+use doppel_conformance::*;
+use doppel_x86::{Cr0, Cr4, Gpr};
+use iced_x86::IcedError;
+use iced_x86::code_asm::*;
+
+type Emit = fn(&mut CodeAssembler) -> Result<(), IcedError>;
+
+/// Where state is saved: aligned, with room.
+const AREA: u64 = DATA + 0x1000;
+
+/// With XSAVE and all that the processor offers in XCR0; false where the host has no XSAVE.
+fn enable_xsave(m: &mut Machine) -> bool {
+    if !m.cpu().cpuid.has_xsave() {
+        return false;
+    }
+    m.enable(Cr4::OSXSAVE);
+    m.cpu_mut().xcr0 = m.cpu().cpuid.xcr0();
+    m.put_bytes(AREA, &[0; 0x1000]);
+    m.put_bytes(AREA + 0x1000, &[0; 0x1000]);
+    true
+}
+
+fn has_avx(m: &Machine) -> bool {
+    m.cpu().cpuid.has_xsave() && m.cpu().cpuid.xcr0() & 4 != 0
+}
+
+#[test]
+fn xcr0_takes_what_makes_sense() {
+    each_engine(|m| {
+        if !enable_xsave(m) {
+            return;
+        }
+        let all = m.cpu().cpuid.xcr0();
+        for (index, value, fine) in [
+            (0u32, all, true),
+            (0, 1, true),
+            (0, 3, true),
+            (0, 0, false),
+            (0, 2, false),
+            (0, 5, false),
+            (0, all | 1 << 62, false),
+            (1, 3, false),
+        ] {
+            println!("{index} {value:x}");
+            m.to_kernel();
+            m.forget();
+            m.set_reg(Gpr::R15, 0);
+            m.run_code(|a| {
+                a.mov(r15, STOPPED_AT)?;
+                a.mov(ecx, index)?;
+                a.mov(eax, value as u32)?;
+                a.mov(edx, (value >> 32) as u32)?;
+                a.xsetbv()?;
+                a.xor(ecx, ecx)?;
+                a.xgetbv()
+            });
+            if fine {
+                assert!(m.records().is_empty());
+                assert_eq!(m.reg(Gpr::Rax) | m.reg(Gpr::Rdx) << 32, value);
+            } else {
+                assert_eq!(m.vectors(), [13]);
+            }
+        }
+        m.forget();
+        m.to_user();
+        let r = m.faults(|a| a.xor(ecx, ecx), |a| a.xsetbv());
+        assert_eq!((r.vector, r.error), (13, 0));
+    });
+}
+
+#[test]
+fn avx_needs_its_bit_in_xcr0() {
+    each_engine(|m| {
+        if !has_avx(m) || !enable_xsave(m) {
+            return;
+        }
+        let codes: [Emit; 3] = [
+            |a| a.vaddps(ymm0, ymm1, ymm2),
+            |a| a.vmovups(xmmword_ptr(DATA), xmm0),
+            |a| a.vzeroupper(),
+        ];
+        for code in codes {
+            m.forget();
+            m.to_kernel();
+            m.cpu_mut().xcr0 = 3;
+            let r = m.faults(|_| Ok(()), code);
+            assert_eq!(r.vector, 6);
+            m.forget();
+            m.to_kernel();
+            m.cpu_mut().xcr0 = 7;
+            m.run_code(code);
+            assert!(m.records().is_empty());
+        }
+    });
+}
+
+#[test]
+fn state_comes_back_by_fxsave_and_xsave() {
+    let forms: [(Emit, Emit); 3] = [
+        (|a| a.fxsave64(ptr(AREA)), |a| a.fxrstor64(ptr(AREA))),
+        (|a| a.xsave64(ptr(AREA)), |a| a.xrstor64(ptr(AREA))),
+        (|a| a.xsaveopt64(ptr(AREA)), |a| a.xrstor64(ptr(AREA))),
+    ];
+    each_engine(|m| {
+        let xsave = enable_xsave(m);
+        for (n, (save, restore)) in forms.iter().enumerate().take(if xsave { 3 } else { 1 }) {
+            println!("form {n}");
+            m.to_kernel();
+            m.put_bytes(AREA, &[0; 0x1000]);
+            m.run_code(|a| {
+                a.mov(rax, 0x1122_3344_5566_7788u64)?;
+                a.movq(xmm0, rax)?;
+                a.movq(xmm15, rax)?;
+                a.fninit()?;
+                a.fldpi()?;
+                a.mov(dword_ptr(DATA), 0x1f80 | 0x6000)?;
+                a.ldmxcsr(dword_ptr(DATA))?;
+                a.mov(eax, -1)?;
+                a.mov(edx, -1)?;
+                save(a)?;
+                a.pxor(xmm0, xmm0)?;
+                a.pxor(xmm15, xmm15)?;
+                a.fninit()?;
+                a.mov(dword_ptr(DATA), 0x1f80)?;
+                a.ldmxcsr(dword_ptr(DATA))?;
+                restore(a)?;
+                a.movq(rbx, xmm0)?;
+                a.movq(rcx, xmm15)?;
+                a.stmxcsr(dword_ptr(DATA))?;
+                a.fstp(tword_ptr(DATA + 16))
+            });
+            assert_eq!(
+                [m.reg(Gpr::Rbx), m.reg(Gpr::Rcx)],
+                [0x1122_3344_5566_7788; 2]
+            );
+            assert_eq!(m.data(0) & 0xffff_ffff, 0x7f80);
+            assert_eq!(m.data(2), 0xc90f_daa2_2168_c235, "pi");
+        }
+    });
+}
+
+#[test]
+fn xrstor_initializes_what_the_image_leaves_out() {
+    each_engine(|m| {
+        if !enable_xsave(m) {
+            return;
+        }
+        m.put(AREA + 24, 0x1f80u32);
+        m.run_code(|a| {
+            a.mov(rax, 77u64)?;
+            a.movq(xmm3, rax)?;
+            a.mov(eax, 2)?;
+            a.xor(edx, edx)?;
+            // XSTATE_BV is 0: SSE goes to its initial state.
+            a.xrstor(ptr(AREA))?;
+            a.movq(rbx, xmm3)
+        });
+        assert_eq!(m.reg(Gpr::Rbx), 0);
+    });
+}
+
+#[test]
+fn bad_images_and_addresses_are_refused() {
+    each_engine(|m| {
+        if !enable_xsave(m) {
+            return;
+        }
+        let all: Emit = |a| {
+            a.mov(eax, -1)?;
+            a.mov(edx, -1)
+        };
+        let check = |m: &mut Machine, what: &str, code: Emit| {
+            println!("{what}");
+            m.forget();
+            m.to_kernel();
+            let r = m.faults(all, code);
+            assert_eq!((r.vector, r.error), (13, 0), "{what}");
+        };
+        check(m, "XSAVE not aligned", |a| a.xsave(ptr(AREA + 32)));
+        check(m, "XRSTOR not aligned", |a| a.xrstor(ptr(AREA + 32)));
+        check(m, "FXSAVE not aligned", |a| a.fxsave(ptr(AREA + 8)));
+        check(m, "FXRSTOR not aligned", |a| a.fxrstor(ptr(AREA + 8)));
+        let restore: Emit = |a| a.xrstor(ptr(AREA));
+        for (what, at, value) in [
+            ("a component that XCR0 lacks", 512, 1u64 << 61),
+            ("compaction bits in a standard image", 520, 1),
+            ("reserved bytes of the header", 528, 1),
+        ] {
+            m.put_bytes(AREA, &[0; 0x1000]);
+            m.put(AREA + at, value);
+            check(m, what, restore);
+        }
+        m.put_bytes(AREA, &[0; 0x1000]);
+        m.put(AREA + 24, 1u32 << 31);
+        m.put(AREA + 512, 3u64);
+        check(m, "reserved bits of MXCSR", restore);
+        check(m, "FXRSTOR of them", |a| a.fxrstor(ptr(AREA)));
+        check(m, "LDMXCSR of them", |a| a.ldmxcsr(dword_ptr(AREA + 24)));
+    });
+}
+
+#[test]
+fn images_on_missing_pages() {
+    each_engine(|m| {
+        if !enable_xsave(m) {
+            return;
+        }
+        m.map(0, SPARE, P | RW);
+        m.map(1, 0, 0);
+        for (what, code, write) in [
+            ("xsave", (|a| a.xsave(ptr(rbx))) as Emit, 2),
+            ("xrstor", |a| a.xrstor(ptr(rbx)), 0),
+            ("fxsave", |a| a.fxsave(ptr(rbx)), 2),
+            ("fxrstor", |a| a.fxrstor(ptr(rbx)), 0),
+        ] {
+            m.forget();
+            m.to_kernel();
+            m.put_bytes(SPARE, &[0; 0x1000]);
+            m.put(SPARE + 0xf00 + 24, 0x1f80u32);
+            m.set_reg(Gpr::Rbx, X + 0xf00);
+            let r = m.faults(
+                |a| {
+                    a.mov(eax, 3)?;
+                    a.xor(edx, edx)
+                },
+                code,
+            );
+            assert_eq!((r.vector, r.error), (14, write), "{what}");
+            assert_eq!(r.cr2 & !0xfff, X + 0x1000, "{what}");
+        }
+    });
+}
+
+#[test]
+fn everything_is_lazy_while_ts_is_set() {
+    each_engine(|m| {
+        if !enable_xsave(m) {
+            return;
+        }
+        let codes: [Emit; 5] = [
+            |a| a.xsave(ptr(AREA)),
+            |a| a.xrstor(ptr(AREA)),
+            |a| a.fxrstor(ptr(AREA)),
+            |a| a.ldmxcsr(dword_ptr(AREA)),
+            |a| a.pxor(xmm0, xmm0),
+        ];
+        for code in codes {
+            m.forget();
+            m.to_kernel();
+            m.cpu_mut().cr0.insert(Cr0::TS);
+            assert_eq!(m.faults(|_| Ok(()), code).vector, 7);
+        }
+    });
+}
+
+#[test]
+fn vector_registers_live_through_system_calls_and_faults() {
+    each_engine(|m| {
+        // A kernel that saves, clobbers and restores; a program that carries its sum in vector registers.
+        let kernel = CODE + 0x400;
+        m.place(64, kernel, |a: &mut CodeAssembler| {
+            a.fxsave64(ptr(AREA))?;
+            a.pxor(xmm1, xmm1)?;
+            a.pcmpeqd(xmm2, xmm2)?;
+            a.fxrstor64(ptr(AREA))?;
+            a.iretq()
+        });
+        m.gate(0x80, kernel, 0xe, 0, 3);
+        m.run_user(|a| {
+            a.pxor(xmm1, xmm1)?;
+            a.mov(ecx, 200)?;
+            let mut again = a.create_label();
+            a.set_label(&mut again)?;
+            a.movq(xmm2, rcx)?;
+            a.int(0x80)?;
+            a.int3()?;
+            a.paddq(xmm1, xmm2)?;
+            a.movq(qword_ptr(USER_DATA), xmm1)?;
+            a.dec(ecx)?;
+            a.jnz(again)?;
+            a.movq(rax, xmm1)
+        });
+        assert_eq!((m.reg(Gpr::Rax), m.get(USER_DATA)), (20100, 20100));
+    });
+}
+
+#[test]
+fn upper_halves_live_through_interpreted_instructions() {
+    each_engine(|m| {
+        if !has_avx(m) || !enable_xsave(m) {
+            return;
+        }
+        m.put_bytes(DATA, &[7; 64]);
+        m.run_code(|a| {
+            a.vmovups(ymm5, ymmword_ptr(DATA))?;
+            a.mov(ecx, 20)?;
+            let mut again = a.create_label();
+            a.set_label(&mut again)?;
+            // A device's register and CPUID are never translated code's business.
+            a.mov(r9d, ecx)?;
+            a.xor(eax, eax)?;
+            a.cpuid()?;
+            a.in_(al, 0x60)?;
+            a.mov(ecx, r9d)?;
+            a.vpaddb(ymm5, ymm5, ymmword_ptr(DATA))?;
+            a.dec(ecx)?;
+            a.jnz(again)?;
+            a.vmovups(ymmword_ptr(DATA + 64), ymm5)?;
+            a.vzeroupper()?;
+            a.vmovups(ymmword_ptr(DATA + 96), ymm5)
+        });
+        assert_eq!(m.data(8), 0x9393_9393_9393_9393);
+        assert_eq!(m.data(11), 0x9393_9393_9393_9393);
+        assert_eq!(
+            (m.data(12), m.data(14), m.data(15)),
+            (0x9393_9393_9393_9393, 0, 0)
+        );
+    });
+}
+
+#[test]
+fn mxcsr_and_control_words_are_the_guests() {
+    each_engine(|m| {
+        // Rounding upwards in SSE, to single precision in x87: kept over faults.
+        m.run_code(|a| {
+            a.mov(dword_ptr(DATA), 0x1f80 | 0x4000)?;
+            a.ldmxcsr(dword_ptr(DATA))?;
+            a.mov(word_ptr(DATA + 8), 0x07f)?;
+            a.fninit()?;
+            a.fldcw(word_ptr(DATA + 8))?;
+            a.int3()?;
+            a.mov(eax, 1)?;
+            a.cvtsi2ss(xmm0, eax)?;
+            a.mov(eax, 3)?;
+            a.cvtsi2ss(xmm1, eax)?;
+            a.divss(xmm0, xmm1)?;
+            a.movd(ebx, xmm0)?;
+            a.stmxcsr(dword_ptr(DATA))?;
+            a.fnstcw(word_ptr(DATA + 8))
+        });
+        assert_eq!(m.reg(Gpr::Rbx), 0x3eaa_aaab);
+        assert_eq!(m.data(0) & 0xffff_ffff, 0x1f80 | 0x4000 | 0x20, "PE");
+        assert_eq!(m.data(1) & 0xffff, 0x7f);
+    });
+}
