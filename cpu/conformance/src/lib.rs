@@ -27,3 +27,13 @@ pub fn each_engine(test: impl Fn(&mut Machine)) {
         test(&mut Machine::new(row));
     }
 }
+
+/// Runs a test on every engine as a processor of each vendor, where vendors differ.
+pub fn each_engine_and_vendor(test: impl Fn(&mut Machine)) {
+    for row in ENGINES {
+        for vendor in [b"GenuineIntel", b"AuthenticAMD"] {
+            println!("on {} as {}", row.name, vendor.escape_ascii());
+            test(&mut Machine::of_vendor(row, vendor));
+        }
+    }
+}
