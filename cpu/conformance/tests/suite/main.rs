@@ -7,6 +7,7 @@ mod extended_state;
 mod hostile;
 mod interrupts;
 mod paging;
+mod privilege;
 mod segments;
 mod self_modifying;
 mod strings;

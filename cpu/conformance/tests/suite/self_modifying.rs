@@ -33,7 +33,7 @@ fn a_loop_that_counts_in_its_own_immediate() {
         let (again, target) = (CODE + 0x20, CODE + 0x40);
         m.place(64, CODE, |a: &mut CodeAssembler| {
             a.xor(ebx, ebx)?;
-            a.mov(ecx, 100)?;
+            a.mov(ecx, 5000)?;
             a.jmp(again)
         });
         m.place(64, again, |a: &mut CodeAssembler| {
@@ -49,7 +49,12 @@ fn a_loop_that_counts_in_its_own_immediate() {
         });
         m.go(CODE);
         m.run();
-        assert_eq!(m.reg(Gpr::Rbx), 5050);
+        assert_eq!(m.reg(Gpr::Rbx), 12_502_500);
+        let noted = m.cpu().code_writes.capacity();
+        assert!(
+            noted < 1000,
+            "{noted}: the list of writes is followed and emptied"
+        );
     });
 }
 
