@@ -1,5 +1,6 @@
 //! Single steps, breakpoints in DR0 to DR3, general detect.
 
+use doppel_conformance::paging::{P, RW};
 use doppel_conformance::*;
 use doppel_x86::{Cr4, Gpr};
 use iced_x86::IcedError;
@@ -239,6 +240,36 @@ fn breakpoints_have_lengths() {
                 let first = DATA + 0x38 + offset;
                 let hit = first < base + size && base < first + 2;
                 assert_eq!(m.records().len(), usize::from(hit), "{size} {offset}");
+            }
+        }
+    });
+}
+
+#[test]
+fn an_access_that_crosses_into_a_watched_page_hits() {
+    each_engine(|m| {
+        for second in [SPARE + 0x1000, SPARE + 0x3000] {
+            for (watched, hit) in [
+                (X + 0xff8, 1),
+                (X + 0x1000, 1),
+                (X + 0x1008, 0),
+                (X + 0xfe0, 0),
+            ] {
+                m.forget();
+                m.to_kernel();
+                m.map(0, SPARE, P | RW);
+                m.map(1, second, P | RW);
+                m.run_code(|a| {
+                    a.mov(rbx, X + 0xffc)?;
+                    a.mov(qword_ptr(rbx), rax)?;
+                    a.mov(rax, qword_ptr(rbx + 4))?;
+                    set_dr(a, dr0, watched)?;
+                    set_dr(a, dr7, enable(0, WRITE, LEN[3]))?;
+                    a.mov(qword_ptr(rbx), rax)?;
+                    a.xor(r8d, r8d)?;
+                    a.mov(dr7, r8)
+                });
+                assert_eq!(m.records().len(), hit, "{watched:x}");
             }
         }
     });

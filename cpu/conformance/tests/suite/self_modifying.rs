@@ -265,6 +265,36 @@ fn across_a_page_boundary() {
 }
 
 #[test]
+fn by_a_store_that_begins_on_a_page_without_code() {
+    each_engine(|m| {
+        for second in [SPARE + 0x1000, SPARE + 0x3000] {
+            m.to_kernel();
+            m.map(0, SPARE, P | RW);
+            m.map(1, second, P | RW);
+            m.put_bytes(second, &[MOV_EAX, 0, 0, 0, 0, 0xc3]);
+            m.run_code(|a| {
+                a.mov(rbp, X + 0x1000)?;
+                a.invlpg(byte_ptr(rbp))?;
+                a.xor(r12d, r12d)?;
+                a.mov(ecx, 50)?;
+                let mut again = a.create_label();
+                a.set_label(&mut again)?;
+                a.mov(rdx, rcx)?;
+                a.shl(rdx, 40)?;
+                a.mov(r8, u64::from(MOV_EAX) << 32)?;
+                a.or(rdx, r8)?;
+                a.mov(qword_ptr(rbp - 4), rdx)?;
+                a.call(rbp)?;
+                a.add(r12, rax)?;
+                a.dec(ecx)?;
+                a.jnz(again)
+            });
+            assert_eq!(m.reg(Gpr::R12), 50 * 51 / 2);
+        }
+    });
+}
+
+#[test]
 fn data_beside_code_does_not_disturb_it() {
     each_engine(|m| {
         let counter = CODE + 0x800;
