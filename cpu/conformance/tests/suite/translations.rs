@@ -425,3 +425,49 @@ fn a_page_that_becomes_the_users_own_is_seen_by_both() {
         assert_eq!((m.reg(Gpr::Rax), m.get(SPARE + 8)), (7, 7));
     });
 }
+
+/// One physical page of code at three linear addresses: what depends on the address is that of the one in use.
+fn aliases(m: &mut Machine) {
+    for n in [0, 2, 5] {
+        m.map(n, SPARE, P | US);
+        m.map(n + 1, SPARE + 0x1000, P | US);
+    }
+    // Returns the address of the instruction after LEA, by way of a jump to the next page and back.
+    m.place_at(64, SPARE, X, |a: &mut CodeAssembler| a.jmp(X + 0x1000));
+    m.place_at(64, SPARE + 0x100, X + 0x100, |a: &mut CodeAssembler| {
+        let mut here = a.create_label();
+        a.lea(rax, qword_ptr(here))?;
+        a.set_label(&mut here)?;
+        a.ret()
+    });
+    m.place_at(64, SPARE + 0x1000, X + 0x1000, |a: &mut CodeAssembler| {
+        a.jmp(X + 0x100)
+    });
+}
+
+fn call_aliases(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.xor(r12d, r12d)?;
+    a.mov(ecx, 30)?;
+    let mut again = a.create_label();
+    a.set_label(&mut again)?;
+    for n in [0, 2, 5] {
+        a.mov(rbx, X + (n << 12))?;
+        a.call(rbx)?;
+        a.sub(rax, rbx)?;
+        a.add(r12, rax)?;
+    }
+    a.dec(ecx)?;
+    a.jnz(again)
+}
+
+#[test]
+fn one_page_of_code_at_several_addresses() {
+    each_engine(|m| {
+        aliases(m);
+        m.run_code(call_aliases);
+        assert_eq!(m.reg(Gpr::R12), 90 * 0x107);
+        m.run_user(call_aliases);
+        assert_eq!(m.reg(Gpr::R12), 90 * 0x107);
+        assert!(m.records().is_empty());
+    });
+}
