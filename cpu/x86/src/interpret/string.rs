@@ -17,6 +17,7 @@ use crate::{Bus, Cpu, Exception, Gpr, Rflags, Seg};
 
 /// Units that a repeated instruction does in one step at most (a bulk copy counts as one).
 const BATCH: u32 = 64;
+const DR7_ENABLES: u64 = 0xff;
 const PAGE: u64 = doppel_memory::PAGE_SIZE;
 /// Bytes that a bulk comparison looks at: most end early.
 const CHUNK: usize = 128;
@@ -189,6 +190,9 @@ impl Side {
 
     /// The lowest byte of `units` units, where the page is RAM and all of them may be accessed. A write is noted already.
     fn open(&self, cpu: &mut Cpu, shape: Shape, units: u64) -> Option<HostPtr> {
+        if cpu.dr[7] & DR7_ENABLES != 0 {
+            return None; // a data breakpoint stops at its unit
+        }
         let len = units as usize * shape.unit;
         let down = if cpu.rflags.contains(Rflags::DF) {
             (len - shape.unit) as u64
