@@ -1,0 +1,197 @@
+//! The oracle and every engine side by side.
+
+use std::sync::Arc;
+
+use anyhow::Result;
+use doppel_translate::TranslateOptions;
+use doppel_x86::CpuidModel;
+use iced_x86::Code;
+
+use crate::catalogue::Catalogue;
+use crate::compare::{Strictness, differences};
+use crate::guest::{Interpreted, Translated, cpu};
+use crate::native_unsafe::Native;
+use crate::state::{Ending, State};
+use crate::xsave::XsaveLayout;
+
+/// An engine that is compared with the processor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum EngineName {
+    Interpret,
+    /// The translator with options of this name.
+    Translate(&'static str),
+}
+
+impl EngineName {
+    /// As in arguments and reports.
+    pub fn text(&self) -> &'static str {
+        match self {
+            EngineName::Interpret => "interpret",
+            EngineName::Translate(name) => name,
+        }
+    }
+}
+
+/// The translator's sets of options: the defaults, each switch off, all off, and a cache that is often full.
+pub fn variants() -> Vec<(&'static str, TranslateOptions)> {
+    let d = TranslateOptions {
+        cache_size: 8 << 20,
+        ..TranslateOptions::default()
+    };
+    let small = TranslateOptions {
+        cache_size: 256 << 10,
+        count: true,
+        ..d
+    };
+    vec![
+        ("translate", d),
+        ("translate-no-link", TranslateOptions { link: false, ..d }),
+        (
+            "translate-no-flag-liveness",
+            TranslateOptions {
+                flag_liveness: false,
+                ..d
+            },
+        ),
+        (
+            "translate-no-inline-system",
+            TranslateOptions {
+                inline_system: false,
+                ..d
+            },
+        ),
+        (
+            "translate-no-inline-strings",
+            TranslateOptions {
+                inline_strings: false,
+                ..d
+            },
+        ),
+        (
+            "translate-plain",
+            TranslateOptions {
+                link: false,
+                flag_liveness: false,
+                inline_system: false,
+                inline_strings: false,
+                ..d
+            },
+        ),
+        ("translate-small-cache", small),
+    ]
+}
+
+/// What came of a case.
+pub struct Verdict {
+    /// Forms executed, in order.
+    pub codes: Vec<Code>,
+    /// Not compared: it did not end in time, or its outcome is not specified.
+    pub discarded: bool,
+    /// It ended in another exception than the last instruction's.
+    pub faulted: bool,
+    /// What differs, by engine.
+    pub failures: Vec<(EngineName, Vec<String>)>,
+}
+
+/// Everything that runs cases.
+pub struct Rig {
+    native: Native,
+    interpreted: Interpreted,
+    translated: Vec<(&'static str, TranslateOptions, Option<Translated>)>,
+    model: Arc<CpuidModel>,
+    layout: XsaveLayout,
+    pub catalogue: Catalogue,
+    /// Compare the arithmetic flags at faults also where the translator does not save dead ones.
+    pub fault_flags: bool,
+}
+
+impl Rig {
+    /// For this host.
+    pub fn new() -> Result<Self> {
+        let model = Arc::new(CpuidModel::host(1));
+        let layout = XsaveLayout::new(model.xcr0());
+        let native = Native::new(layout)?;
+        let all = variants();
+        Ok(Rig {
+            native,
+            interpreted: Interpreted::new(&model, layout)?,
+            translated: all.into_iter().map(|(n, o)| (n, o, None)).collect(),
+            catalogue: Catalogue::new(&*cpu(&model)?),
+            model,
+            layout,
+            fault_flags: false,
+        })
+    }
+
+    /// Runs a case on the processor, the interpreter and some of the translators.
+    pub fn check(&mut self, state: &State, code: &[u8], engines: &[EngineName]) -> Result<Verdict> {
+        let (interpreted, trace) = self.interpreted.run(state, code);
+        let mut verdict = Verdict {
+            discarded: interpreted.ending == Ending::TimedOut || trace.unspecified,
+            faulted: true,
+            failures: Vec::new(),
+            codes: Vec::new(),
+        };
+        let ignored_flags = trace.undefined_flags();
+        verdict.codes = trace.codes;
+        if verdict.discarded {
+            return Ok(verdict);
+        }
+        let native = self.native.run(state, code);
+        verdict.faulted = !matches!(native.ending, Ending::Exception { vector: 6, .. });
+        let mut how = Strictness {
+            ignored_flags,
+            flags_at_faults: true,
+        };
+        for engine in engines {
+            let EngineName::Translate(name) = engine else {
+                note(
+                    &mut verdict,
+                    engine,
+                    differences(&interpreted, &native, how),
+                );
+                continue;
+            };
+            let (translated, exact) = self.translated(name)?;
+            how.flags_at_faults = exact;
+            let first = differences(&translated.run(state, code), &native, how);
+            let again = differences(&translated.run_again(state), &native, how);
+            let differ = match first.is_empty() {
+                true => again,
+                false => first,
+            };
+            note(&mut verdict, engine, differ);
+        }
+        Ok(verdict)
+    }
+
+    /// The translator of a name, made when it is first needed, and whether it keeps flags at faults.
+    fn translated(&mut self, name: &str) -> Result<(&mut Translated, bool)> {
+        let place = self
+            .translated
+            .iter_mut()
+            .find(|(n, ..)| *n == name)
+            .ok_or_else(|| anyhow::anyhow!("there is no engine {name}"))?;
+        let exact = self.fault_flags || !place.1.flag_liveness;
+        if place.2.is_none() {
+            place.2 = Some(Translated::new(&self.model, self.layout, place.1)?);
+        }
+        place
+            .2
+            .as_mut()
+            .map(|t| (t, exact))
+            .ok_or_else(|| anyhow::anyhow!("{name} was not made"))
+    }
+
+    /// Blocks translated and so on, summed over the translators.
+    pub fn counter(&self, name: &str) -> u64 {
+        let stats = self.translated.iter().filter_map(|(_, _, t)| t.as_ref());
+        stats.filter_map(|t| t.stats().get(name).copied()).sum()
+    }
+}
+
+fn note(verdict: &mut Verdict, engine: &EngineName, differences: Vec<String>) {
+    if !differences.is_empty() {
+        verdict.failures.push((engine.clone(), differences));
+    }
+}
