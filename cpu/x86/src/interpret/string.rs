@@ -74,13 +74,8 @@ impl Shape {
     }
 
     fn destination(&self, cpu: &Cpu, write: bool) -> Result<u64, Exception> {
-        linear_in(
-            cpu,
-            Seg::Es,
-            read_gpr(cpu, RDI, self.address),
-            self.unit,
-            write,
-        )
+        let offset = read_gpr(cpu, RDI, self.address);
+        linear_in(cpu, Seg::Es, offset, self.unit, write)
     }
 
     /// Moves an index register by `units` in the direction of DF.
@@ -126,6 +121,22 @@ fn repeat(
     } else {
         BATCH
     };
+    let before = cpu.rflags;
+    let flow = repeat_batch(cpu, bus, shape, batch, one);
+    // A repetition sets the flags when it is done: a fault in the middle finds those from before.
+    if !matches!(flow, Ok(Flow::Next)) {
+        cpu.rflags = before;
+    }
+    flow
+}
+
+fn repeat_batch(
+    cpu: &mut Cpu,
+    bus: &mut dyn Bus,
+    shape: Shape,
+    batch: u32,
+    one: impl Fn(&mut Cpu, &mut dyn Bus, Shape, u64) -> Result<(u64, bool), Exception>,
+) -> Step {
     let mut left = shape.count(cpu);
     for _ in 0..batch {
         if left == 0 {
