@@ -88,11 +88,11 @@ fn string(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Result<Flow, Exc
     let form = string_form(i);
     let repeated = i.has_rep_prefix() || i.has_repne_prefix();
     let mask = u64::MAX >> (64 - 8 * form.address_size as u32);
+    let port = cpu.reg(Gpr::Rdx) as u16;
+    task::check_io(cpu, bus, port, form.size)?;
     if repeated && cpu.reg(Gpr::Rcx) & mask == 0 {
         return Ok(Flow::Next);
     }
-    let port = cpu.reg(Gpr::Rdx) as u16;
-    task::check_io(cpu, bus, port, form.size)?;
     transfer_item(cpu, bus, port, &form, mask)?;
     if !repeated {
         return Ok(Flow::Next);
