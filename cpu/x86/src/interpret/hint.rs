@@ -15,7 +15,8 @@ pub(super) fn lookup(i: &Instruction) -> Option<Handler> {
     use Mnemonic::*;
     Some(match i.mnemonic() {
         Nop | Pause | Endbr32 | Endbr64 | Reservednop | Prefetchw | Prefetcht0 | Prefetcht1
-        | Prefetcht2 | Prefetchnta | Prefetchwt1 | Prefetch | Cldemote => nop,
+        | Prefetcht2 | Prefetchnta | Prefetchit0 | Prefetchit1 | Prefetchwt1 | Prefetch
+        | Cldemote => nop,
         // No-ops while the shadow stack is off, which it always is.
         Rdsspd | Rdsspq => nop,
         Lfence | Sfence | Mfence | Serialize => fences,
