@@ -81,8 +81,8 @@ fn linear_of(
     let (base, stack) = match i.segment_prefix() {
         Register::FS => (cpu.seg[Seg::Fs as usize].base, false),
         Register::GS => (cpu.seg[Seg::Gs as usize].base, false),
-        Register::None => (0, uses_stack(i.memory_base())),
-        _ => (0, false),
+        // The other prefixes are ignored.
+        _ => (0, uses_stack(i.memory_base())),
     };
     flat(cpu, base.wrapping_add(offset), size, stack)
 }
@@ -137,12 +137,9 @@ fn check_alignment(cpu: &Cpu, linear: u64, size: usize) -> Result<(), Exception>
 
 #[cold]
 fn alignment_checked(cpu: &Cpu, linear: u64, size: usize) -> Result<(), Exception> {
-    let unit = if size.is_power_of_two() {
-        size.min(8)
-    } else {
-        1
-    };
-    if cpu.cr0.contains(Cr0::AM) && linear & (unit as u64 - 1) != 0 {
+    // Larger operands have rules of their own.
+    let checked = size.is_power_of_two() && size <= 8 && cpu.cr0.contains(Cr0::AM);
+    if checked && linear & (size as u64 - 1) != 0 {
         return Err(Exception::AC);
     }
     Ok(())
