@@ -18,7 +18,7 @@ use crate::FpuArea;
 
 /// Registers around a snippet; the layout is known to [`enter`].
 #[repr(C)]
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct Frame {
     pub gpr: [u64; 16],
     pub flags: u64,

@@ -53,6 +53,11 @@ impl Elements {
         }
     }
 
+    /// True where nothing is accessed, and so nothing can fault.
+    pub fn none(&self) -> bool {
+        self.suppresses && self.selected == 0
+    }
+
     fn each(&self) -> impl Iterator<Item = usize> + use<> {
         let selected = self.selected;
         (0..self.count).filter(move |n| selected >> n & 1 != 0)
@@ -199,6 +204,14 @@ fn shuffles(m: Mnemonic) -> bool {
             | Vpacksswb
             | Vpackusdw
             | Vpackuswb
+            | Vinsertf32x4
+            | Vinsertf32x8
+            | Vinsertf64x2
+            | Vinsertf64x4
+            | Vinserti32x4
+            | Vinserti32x8
+            | Vinserti64x2
+            | Vinserti64x4
             | Vpalignr
             | Vpconflictd
             | Vpconflictq
@@ -289,13 +302,17 @@ fn sign_mask(v: &[u8; 64], count: usize, size: usize) -> u64 {
 fn mask_move_bytes(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     let layout = begin(cpu, i)?;
     let mmx = i.mnemonic() == Mnemonic::Maskmovq;
+    let mut fpu = cpu.fpu.clone();
+    if mmx {
+        vector::enter_mmx(&mut fpu);
+    }
     let read = |r: Register| {
         if mmx {
             let mut v = [0; 64];
-            v[..8].copy_from_slice(&vector::read_mmx(&cpu.fpu, r.number()).to_le_bytes());
+            v[..8].copy_from_slice(&vector::read_mmx(&fpu, r.number()).to_le_bytes());
             v
         } else {
-            vector::read(&cpu.fpu, &layout, vector_number(r))
+            vector::read(&fpu, &layout, vector_number(r))
         }
     };
     let (data, mask) = (read(i.op1_register()), read(i.op2_register()));
@@ -316,6 +333,7 @@ fn mask_move_bytes(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     };
     elements.check_writable(cpu, at)?;
     elements.store(cpu, bus, at, &data[..count])?;
+    cpu.fpu = fpu;
     Ok(Flow::Next)
 }
 
@@ -326,11 +344,16 @@ fn mask_move(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     let size = i.memory_size().element_size().clamp(1, bytes);
     let is_store = i.op0_kind() == OpKind::Memory;
     let mask = vector::read(&cpu.fpu, &layout, vector_number(i.op1_register()));
-    let at = linear(cpu, i, bytes, is_store)?;
+    let selected = sign_mask(&mask, bytes / size, size);
+    let at = match linear(cpu, i, bytes, is_store) {
+        // What is not accessed does not fault.
+        Err(_) if selected == 0 => 0,
+        at => at?,
+    };
     let elements = Elements {
         size,
         count: bytes / size,
-        selected: sign_mask(&mask, bytes / size, size),
+        selected,
         suppresses: true,
     };
     if is_store {
@@ -387,7 +410,8 @@ impl Indexed {
         let offset = if narrow { offset & 0xffff_ffff } else { offset };
         // The vector index contributes nothing of its own to the effective address.
         let base = super::operand::effective_address(cpu, i);
-        linear_displaced(cpu, i, offset.wrapping_sub(base), self.element_size, write)
+        // Elements are not checked for alignment: a byte never is misaligned.
+        linear_displaced(cpu, i, offset.wrapping_sub(base), 1, write)
     }
 }
 
@@ -408,28 +432,32 @@ fn gather(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     {
         return Err(Exception::UD);
     }
+    if !masked_by_vector && mask_number(m) == 0 {
+        return Err(Exception::UD);
+    }
+    let whole_mask = vector::read_mask(&cpu.fpu, &layout, mask_number(m));
     let mut mask = if masked_by_vector {
         let v = vector::read(&cpu.fpu, &layout, number(m));
         sign_mask(&v, g.count, g.element_size)
     } else {
-        if mask_number(m) == 0 {
-            return Err(Exception::UD);
-        }
-        vector::read_mask(&cpu.fpu, &layout, mask_number(m)) & lowest(g.count)
+        whole_mask & lowest(g.count)
     };
     let mut data = vector::read(&cpu.fpu, &layout, number(t));
+    let asked = mask;
     let fault = gather_elements(cpu, bus, i, &g, &mut mask, &mut data).err();
-    data[if fault.is_some() {
-        target.size()
-    } else {
-        g.count * g.element_size
-    }..]
-        .fill(0);
+    if let Some(fault) = fault.filter(|_| mask == asked && !masked_by_vector) {
+        return Err(fault);
+    }
+    // Only the whole instruction clears what lies above.
+    if fault.is_none() {
+        data[g.count * g.element_size..].fill(0);
+    }
     vector::write(&mut cpu.fpu, &layout, number(t), &data);
     if masked_by_vector {
         let left = vector_mask(mask, g.count, g.element_size);
         vector::write(&mut cpu.fpu, &layout, number(m), &left);
     } else {
+        let mask = mask_left(whole_mask, mask, g.count, fault.is_some());
         vector::write_mask(&mut cpu.fpu, &layout, mask_number(m), mask);
     }
     fault.map_or(Ok(Flow::Next), Err)
@@ -455,6 +483,15 @@ fn gather_elements(
     Ok(())
 }
 
+/// The mask register afterwards: zero, or where a fault came in between with the elements that are left to do.
+fn mask_left(before: u64, left: u64, count: usize, faulted: bool) -> u64 {
+    if faulted {
+        before & !lowest(count) | left
+    } else {
+        0
+    }
+}
+
 /// A vector with all bits of the elements in `mask` set.
 fn vector_mask(mask: u64, count: usize, size: usize) -> [u8; 64] {
     let mut v = [0; 64];
@@ -473,7 +510,9 @@ fn scatter(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
         return Err(Exception::UD);
     }
     let data = vector::read(&cpu.fpu, &layout, vector_number(source));
-    let mut mask = vector::read_mask(&cpu.fpu, &layout, k) & lowest(s.count);
+    let whole_mask = vector::read_mask(&cpu.fpu, &layout, k);
+    let mut mask = whole_mask & lowest(s.count);
+    let asked = mask;
     let mut fault = None;
     for n in (0..s.count)
         .filter(|n| mask >> n & 1 != 0)
@@ -489,6 +528,10 @@ fn scatter(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
         }
         mask &= !(1 << n);
     }
+    if let Some(fault) = fault.filter(|_| mask == asked) {
+        return Err(fault);
+    }
+    let mask = mask_left(whole_mask, mask, s.count, fault.is_some());
     vector::write_mask(&mut cpu.fpu, &layout, k, mask);
     fault.map_or(Ok(Flow::Next), Err)
 }

@@ -5,7 +5,9 @@
 //! that touch many addresses are taken apart in `masked`, those that save and load the state in `xsave`.
 //!
 //! SIMD floating-point exceptions: a native #XM must not happen, so the instruction runs with all of them masked. Where the
-//! guest has unmasked one that is then found raised, the state from before is put back and #XM raised.
+//! guest has unmasked one that is then found raised, the state from before is put back and #XM raised. A tiny result that is exact
+//! raises underflow only where that is not masked: a run with flush-to-zero, which raises it for every tiny result, tells.
+//! Half-precision instructions know no flush-to-zero: theirs is missed.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -122,11 +124,17 @@ impl Host {
             self.run(cpu, &snippet)?;
             return self.commit(cpu, i, &snippet.plan, 0);
         };
-        let at = linear(cpu, i, memory.size, memory.write)?;
-        check_aligned(cpu, &memory, at)?;
         if i.op_mask() != Register::None {
-            return self.execute_masked(cpu, bus, i, &snippet, at);
+            return self.execute_masked(cpu, bus, i, &snippet);
         }
+        if let Some(before) = suppressible(cpu, &snippet.plan) {
+            self.run(cpu, &snippet)?;
+            if store_suppressed(cpu, snippet.plan.unit) {
+                return self.commit(cpu, i, &snippet.plan, 0);
+            }
+            cpu.fpu = before;
+        }
+        let at = self.memory_operand(cpu, i, &memory)?;
         let privilege = cpu.privilege();
         if memory.write {
             cpu.check_writable(at, memory.size, privilege)?;
@@ -141,6 +149,18 @@ impl Host {
         self.commit(cpu, i, &snippet.plan, at)
     }
 
+    /// The linear address of the memory operand.
+    fn memory_operand(
+        &self,
+        cpu: &mut Cpu,
+        i: &Instruction,
+        memory: &Memory,
+    ) -> Result<u64, Exception> {
+        let at = linear(cpu, i, memory.size, memory.write)?;
+        check_aligned(cpu, memory, at)?;
+        Ok(at)
+    }
+
     /// A memory operand under an AVX-512 mask: only what the mask selects is accessed, or may fault.
     fn execute_masked(
         &mut self,
@@ -148,12 +168,15 @@ impl Host {
         bus: &mut dyn Bus,
         i: &Instruction,
         snippet: &Snippet,
-        at: u64,
     ) -> Step {
         let Some(memory) = snippet.plan.memory else {
             return Err(Exception::UD);
         };
         let elements = masked::Elements::of(i, &cpu.fpu, &self.layout, memory.size);
+        let at = match self.memory_operand(cpu, i, &memory) {
+            Err(_) if elements.none() => 0,
+            at => at?,
+        };
         let bytes = &mut self.bounce.0[..memory.size];
         if memory.write {
             elements.check_writable(cpu, at)?;
@@ -217,8 +240,23 @@ impl Host {
             return Ok(());
         }
         let before = cpu.fpu.clone();
-        vector::set_mxcsr(&mut cpu.fpu, mxcsr & !MXCSR_FLAGS | MXCSR_MASKS);
+        let masked = mxcsr & !MXCSR_FLAGS | MXCSR_MASKS;
+        let tiny = mxcsr & MXCSR_UM == 0 && {
+            let mut frame = self.frame.clone();
+            vector::set_mxcsr(&mut cpu.fpu, masked | MXCSR_FTZ);
+            self.code
+                .run(snippet.code, &mut frame, &mut cpu.fpu, components);
+            let tiny = cpu.fpu.mxcsr() & MXCSR_UE;
+            cpu.fpu = before.clone();
+            tiny != 0
+        };
+        vector::set_mxcsr(&mut cpu.fpu, masked);
+        let frame = &mut self.frame;
         self.code.run(snippet.code, frame, &mut cpu.fpu, components);
+        if tiny {
+            let mxcsr = cpu.fpu.mxcsr();
+            vector::set_mxcsr(&mut cpu.fpu, mxcsr | MXCSR_UE);
+        }
         settle_mxcsr(cpu, &before)
     }
 
@@ -248,6 +286,9 @@ const MXCSR_MASK_SHIFT: u32 = 7;
 /// Invalid operation, denormal and division by zero: where one of them is raised unmasked, no result is computed and
 /// the other flags stay.
 const BEFORE_COMPUTATION: u32 = 0b111;
+const MXCSR_UE: u32 = 1 << 4;
+const MXCSR_UM: u32 = 1 << 11;
+const MXCSR_FTZ: u32 = 1 << 15;
 const MXCSR_MM: u32 = 1 << 17;
 
 /// Puts the guest's masks back into MXCSR, and raises #XM where a flag was raised that they do not mask.
@@ -284,6 +325,21 @@ fn check_aligned(cpu: &Cpu, memory: &Memory, at: u64) -> Result<(), Exception> {
         return Err(Exception::gp(0));
     }
     Ok(())
+}
+
+const INVALID_OVERFLOW_UNDERFLOW: u8 = 0b01_1001;
+
+/// The state before an x87 store that may turn out not to store; `None` for all other instructions.
+fn suppressible(cpu: &Cpu, plan: &Plan) -> Option<FpuArea> {
+    let stores = plan.unit == Unit::X87 && plan.memory.is_some_and(|m| m.write);
+    let masked = !cpu.fpu.bytes[0] & INVALID_OVERFLOW_UNDERFLOW == 0;
+    (stores && !masked).then(|| cpu.fpu.clone())
+}
+
+/// An x87 store that raised an exception that FCW does not mask (but for precision) does not access memory.
+fn store_suppressed(cpu: &Cpu, unit: Unit) -> bool {
+    let [control, _, status, ..] = cpu.fpu.bytes;
+    unit == Unit::X87 && status & !control & INVALID_OVERFLOW_UNDERFLOW != 0
 }
 
 /// Loads any number of bytes with the current privilege.

@@ -132,10 +132,9 @@ fn alignment(i: &Instruction, unit: Unit, size: usize) -> Aligned {
         | Vmovdqa | Vmovdqa32 | Vmovdqa64 | Vmovntps | Vmovntpd | Vmovntdq | Vmovntdqa => {
             Aligned::Always
         }
-        Movups | Movupd | Movdqu | Lddqu | Pcmpistri | Pcmpistrm | Pcmpestri | Pcmpestrm => {
-            Aligned::No
-        }
-        _ if unit == Unit::Sse && size == 16 => Aligned::UnlessMxcsr,
+        Movups | Movupd | Movdqu | Lddqu | Pcmpistri | Pcmpistrm | Pcmpestri | Pcmpestrm
+        | Pcmpestri64 | Pcmpestrm64 => Aligned::No,
+        _ if matches!(unit, Unit::Sse | Unit::Mmx) && size == 16 => Aligned::UnlessMxcsr,
         _ => Aligned::No,
     }
 }

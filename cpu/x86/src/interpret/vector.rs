@@ -166,7 +166,23 @@ pub(super) fn write_mask(fpu: &mut FpuArea, layout: &Layout, n: usize, v: u64) {
     fpu.bytes[at..at + 8].copy_from_slice(&v.to_le_bytes());
 }
 
-/// MMX register `n`.
+/// What every MMX instruction does first: TOP is 0, and no register is empty. The area has the registers in the order
+/// of the stack: they are turned so that MMX register `n` is the `n`th.
+pub(super) fn enter_mmx(fpu: &mut FpuArea) {
+    const REGISTERS: std::ops::Range<usize> = 32..160;
+    if in_use(fpu) & component::X87 == 0 {
+        let reset = FpuArea::reset();
+        fpu.bytes[..24].copy_from_slice(&reset.bytes[..24]);
+        fpu.bytes[REGISTERS].fill(0);
+        set_in_use(fpu, in_use(fpu) | component::X87);
+    }
+    let top = usize::from(fpu.bytes[3] >> 3 & 7);
+    fpu.bytes[REGISTERS].rotate_right(16 * top);
+    fpu.bytes[3] &= !0x38;
+    fpu.bytes[4] = 0xff;
+}
+
+/// MMX register `n`, after [`enter_mmx`].
 pub(super) fn read_mmx(fpu: &FpuArea, n: usize) -> u64 {
     word(fpu, 32 + 16 * (n & 7))
 }
