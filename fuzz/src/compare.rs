@@ -13,6 +13,12 @@ pub struct Strictness {
     pub ignored_flags: u64,
     /// Arithmetic flags in the frame of an exception other than the one that ends every program.
     pub flags_at_faults: bool,
+    /// Of a page fault's address only the page.
+    pub page_of_address: bool,
+    /// At a fault leave out TOP, tags and x87 registers, and the flags of MXCSR.
+    pub early_state: bool,
+    /// At a fault leave out the word below RSP.
+    pub return_address: bool,
 }
 
 const NAMES: [&str; 16] = [
@@ -37,7 +43,19 @@ fn kernels(address: u64) -> bool {
 }
 
 /// The host's kernel tells nobody what it has mapped for itself: it says that all of it is present.
-fn as_the_kernel_tells(ending: Ending) -> Ending {
+fn as_the_kernel_tells(ending: Ending, how: Strictness) -> Ending {
+    let ending = match ending {
+        Ending::Exception {
+            vector,
+            error,
+            address: Some(address),
+        } if how.page_of_address => Ending::Exception {
+            vector,
+            error,
+            address: Some(address & !0xfff),
+        },
+        e => e,
+    };
     match ending {
         Ending::Exception {
             vector,
@@ -69,14 +87,25 @@ pub fn differences(engine: &Outcome, native: &Outcome, how: Strictness) -> Vec<S
     let mask = FLAGS & !ignored_flags(native, how);
     check("flags", engine.flags & mask, native.flags & mask);
     let (a, b) = (
-        as_the_kernel_tells(engine.ending),
-        as_the_kernel_tells(native.ending),
+        as_the_kernel_tells(engine.ending, how),
+        as_the_kernel_tells(native.ending, how),
     );
     if a != b {
         found.push(format!("ending: {a:x?}, processor {b:x?}"));
     }
-    vectors(&mut found, &engine.vectors, &native.vectors);
+    let at_fault =
+        matches!(native.ending, Ending::Exception { vector, .. } if vector != INVALID_OPCODE);
+    if how.early_state && at_fault {
+        vectors(&mut found, &late(&engine.vectors), &late(&native.vectors));
+    } else {
+        vectors(&mut found, &engine.vectors, &native.vectors);
+    }
     memory(&mut found, engine, native);
+    if how.return_address && at_fault {
+        let below = native.gpr[4].wrapping_sub(8);
+        let prefix = |n| format!("byte {:#x}", below.wrapping_add(n));
+        found.retain(|d| !(0..8).any(|n| d.starts_with(&prefix(n))) && !d.starts_with("and "));
+    }
     found
 }
 
@@ -92,6 +121,17 @@ fn ignored_flags(native: &Outcome, how: Strictness) -> u64 {
         how.ignored_flags | Rflags::ARITHMETIC.bits()
     } else {
         how.ignored_flags
+    }
+}
+
+/// Without what an instruction may change before it faults.
+fn late(v: &Vectors) -> Vectors {
+    Vectors {
+        status: 0,
+        tags: 0,
+        st: [[0; 10]; 8],
+        mxcsr: v.mxcsr & !0x3f,
+        ..v.clone()
     }
 }
 

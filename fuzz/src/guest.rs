@@ -147,6 +147,8 @@ fn write_kernel(cpu: &Cpu) {
         put(cpu, GDT + u64::from(selector & !7), value);
     }
     put(cpu, TSS + 4, kernel_linear(STACK_TOP));
+    // The I/O permission bitmap begins beyond the limit: there is none.
+    put(cpu, TSS + 0x60, 0x68 << 48);
     for vector in 0..32 {
         put(cpu, HANDLERS + HANDLER_SIZE * vector, 0xfdeb_f4); // hlt; jmp to it
         let dpl = if matches!(vector, 3 | 4) { 3 } else { 0 };
@@ -279,6 +281,13 @@ pub fn halted_vector(cpu: &Cpu) -> Option<u8> {
     (halted && offset < 32 * HANDLER_SIZE).then_some((offset / HANDLER_SIZE) as u8)
 }
 
+/// The vector whose handler the CPU is about to enter.
+fn vector_at_handler(cpu: &Cpu) -> Option<u8> {
+    let offset = cpu.rip.wrapping_sub(kernel_linear(HANDLERS));
+    (offset % HANDLER_SIZE == 0 && offset < 32 * HANDLER_SIZE)
+        .then_some((offset / HANDLER_SIZE) as u8)
+}
+
 /// What the handler sees: error code (0 where the vector has none), RIP, RFLAGS, RSP.
 pub fn exception_frame(cpu: &Cpu, vector: u8) -> [u64; 4] {
     let rsp = cpu.reg(Gpr::Rsp).wrapping_sub(KERNEL);
@@ -344,7 +353,9 @@ impl Interpreted {
             }
             interpret::step(&mut self.cpu, &mut NoBus);
             if self.cpu.cpl == 3 {
-                trace.end();
+                trace.end(self.cpu.rip);
+            } else if let Some(vector) = vector_at_handler(&self.cpu) {
+                trace.end(exception_frame(&self.cpu, vector)[1]);
             }
             self.cpu.code_writes.clear();
             steps += 1;

@@ -132,17 +132,19 @@ impl Rig {
             failures: Vec::new(),
             codes: Vec::new(),
         };
-        let ignored_flags = trace.undefined_flags();
+        let mut how = Strictness {
+            ignored_flags: trace.undefined_flags(),
+            flags_at_faults: true,
+            page_of_address: trace.vague_address(),
+            early_state: trace.changes_state_early(),
+            return_address: trace.calls(),
+        };
         verdict.codes = trace.codes;
         if verdict.discarded {
             return Ok(verdict);
         }
         let native = self.native.run(state, code);
         verdict.faulted = !matches!(native.ending, Ending::Exception { vector: 6, .. });
-        let mut how = Strictness {
-            ignored_flags,
-            flags_at_faults: true,
-        };
         for engine in engines {
             let EngineName::Translate(name) = engine else {
                 note(

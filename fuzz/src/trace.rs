@@ -3,6 +3,9 @@
 use doppel_x86::{Cpu, Gpr, Rflags};
 use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, RflagsBits};
 
+const MXCSR_MASKS: u32 = 0x1f80;
+const MXCSR_UM: u32 = 0x800;
+
 /// Follows a case through the interpreter.
 pub struct Trace<'a> {
     code: &'a [u8],
@@ -40,16 +43,26 @@ impl<'a> Trace<'a> {
             return;
         }
         self.codes.push(i.code());
-        self.unspecified |= self.undefined & i.rflags_read() != 0 || unspecified_result(&i, cpu);
+        self.unspecified |= self.undefined & i.rflags_read() != 0
+            || unspecified_result(&i, cpu)
+            || complex_half(&i) && cpu.fpu.mxcsr() & MXCSR_MASKS != MXCSR_MASKS
+            || half(&i) && cpu.fpu.mxcsr() & MXCSR_UM == 0
+            || moves_nothing(&i, cpu);
         self.last = i;
     }
 
-    /// It was executed, and raised no exception.
-    pub fn end(&mut self) {
+    /// It led to `rip`, perhaps through an exception that is to return there.
+    pub fn end(&mut self, rip: u64) {
+        if rip == self.last.ip() {
+            return;
+        }
         if !may_leave_flags(&self.last) {
             self.undefined &= !self.last.rflags_modified();
         }
         self.undefined |= self.last.rflags_undefined();
+        if rotates_through_carry(&self.last) {
+            self.undefined |= RflagsBits::OF;
+        }
     }
 
     /// The arithmetic flags that nobody specifies now.
@@ -68,6 +81,42 @@ impl<'a> Trace<'a> {
     }
 }
 
+impl Trace<'_> {
+    /// Which byte a page fault names is not specified: the instruction touches several addresses, or masks bytes out.
+    pub fn vague_address(&self) -> bool {
+        use Mnemonic::*;
+        let masked = matches!(
+            self.last.mnemonic(),
+            Vmaskmovps
+                | Vmaskmovpd
+                | Vpmaskmovd
+                | Vpmaskmovq
+                | Maskmovq
+                | Maskmovdqu
+                | Vmaskmovdqu
+                | Frstor
+                | Fldenv
+                | Fxrstor
+                | Fxrstor64
+        );
+        masked || self.last.has_op_mask() || self.last.is_vsib()
+    }
+
+    /// A call that faults for its target may have stored the return address.
+    pub fn calls(&self) -> bool {
+        self.last.mnemonic() == Mnemonic::Call
+    }
+
+    /// The instruction may fault, but processors let it change TOP or the flags of MXCSR before that.
+    pub fn changes_state_early(&self) -> bool {
+        let i = &self.last;
+        let stores = i.op_count() > 0 && i.op0_kind() != OpKind::Register;
+        let mmx =
+            (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_mm());
+        mmx || stores && i.mnemonic() == Mnemonic::Vcvtps2ph
+    }
+}
+
 /// With a count of zero these leave the flags alone.
 fn may_leave_flags(i: &Instruction) -> bool {
     use Mnemonic::*;
@@ -76,6 +125,55 @@ fn may_leave_flags(i: &Instruction) -> bool {
         Shl | Sal | Shr | Sar | Rol | Ror | Rcl | Rcr | Shld | Shrd
     );
     shift || i.has_rep_prefix() || i.has_repne_prefix()
+}
+
+/// OF is undefined for all counts but 1, also for those that leave the operand as it is.
+fn rotates_through_carry(i: &Instruction) -> bool {
+    let by_one = i.op_count() == 2 && i.op1_kind() == OpKind::Immediate8 && i.immediate8() == 1;
+    matches!(i.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr) && !by_one
+}
+
+/// Products of complex half-precision numbers: this maker's processors do not raise the SIMD floating-point
+/// exceptions of the second step.
+fn complex_half(i: &Instruction) -> bool {
+    use Mnemonic::*;
+    matches!(
+        i.mnemonic(),
+        Vfmaddcph
+            | Vfcmaddcph
+            | Vfmulcph
+            | Vfcmulcph
+            | Vfmaddcsh
+            | Vfcmaddcsh
+            | Vfmulcsh
+            | Vfcmulcsh
+    )
+}
+
+/// Half-precision results: whether one that is tiny and exact raises underflow cannot be asked of the processor without
+/// unmasking it, which the interpreter does not do.
+fn half(i: &Instruction) -> bool {
+    i.mnemonic() == Mnemonic::Vcvtps2ph
+        || i.cpuid_features()
+            .contains(&iced_x86::CpuidFeature::AVX512_FP16)
+}
+
+/// MASKMOV with a mask of zeros may or may not fault.
+fn moves_nothing(i: &Instruction, cpu: &Cpu) -> bool {
+    let n = match i.mnemonic() {
+        Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu | Mnemonic::Maskmovq => {
+            i.op2_register().number()
+        }
+        _ => return false,
+    };
+    let fpu = &cpu.fpu.bytes;
+    let mask = if i.mnemonic() == Mnemonic::Maskmovq {
+        let top = usize::from(fpu[3] >> 3 & 7);
+        &fpu[32 + 16 * ((n + 8 - top) % 8)..][..8]
+    } else {
+        &fpu[160 + 16 * n..][..16]
+    };
+    mask.iter().all(|b| b & 0x80 == 0)
 }
 
 /// Shifts of 16 bits by more than 16.
