@@ -87,9 +87,12 @@ fn logical(m: Mnemonic) -> bool {
     )
 }
 
-/// Shifts and rotates leave the flags alone where the count is zero.
+/// Shifts and rotates leave the flags alone where the count is zero, and so do repeated comparisons.
 fn conditional_writer(i: &Instruction) -> bool {
     use Mnemonic::*;
+    if i.is_string_instruction() && (i.has_rep_prefix() || i.has_repne_prefix()) {
+        return true;
+    }
     let shift = matches!(
         i.mnemonic(),
         Shl | Shr | Sar | Sal | Rol | Ror | Rcl | Rcr | Shld | Shrd

@@ -171,7 +171,7 @@ impl GuestBlock {
     }
 
     /// Cuts the block after its first instruction.
-    pub fn keep_first(&mut self) {
+    pub fn keep_first(&mut self, flag_liveness: bool) {
         self.instructions.truncate(1);
         if let Some(first) = self.instructions.first_mut() {
             self.end = first.offset + first.decoded.len() as u16;
@@ -180,7 +180,9 @@ impl GuestBlock {
                 first.class = Class::Interpret;
             }
             first.live_after = ALL;
-            first.live_before = first.flags.live_before(ALL);
+            if flag_liveness {
+                first.live_before = first.flags.live_before(ALL);
+            }
         }
         self.bytes.truncate(usize::from(self.end - self.start));
         self.straddler_follows = false;

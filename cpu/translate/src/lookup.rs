@@ -159,7 +159,7 @@ impl Translator {
         let info = self.rewriter.info();
         if let Some(mut block) = decode(info, &bytes[..len], start, how) {
             if key.form == Form::TwoPages {
-                block.keep_first();
+                block.keep_first(how.flag_liveness);
             }
             return (key.form != Form::TwoPages || !block.is_atomic()).then_some((block, None));
         }
@@ -170,7 +170,7 @@ impl Translator {
             .ptr(second)?
             .read(&mut bytes[len..len + 15]);
         let mut block = decode(self.rewriter.info(), &bytes[..len + 15], start, how)?;
-        block.keep_first();
+        block.keep_first(how.flag_liveness);
         Some((block, Some(second)))
     }
 
