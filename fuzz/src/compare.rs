@@ -19,6 +19,8 @@ pub struct Strictness {
     pub early_state: bool,
     /// At a fault leave out the word below RSP.
     pub return_address: bool,
+    /// Whether an indirect branch to an address that is not canonical faults at the branch or at its target.
+    pub branch_faults: bool,
 }
 
 const NAMES: [&str; 16] = [
@@ -34,8 +36,13 @@ const FLAGS: u64 = Rflags::ARITHMETIC.bits()
     | Rflags::NT.bits()
     | Rflags::AC.bits()
     | Rflags::ID.bits();
+const RSP: usize = 4;
 const INVALID_OPCODE: u8 = 6;
 const PRESENT: u64 = 1;
+
+fn canonical(address: u64) -> bool {
+    (address as i64) << 16 >> 16 == address as i64
+}
 
 /// The first half of the addresses is the user's.
 fn kernels(address: u64) -> bool {
@@ -73,15 +80,21 @@ fn as_the_kernel_tells(ending: Ending, how: Strictness) -> Ending {
 /// A line for each difference: what the engine has, and what the processor.
 pub fn differences(engine: &Outcome, native: &Outcome, how: Strictness) -> Vec<String> {
     let mut found = Vec::new();
+    let general_protection = matches!(native.ending, Ending::Exception { vector: 13, .. });
+    let at_target = how.branch_faults && general_protection && !canonical(engine.rip);
     let mut check = |name: &str, a: u64, b: u64| {
         if a != b {
             found.push(format!("{name}: {a:#x}, processor {b:#x}"));
         }
     };
     for (n, name) in NAMES.iter().enumerate() {
-        check(name, engine.gpr[n], native.gpr[n]);
+        if n != RSP || !at_target {
+            check(name, engine.gpr[n], native.gpr[n]);
+        }
     }
-    check("rip", engine.rip, native.rip);
+    if !at_target {
+        check("rip", engine.rip, native.rip);
+    }
     check("fs base", engine.fs, native.fs);
     check("gs base", engine.gs, native.gs);
     let mask = FLAGS & !ignored_flags(native, how);

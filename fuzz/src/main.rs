@@ -41,6 +41,9 @@ struct Cli {
     /// Compare arithmetic flags at faults also where the translator does not save dead ones.
     #[arg(long)]
     fault_flags: bool,
+    /// Compare where the translator faults on an indirect branch to an address that is not canonical (known to differ).
+    #[arg(long)]
+    branch_faults: bool,
     /// Stop after so many different failures.
     #[arg(long, default_value_t = 20)]
     failures: usize,
@@ -61,6 +64,7 @@ fn main() -> Result<ExitCode> {
     }
     let mut rig = Rig::new()?;
     rig.fault_flags = cli.fault_flags;
+    rig.branch_faults = cli.branch_faults;
     let plan = plan(&cli)?;
     match cli.case {
         Some(n) => one(&mut rig, &cli, &plan, n),

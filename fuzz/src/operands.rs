@@ -386,8 +386,9 @@ impl<'a> Build<'a> {
             95..96 => DATA.base - 0x8000 + self.r.below(0x7000),
             96..97 => CODE.base + self.r.below(CODE.len),
             97..98 => STACK.base + STACK.len - self.r.below(size + 1),
-            98..99 => self.r.value(),
-            _ => 0x7fff_ffff_ffff - self.r.below(64) + self.r.below(64),
+            98..99 if size <= 8 => self.r.value(),
+            99 if size <= 8 => 0x7fff_ffff_ffff - self.r.below(64) + self.r.below(64),
+            _ => self.r.value() & !0xfff | 0x100,
         }
     }
 

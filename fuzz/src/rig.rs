@@ -103,6 +103,8 @@ pub struct Rig {
     pub catalogue: Catalogue,
     /// Compare the arithmetic flags at faults also where the translator does not save dead ones.
     pub fault_flags: bool,
+    /// Compare where the translator faults on an indirect branch to an address that is not canonical.
+    pub branch_faults: bool,
 }
 
 impl Rig {
@@ -120,6 +122,7 @@ impl Rig {
             model,
             layout,
             fault_flags: false,
+            branch_faults: false,
         })
     }
 
@@ -138,7 +141,9 @@ impl Rig {
             page_of_address: trace.vague_address(),
             early_state: trace.changes_state_early(),
             return_address: trace.calls(),
+            branch_faults: false,
         };
+        let indirect = trace.branches_indirectly();
         verdict.codes = trace.codes;
         if verdict.discarded {
             return Ok(verdict);
@@ -154,8 +159,10 @@ impl Rig {
                 );
                 continue;
             };
+            let strict = self.branch_faults;
             let (translated, exact) = self.translated(name)?;
             how.flags_at_faults = exact;
+            how.branch_faults = indirect && !strict;
             let first = differences(&translated.run(state, code), &native, how);
             let again = differences(&translated.run_again(state), &native, how);
             let differ = match first.is_empty() {

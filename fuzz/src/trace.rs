@@ -4,6 +4,7 @@ use doppel_x86::{Cpu, Gpr, Rflags};
 use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, RflagsBits};
 
 const MXCSR_MASKS: u32 = 0x1f80;
+const MXCSR_OM: u32 = 0x400;
 const MXCSR_UM: u32 = 0x800;
 
 /// Follows a case through the interpreter.
@@ -47,6 +48,7 @@ impl<'a> Trace<'a> {
             || unspecified_result(&i, cpu)
             || complex_half(&i) && cpu.fpu.mxcsr() & MXCSR_MASKS != MXCSR_MASKS
             || half(&i) && cpu.fpu.mxcsr() & MXCSR_UM == 0
+            || scales(&i) && cpu.fpu.mxcsr() & MXCSR_OM == 0
             || moves_nothing(&i, cpu);
         self.last = i;
     }
@@ -100,6 +102,15 @@ impl Trace<'_> {
                 | Fxrstor64
         );
         masked || self.last.has_op_mask() || self.last.is_vsib()
+    }
+
+    /// It branches to an address that it computes.
+    pub fn branches_indirectly(&self) -> bool {
+        use iced_x86::FlowControl::*;
+        matches!(
+            self.last.flow_control(),
+            IndirectBranch | IndirectCall | Return
+        )
     }
 
     /// A call that faults for its target may have stored the return address.
@@ -156,6 +167,12 @@ fn half(i: &Instruction) -> bool {
     i.mnemonic() == Mnemonic::Vcvtps2ph
         || i.cpuid_features()
             .contains(&iced_x86::CpuidFeature::AVX512_FP16)
+}
+
+/// An overflow that is not masked is precise where the result but for its exponent is, which nothing tells.
+fn scales(i: &Instruction) -> bool {
+    use Mnemonic::*;
+    matches!(i.mnemonic(), Vscalefps | Vscalefpd | Vscalefss | Vscalefsd)
 }
 
 /// MASKMOV with a mask of zeros may or may not fault.

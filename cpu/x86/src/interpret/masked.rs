@@ -42,7 +42,7 @@ pub(super) struct Elements {
 
 impl Elements {
     pub fn of(i: &Instruction, fpu: &FpuArea, layout: &Layout, bytes: usize) -> Self {
-        let size = i.memory_size().element_size().clamp(1, bytes);
+        let size = mask_granularity(i).clamp(1, bytes);
         let count = (bytes / size).min(64);
         let mask = vector::read_mask(fpu, layout, mask_number(i.op_mask()));
         Elements {
@@ -91,6 +91,9 @@ impl Elements {
 
     pub fn check_writable(&self, cpu: &mut Cpu, at: u64) -> Result<(), Exception> {
         let privilege = cpu.privilege();
+        if !self.suppresses {
+            return cpu.check_writable(at, self.size * self.count, privilege);
+        }
         self.each().try_for_each(|n| {
             cpu.check_writable(
                 at.wrapping_add((n * self.size) as u64),
@@ -173,11 +176,33 @@ fn selected(i: &Instruction, mask: u64, count: usize, size: usize) -> u64 {
     if !repeated {
         return mask & lowest(count);
     }
-    let total = vector_length(i) / size.max(1);
+    let total = if i.is_broadcast() {
+        whole_operand(i)
+    } else {
+        vector_length(i)
+    } / size.max(1);
     let wanted = mask & lowest(total);
     (0..total.min(64))
         .filter(|n| wanted >> n & 1 != 0)
         .fold(0, |s, n| s | 1 << (n % count.max(1)))
+}
+
+/// Bytes that a bit of the mask stands for.
+fn mask_granularity(i: &Instruction) -> usize {
+    use Mnemonic::*;
+    match i.mnemonic() {
+        // Pairs of half-precision numbers.
+        Vfmaddcph | Vfcmaddcph | Vfmulcph | Vfcmulcph | Vfmaddcsh | Vfcmaddcsh | Vfmulcsh
+        | Vfcmulcsh => 4,
+        _ => i.memory_size().element_size(),
+    }
+}
+
+/// Bytes of the memory operand if nothing were broadcast.
+fn whole_operand(i: &Instruction) -> usize {
+    let mut whole = *i;
+    whole.set_is_broadcast(false);
+    whole.memory_size().size()
 }
 
 /// Bytes of the largest vector operand.
@@ -204,6 +229,14 @@ fn shuffles(m: Mnemonic) -> bool {
             | Vpacksswb
             | Vpackusdw
             | Vpackuswb
+            | Vextractf32x4
+            | Vextractf32x8
+            | Vextractf64x2
+            | Vextractf64x4
+            | Vextracti32x4
+            | Vextracti32x8
+            | Vextracti64x2
+            | Vextracti64x4
             | Vinsertf32x4
             | Vinsertf32x8
             | Vinsertf64x2
@@ -445,16 +478,27 @@ fn gather(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     let mut data = vector::read(&cpu.fpu, &layout, number(t));
     let asked = mask;
     let fault = gather_elements(cpu, bus, i, &g, &mut mask, &mut data).err();
-    if let Some(fault) = fault.filter(|_| mask == asked && !masked_by_vector) {
+    let progress = mask != asked;
+    if let Some(fault) = fault.filter(|_| !progress && !masked_by_vector) {
         return Err(fault);
     }
-    // Only the whole instruction clears what lies above.
-    if fault.is_none() {
-        data[g.count * g.element_size..].fill(0);
+    if fault.is_none() || progress {
+        let end = match fault {
+            None => g.count * g.element_size,
+            Some(_) => target.size(),
+        };
+        data[end..].fill(0);
+        vector::write(&mut cpu.fpu, &layout, number(t), &data);
     }
-    vector::write(&mut cpu.fpu, &layout, number(t), &data);
     if masked_by_vector {
-        let left = vector_mask(mask, g.count, g.element_size);
+        let lanes = target.size().max(i.memory_index().size()) / g.element_size;
+        let v = vector::read(&cpu.fpu, &layout, number(m));
+        let beyond = sign_mask(&v, lanes, g.element_size) & !lowest(g.count);
+        let left = match fault {
+            None => 0,
+            Some(_) => mask | beyond,
+        };
+        let left = vector_mask(left, lanes, g.element_size);
         vector::write(&mut cpu.fpu, &layout, number(m), &left);
     } else {
         let mask = mask_left(whole_mask, mask, g.count, fault.is_some());

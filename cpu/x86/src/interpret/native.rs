@@ -17,7 +17,7 @@ use iced_x86::{Instruction, OpKind, Register};
 use super::arch_native::{Bounce, CodeBuffer, Frame};
 use super::availability::Unit;
 use super::flags;
-use super::operand::linear;
+use super::operand::{effective_address, linear, linear_displaced};
 use super::snippet::{self, Aligned, Memory, Plan, Snippet};
 use super::vector::{self, Layout};
 use super::{Flow, Step, masked};
@@ -156,9 +156,18 @@ impl Host {
         i: &Instruction,
         memory: &Memory,
     ) -> Result<u64, Exception> {
-        let at = linear(cpu, i, memory.size, memory.write)?;
-        check_aligned(cpu, memory, at)?;
-        Ok(at)
+        // Alignment checks (#AC) are of single elements; the whole operand has to be canonical.
+        let vector = i.memory_size().is_packed() || i.op_mask() != Register::None;
+        let at = if vector {
+            linear(cpu, i, 1, memory.write).and_then(|at| {
+                linear_displaced(cpu, i, memory.size as u64 - 1, 1, memory.write).map(|_| at)
+            })
+        } else {
+            linear(cpu, i, memory.size, memory.write)
+        };
+        // A misaligned address is #GP whatever else it is.
+        check_aligned(cpu, memory, at.unwrap_or(effective_address(cpu, i)))?;
+        at
     }
 
     /// A memory operand under an AVX-512 mask: only what the mask selects is accessed, or may fault.

@@ -317,8 +317,9 @@ fn cmps(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
         let (units, a, b) = match bulk {
             Some(found) => found,
             None => {
-                let a = load(cpu, bus, from, shape.unit)?;
-                (1, a, load(cpu, bus, to, shape.unit)?)
+                // Where both fault, processors name the destination.
+                let b = load(cpu, bus, to, shape.unit)?;
+                (1, load(cpu, bus, from, shape.unit)?, b)
             }
         };
         flags::set(cpu, flags::sub(a, b, 0, shape.unit).1);

@@ -148,10 +148,26 @@ fn image_mxcsr(image: &[u8]) -> u32 {
     u32::from_le_bytes([image[24], image[25], image[26], image[27]])
 }
 
+/// Reserved bits of FCW read as the processor has them; ES and B of FSW follow from its flags and the masks.
+fn normalize_x87(fpu: &mut FpuArea) {
+    const FCW: [u8; 2] = [0x3f, 0x1f];
+    const FCW_ONE: u8 = 0x40;
+    const FLAGS: u8 = 0x3f;
+    let b = &mut fpu.bytes;
+    b[0] = b[0] & FCW[0] | FCW_ONE;
+    b[1] &= FCW[1];
+    let pending = b[2] & !b[0] & FLAGS != 0;
+    b[2] = b[2] & 0x7f | u8::from(pending) << 7;
+    b[3] = b[3] & 0x7f | u8::from(pending) << 7;
+}
+
 /// Copies a part of a legacy region into the CPU's state.
 fn load_legacy(fpu: &mut FpuArea, i: &Instruction, image: &[u8], part: std::ops::Range<usize>) {
     let x87 = part.start == 0;
     fpu.bytes[part.clone()].copy_from_slice(&image[part]);
+    if x87 {
+        normalize_x87(fpu);
+    }
     if x87 && !wide_pointers(i) {
         POINTER_TOPS.into_iter().for_each(|r| fpu.bytes[r].fill(0));
     }
