@@ -255,7 +255,12 @@ impl Work<'_> {
             a.alu_gs_imm32(Alu::Cmp, ctx::SIMD_LIVE, 0);
             self.simd_missing = Some(a.jcc(CC_E));
         }
-        self.out.entry_simd = self.r.asm.pos() as u32;
+        // A block that does not use it is entered as ever: what stands here may be beyond the conversion of the flags.
+        self.out.entry_simd = if self.block.simd {
+            self.r.asm.pos() as u32
+        } else {
+            self.out.entry_saved
+        };
     }
 
     fn simd_stub(&mut self) {
