@@ -12,7 +12,8 @@ use doppel_memory::{GuestRam, PAGE_SIZE};
 use doppel_translate::{Translate, TranslateOptions};
 use doppel_x86::{
     Activity, Bus, Cpu, CpuidModel, Cr0, Cr4, Dtr, Efer, Engine, Exit, Gpr, Kick, Rflags, Seg,
-    Segment, interpret,
+    Segment,
+    interpret::{self, Interpret},
 };
 
 use crate::layout::REGIONS;
@@ -417,6 +418,83 @@ impl Translated {
     pub fn stats(&self) -> doppel_x86::EngineStats {
         self.engine.stats()
     }
+}
+
+/// Which engine runs a guest of [`run_code`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Interpret,
+    Translate,
+}
+
+/// The CPU when the code of [`run_code`] has halted, or raised the exception that it was to end in.
+pub struct Ended {
+    pub gpr: [u64; 16],
+    /// Where it halted, or at the exception.
+    pub rip: u64,
+    pub flags: u64,
+    /// Vector and error code.
+    pub exception: Option<(u8, u64)>,
+    /// The first bytes of [`crate::layout::DATA`].
+    pub data: [u8; 64],
+    pub cpl: u8,
+}
+
+impl Ended {
+    fn of(cpu: &Cpu) -> Self {
+        let mut data = [0; 64];
+        if let Some(p) = cpu.ram.ptr(page_gpa(1, 0)) {
+            p.read(&mut data);
+        }
+        let mut ended = Ended {
+            gpr: cpu.gpr,
+            rip: cpu.rip,
+            flags: cpu.rflags.bits(),
+            exception: None,
+            data,
+            cpl: cpu.cpl,
+        };
+        if let Some(vector) = halted_vector(cpu) {
+            let [error, rip, flags, rsp] = exception_frame(cpu, vector);
+            (ended.rip, ended.flags, ended.gpr[Gpr::Rsp as usize]) = (rip, flags, rsp);
+            ended.exception = Some((vector, error));
+        }
+        ended
+    }
+}
+
+/// Runs code at CPL 0 (at [`KERNEL_CODE`]) or 3 (at the start of [`crate::layout::CODE`]), on a CPU that `prepare` has had its way with.
+/// The code ends with HLT, or with an exception. `None` where it does not end in a second.
+pub fn run_code(
+    kind: Kind,
+    cpl: u8,
+    code: &[u8],
+    bus: &mut dyn Bus,
+    prepare: impl FnOnce(&mut Cpu),
+) -> Result<Option<Ended>> {
+    let mut cpu = cpu(&Arc::new(CpuidModel::host(1)))?;
+    let gpa = if cpl == 0 {
+        to_kernel(&mut cpu);
+        cpu.rip = kernel_linear(KERNEL_CODE);
+        KERNEL_CODE
+    } else {
+        cpu.rip = REGIONS[0].base;
+        cpu.gpr[Gpr::Rsp as usize] = crate::layout::STACK_START;
+        page_gpa(0, 0)
+    };
+    if let Some(p) = cpu.ram.ptr(gpa) {
+        p.write(code);
+    }
+    prepare(&mut cpu);
+    let mut engine: Box<dyn Engine> = match kind {
+        Kind::Interpret => Box::new(Interpret::new(cpu)),
+        Kind::Translate => Box::new(Translate::new(cpu, TranslateOptions::default())?),
+    };
+    let watchdog = Watchdog::new(engine.kicker());
+    watchdog.start();
+    let exit = engine.run(bus);
+    watchdog.stop();
+    Ok((exit == Exit::Halted).then(|| Ended::of(engine.cpu())))
 }
 
 /// Kicks an engine whose case takes too long.

@@ -175,7 +175,7 @@ fn scales(i: &Instruction) -> bool {
     matches!(i.mnemonic(), Vscalefps | Vscalefpd | Vscalefss | Vscalefsd)
 }
 
-/// MASKMOV with a mask of zeros may or may not fault.
+/// MASKMOV with a mask of zeros may or may not fault, nor is it said which bytes of another page count.
 fn moves_nothing(i: &Instruction, cpu: &Cpu) -> bool {
     let n = match i.mnemonic() {
         Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu | Mnemonic::Maskmovq => {
@@ -183,6 +183,9 @@ fn moves_nothing(i: &Instruction, cpu: &Cpu) -> bool {
         }
         _ => return false,
     };
+    if cpu.reg(Gpr::Rdi) & 0xfff > 0x1000 - 16 {
+        return true;
+    }
     let fpu = &cpu.fpu.bytes;
     let mask = if i.mnemonic() == Mnemonic::Maskmovq {
         let top = usize::from(fpu[3] >> 3 & 7);

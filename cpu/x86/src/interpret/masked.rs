@@ -49,7 +49,7 @@ impl Elements {
             size,
             count,
             selected: selected(i, mask, count, size),
-            suppresses: !shuffles(i.mnemonic()),
+            suppresses: !(shuffles(i.mnemonic()) || shifts_by_memory(i)),
         }
     }
 
@@ -229,6 +229,10 @@ fn shuffles(m: Mnemonic) -> bool {
             | Vpacksswb
             | Vpackusdw
             | Vpackuswb
+            | Vpmaddubsw
+            | Vpmaddwd
+            | Vgf2p8affineqb
+            | Vgf2p8affineinvqb
             | Vextractf32x4
             | Vextractf32x8
             | Vextractf64x2
@@ -274,15 +278,6 @@ fn shuffles(m: Mnemonic) -> bool {
             | Vpshufd
             | Vpshufhw
             | Vpshuflw
-            | Vpslld
-            | Vpsllq
-            | Vpsllw
-            | Vpsrad
-            | Vpsraq
-            | Vpsraw
-            | Vpsrld
-            | Vpsrlq
-            | Vpsrlw
             | Vpunpckhbw
             | Vpunpckhdq
             | Vpunpckhqdq
@@ -302,6 +297,16 @@ fn shuffles(m: Mnemonic) -> bool {
             | Vunpcklpd
             | Vunpcklps
     )
+}
+
+/// The count of a shift of all elements is no element.
+fn shifts_by_memory(i: &Instruction) -> bool {
+    use Mnemonic::*;
+    let shift = matches!(
+        i.mnemonic(),
+        Vpslld | Vpsllq | Vpsllw | Vpsrad | Vpsraq | Vpsraw | Vpsrld | Vpsrlq | Vpsrlw
+    );
+    shift && i.op2_kind() == OpKind::Memory
 }
 
 /// What a handler here begins with: the unit is there and switched on.
@@ -485,7 +490,7 @@ fn gather(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     if fault.is_none() || progress {
         let end = match fault {
             None => g.count * g.element_size,
-            Some(_) => target.size(),
+            Some(_) => target.size().max(i.memory_index().size()),
         };
         data[end..].fill(0);
         vector::write(&mut cpu.fpu, &layout, number(t), &data);

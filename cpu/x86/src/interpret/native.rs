@@ -12,7 +12,7 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
-use iced_x86::{Instruction, OpKind, Register};
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::arch_native::{Bounce, CodeBuffer, Frame};
 use super::availability::Unit;
@@ -156,9 +156,9 @@ impl Host {
         i: &Instruction,
         memory: &Memory,
     ) -> Result<u64, Exception> {
-        // Alignment checks (#AC) are of single elements; the whole operand has to be canonical.
-        let vector = i.memory_size().is_packed() || i.op_mask() != Register::None;
-        let at = if vector {
+        // These are not checked for alignment (#AC).
+        let unchecked = matches!(i.mnemonic(), Mnemonic::Vcvtph2ps | Mnemonic::Vcvtps2ph);
+        let at = if unchecked {
             linear(cpu, i, 1, memory.write).and_then(|at| {
                 linear_displaced(cpu, i, memory.size as u64 - 1, 1, memory.write).map(|_| at)
             })
@@ -249,7 +249,11 @@ impl Host {
             return Ok(());
         }
         let before = cpu.fpu.clone();
-        let masked = mxcsr & !MXCSR_FLAGS | MXCSR_MASKS;
+        let mut masked = mxcsr & !MXCSR_FLAGS | MXCSR_MASKS;
+        if mxcsr & MXCSR_UM == 0 {
+            // Where underflow is not masked nothing is flushed.
+            masked &= !MXCSR_FTZ;
+        }
         let tiny = mxcsr & MXCSR_UM == 0 && {
             let mut frame = self.frame.clone();
             vector::set_mxcsr(&mut cpu.fpu, masked | MXCSR_FTZ);

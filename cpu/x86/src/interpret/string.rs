@@ -233,16 +233,13 @@ fn bulk_units(cpu: &Cpu, shape: Shape, left: u64, sides: &[Side]) -> u64 {
 fn movs(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     repeat(cpu, bus, i, |cpu, bus, shape, left| {
         let from = shape.source(cpu)?;
-        let to = shape.destination(cpu, true)?;
+        let to = match shape.destination(cpu, true) {
+            Ok(to) => to,
+            // The source's faults come first.
+            Err(e) => return load(cpu, bus, from, shape.unit).and(Err(e)),
+        };
         let sides = [Side::source(shape, from), Side::destination(to, true)];
         let bulk = bulk_units(cpu, shape, left, &sides);
-        let units = match copy_bulk(cpu, shape, bulk, sides) {
-            Some(()) => bulk,
-            None => {
-                let v = load(cpu, bus, from, shape.unit)?;
-                store(cpu, bus, to, shape.unit, v)?;
-                1
-            }
         };
         shape.advance(cpu, RSI, units);
         shape.advance(cpu, RDI, units);

@@ -11,7 +11,7 @@ use super::native::host_layout;
 use super::operand::{linear, read_operand, write_operand};
 use super::vector::{self, EXTENDED, HEADER, Layout, XMM, component};
 use super::{Flow, Handler, Step};
-use crate::{Bus, Cpu, CpuMode, Cr4, Efer, Exception, FpuArea, Gpr};
+use crate::{Bus, Cpu, CpuMode, Cr0, Cr4, Efer, Exception, FpuArea, Gpr, Rflags};
 
 pub(super) fn lookup(i: &Instruction) -> Option<Handler> {
     use Mnemonic::*;
@@ -114,10 +114,15 @@ fn fx_address(cpu: &Cpu, i: &Instruction, write: bool) -> Result<u64, Exception>
     check_switched(cpu)?;
     let at = linear(cpu, i, 512, write)?;
     if at.is_multiple_of(16) {
-        Ok(at)
-    } else {
-        Err(Exception::gp(0))
+        return Ok(at);
     }
+    // Either is allowed where the guest asks for alignment checks; processors take this one.
+    let checks = cpu.cpl == 3 && cpu.rflags.contains(Rflags::AC) && cpu.cr0.contains(Cr0::AM);
+    Err(if checks {
+        Exception::AC
+    } else {
+        Exception::gp(0)
+    })
 }
 
 fn fxsave(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
