@@ -41,9 +41,9 @@ fn bare(f: Assemble) -> Option<Outcome> {
     let mut native = Native::new(XsaveLayout::new(CpuidModel::host(1).xcr0())).unwrap();
     let mut state = State::random(&mut Random::of(1, 1, 0));
     state.rip = CODE.base;
-    let rsp = state.gpr[4];
+    let stack = state.gpr[4];
     state.gpr = [0; 16];
-    state.gpr[4] = rsp;
+    state.gpr[4] = stack;
     state.gpr[7] = DATA.base;
     Some(native.run(&state, &assemble(f, &UD2)))
 }
@@ -213,14 +213,14 @@ fn lar_lsl_verr_and_verw_look_into_the_guests_table() {
         a.verw(cx)
     };
     if let Some(o) = bare_passes(lsl) {
-        assert_ne!(o.gpr[0], LIMIT.into(), "the host's table, not the guest's");
+        assert_ne!(o.gpr[0], u64::from(LIMIT), "the host's table, not the guest's");
     }
     for f in [lar, verr, verw] {
         bare_passes(f);
     }
     for cpl in [0, 3] {
         guest(cpl, lsl, nothing, |e| {
-            assert_eq!((rax_of(e), e.flags & ZF), (LIMIT.into(), ZF));
+            assert_eq!((rax_of(e), e.flags & ZF), (u64::from(LIMIT), ZF));
         });
         guest(cpl, lar, nothing, |e| {
             assert_eq!((rax_of(e), e.flags & ZF), (0x1f100, ZF));
@@ -305,7 +305,7 @@ fn cpuid_describes_the_guests_processor() {
     const OSXSAVE: u64 = 1 << 27;
     for cpl in [0, 3] {
         guest(cpl, leaf1, nothing, |e| {
-            assert_eq!(rax_of(e), model.signature().into());
+            assert_eq!(rax_of(e), u64::from(model.signature()));
             assert_eq!(e.gpr[1] & OSXSAVE != 0, model.has_xsave());
         });
         guest(
@@ -521,7 +521,7 @@ fn selectors_are_the_guests_and_load_from_its_table() {
     });
     for cpl in [0, 3] {
         guest(cpl, load, nothing, |e| {
-            assert_eq!(rax_of(e), SELECTOR.into())
+            assert_eq!(rax_of(e), u64::from(SELECTOR))
         });
         let none = |cpu: &mut Cpu| cpu.gdtr.limit = 0x4f;
         guest(cpl, load, none, |e| {
