@@ -65,6 +65,10 @@ pub fn why_not(code: Code) -> Option<&'static str> {
             "may wait, and for the host"
         }
         _ if code.cpuid_features().iter().any(hypervisor) => "may be the host's hypervisor's",
+        Fstcw | Fstsw | Feni | Fdisi | Fclex | Finit | Fsetpm => {
+            "an assembler's name for WAIT and another instruction"
+        }
+        Ud0 => "makers differ",
         // 0x66 before a branch: Intel's processors ignore it, AMD's do not.
         _ if narrow_branch(code) => "makers differ",
         Bswap if code == Code::Bswap_r16 => "undefined",

@@ -5,12 +5,13 @@ use std::sync::Arc;
 use anyhow::Result;
 use doppel_translate::TranslateOptions;
 use doppel_x86::CpuidModel;
-use iced_x86::Code;
+use iced_x86::{Code, Instruction};
 
 use crate::catalogue::Catalogue;
 use crate::compare::{Strictness, differences};
 use crate::guest::{Interpreted, Translated, cpu};
 use crate::native_unsafe::Native;
+use crate::program::decode;
 use crate::state::{Ending, State};
 use crate::xsave::XsaveLayout;
 
@@ -126,6 +127,12 @@ impl Rig {
         })
     }
 
+    /// Whether all instructions of a program are tested on this processor, and the branches and moves between them.
+    pub fn offers(&self, code: &[u8], rip: u64) -> bool {
+        let known = |i: &Instruction| i.is_invalid() || self.catalogue.all.contains(&i.code());
+        decode(code, rip).iter().all(known)
+    }
+
     /// Runs a case on the processor, the interpreter and some of the translators.
     pub fn check(&mut self, state: &State, code: &[u8], engines: &[EngineName]) -> Result<Verdict> {
         let (interpreted, trace) = self.interpreted.run(state, code);
@@ -141,6 +148,7 @@ impl Rig {
             page_of_address: trace.vague_address(),
             early_state: trace.changes_state_early(),
             return_address: trace.calls(),
+            partial_store: trace.stores_in_parts(),
             branch_faults: false,
         };
         let indirect = trace.branches_indirectly();

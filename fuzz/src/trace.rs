@@ -113,6 +113,11 @@ impl Trace<'_> {
         )
     }
 
+    /// A store of 80 bits that faults may have stored the first of them.
+    pub fn stores_in_parts(&self) -> bool {
+        self.last.code() == Code::Fstp_m80fp || self.last.code() == Code::Fbstp_m80bcd
+    }
+
     /// A call that faults for its target may have stored the return address.
     pub fn calls(&self) -> bool {
         self.last.mnemonic() == Mnemonic::Call

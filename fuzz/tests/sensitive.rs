@@ -213,7 +213,11 @@ fn lar_lsl_verr_and_verw_look_into_the_guests_table() {
         a.verw(cx)
     };
     if let Some(o) = bare_passes(lsl) {
-        assert_ne!(o.gpr[0], u64::from(LIMIT), "the host's table, not the guest's");
+        assert_ne!(
+            o.gpr[0],
+            u64::from(LIMIT),
+            "the host's table, not the guest's"
+        );
     }
     for f in [lar, verr, verw] {
         bare_passes(f);

@@ -191,9 +191,9 @@ fn selected(i: &Instruction, mask: u64, count: usize, size: usize) -> u64 {
 fn mask_granularity(i: &Instruction) -> usize {
     use Mnemonic::*;
     match i.mnemonic() {
-        // Pairs of half-precision numbers.
-        Vfmaddcph | Vfcmaddcph | Vfmulcph | Vfcmulcph | Vfmaddcsh | Vfcmaddcsh | Vfmulcsh
-        | Vfcmulcsh => 4,
+        // Pairs of half-precision numbers, groups of bytes or words that go into one sum.
+        Vpdpbusd | Vpdpbusds | Vpdpwssd | Vpdpwssds | Vdpbf16ps | Vfmaddcph | Vfcmaddcph
+        | Vfmulcph | Vfcmulcph | Vfmaddcsh | Vfcmaddcsh | Vfmulcsh | Vfcmulcsh => 4,
         _ => i.memory_size().element_size(),
     }
 }
@@ -229,6 +229,7 @@ fn shuffles(m: Mnemonic) -> bool {
             | Vpacksswb
             | Vpackusdw
             | Vpackuswb
+            | Vcvtne2ps2bf16
             | Vpmaddubsw
             | Vpmaddwd
             | Vgf2p8affineqb

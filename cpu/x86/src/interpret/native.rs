@@ -124,6 +124,12 @@ impl Host {
             self.run(cpu, &snippet)?;
             return self.commit(cpu, i, &snippet.plan, 0);
         };
+        if memory.write && i.mnemonic() == Mnemonic::Vcvtps2ph {
+            // Its #XM comes before the faults of its store.
+            let before = cpu.fpu.clone();
+            self.run(cpu, &snippet)?;
+            cpu.fpu = before;
+        }
         if i.op_mask() != Register::None {
             return self.execute_masked(cpu, bus, i, &snippet);
         }

@@ -137,9 +137,14 @@ fn check_alignment(cpu: &Cpu, linear: u64, size: usize) -> Result<(), Exception>
 
 #[cold]
 fn alignment_checked(cpu: &Cpu, linear: u64, size: usize) -> Result<(), Exception> {
-    // Larger operands have rules of their own.
-    let checked = size.is_power_of_two() && size <= 8 && cpu.cr0.contains(Cr0::AM);
-    if checked && linear & (size as u64 - 1) != 0 {
+    let unit = match size {
+        1 | 2 | 4 | 8 => size,
+        // An x87 number.
+        10 => 8,
+        // Larger operands have rules of their own.
+        _ => 1,
+    };
+    if cpu.cr0.contains(Cr0::AM) && linear & (unit as u64 - 1) != 0 {
         return Err(Exception::AC);
     }
     Ok(())

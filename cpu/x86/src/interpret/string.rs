@@ -240,6 +240,13 @@ fn movs(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
         };
         let sides = [Side::source(shape, from), Side::destination(to, true)];
         let bulk = bulk_units(cpu, shape, left, &sides);
+        let units = match copy_bulk(cpu, shape, bulk, sides) {
+            Some(()) => bulk,
+            None => {
+                let v = load(cpu, bus, from, shape.unit)?;
+                store(cpu, bus, to, shape.unit, v)?;
+                1
+            }
         };
         shape.advance(cpu, RSI, units);
         shape.advance(cpu, RDI, units);

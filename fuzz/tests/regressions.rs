@@ -1,0 +1,210 @@
+//! Programs that once came out differently, each with the state (a seed and a case) in which they did.
+
+use doppel_fuzz::campaign::report;
+use doppel_fuzz::native_unsafe::supported;
+use doppel_fuzz::random::Random;
+use doppel_fuzz::rig::{EngineName, Rig};
+use doppel_fuzz::state::State;
+
+/// What was wrong, seed, case, code.
+const PROGRAMS: &[(&str, u64, u64, &str)] = &[
+    (
+        "flags of a repeated comparison that faults",
+        1,
+        1241,
+        "bfff2f2010f2ae0f0b",
+    ),
+    (
+        "REP INS of nothing without permission",
+        1,
+        7766,
+        "b90000000066f36d0f0b",
+    ),
+    ("PREFETCHIT is a NOP", 1, 11157, "420f18bc9534eeffff0f0b"),
+    (
+        "DS prefix and the stack segment",
+        1,
+        7679,
+        "3e0f44adc44521000f0b",
+    ),
+    (
+        "order of the faults of MOVS",
+        2,
+        55889,
+        "befa2f201048a50f0b",
+    ),
+    ("order of the faults of CMPS", 1, 15572, "66f3a70f0b"),
+    ("MASKMOVQ enters MMX state", 1, 4156, "0ff7c00f0b"),
+    (
+        "FIST that stores nothing, to no address",
+        1,
+        3237,
+        "42db940e950440100f0b",
+    ),
+    (
+        "FSTP of an empty register, not masked",
+        1,
+        906,
+        "41dbbcdeabf1ffff0f0b",
+    ),
+    (
+        "gather that faults at once",
+        1,
+        125,
+        "62b27d2a928c4520fdffff0f0b",
+    ),
+    (
+        "gather by quadwords that faults at once",
+        1,
+        33,
+        "62227d0e93ace2c824b2ff0f0b",
+    ),
+    (
+        "mask of a VEX gather that faults",
+        1,
+        3951,
+        "c4222d938465af0c20100f0b",
+    ),
+    (
+        "destination of a VEX gather that faults",
+        1,
+        13274,
+        "c442ed92accded0820100f0b",
+    ),
+    (
+        "destination of a gather that has begun",
+        1,
+        73797,
+        "41b8ff8c01106242fd2c92acb89e7c1e000f0b",
+    ),
+    (
+        "destination of a gather half as long",
+        2,
+        40487,
+        "62827d4e93a417e1837f980f0b",
+    ),
+    ("scatter that faults", 1, 1547, "62a27d29a38c6b510b20100f0b"),
+    (
+        "masked operand that is not canonical",
+        1,
+        5605,
+        "62f1e529c28cf709102010800f0b",
+    ),
+    (
+        "PCMPESTRM with REX.W is not aligned",
+        1,
+        6355,
+        "bf6b000000664d0f3a609438f40420107f0f0b",
+    ),
+    ("underflow that is exact", 1, 13780, "62626d4bbcf60f0b"),
+    ("CVTPD2PI is aligned", 1, 1565, "6466410f2dbcd72a00e0ef0f0b"),
+    ("inserts are not masked", 1, 14237, "62534d4f18441f00570f0b"),
+    (
+        "extracts are not masked",
+        1,
+        53421,
+        "6562d37d2d199c703d09e0ef210f0b",
+    ),
+    (
+        "elements of a broadcast to a shorter vector",
+        1,
+        55694,
+        "6211fcb9799433233020100f0b",
+    ),
+    (
+        "mask of complex numbers",
+        1,
+        60559,
+        "6266078d578371d7bbff0f0b",
+    ),
+    ("FXRSTOR's reserved bits", 1, 59615, "0fae89382020100f0b"),
+    (
+        "shifts by a constant are masked",
+        1,
+        76085,
+        "6291ed067354b200360f0b",
+    ),
+    (
+        "VPMADDWD is not masked",
+        2,
+        66175,
+        "41baf42f201062c1650bf53a0f0b",
+    ),
+    (
+        "long operands are not checked for alignment",
+        1,
+        6479,
+        "9d67c5dd651ccd771e20100f0b",
+    ),
+    (
+        "a repeated comparison of nothing keeps the flags",
+        1,
+        500,
+        "b900000000f348a70f0b",
+    ),
+    (
+        "flags through a link out of vector code",
+        2,
+        10201,
+        "66440f3800c5e8000000006681d3650a0f0b",
+    ),
+    (
+        "VCVTPS2PH raises #XM before it stores",
+        1,
+        10864,
+        "64c4637d1d9c2439e27fdfe80f0b",
+    ),
+    (
+        "mask of sums of products",
+        11,
+        33351,
+        "41be2c9a88106242752c53aeb685d7ff0f0b",
+    ),
+    (
+        "VCVTNE2PS2BF16 is not masked",
+        11,
+        118188,
+        "3e62522f217296e71f60100f0b",
+    ),
+    (
+        "alignment check of an x87 number",
+        11,
+        75383,
+        "41509d64dbabe90f00800f0b",
+    ),
+];
+
+const ENGINES: [EngineName; 3] = [
+    EngineName::Interpret,
+    EngineName::Translate("translate"),
+    EngineName::Translate("translate-no-flag-liveness"),
+];
+
+fn bytes(hex: &str) -> Vec<u8> {
+    (0..hex.len() / 2)
+        .map(|n| u8::from_str_radix(&hex[2 * n..2 * n + 2], 16).unwrap())
+        .collect()
+}
+
+#[test]
+fn what_once_differed_no_longer_does() {
+    if !supported() {
+        eprintln!("SKIPPED: no bare processor here");
+        return;
+    }
+    let mut rig = Rig::new().unwrap();
+    for (what, seed, case, hex) in PROGRAMS {
+        let state = State::random(&mut Random::of(*seed, *case, 0));
+        let code = bytes(hex);
+        if !rig.offers(&code, state.rip) {
+            eprintln!("SKIPPED: {what}: this processor has no such instruction");
+            continue;
+        }
+        let verdict = rig.check(&state, &code, &ENGINES).unwrap();
+        assert!(!verdict.discarded, "{what}: not compared");
+        for (engine, _) in verdict.failures {
+            let report = report(&mut rig, *seed, *case, &engine, &state, &code).unwrap();
+            panic!("{what}: {report}");
+        }
+    }
+}

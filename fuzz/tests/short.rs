@@ -1,0 +1,48 @@
+//! A short campaign with a fixed seed; `cargo xtask fuzz` runs longer ones.
+
+use std::time::Duration;
+
+use doppel_fuzz::campaign::{Engines, Plan, run};
+use doppel_fuzz::native_unsafe::supported;
+use doppel_fuzz::rig::Rig;
+
+#[test]
+fn every_engine_does_what_the_processor_does() {
+    if !supported() {
+        eprintln!("SKIPPED: no bare processor here");
+        return;
+    }
+    let mut rig = Rig::new().unwrap();
+    let plan = Plan {
+        seed: 7,
+        first: 0,
+        cases: Some(30_000),
+        time: Some(Duration::from_secs(25)),
+        engines: Engines::All,
+        shape: None,
+        most_failures: 5,
+    };
+    let summary = run(&mut rig, &plan).unwrap();
+    let reports: Vec<_> = summary.failures.iter().map(|f| &f.report).collect();
+    assert!(
+        reports.is_empty(),
+        "{}",
+        reports.iter().map(|r| r.as_str()).collect::<String>()
+    );
+    println!(
+        "{} cases, {} instructions",
+        summary.cases, summary.instructions
+    );
+    assert!(summary.cases > 2000, "only {} cases in time", summary.cases);
+    assert!(
+        summary.faults * 20 > summary.cases,
+        "too few faults: {}",
+        summary.faults
+    );
+    assert!(
+        summary.discarded * 20 < summary.cases,
+        "too many not compared: {}",
+        summary.discarded
+    );
+    assert!(summary.instructions > 5 * summary.cases);
+}
