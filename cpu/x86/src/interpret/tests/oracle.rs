@@ -126,7 +126,11 @@ fn native(buffer: &mut CodeBuffer, cpu: &Cpu, bytes: &[u8]) -> ([u64; 16], u64) 
 /// Where the manual leaves the outcome open, we do as AMD's processors do; others differ.
 fn forgive_undefined(i: &Instruction, ours: &State, host: &mut State) {
     use iced_x86::RflagsBits as R;
-    let undefined = i.rflags_undefined();
+    let mut undefined = i.rflags_undefined();
+    if matches!(i.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr) {
+        // Also where the count leaves the operand as it is, of which iced-x86 says that it leaves the flags alone.
+        undefined |= R::OF;
+    }
     let bits = [
         (R::OF, Rflags::OF),
         (R::SF, Rflags::SF),
