@@ -72,7 +72,7 @@ impl Engines {
         let variants = variants();
         let turn = (case / 2) % (2 * variants.len() as u64);
         // The defaults every second time.
-        let turn = if turn % 2 == 0 { 0 } else { turn / 2 };
+        let turn = if turn.is_multiple_of(2) { 0 } else { turn / 2 };
         let translate = EngineName::Translate(variants[turn as usize].0);
         match self {
             Engines::Interpret => vec![EngineName::Interpret],

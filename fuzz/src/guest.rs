@@ -151,7 +151,7 @@ fn write_kernel(cpu: &Cpu) {
     // The I/O permission bitmap begins beyond the limit: there is none.
     put(cpu, TSS + 0x60, 0x68 << 48);
     for vector in 0..32 {
-        put(cpu, HANDLERS + HANDLER_SIZE * vector, 0xfdeb_f4); // hlt; jmp to it
+        put(cpu, HANDLERS + HANDLER_SIZE * vector, 0x00fd_ebf4); // hlt; jmp to it
         let dpl = if matches!(vector, 3 | 4) { 3 } else { 0 };
         gate(
             cpu,
@@ -285,7 +285,7 @@ pub fn halted_vector(cpu: &Cpu) -> Option<u8> {
 /// The vector whose handler the CPU is about to enter.
 fn vector_at_handler(cpu: &Cpu) -> Option<u8> {
     let offset = cpu.rip.wrapping_sub(kernel_linear(HANDLERS));
-    (offset % HANDLER_SIZE == 0 && offset < 32 * HANDLER_SIZE)
+    (offset.is_multiple_of(HANDLER_SIZE) && offset < 32 * HANDLER_SIZE)
         .then_some((offset / HANDLER_SIZE) as u8)
 }
 

@@ -305,10 +305,8 @@ fn map_regions() -> Result<*mut u8> {
     let file = unsafe { libc::memfd_create(c"fuzz".as_ptr(), libc::MFD_CLOEXEC) };
     ensure!(file >= 0, "memfd_create failed");
     // SAFETY: `file` is ours.
-    ensure!(
-        unsafe { libc::ftruncate(file, total() as i64) } == 0,
-        "ftruncate failed"
-    );
+    let sized = unsafe { libc::ftruncate(file, total() as i64) };
+    ensure!(sized == 0, "ftruncate failed");
     let alias = map(0, total(), libc::PROT_READ | libc::PROT_WRITE, file, 0)?;
     let mut offset = 0;
     for region in &REGIONS {

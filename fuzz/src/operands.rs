@@ -271,7 +271,7 @@ impl<'a> Build<'a> {
                 (OpKind::Immediate8_2nd, self.r.below(4))
             }
             K::imm8 if (0..n).any(|m| i.op_kind(m) == OpKind::Immediate8) => {
-                (OpKind::Immediate8_2nd, self.r.next() & 0xff)
+                (OpKind::Immediate8_2nd, self.r.bits() & 0xff)
             }
             K::imm8 => (OpKind::Immediate8, self.immediate() & 0xff),
             K::imm8_const_1 => (OpKind::Immediate8, 1),
@@ -473,7 +473,7 @@ impl<'a> Build<'a> {
         let d = match self.r.below(3) {
             0 => 0,
             1 => self.r.below(256) as i64 - 128,
-            _ => self.r.next() as i32 as i64 >> 8,
+            _ => self.r.bits() as i32 as i64 >> 8,
         };
         let v = target.wrapping_sub(d as u64);
         self.set(n, if narrow { v & 0xffff_ffff } else { v });

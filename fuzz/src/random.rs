@@ -12,7 +12,7 @@ impl Random {
     }
 
     /// 64 random bits.
-    pub fn next(&mut self) -> u64 {
+    pub fn bits(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -21,7 +21,7 @@ impl Random {
 
     /// A number below `n`, which is not 0.
     pub fn below(&mut self, n: u64) -> u64 {
-        (self.next() >> 11) % n
+        (self.bits() >> 11) % n
     }
 
     /// True in so many of a hundred cases.
@@ -56,8 +56,8 @@ impl Random {
             0 => *self.pick(&EDGES),
             1 => self.below(70),
             2 => self.below(70).wrapping_neg(),
-            3 => self.next() & 0xffff_ffff,
-            _ => self.next(),
+            3 => self.bits() & 0xffff_ffff,
+            _ => self.bits(),
         }
     }
 }

@@ -63,7 +63,7 @@ impl State {
             };
         }
         gpr[4] = STACK_START - 8 * r.below(16);
-        let flags = r.next() & (Rflags::ARITHMETIC | Rflags::DF).bits();
+        let flags = r.bits() & (Rflags::ARITHMETIC | Rflags::DF).bits();
         let direction = if r.percent(85) {
             !Rflags::DF.bits()
         } else {
@@ -93,8 +93,8 @@ fn vectors(r: &mut Random) -> Vectors {
     let mut v = Vectors {
         mxcsr: mxcsr(r),
         control: x87_control(r),
-        tags: if r.percent(50) { r.next() as u8 } else { 0 },
-        status: (r.below(8) << 11 | r.next() & 0x4700) as u16,
+        tags: if r.percent(50) { r.bits() as u8 } else { 0 },
+        status: (r.below(8) << 11 | r.bits() & 0x4700) as u16,
         ..Vectors::default()
     };
     for st in &mut v.st {
@@ -115,7 +115,7 @@ fn vectors(r: &mut Random) -> Vectors {
         }
     }
     for k in &mut v.k {
-        *k = r.next() | if r.percent(30) { !0 } else { 0 };
+        *k = r.bits() | if r.percent(30) { !0 } else { 0 };
     }
     v
 }
@@ -123,16 +123,16 @@ fn vectors(r: &mut Random) -> Vectors {
 fn mxcsr(r: &mut Random) -> u32 {
     let mut m = 0x1f80;
     if r.percent(30) {
-        m |= (r.next() & 0x6000) as u32;
+        m |= (r.bits() & 0x6000) as u32;
     }
     if r.percent(10) {
-        m |= (r.next() & 0x8040) as u32;
+        m |= (r.bits() & 0x8040) as u32;
     }
     if r.percent(8) {
-        m &= !(r.next() & 0x1f80) as u32;
+        m &= !(r.bits() & 0x1f80) as u32;
     }
     m | if r.percent(10) {
-        r.next() as u32 & 0x3f
+        r.bits() as u32 & 0x3f
     } else {
         0
     }
@@ -141,10 +141,10 @@ fn mxcsr(r: &mut Random) -> u32 {
 fn x87_control(r: &mut Random) -> u16 {
     let mut c = 0x37f;
     if r.percent(30) {
-        c = c & !0xf00 | (r.next() & 0xf00) as u16;
+        c = c & !0xf00 | (r.bits() & 0xf00) as u16;
     }
     if r.percent(8) {
-        c &= !(r.next() & 0x3f) as u16;
+        c &= !(r.bits() & 0x3f) as u16;
     }
     c
 }
@@ -155,7 +155,7 @@ fn lanes(r: &mut Random) -> u64 {
         0 => double(r),
         1 => u64::from(single(r)) | u64::from(single(r)) << 32,
         2 => r.value(),
-        _ => r.next(),
+        _ => r.bits(),
     }
 }
 
@@ -172,7 +172,7 @@ fn double(r: &mut Random) -> u64 {
     ];
     match r.below(3) {
         0 => *r.pick(&EDGES),
-        _ => ((r.next() as i32 as f64) / (1 + r.below(1000)) as f64).to_bits(),
+        _ => ((r.bits() as i32 as f64) / (1 + r.below(1000)) as f64).to_bits(),
     }
 }
 
@@ -189,19 +189,19 @@ fn single(r: &mut Random) -> u32 {
     ];
     match r.below(3) {
         0 => *r.pick(&EDGES),
-        _ => ((r.next() as i16 as f32) / (1 + r.below(1000)) as f32).to_bits(),
+        _ => ((r.bits() as i16 as f32) / (1 + r.below(1000)) as f32).to_bits(),
     }
 }
 
 /// An 80-bit number.
 fn extended(r: &mut Random) -> [u8; 10] {
     let mut bytes = [0; 10];
-    bytes[..8].copy_from_slice(&(r.next() | 1 << 63).to_le_bytes());
+    bytes[..8].copy_from_slice(&(r.bits() | 1 << 63).to_le_bytes());
     let exponent = match r.below(6) {
         0 => 0x7fff,
         1 => 0,
-        2 => r.next() as u16,
-        _ => 0x3fff - 8 + r.below(24) as u16 | (r.next() as u16 & 0x8000),
+        2 => r.bits() as u16,
+        _ => (0x3fff - 8 + r.below(24) as u16) | (r.bits() as u16 & 0x8000),
     };
     if exponent & 0x7fff == 0 {
         bytes[7] &= 0x7f;
@@ -232,7 +232,7 @@ fn fill(r: &mut Random, bytes: &mut [u8]) {
             0 | 1 => LANDING + 2 * r.below(64),
             2 => r.value(),
             3 => lanes(r),
-            _ => r.next(),
+            _ => r.bits(),
         };
         word.copy_from_slice(&v.to_le_bytes());
     }

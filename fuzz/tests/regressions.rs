@@ -202,8 +202,8 @@ fn what_once_differed_no_longer_does() {
         }
         let verdict = rig.check(&state, &code, &ENGINES).unwrap();
         assert!(!verdict.discarded, "{what}: not compared");
-        for (engine, _) in verdict.failures {
-            let report = report(&mut rig, *seed, *case, &engine, &state, &code).unwrap();
+        if let Some((engine, _)) = verdict.failures.first() {
+            let report = report(&mut rig, *seed, *case, engine, &state, &code).unwrap();
             panic!("{what}: {report}");
         }
     }
