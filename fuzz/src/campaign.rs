@@ -29,6 +29,8 @@ pub struct Plan {
     pub shape: Option<Shape>,
     /// Stop after so many different failures.
     pub most_failures: usize,
+    /// Tell each case before it runs, so that a crash can be found.
+    pub announce: bool,
 }
 
 /// Which engines.
@@ -124,6 +126,10 @@ fn run_case(
         return Ok(());
     };
     let engines = plan.engines.of_case(n);
+    if plan.announce {
+        let names: Vec<_> = engines.iter().map(EngineName::text).collect();
+        eprintln!("case {n} {}", names.join(" "));
+    }
     let verdict = rig.check(&state, &code, &engines)?;
     summary.cases += 1;
     summary.discarded += u64::from(verdict.discarded);

@@ -47,6 +47,12 @@ struct Cli {
     /// Stop after so many different failures.
     #[arg(long, default_value_t = 20)]
     failures: usize,
+    /// Tell each case on standard error before it runs: shows where an engine crashes.
+    #[arg(long)]
+    announce: bool,
+    /// Begin with this case.
+    #[arg(long, default_value_t = 0)]
+    first: u64,
     /// Tell which instruction forms ran, which did not, and which are left out.
     #[arg(long)]
     coverage: bool,
@@ -81,7 +87,7 @@ fn plan(cli: &Cli) -> Result<Plan> {
     let unbounded = cli.seconds.is_none() && cli.cases.is_none();
     Ok(Plan {
         seed: cli.seed,
-        first: 0,
+        first: cli.first,
         cases: cli.cases,
         time: cli
             .seconds
@@ -90,6 +96,7 @@ fn plan(cli: &Cli) -> Result<Plan> {
         engines: engines(&cli.engine)?,
         shape,
         most_failures: cli.failures,
+        announce: cli.announce,
     })
 }
 

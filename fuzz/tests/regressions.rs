@@ -172,6 +172,12 @@ const PROGRAMS: &[(&str, u64, u64, &str)] = &[
         75383,
         "41509d64dbabe90f00800f0b",
     ),
+    (
+        "a return to the address that stood for none in the jump cache",
+        21,
+        129607,
+        "bc00106010c30f0b",
+    ),
 ];
 
 const ENGINES: [EngineName; 3] = [

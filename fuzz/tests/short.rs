@@ -21,6 +21,7 @@ fn every_engine_does_what_the_processor_does() {
         engines: Engines::All,
         shape: None,
         most_failures: 5,
+        announce: false,
     };
     let summary = run(&mut rig, &plan).unwrap();
     let reports: Vec<_> = summary.failures.iter().map(|f| &f.report).collect();
