@@ -427,10 +427,18 @@ fn repeated(i: &Instruction) -> Option<Class> {
 }
 
 fn bit_string(i: &Instruction) -> Class {
-    if uses_scratch_operand(i, 1) {
+    if uses_scratch_operand(i, 1) || short_addresses(i) {
         Class::Interpret
     } else {
         Class::BitString
+    }
+}
+
+/// True where addresses are computed in 32 bits.
+fn short_addresses(i: &Instruction) -> bool {
+    match (i.memory_base(), i.memory_index()) {
+        (Register::None, Register::None) => i.memory_displ_size() != 8,
+        (Register::None, register) | (register, _) => register.size() != 8,
     }
 }
 
