@@ -178,6 +178,24 @@ const PROGRAMS: &[(&str, u64, u64, &str)] = &[
         129607,
         "bc00106010c30f0b",
     ),
+    (
+        "bit strings at 32-bit addresses",
+        31,
+        214461,
+        "646667440fa305670e00f00f0b",
+    ),
+    (
+        "alignment check of an x87 environment",
+        31,
+        196967,
+        "6641fff09d6541d9a2c30b00000f0b",
+    ),
+    (
+        "alignment check at the end of the canonical addresses",
+        31,
+        223609,
+        "68f1b6ee529dbb8700000048bd6df4dfefff7f0000644c0f38f1541d000f0b",
+    ),
 ];
 
 const ENGINES: [EngineName; 3] = [

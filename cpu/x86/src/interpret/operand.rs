@@ -115,9 +115,11 @@ pub(crate) fn linear_in(
 #[inline]
 fn flat(cpu: &Cpu, linear: u64, size: usize, stack: bool) -> Result<u64, Exception> {
     let last = linear.wrapping_add(size as u64).wrapping_sub(1);
-    if Cpu::canonical(linear) && Cpu::canonical(last) {
+    if Cpu::canonical(linear) {
         check_alignment(cpu, linear, size)?;
-        return Ok(linear);
+        if Cpu::canonical(last) {
+            return Ok(linear);
+        }
     }
     Err(if stack {
         Exception::ss(0)
@@ -141,6 +143,9 @@ fn alignment_checked(cpu: &Cpu, linear: u64, size: usize) -> Result<(), Exceptio
         1 | 2 | 4 | 8 => size,
         // An x87 number.
         10 => 8,
+        // Its environment and its state.
+        28 | 108 => 4,
+        14 | 94 => 2,
         // Larger operands have rules of their own.
         _ => 1,
     };
