@@ -196,6 +196,12 @@ const PROGRAMS: &[(&str, u64, u64, &str)] = &[
         223609,
         "68f1b6ee529dbb8700000048bd6df4dfefff7f0000644c0f38f1541d000f0b",
     ),
+    (
+        "mask of products of every second element",
+        51,
+        66991,
+        "62f29504281425f12f20100f0b",
+    ),
 ];
 
 const ENGINES: [EngineName; 3] = [

@@ -194,6 +194,7 @@ fn mask_granularity(i: &Instruction) -> usize {
         // Pairs of half-precision numbers, groups of bytes or words that go into one sum.
         Vpdpbusd | Vpdpbusds | Vpdpwssd | Vpdpwssds | Vdpbf16ps | Vfmaddcph | Vfcmaddcph
         | Vfmulcph | Vfcmulcph | Vfmaddcsh | Vfcmaddcsh | Vfmulcsh | Vfcmulcsh => 4,
+        Vpmuldq | Vpmuludq => 8,
         _ => i.memory_size().element_size(),
     }
 }
