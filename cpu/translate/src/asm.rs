@@ -180,6 +180,13 @@ impl Asm {
         self.raw(&[Self::rex(false, dst, 0, src), 0x69, modrm]);
         self.imm32(imm);
     }
+    /// `jmp [at]`, relative to RIP.
+    pub fn jmp_mem_at(&mut self, at: u64) {
+        self.raw(&[0xff, 0x25]);
+        let rel = at.wrapping_sub(self.base + self.pos() as u64 + 4) as i64;
+        debug_assert!(i32::try_from(rel).is_ok());
+        self.imm32(rel as i32);
+    }
     /// `jmp reg`.
     pub fn jmp_reg(&mut self, reg: Reg) {
         self.raw(&[Self::rex(false, 0, 0, reg), 0xff, 0xe0 | (reg & 7)]);

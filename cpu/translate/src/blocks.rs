@@ -3,7 +3,8 @@
 //! Blocks are keyed by the guest *physical* address of their code, so that a page of a shared library is translated once
 //! for all processes that map it. A direct branch within a page is linked for good. A link across pages assumes that the other page
 //! is still mapped where it was: kernel blocks ([`Base::Fixed`]) are linked across pages too, and every such link is listed, to be cut when a
-//! code page's mapping changes; user code looks across pages through the jump cache, which is emptied then.
+//! code page's mapping changes; user code, whose mappings change with every process, goes across pages through slots (see
+//! `cache_unsafe`), which are quick to set back.
 //! Invariant: no linked jump and no jump cache entry leads to a block that was thrown away.
 
 use rustc_hash::FxHashMap;
@@ -95,8 +96,8 @@ pub(crate) struct Blocks {
     accesses: Vec<Access>,
     by_key: FxHashMap<Key, BlockId>,
     by_page: FxHashMap<u64, Vec<BlockId>>,
-    /// Linked exits that lead to another page.
-    cross_page: Vec<u32>,
+    /// Linked exits that lead to another page, of kernel and of user code.
+    cross_page: [Vec<u32>; 2],
     pub links: u64,
     pub invalidated: u64,
 }
@@ -126,7 +127,13 @@ impl Blocks {
     }
 
     /// Enters a block whose code stands at `host`.
-    pub fn insert(&mut self, key: Key, made: Made, tracker: &PageTracker) -> BlockId {
+    pub fn insert(
+        &mut self,
+        key: Key,
+        made: Made,
+        tracker: &PageTracker,
+        cache: &mut CodeCache,
+    ) -> BlockId {
         let Made {
             second_page,
             guest_len,
@@ -135,6 +142,7 @@ impl Blocks {
             code: t,
         } = made;
         let id = self.blocks.len() as BlockId;
+        let first = self.exits.len();
         self.exits
             .extend(t.exits.into_iter().map(|site| Exit { block: id, site }));
         self.accesses.extend(
@@ -156,6 +164,13 @@ impl Blocks {
             incoming: Vec::new(),
             alive: true,
         });
+        let block = &self.blocks[id as usize];
+        for n in first..self.exits.len() {
+            let site = &self.exits[n].site;
+            if let Some(slot) = site.slot {
+                cache.set_slot(slot, block.host + u64::from(site.stub));
+            }
+        }
         self.by_key.insert(key, id);
         for (gpa, len) in self.blocks[id as usize].guest_ranges() {
             tracker.add_code(gpa, len);
@@ -167,32 +182,37 @@ impl Blocks {
     /// Links an exit to a block, so that the monitor is not asked again.
     pub fn link(&mut self, exit: u32, to: BlockId, across_pages: bool, cache: &mut CodeCache) {
         let e = self.exits[exit as usize];
-        let Some(patch) = e.site.patch else { return };
         let simd = self.blocks[e.block as usize].simd;
         let target = &mut self.blocks[to as usize];
         let entry = target.entry(e.site.flags, simd);
         target.incoming.push(exit);
-        cache.patch(self.blocks[e.block as usize].host + u64::from(patch), entry);
+        self.lead(exit, entry, cache);
         self.links += 1;
         if across_pages {
-            self.cross_page.push(exit);
+            let user = usize::from(self.blocks[e.block as usize].key.base == Base::Dynamic);
+            self.cross_page[user].push(exit);
+        }
+    }
+
+    /// Lets an exit lead to a host address.
+    fn lead(&self, exit: u32, to: u64, cache: &mut CodeCache) {
+        let e = self.exits[exit as usize];
+        match (e.site.slot, e.site.patch) {
+            (Some(slot), _) => cache.set_slot(slot, to),
+            (None, Some(at)) => cache.patch(self.blocks[e.block as usize].host + u64::from(at), to),
+            (None, None) => {}
         }
     }
 
     fn unlink(&mut self, exit: u32, cache: &mut CodeCache) {
         let e = self.exits[exit as usize];
         let from = &self.blocks[e.block as usize];
-        if let Some(patch) = e.site.patch {
-            cache.patch(
-                from.host + u64::from(patch),
-                from.host + u64::from(e.site.stub),
-            );
-        }
+        self.lead(exit, from.host + u64::from(e.site.stub), cache);
     }
 
-    /// Cuts every link that leads to another page.
-    pub fn unlink_cross_page(&mut self, cache: &mut CodeCache) {
-        for exit in std::mem::take(&mut self.cross_page) {
+    /// Cuts every link of user or of kernel code that leads to another page.
+    pub fn unlink_cross_page(&mut self, user: bool, cache: &mut CodeCache) {
+        for exit in std::mem::take(&mut self.cross_page[usize::from(user)]) {
             self.unlink(exit, cache);
         }
     }

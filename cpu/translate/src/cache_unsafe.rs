@@ -5,6 +5,8 @@
 //! writes through the other.
 //! Invariant: only bytes that the translator emitted stand in the cache; it is filled from the bottom and emptied
 //! as a whole when it is full. A displacement is patched with one aligned 4-byte store.
+//! Behind the executable mapping lie *slots*, ordinary data that cannot be executed: host addresses that code jumps through. A link
+//! that may have to be cut often goes through a slot, since writing code that runs costs the processor a flush of its pipeline.
 //! Cost: both mappings share the host's page cache; an untouched part costs nothing.
 
 use std::fs::File;
@@ -17,6 +19,7 @@ pub(crate) struct CodeCache {
     execute: *mut u8,
     len: usize,
     used: usize,
+    slots_used: usize,
     /// The part at the start that survives [`Self::clear`].
     pinned: usize,
 }
@@ -28,12 +31,20 @@ impl CodeCache {
     pub fn new(len: usize) -> io::Result<Self> {
         let file = memfd(len)?;
         let write = map(&file, len, libc::PROT_READ | libc::PROT_WRITE)?;
-        let execute = map(&file, len, libc::PROT_READ | libc::PROT_EXEC)?;
+        let execute = reserve(len + slots_len(len))?;
+        let code = libc::PROT_READ | libc::PROT_EXEC;
+        map_at(execute, len, code, libc::MAP_SHARED, file.as_raw_fd())?;
+        let data = libc::PROT_READ | libc::PROT_WRITE;
+        let private = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: within the reservation.
+        let slots = unsafe { execute.add(len) };
+        map_at(slots, slots_len(len), data, private, -1)?;
         Ok(CodeCache {
             write,
             execute,
             len,
             used: 0,
+            slots_used: 0,
             pinned: 0,
         })
     }
@@ -52,8 +63,36 @@ impl CodeCache {
         self.execute as u64..self.execute as u64 + self.len as u64
     }
 
+    /// Bytes that are left, counting the slots that go with them.
     pub fn room(&self) -> usize {
-        self.len - self.used
+        let slots = slots_len(self.len) / 8 - self.slots_used;
+        (self.len - self.used).min(slots * BYTES_A_SLOT)
+    }
+
+    /// Host address of the next slot that will be taken.
+    pub fn slot_cursor(&self) -> u64 {
+        self.execute as u64 + self.len as u64 + 8 * self.slots_used as u64
+    }
+
+    /// Takes the next `n` slots.
+    pub fn take_slots(&mut self, n: usize) {
+        self.slots_used += n;
+        assert!(8 * self.slots_used <= slots_len(self.len));
+    }
+
+    /// Lets the slot at host address `at` lead to `target`.
+    pub fn set_slot(&mut self, at: u64, target: u64) {
+        let offset = (at - self.execute as u64) as usize;
+        assert!(offset >= self.len && offset + 8 <= self.len + 8 * self.slots_used);
+        assert!(offset.is_multiple_of(8) && self.range().contains(&target));
+        // SAFETY: in bounds of the slots and aligned (asserted); code only loads from there, atomically.
+        unsafe {
+            (*self
+                .execute
+                .add(offset)
+                .cast::<std::sync::atomic::AtomicU64>())
+            .store(target, std::sync::atomic::Ordering::Release)
+        };
     }
 
     /// Appends code; returns its host address.
@@ -76,6 +115,7 @@ impl CodeCache {
     /// Throws away everything that is not pinned.
     pub fn clear(&mut self) {
         self.used = self.pinned;
+        self.slots_used = 0;
     }
 
     /// Sets the displacement that stands at host address `at` so that it leads to `target`.
@@ -100,8 +140,38 @@ impl Drop for CodeCache {
         // SAFETY: we own both mappings, and no code runs in them once their owner goes.
         unsafe {
             libc::munmap(self.write.cast(), self.len);
-            libc::munmap(self.execute.cast(), self.len);
+            libc::munmap(self.execute.cast(), self.len + slots_len(self.len));
         }
+    }
+}
+
+/// Code bytes for which there is one slot.
+const BYTES_A_SLOT: usize = 32;
+
+fn slots_len(len: usize) -> usize {
+    (len / BYTES_A_SLOT * 8).next_multiple_of(4096)
+}
+
+/// Address space with nothing in it.
+fn reserve(len: usize) -> io::Result<*mut u8> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a new mapping at an address of the kernel's choice touches nothing of ours.
+    let p = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_NONE, flags, -1, 0) };
+    mapped(p)
+}
+
+/// Maps over a part of a reservation.
+fn map_at(at: *mut u8, len: usize, protection: i32, flags: i32, fd: i32) -> io::Result<*mut u8> {
+    // SAFETY: callers pass a range of an address space that they have just reserved and nobody uses.
+    let p = unsafe { libc::mmap(at.cast(), len, protection, flags | libc::MAP_FIXED, fd, 0) };
+    mapped(p)
+}
+
+fn mapped(p: *mut libc::c_void) -> io::Result<*mut u8> {
+    if p == libc::MAP_FAILED {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(p.cast())
     }
 }
 
@@ -130,9 +200,5 @@ fn map(file: &File, len: usize, protection: i32) -> io::Result<*mut u8> {
             0,
         )
     };
-    if p == libc::MAP_FAILED {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(p.cast())
-    }
+    mapped(p)
 }

@@ -114,6 +114,7 @@ impl Translator {
             privilege: key.privilege,
             count: self.options.count,
             share_checks: self.options.share_checks,
+            slots: self.cache.slot_cursor(),
             thunks: self.thunks,
         };
         let first = self.blocks.first_sites();
@@ -121,6 +122,7 @@ impl Translator {
             .rewriter
             .translate(&guest, setting, self.cache.cursor(), first);
         let host = self.cache.append(&self.rewriter.asm.bytes);
+        self.cache.take_slots(translated.slots);
         self.counts.translations += 1;
         self.counts.unencodable += u64::from(translated.unencodable);
         self.counts.shared_checks += u64::from(translated.shared);
@@ -140,7 +142,8 @@ impl Translator {
             len: self.rewriter.asm.bytes.len() as u32,
             code: translated,
         };
-        Some(self.blocks.insert(key, made, cpu.ram.tracker()))
+        let tracker = cpu.ram.tracker();
+        Some(self.blocks.insert(key, made, tracker, &mut self.cache))
     }
 
     /// Decodes the block at `rip`: from its page alone, or one instruction from two pages.
@@ -181,11 +184,11 @@ impl Translator {
         };
         let e = self.blocks.exit(exit);
         let (from, to) = (self.blocks.get(e.block), self.blocks.get(block));
-        let across = !(0..PAGE_SIZE as i64).contains(&e.site.target) || to.second_page.is_some();
-        let fixed = from.key.base != Base::Dynamic;
+        let beyond = !(0..PAGE_SIZE as i64).contains(&e.site.target);
+        let across = e.site.slot.is_some() || beyond || to.second_page.is_some();
         let same_mode = from.key.simd == to.key.simd
             && (e.site.changes_mode || from.key.privilege == to.key.privilege);
-        let may = self.options.link && from.alive && same_mode && (fixed || !across);
+        let may = self.options.link && from.alive && same_mode;
         if may {
             self.blocks.link(exit, block, across, &mut self.cache);
         }
@@ -233,10 +236,11 @@ impl Translator {
         let lost = self.code_pages.flush(&flushed);
         if lost.user {
             self.empty_jump_caches(0..1);
+            self.blocks.unlink_cross_page(true, &mut self.cache);
         }
         if lost.kernel {
             self.empty_jump_caches(1..3);
-            self.blocks.unlink_cross_page(&mut self.cache);
+            self.blocks.unlink_cross_page(false, &mut self.cache);
         }
     }
 

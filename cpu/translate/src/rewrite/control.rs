@@ -1,5 +1,7 @@
 //! Control flow: direct exits, the jump cache, polls at back edges.
 
+use doppel_memory::PAGE_MASK;
+
 use super::*;
 use crate::jump_cache::FIRST_INDEX_MASK;
 
@@ -54,16 +56,21 @@ impl Work<'_> {
     }
 
     pub(super) fn direct_exit(&mut self, target: i64) {
-        self.asm().align_displacement(1);
-        let jump = self.asm().jmp();
-        self.exit(target, jump);
+        match self.turn(target) {
+            Some(turned) => self.slot_exit(turned),
+            None => {
+                self.asm().align_displacement(1);
+                let jump = self.asm().jmp();
+                self.exit(target, jump);
+            }
+        }
     }
 
     /// On to the instruction after the block, which may be one that straddles the end of the page.
     pub(super) fn fall_through(&mut self, target: i64) {
         if self.s.base == Base::Dynamic && self.block.straddler_follows {
-            let jump = self.asm().jmp();
-            self.stubs.push((jump, Stub::Lookup(target, self.place)));
+            // A link within the page would outlive a change of the next one.
+            self.slot_exit(target);
         } else {
             self.direct_exit(target);
         }
@@ -71,10 +78,42 @@ impl Work<'_> {
 
     pub(super) fn exit(&mut self, target: i64, jump: Fixup) {
         if self.s.base == Base::Dynamic && !(0..4096).contains(&target) {
-            self.stubs.push((jump, Stub::Lookup(target, self.place)));
+            self.stubs.push((jump, Stub::OtherPage(target, self.place)));
         } else {
             self.leave_exit(target, jump, Some(jump.0 as u32), false);
         }
+    }
+
+    /// Makes `page_base` that of a target in another page; the target then counts from there. Blocks that run at one
+    /// address only have no need of it. The flags stay as they are.
+    fn turn(&mut self, target: i64) -> Option<i64> {
+        let by = target & !(PAGE_MASK as i64);
+        if self.s.base != Base::Dynamic || by == 0 {
+            return None;
+        }
+        self.asm().load(S0, ctx::PAGE_BASE);
+        self.add_constant(S0, by);
+        self.asm().store(ctx::PAGE_BASE, S0);
+        Some(target - by)
+    }
+
+    /// An exit of user code to another page: through a slot, which is cheap to set back.
+    fn slot_exit(&mut self, target: i64) {
+        let slot = self.s.slots + 8 * self.out.slots as u64;
+        self.out.slots += 1;
+        self.asm().jmp_mem_at(slot);
+        let flags = self.place;
+        let at = self.out.exits.len();
+        self.out.exits.push(ExitSite {
+            target,
+            patch: None,
+            stub: 0,
+            flags,
+            interpret: false,
+            slot: Some(slot),
+            changes_mode: false,
+        });
+        self.slot_stubs.push(at);
     }
 
     pub(super) fn leave_exit(
@@ -92,6 +131,7 @@ impl Work<'_> {
             stub: 0,
             flags,
             interpret,
+            slot: None,
             changes_mode: false,
         });
     }
@@ -102,26 +142,31 @@ impl Work<'_> {
     }
 
     pub(super) fn exit_stubs(&mut self) {
-        let thunk = self.s.thunks.exit;
         for (jump, stub) in std::mem::take(&mut self.stubs) {
             let at = self.asm().pos() as u32;
             self.asm().bind(jump);
             match stub {
-                Stub::Leave(n) => {
-                    let id = self.first.exit + n as u32;
-                    self.asm().store_imm32(ctx::EXIT, id);
-                    self.asm().jmp_to(thunk);
-                    self.out.exits[n].stub = at;
-                }
-                Stub::Lookup(target, place) => {
-                    if place == FlagPlace::Registers {
-                        self.save_flags();
-                    }
-                    self.guest_address(S0, target);
-                    self.indirect();
+                Stub::Leave(n) => self.leave_stub(n, at),
+                Stub::OtherPage(target, place) => {
+                    self.place = place;
+                    let turned = self.turn(target).unwrap_or(target);
+                    self.slot_exit(turned);
                 }
             }
         }
+        for n in std::mem::take(&mut self.slot_stubs) {
+            let at = self.asm().pos() as u32;
+            self.leave_stub(n, at);
+        }
+    }
+
+    /// Leaves to the monitor with an exit.
+    fn leave_stub(&mut self, n: usize, at: u32) {
+        let id = self.first.exit + n as u32;
+        let thunk = self.s.thunks.exit;
+        self.asm().store_imm32(ctx::EXIT, id);
+        self.asm().jmp_to(thunk);
+        self.out.exits[n].stub = at;
     }
 
     pub(super) fn call(&mut self, i: &GuestInstruction) {

@@ -45,6 +45,8 @@ pub(crate) struct Setting {
     pub privilege: u8,
     pub count: bool,
     pub share_checks: bool,
+    /// Host address of the first slot that is free.
+    pub slots: u64,
     pub thunks: Thunks,
 }
 
@@ -60,6 +62,8 @@ pub(crate) struct ExitSite {
     pub flags: FlagPlace,
     /// The instruction at the target is to be interpreted.
     pub interpret: bool,
+    /// It jumps through this slot (host address), and has turned the page when it does: `target` counts from the new page.
+    pub slot: Option<u64>,
     /// The next block is of another privilege (EFLAGS.AC changed); which, is known from this one.
     pub changes_mode: bool,
 }
@@ -112,6 +116,8 @@ pub(crate) struct Translated {
     pub simd: bool,
     pub exits: Vec<ExitSite>,
     pub accesses: Vec<AccessSite>,
+    /// Slots taken.
+    pub slots: usize,
     /// Instructions that could not be encoded with another operand, so that they are interpreted.
     pub unencodable: u32,
     /// Accesses that needed no check of their own.
@@ -175,6 +181,7 @@ impl Rewriter {
             run: None,
             at: 0,
             stubs: Vec::new(),
+            slot_stubs: Vec::new(),
         };
         work.run();
         work.out
@@ -196,14 +203,16 @@ struct Work<'a> {
     at: usize,
     /// Jumps to the exit stubs, which are emitted last.
     stubs: Vec<(Fixup, Stub)>,
+    /// Exits through slots whose code to leave is still to be emitted.
+    slot_stubs: Vec<usize>,
 }
 
 #[derive(Clone, Copy)]
 enum Stub {
     /// Leaves to the monitor with this exit.
     Leave(usize),
-    /// Goes on at this offset from the page through the jump cache.
-    Lookup(i64, FlagPlace),
+    /// Goes on at this offset from the page, which is in another page.
+    OtherPage(i64, FlagPlace),
 }
 
 const IF: i32 = 1 << 9;
@@ -721,6 +730,7 @@ impl Work<'_> {
             stub: 0,
             flags: self.place,
             interpret: false,
+            slot: None,
             changes_mode: false,
         });
     }
