@@ -343,6 +343,10 @@ impl Asm {
     pub fn neg32(&mut self, reg: Reg) {
         self.raw(&[Self::rex(false, 0, 0, reg), 0xf7, 0xd8 | (reg & 7)]);
     }
+    /// `and reg, gs:[disp]`.
+    pub fn and_gs32(&mut self, reg: Reg, disp: i32) {
+        self.gs(false, 0x23, reg, disp);
+    }
     /// `cmp reg, gs:[disp]`.
     pub fn cmp_gs(&mut self, reg: Reg, disp: i32) {
         self.gs(true, 0x3b, reg, disp);
@@ -399,11 +403,15 @@ impl Asm {
         let f = self.jmp();
         self.bind_to(f, target);
     }
-    /// NOPs until a displacement that starts `before` bytes on is aligned to 4, so that it can be patched atomically.
+    /// A NOP, so that a displacement that starts `before` bytes on is aligned to 4, so that it can be patched atomically.
     pub fn align_displacement(&mut self, before: usize) {
-        while !(self.base as usize + self.pos() + before).is_multiple_of(4) {
-            self.raw(&[0x90]);
-        }
+        let beyond = (self.base as usize + self.pos() + before) % 4;
+        self.raw(match beyond {
+            0 => &[],
+            1 => &[0x0f, 0x1f, 0x00],
+            2 => &[0x66, 0x90],
+            _ => &[0x90],
+        });
     }
     /// Lets the jump go to the current position.
     pub fn bind(&mut self, f: Fixup) {

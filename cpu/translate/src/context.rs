@@ -4,7 +4,7 @@
 //! address for the life of the engine, since GS base and the displacements point to it.
 
 use std::mem::offset_of;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use doppel_memory::{TLB_ENTRIES, Tlb, TlbEntry};
 use doppel_x86::{Cpu, Segment};
@@ -28,6 +28,8 @@ pub(crate) struct Context {
     /// Loaded through at each back edge; a kick makes it point where no memory is.
     pub poll: AtomicU64,
     pub poll_target: u64,
+    /// What indirect branches mask their target's address with; a kick makes it 0, so that they find nothing.
+    pub jump_mask: AtomicU32,
     pub host_rsp: u64,
     pub host_mxcsr: u32,
     /// Not 0 while the host's x87 and vector registers hold the guest's values (see `thunk`).
@@ -68,6 +70,7 @@ displacement! {
     SPILL = spill;
     PAGE_BASE = page_base;
     POLL = poll;
+    JUMP_MASK = jump_mask;
     HOST_RSP = host_rsp;
     HOST_MXCSR = host_mxcsr;
     SIMD_LIVE = simd_live;

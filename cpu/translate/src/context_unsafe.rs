@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use doppel_x86::{Cpu, Kick};
 
 use crate::context::Context;
+use crate::jump_cache::FIRST_INDEX_MASK;
 
 /// The owned context, at a fixed address; shared with kickers, which touch nothing but `poll`.
 pub(crate) struct ContextBox {
@@ -66,6 +67,8 @@ impl ContextBox {
         }
         let target = &raw const self.poll_target as u64;
         self.poll.store(target, Ordering::SeqCst);
+        let mask = FIRST_INDEX_MASK as u32;
+        self.jump_mask.store(mask, Ordering::SeqCst);
         self.shared.kicked.swap(false, Ordering::SeqCst)
     }
 
@@ -102,7 +105,11 @@ const NOWHERE: u64 = 8;
 impl Kick for Kicker {
     fn kick(&self) {
         self.0.kicked.store(true, Ordering::SeqCst);
-        // SAFETY: the context lives as long as `shared`; `poll` is atomic and the only field that is touched.
-        unsafe { (*self.0.at.as_ptr()).poll.store(NOWHERE, Ordering::SeqCst) };
+        let context = self.0.at.as_ptr();
+        // SAFETY: the context lives as long as `shared`; both fields are atomic and the only ones that are touched.
+        unsafe {
+            (*context).jump_mask.store(0, Ordering::SeqCst);
+            (*context).poll.store(NOWHERE, Ordering::SeqCst);
+        }
     }
 }

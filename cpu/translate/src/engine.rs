@@ -22,6 +22,8 @@ pub struct TranslateOptions {
     pub inline_system: bool,
     /// Emit REP MOVS and REP STOS as code where they stay within a page.
     pub inline_strings: bool,
+    /// Let blocks go on after a conditional branch that is not taken.
+    pub extend: bool,
     /// Let accesses off one base share a TLB check.
     pub share_checks: bool,
     /// Count the blocks and instructions that run (costs six instructions a block) and the time spent in translated code.
@@ -38,6 +40,7 @@ impl Default for TranslateOptions {
             inline_system: true,
             inline_strings: true,
             share_checks: true,
+            extend: true,
             count: false,
         }
     }

@@ -1,7 +1,7 @@
 //! From guest memory to a list of decoded instructions: one block.
 //!
-//! A block begins anywhere, ends at the first instruction that changes the control flow or that the monitor must execute, and never leaves
-//! its page. Instructions are decoded as if the page began at address 0, so that branch targets and RIP-relative addresses come out
+//! A block begins anywhere, goes on after a conditional branch forwards that is not taken, ends at the first other instruction that
+//! changes the control flow or that the monitor must execute, and never leaves its page. Instructions are decoded as if the page began at address 0, so that branch targets and RIP-relative addresses come out
 //! relative to the page: that makes a block independent of where the guest maps it.
 
 use iced_x86::{
@@ -29,6 +29,8 @@ pub(crate) struct Decoding {
     pub flag_liveness: bool,
     pub inline_system: bool,
     pub inline_strings: bool,
+    /// Go on after a conditional branch forwards.
+    pub extend: bool,
 }
 
 /// How the translator treats an instruction.
@@ -192,6 +194,9 @@ impl GuestBlock {
 /// Instructions in a block at most.
 const MOST_INSTRUCTIONS: usize = 48;
 
+/// Conditional branches that a block goes on after at most.
+const MOST_SIDE_EXITS: usize = 4;
+
 /// Decodes one block from `bytes`, which begin at `start` in the page and go to its end (or 15 bytes on, for
 /// one instruction that straddles). `None` where not even one instruction fits.
 pub(crate) fn decode(
@@ -206,6 +211,7 @@ pub(crate) fn decode(
         end: start,
         ..GuestBlock::default()
     };
+    let mut side_exits = 0;
     while block.instructions.len() < MOST_INSTRUCTIONS && decoder.can_decode() {
         let decoded = decoder.decode();
         let invalid = decoded.is_invalid();
@@ -230,7 +236,13 @@ pub(crate) fn decode(
             live_before: ALL,
             live_after: ALL,
         });
-        if class.ends_block() {
+        if class == Class::Conditional
+            && how.extend
+            && side_exits < MOST_SIDE_EXITS
+            && forwards(&decoded)
+        {
+            side_exits += 1;
+        } else if class.ends_block() {
             break;
         }
     }
@@ -277,6 +289,9 @@ fn written_registers(info: &mut InstructionInfoFactory, i: &Instruction) -> u16 
 fn liveness(instructions: &mut [GuestInstruction]) {
     let mut live = ALL;
     for i in instructions.iter_mut().rev() {
+        if i.class == Class::Conditional {
+            live = ALL; // nobody knows of the other way
+        }
         i.live_after = live;
         live = i.flags.live_before(live);
         i.live_before = live;
@@ -467,6 +482,10 @@ fn classify_pop(i: &Instruction) -> Class {
 
 pub(crate) fn has_memory(i: &Instruction) -> bool {
     (0..i.op_count()).any(|op| i.op_kind(op) == OpKind::Memory)
+}
+
+fn forwards(i: &Instruction) -> bool {
+    i.near_branch64() as i64 > i.ip() as i64
 }
 
 fn uses_simd(i: &GuestInstruction) -> bool {

@@ -5,7 +5,8 @@
 //! brings what it finds into the first. Only what is in neither asks the monitor.
 //! Invariants: an entry's address leads to a block that is alive and that the guest's page tables give for its linear address.
 //! Whatever is in the first level is in the second, and the second lists the slots it uses, so that emptying both (each change of
-//! address space does) costs what was entered since. Slot 0 apart, an unused entry is all zeros: address 0 belongs in slot 0.
+//! address space does) costs what was entered since. Slot 0 of the first level is always empty: a kick makes every look-up
+//! end there, and the thunk looks for kicks. Slot 0 apart, an unused entry is all zeros: address 0 belongs in slot 0.
 
 use std::ops::Range;
 
@@ -89,7 +90,10 @@ impl JumpCache {
         }
         self.forget_first(old.linear);
         self.second[slot] = JumpEntry { linear, host };
-        self.first[first_slot(linear)] = JumpEntry { linear, host };
+        match first_slot(linear) {
+            0 => {}
+            slot => self.first[slot] = JumpEntry { linear, host },
+        }
     }
 
     fn forget_first(&mut self, linear: u64) {

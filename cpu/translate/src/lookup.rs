@@ -154,6 +154,7 @@ impl Translator {
             flag_liveness: self.options.flag_liveness,
             inline_system: self.options.inline_system,
             inline_strings: self.options.inline_strings,
+            extend: self.options.extend,
         };
         let mut bytes = [0u8; PAGE_SIZE as usize + 15];
         let start = (rip & PAGE_MASK) as u16;

@@ -126,6 +126,8 @@ fn lookup(asm: &mut Asm, privilege: u8, exit: u64) {
         ctx::jump_cache(privilege),
         ctx::second_jump_cache(privilege),
     );
+    asm.alu_gs_imm32(Alu::Cmp, ctx::JUMP_MASK, 0);
+    let kicked = asm.jcc(CC_E);
     asm.imul_imm32(S1, S0, SECOND_FACTOR);
     asm.shr32(S1, SECOND_SHIFT);
     asm.lea_index_only(S1, S1, 2);
@@ -135,8 +137,10 @@ fn lookup(asm: &mut Asm, privilege: u8, exit: u64) {
     asm.load_indexed8(RAX, S1, second + 8);
     asm.mov32(S1, S0);
     asm.alu_imm32(Alu::And, S1, FIRST_INDEX_MASK);
+    let stays_empty = asm.jcc(CC_E);
     asm.store_indexed8(S1, first, S0);
     asm.store_indexed8(S1, first + 8, RAX);
+    asm.bind(stays_empty);
     if privilege == Privilege::User as u8 {
         asm.alu_imm64(Alu::And, S0, -4096);
         asm.store(ctx::PAGE_BASE, S0);
@@ -145,6 +149,7 @@ fn lookup(asm: &mut Asm, privilege: u8, exit: u64) {
     asm.load(RAX, ctx::SPILL);
     asm.jmp_reg(S1);
     asm.bind(miss);
+    asm.bind(kicked);
     asm.store(ctx::SPILL + 8, S0);
     asm.store_imm32(ctx::EXIT, EXIT_INDIRECT);
     asm.jmp_to(exit);

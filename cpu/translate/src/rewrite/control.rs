@@ -1,9 +1,11 @@
 //! Control flow: direct exits, the jump cache, polls at back edges.
+//!
+//! A kick must end every cycle of linked blocks. A cycle has a direct branch backwards, which polls, or an indirect branch, which a
+//! kick makes miss the jump cache.
 
 use doppel_memory::PAGE_MASK;
 
 use super::*;
-use crate::jump_cache::FIRST_INDEX_MASK;
 
 impl Work<'_> {
     /// A load that faults once the engine was kicked; every cycle of linked blocks passes one.
@@ -38,7 +40,11 @@ impl Work<'_> {
         } else {
             self.counted(i, target);
         }
-        self.direct_exit(i64::from(i.offset) + i.decoded.len() as i64);
+        if self.at + 1 == self.block.instructions.len() {
+            self.direct_exit(i64::from(i.offset) + i.decoded.len() as i64);
+        } else if self.s.count {
+            self.count_instructions();
+        }
     }
 
     /// LOOP and JRCXZ reach only 127 bytes: the original jumps over a jump.
@@ -177,7 +183,6 @@ impl Work<'_> {
     }
 
     pub(super) fn call_indirect(&mut self, i: &GuestInstruction) {
-        self.poll();
         self.before_check(i);
         if i.decoded.op0_kind() == OpKind::Memory {
             self.branch_target(i);
@@ -193,7 +198,6 @@ impl Work<'_> {
     }
 
     pub(super) fn jump_indirect(&mut self, i: &GuestInstruction) {
-        self.poll();
         self.before_check(i);
         self.branch_target(i);
         self.indirect();
@@ -230,7 +234,6 @@ impl Work<'_> {
     }
 
     pub(super) fn ret(&mut self, i: &GuestInstruction) {
-        self.poll();
         let at = self.operand(i, 8, false);
         self.before_check(i);
         self.asm().load_mem(S0, S0, at);
@@ -255,7 +258,7 @@ impl Work<'_> {
         let dynamic = privilege == Privilege::User as u8;
         let a = self.asm();
         a.mov32(S1, S0);
-        a.alu_imm32(Alu::And, S1, FIRST_INDEX_MASK);
+        a.and_gs32(S1, ctx::JUMP_MASK);
         a.cmp_indexed8(S0, S1, cache);
         let miss = a.jcc(CC_NE);
         a.bind_to(miss, lookup);

@@ -326,13 +326,25 @@ impl Work<'_> {
     }
 
     fn count_block(&mut self) {
-        let instructions = self.block.instructions.len() as i32;
-        for (counter, by) in [(ctx::BLOCKS_RUN, 1), (ctx::INSTRUCTIONS_RUN, instructions)] {
-            let a = self.asm();
-            a.load(S0, counter);
-            a.lea(S0, S0, by);
-            a.store(counter, S0);
-        }
+        self.add_to(ctx::BLOCKS_RUN, 1);
+        self.count_instructions();
+    }
+
+    /// Counts the instructions up to the next branch.
+    fn count_instructions(&mut self) {
+        let rest = &self.block.instructions[self.at..];
+        let rest = if self.at == 0 { rest } else { &rest[1..] };
+        let to_branch = rest.iter().position(|i| i.class == Class::Conditional);
+        let n = to_branch.map_or(rest.len(), |n| n + 1);
+        self.add_to(ctx::INSTRUCTIONS_RUN, n as i32);
+    }
+
+    fn add_to(&mut self, counter: i32, by: i32) {
+        self.run = None;
+        let a = self.asm();
+        a.load(S0, counter);
+        a.lea(S0, S0, by);
+        a.store(counter, S0);
     }
 
     fn boundary(&mut self, i: &GuestInstruction) {

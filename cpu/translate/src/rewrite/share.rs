@@ -219,7 +219,7 @@ fn leaves_s0(i: &GuestInstruction) -> bool {
     match i.class {
         Class::Copy => !super::names(&i.decoded, Register::R10),
         Class::Lea => super::plain_lea(&i.decoded),
-        Class::Nothing => true,
+        Class::Nothing | Class::Conditional => true,
         Class::Memory { .. } | Class::Push | Class::Pop | Class::Leave => reference(i).is_some(),
         _ => false,
     }
