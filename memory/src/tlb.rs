@@ -41,6 +41,15 @@ impl TlbEntry {
     pub const READ_TAG: usize = std::mem::offset_of!(TlbEntry, read_tag);
     /// Offset of the tag for writes.
     pub const WRITE_TAG: usize = std::mem::offset_of!(TlbEntry, write_tag);
+    /// Offset of the tag for reads or for writes.
+    pub const fn tag(write: bool) -> usize {
+        if write {
+            Self::WRITE_TAG
+        } else {
+            Self::READ_TAG
+        }
+    }
+
     /// Offset of the host page.
     pub const HOST: usize = std::mem::offset_of!(TlbEntry, host);
 

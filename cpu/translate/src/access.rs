@@ -33,6 +33,12 @@ impl Translator {
         let block = self.blocks.get(access.block);
         let (privilege, host) = (PRIVILEGES[usize::from(block.key.privilege)], block.host);
         let own = linear.wrapping_add(u64::from(site.own.from));
+        if site.careful.is_some()
+            && let Some(at) = self.stretch(linear, &site, privilege)
+        {
+            self.context.slow_linear = at;
+            return Some(host + u64::from(site.done));
+        }
         if room(own) >= u64::from(site.own.size) {
             self.page(own, site.own.write, privilege)?;
             if self.covers(linear, &site, privilege) {
@@ -45,6 +51,21 @@ impl Translator {
         }
         self.counts.page_crossings += 1;
         self.two_pages(linear, access, privilege)
+    }
+
+    /// Host address of a shared check's stretch that lies in two pages, where these are neighbours in the host. They are only
+    /// read by the walk: a write that the stretch may end in marks its page as dirty when it happens.
+    fn stretch(&mut self, linear: u64, site: &AccessSite, privilege: Privilege) -> Option<u64> {
+        if room(linear) >= u64::from(site.span) {
+            return None;
+        }
+        let next = (linear | PAGE_MASK).wrapping_add(1);
+        let [first, second] = [linear, next].map(|at| {
+            self.page(at, false, privilege)?;
+            lookup(&self.context.cpu, at, site.write, privilege)
+        });
+        let (first, second) = (first?, second?);
+        (first.addr() + first.room() as u64 == second.addr()).then_some(first.addr())
     }
 
     /// True where the check will pass now.

@@ -20,6 +20,7 @@ pub(crate) const S1: Reg = 11;
 /// Arithmetic of the `81 /n` group.
 #[derive(Clone, Copy)]
 pub(crate) enum Alu {
+    Add = 0,
     Or = 1,
     And = 4,
     Cmp = 7,
@@ -151,6 +152,12 @@ impl Asm {
     pub fn add_indexed(&mut self, reg: Reg, index: Reg, disp: i32) {
         self.gs_indexed(0x03, reg, index, disp);
     }
+    pub fn cmp_indexed(&mut self, reg: Reg, index: Reg, disp: i32) {
+        self.gs_indexed(0x3b, reg, index, disp);
+    }
+    pub fn load_indexed(&mut self, reg: Reg, index: Reg, disp: i32) {
+        self.gs_indexed(0x8b, reg, index, disp);
+    }
     /// `cmp reg, gs:[index * 8 + disp]`.
     pub fn cmp_indexed8(&mut self, reg: Reg, index: Reg, disp: i32) {
         self.gs_indexed8(true, 0x3b, reg, index, disp);
@@ -185,6 +192,12 @@ impl Asm {
         self.raw(&[0xff, 0x25]);
         let rel = at.wrapping_sub(self.base + self.pos() as u64 + 4) as i64;
         debug_assert!(i32::try_from(rel).is_ok());
+        self.imm32(rel as i32);
+    }
+    /// `lea dst, [pos]`, an earlier position in this code.
+    pub fn lea_pos(&mut self, dst: Reg, pos: usize) {
+        self.raw(&[Self::rex(true, dst, 0, 0), 0x8d, (dst & 7) << 3 | 5]);
+        let rel = pos as i64 - (self.pos() as i64 + 4);
         self.imm32(rel as i32);
     }
     /// `jmp reg`.

@@ -47,6 +47,10 @@ pub(crate) struct Context {
     /// The address that a check failed for, while the monitor looks at it.
     pub slow_linear: u64,
     pub slow_access: u64,
+    /// Number of the access site that the check belongs to.
+    pub slow_site: u32,
+    /// Where the slow path keeps registers.
+    pub slow_spill: [u64; 3],
     /// Where a load that crosses pages finds its bytes; twice as long as the longest, to keep its alignment.
     pub bounce: Bounce,
     /// The two places that `bounce` is a copy of.
@@ -79,6 +83,8 @@ displacement! {
     ENTRY = entry;
     SLOW_LINEAR = slow_linear;
     SLOW_ACCESS = slow_access;
+    SLOW_SITE = slow_site;
+    SLOW_SPILL = slow_spill;
     COPY_TO = copy_to;
     COPY_LEN = copy_len;
     INTERRUPT_WAITS = interrupt_waits;

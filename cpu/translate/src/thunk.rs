@@ -3,20 +3,22 @@
 //! * `enter`: called by Rust; saves what the C calling convention preserves, loads the guest's registers and jumps to `entry`.
 //! * `exit`: jumped to by blocks with the exit's number in the context; the reverse.
 //! * `lookup`: an indirect branch whose target the first level of the jump cache does not know.
-//! * `slow` and `slow_simd`: a memory access missed the TLB; call the monitor, then go on at the same check or leave.
+//! * `slow`: a memory access was turned away by its check. Where it only crosses into a page that lies next to the first in the host
+//!   too, it goes on; else the monitor is called, and it goes on where that says, or leaves.
 //!
 //! S0 and S1 (r10, r11) are scratch: the guest's values of them are always in their slots.
 //!
 //! The guest's x87 and vector state is *lazy*: saving and loading it costs more than everything else here. `simd_live` says whether
 //! it is in the host's registers. It is not after `enter`; the first block that uses such an instruction loads it (every block that
 //! does asks at its start), and whatever calls into Rust saves it where it is live. A kernel hardly ever touches it, so
-//! most of its exits move general registers only. `slow_simd` is for the blocks that have asked already and rely on it.
+//! most of its exits move general registers only. The blocks that have asked already and rely on it have slow paths of their own.
 
-use doppel_memory::Privilege;
+use doppel_memory::{Privilege, TLB_ENTRY_SHIFT, TlbEntry};
 
 use crate::asm::*;
 use crate::context as ctx;
 use crate::jump_cache::{FIRST_INDEX_MASK, SECOND_FACTOR, SECOND_SHIFT};
+use crate::rewrite::TLB_INDEX_MASK;
 
 /// Exit numbers that are not indices of the exit table.
 pub(crate) const EXIT_FAULT: u32 = u32::MAX;
@@ -36,8 +38,7 @@ const CALLEE_SAVED: [Reg; 6] = [3, 5, 12, 13, 14, 15];
 pub(crate) struct Thunks {
     pub enter: u64,
     pub exit: u64,
-    pub slow: u64,
-    pub slow_simd: u64,
+    slow: [[[u64; 2]; 3]; 2],
     /// By the privilege of the code at the target.
     pub lookup: [u64; 3],
 }
@@ -67,10 +68,16 @@ pub(crate) fn assemble(asm: &mut Asm, base: u64, xsaveopt: bool) -> Thunks {
     }
     asm.raw(&[0xc3]);
 
-    let [slow, slow_simd] = [false, true].map(|simd| {
-        let at = base + asm.pos() as u64;
-        slow_access(asm, simd, xsaveopt, leave);
-        at
+    let slow = [false, true].map(|simd| {
+        let ask = asm.pos();
+        ask_monitor(asm, simd, xsaveopt, leave);
+        [0, 1, 2].map(|privilege| {
+            [false, true].map(|write| {
+                let at = base + asm.pos() as u64;
+                side_by_side(asm, privilege, write, ask);
+                at
+            })
+        })
     });
     let lookup = [0, 1, 2].map(|privilege| {
         let at = base + asm.pos() as u64;
@@ -81,13 +88,63 @@ pub(crate) fn assemble(asm: &mut Asm, base: u64, xsaveopt: bool) -> Thunks {
         enter,
         exit,
         slow,
-        slow_simd,
         lookup,
     }
 }
 
-/// Asks the monitor for the access at S0 of site S1; goes on at the address that it returns, or leaves where that is 0.
-fn slow_access(asm: &mut Asm, simd: bool, xsaveopt: bool, leave: usize) {
+impl Thunks {
+    /// The slow path of a check. S0 holds the linear address, S1 the host address behind the check, and `slow_site` is set.
+    pub fn slow(&self, simd: bool, privilege: u8, write: bool) -> u64 {
+        self.slow[usize::from(simd)][usize::from(privilege)][usize::from(write)]
+    }
+}
+
+/// Goes on behind the check where the TLB has the page of S0 and the next one, and they are neighbours in the host.
+fn side_by_side(asm: &mut Asm, privilege: u8, write: bool, ask: usize) {
+    const SAVED: [(Reg, i32); 3] = [
+        (RAX, ctx::SLOW_SPILL),
+        (RCX, ctx::SLOW_SPILL + 8),
+        (RDX, ctx::SLOW_SPILL + 16),
+    ];
+    let tlb = ctx::tlb(privilege);
+    let tag = tlb + TlbEntry::tag(write) as i32;
+    let host = tlb + TlbEntry::HOST as i32;
+    for (r, slot) in SAVED {
+        asm.store(slot, r);
+    }
+    asm.mov(RAX, S0);
+    asm.alu_imm64(Alu::And, RAX, -4096);
+    let mut out = Vec::new();
+    for page in [RDX, RCX] {
+        asm.mov32(RCX, RAX);
+        asm.shr32(RCX, (12 - TLB_ENTRY_SHIFT) as u8);
+        asm.alu_imm32(Alu::And, RCX, TLB_INDEX_MASK);
+        asm.cmp_indexed(RAX, RCX, tag);
+        out.push(asm.jcc(CC_NE));
+        asm.load_indexed(page, RCX, host);
+        asm.alu_imm64(Alu::Add, RAX, 4096);
+    }
+    asm.sub64(RCX, RDX);
+    asm.alu_imm64(Alu::Cmp, RCX, 4096);
+    out.push(asm.jcc(CC_NE));
+    asm.alu_imm32(Alu::And, S0, 4095);
+    asm.add64(S0, RDX);
+    for (r, slot) in SAVED {
+        asm.load(r, slot);
+    }
+    asm.jmp_reg(S1);
+    for jump in out {
+        asm.bind(jump);
+    }
+    for (r, slot) in SAVED {
+        asm.load(r, slot);
+    }
+    let on = asm.jmp();
+    asm.bind_at(on, ask);
+}
+
+/// Asks the monitor for the access at S0; goes on at the address that it returns, or leaves where that is 0.
+fn ask_monitor(asm: &mut Asm, simd: bool, xsaveopt: bool, leave: usize) {
     store_guest(asm);
     asm.store(ctx::SLOW_LINEAR, S0);
     asm.load(RSP, ctx::HOST_RSP);
@@ -98,7 +155,7 @@ fn slow_access(asm: &mut Asm, simd: bool, xsaveopt: bool, leave: usize) {
     }
     asm.load(RDI, ctx::TRANSLATOR);
     asm.load(RSI, ctx::SLOW_LINEAR);
-    asm.mov32(RDX, S1);
+    asm.load32(RDX, ctx::SLOW_SITE);
     asm.call_gs(ctx::SLOW_ACCESS);
     if simd {
         asm.mov(RBP, RAX);

@@ -135,6 +135,9 @@ pub(crate) struct FirstSites {
 struct SlowJump {
     from: Fixup,
     tag: i32,
+    write: bool,
+    /// Position behind the check.
+    done: usize,
     site: u32,
     /// Index of the exit to the careful form.
     careful: Option<usize>,
@@ -220,7 +223,8 @@ const DF: i32 = 1 << 10;
 const AC: i32 = 1 << 18;
 const RF_VM: i32 = 3 << 16;
 const ARITHMETIC: i32 = 0x8d5;
-const TLB_INDEX_MASK: i32 = ((TLB_ENTRIES - 1) << TLB_ENTRY_SHIFT) as i32;
+/// What an address shifted to entries of the TLB is masked with.
+pub(crate) const TLB_INDEX_MASK: i32 = ((TLB_ENTRIES - 1) << TLB_ENTRY_SHIFT) as i32;
 
 fn is_scratch(r: Register) -> bool {
     matches!(r.full_register(), Register::R10 | Register::R11)
@@ -694,12 +698,7 @@ impl Work<'_> {
     fn check_stretch(&mut self, i: &GuestInstruction, size: u16, write: bool, own: Part) {
         self.run = None;
         let tlb = ctx::tlb(self.s.privilege);
-        let tag = tlb
-            + if write {
-                TlbEntry::WRITE_TAG
-            } else {
-                TlbEntry::READ_TAG
-            } as i32;
+        let tag = tlb + TlbEntry::tag(write) as i32;
         let retry = self.asm().pos() as u32;
         let a = self.asm();
         a.mov32(S1, S0);
@@ -729,6 +728,8 @@ impl Work<'_> {
         self.slow.push(SlowJump {
             from,
             tag,
+            write,
+            done: self.r.asm.pos(),
             site,
             careful,
         });
@@ -749,11 +750,6 @@ impl Work<'_> {
 
     fn slow_stubs(&mut self) {
         let thunks = self.s.thunks;
-        let thunk = if self.block.simd {
-            thunks.slow_simd
-        } else {
-            thunks.slow
-        };
         for s in std::mem::take(&mut self.slow) {
             self.asm().bind(s.from);
             if let Some(n) = s.careful {
@@ -763,9 +759,11 @@ impl Work<'_> {
                 self.out.exits[n].patch = Some(patched.0 as u32);
                 self.out.exits[n].stub = self.r.asm.pos() as u32;
             }
+            let thunk = thunks.slow(self.block.simd, self.s.privilege, s.write);
             let a = self.asm();
             a.xor_indexed(S0, S1, s.tag);
-            a.mov_imm(S1, u64::from(s.site));
+            a.store_imm32(ctx::SLOW_SITE, s.site);
+            a.lea_pos(S1, s.done);
             a.jmp_to(thunk);
         }
     }
