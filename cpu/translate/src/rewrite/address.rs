@@ -1,0 +1,257 @@
+//! Linear addresses, and the checks that turn them into host addresses.
+
+use super::*;
+
+impl Work<'_> {
+    /// `dst` = linear address of an offset from the block's page.
+    pub(super) fn guest_address(&mut self, dst: Reg, offset: i64) {
+        match self.s.base {
+            Base::Fixed(page) => self.asm().mov_imm(dst, page.wrapping_add(offset as u64)),
+            Base::Dynamic => {
+                self.asm().load(dst, ctx::PAGE_BASE);
+                self.add_constant(dst, offset);
+            }
+        }
+    }
+
+    pub(super) fn add_constant(&mut self, r: Reg, v: i64) {
+        match i32::try_from(v) {
+            Ok(v) => self.asm().lea(r, r, v),
+            // Only S0 comes here, from far RIP-relative operands: they are within 2 GiB and a page.
+            Err(_) => {
+                let half = (v / 2) as i32;
+                self.asm().lea(r, r, half);
+                self.asm().lea(r, r, (v - i64::from(half)) as i32);
+            }
+        }
+    }
+
+    /// S0 = the address that the memory operand names; with `segment`, the FS or GS base is added (which
+    /// destroys the host's flags).
+    pub(super) fn address(&mut self, i: &Instruction, segment: bool) {
+        if i.is_ip_rel_memory_operand() {
+            let offset = i.ip_rel_memory_address() as i64;
+            self.guest_address(S0, offset);
+            if i.memory_base() == Register::EIP {
+                self.asm().mov32(S0, S0);
+            }
+        } else {
+            self.base_index_address(i);
+        }
+        if segment {
+            match i.memory_segment() {
+                Register::FS => self.asm().add_gs(S0, ctx::segment_base(4)),
+                Register::GS => self.asm().add_gs(S0, ctx::segment_base(5)),
+                _ => {}
+            }
+        }
+    }
+
+    pub(super) fn base_index_address(&mut self, i: &Instruction) {
+        let (base, index) = (i.memory_base(), i.memory_index());
+        let disp = i.memory_displacement64();
+        if base == Register::None && index == Register::None {
+            self.asm().mov_imm(S0, disp);
+            return;
+        }
+        for r in [base, index] {
+            if r != Register::None && is_scratch(r) {
+                let n = if r.full_register() == Register::R10 {
+                    S0
+                } else {
+                    S1
+                };
+                self.asm().load(n, ctx::gpr(n));
+            }
+        }
+        if index == Register::None && base.size() == 8 {
+            let n = base.number() as Reg;
+            match disp as i32 {
+                0 if n == S0 => {}
+                0 => self.asm().mov(S0, n),
+                d => self.asm().lea(S0, n, d),
+            }
+            return;
+        }
+        let code = if base.size() == 4 || index.size() == 4 {
+            Code::Lea_r32_m
+        } else {
+            Code::Lea_r64_m
+        };
+        let mut operand = Instruction::default();
+        operand.set_code(code);
+        operand.set_op0_register(if code == Code::Lea_r32_m {
+            Register::R10D
+        } else {
+            Register::R10
+        });
+        operand.set_op1_kind(OpKind::Memory);
+        operand.set_memory_base(base);
+        operand.set_memory_index(index);
+        operand.set_memory_index_scale(i.memory_index_scale());
+        operand.set_memory_displacement64(disp);
+        operand.set_memory_displ_size(match (disp, code) {
+            (0, _) if base != Register::None => 0,
+            (_, Code::Lea_r32_m) => 4,
+            _ => 8,
+        });
+        self.encode(&operand);
+    }
+
+    pub(super) fn encode(&mut self, i: &Instruction) {
+        let r = &mut *self.r;
+        let ip = r.asm.base + r.asm.bytes.len() as u64;
+        let mut buffer = std::mem::take(&mut r.asm.bytes);
+        r.encoder.set_buffer(Vec::new());
+        // Every instruction that comes here was decoded and had only operands replaced by ones that fit.
+        match r.encoder.encode(i, ip) {
+            Ok(_) => buffer.append(&mut r.encoder.take_buffer()),
+            Err(e) => {
+                debug_assert!(false, "cannot encode {i:?}: {e}");
+                self.out.unencodable += 1;
+                buffer.extend_from_slice(&[0x0f, 0x0b]); // ud2: the monitor will interpret the instruction
+            }
+        }
+        r.asm.bytes = buffer;
+    }
+
+    /// Where the instruction's own memory access finds its bytes: displacement from S0. The flags may be destroyed.
+    pub(super) fn operand(&mut self, i: &GuestInstruction, size: u8, write: bool) -> i32 {
+        let reference = share::reference(i).filter(|_| self.s.share_checks);
+        if let (Some(run), Some(r)) = (&self.run, &reference)
+            && let Some(disp) = run.find(r)
+        {
+            self.out.shared += 1;
+            return disp;
+        }
+        self.before_check(i);
+        let plan = reference.and_then(|r| {
+            let stretch = share::plan(&self.block.instructions[self.at..])?;
+            (self.s.form == Form::Normal).then_some((r, stretch))
+        });
+        let Some((r, stretch)) = plan else {
+            self.own_address(i, 0);
+            self.check(i, size.into(), write);
+            return 0;
+        };
+        let from = r.disp - stretch.low;
+        self.own_address(i, -from);
+        let part = Part {
+            from: from as u16,
+            size,
+            write,
+        };
+        self.check_stretch(i, (stretch.high - stretch.low) as u16, stretch.write, part);
+        self.run = Some(Run::new(&r, stretch));
+        from as i32
+    }
+
+    /// S0 = linear address of the instruction's one memory access, explicit or on the stack, plus a constant.
+    pub(super) fn own_address(&mut self, i: &GuestInstruction, plus: i64) {
+        let d = &i.decoded;
+        match i.class {
+            Class::Memory { .. } | Class::JumpIndirect => self.address(&moved(d, plus), true),
+            Class::Pop | Class::Return => self.asm().lea(S0, RSP, plus as i32),
+            Class::Leave => self.asm().lea(S0, RBP, plus as i32),
+            _ => self.asm().lea(S0, RSP, plus as i32 - 8),
+        }
+    }
+
+    /// S0 (linear) becomes a host address, or the monitor is asked.
+    pub(super) fn check(&mut self, i: &GuestInstruction, size: u16, write: bool) {
+        let own = Part {
+            from: 0,
+            size: size as u8,
+            write,
+        };
+        self.check_stretch(i, size, write, own);
+    }
+
+    /// The same for a stretch of which the instruction accesses a part.
+    pub(super) fn check_stretch(
+        &mut self,
+        i: &GuestInstruction,
+        size: u16,
+        write: bool,
+        own: Part,
+    ) {
+        self.run = None;
+        let tlb = ctx::tlb(self.s.privilege);
+        let tag = tlb + TlbEntry::tag(write) as i32;
+        let retry = self.asm().pos() as u32;
+        let a = self.asm();
+        a.mov32(S1, S0);
+        a.shr32(S1, (12 - TLB_ENTRY_SHIFT) as u8);
+        a.alu_imm32(Alu::And, S1, TLB_INDEX_MASK);
+        a.xor_indexed(S0, S1, tag);
+        a.alu_imm64(Alu::Cmp, S0, 4096 - i32::from(size));
+        let from = a.jcc(CC_A);
+        a.add_indexed(S0, S1, tlb + TlbEntry::HOST as i32);
+        let site = self.first.access + self.out.accesses.len() as u32;
+        let alone = own.from == 0 && u16::from(own.size) == size && own.write == write;
+        let careful = (!alone).then_some(self.out.exits.len());
+        if !alone {
+            self.careful_exit(i);
+        }
+        self.out.accesses.push(AccessSite {
+            offset: i.offset,
+            span: size,
+            write,
+            own,
+            careful: careful.map(|n| self.first.exit + n as u32),
+            own_operand: matches!(i.class, Class::Memory { .. }),
+            retry,
+            done: self.r.asm.pos() as u32,
+            flags: self.place,
+        });
+        self.slow.push(SlowJump {
+            from,
+            tag,
+            write,
+            done: self.r.asm.pos(),
+            site,
+            careful,
+        });
+    }
+
+    /// An exit that the slow path of a shared check takes once it is linked.
+    pub(super) fn careful_exit(&mut self, i: &GuestInstruction) {
+        self.out.exits.push(ExitSite {
+            target: i64::from(i.offset),
+            patch: None,
+            stub: 0,
+            flags: self.place,
+            interpret: false,
+            slot: None,
+            changes_mode: false,
+        });
+    }
+
+    pub(super) fn slow_stubs(&mut self) {
+        let thunks = self.s.thunks;
+        for s in std::mem::take(&mut self.slow) {
+            self.asm().bind(s.from);
+            if let Some(n) = s.careful {
+                self.asm().align_displacement(1);
+                let patched = self.asm().jmp();
+                self.asm().bind(patched);
+                self.out.exits[n].patch = Some(patched.0 as u32);
+                self.out.exits[n].stub = self.r.asm.pos() as u32;
+            }
+            let thunk = thunks.slow(self.block.simd, self.s.privilege, s.write);
+            let a = self.asm();
+            a.xor_indexed(S0, S1, s.tag);
+            a.store_imm32(ctx::SLOW_SITE, s.site);
+            a.lea_pos(S1, s.done);
+            a.jmp_to(thunk);
+        }
+    }
+}
+
+/// The instruction with a constant added to the address of its memory operand.
+fn moved(d: &Instruction, plus: i64) -> Instruction {
+    let mut d = *d;
+    let disp = d.memory_displacement64().wrapping_add(plus as u64);
+    d.set_memory_displacement64(disp);
+    d
+}

@@ -1,0 +1,167 @@
+//! Instructions with a memory operand.
+
+use super::*;
+
+impl Work<'_> {
+    pub(super) fn memory(&mut self, i: &GuestInstruction, size: u8, write: bool) {
+        let disp = if self.s.form == Form::TwoPages {
+            self.before_check(i);
+            self.asm().load(S0, ctx::SLOW_LINEAR);
+            0
+        } else {
+            self.operand(i, size, write)
+        };
+        self.before_own(i);
+        let mut own = i.decoded;
+        let operand = self.replace_scratch_operand(&mut own);
+        if let Some((n, access)) = operand
+            && access != Use::WritesAll
+        {
+            self.asm().load(S1, ctx::gpr(n));
+        }
+        self.emit_with_host_address(&mut own, disp);
+        if let Some((n, access)) = operand
+            && access != Use::Reads
+        {
+            self.asm().store(ctx::gpr(n), S1);
+        }
+        if self.s.form == Form::TwoPages {
+            self.copy_out();
+        }
+        self.after_own(i);
+    }
+
+    /// Moves what the instruction has written at `bounce` to the two pages where it belongs. No flag changes.
+    pub(super) fn copy_out(&mut self) {
+        let saved = [
+            (RCX, ctx::SPILL),
+            (RSI, ctx::SPILL + 8),
+            (RDI, ctx::SPILL + 16),
+        ];
+        let a = self.asm();
+        for (r, slot) in saved {
+            a.store(slot, r);
+        }
+        a.load(RSI, ctx::SLOW_LINEAR);
+        for part in 0..2 {
+            a.load(RDI, ctx::COPY_TO + 8 * part);
+            a.load(RCX, ctx::COPY_LEN + 8 * part);
+            a.raw(&[0xf3, 0xa4]); // rep movsb
+        }
+        for (r, slot) in saved {
+            a.load(r, slot);
+        }
+    }
+
+    /// A register operand r10 or r11 becomes S1; tells which it was and how it is used.
+    pub(super) fn replace_scratch_operand(&mut self, own: &mut Instruction) -> Option<(Reg, Use)> {
+        let mut found: Option<(Reg, Use)> = None;
+        for op in 0..own.op_count() {
+            if own.op_kind(op) != OpKind::Register || !is_scratch(own.op_register(op)) {
+                continue;
+            }
+            let r = own.op_register(op);
+            let n = if r.full_register() == Register::R10 {
+                S0
+            } else {
+                S1
+            };
+            let access = Use::of(self.r.info.info(own).op_access(op), r.size());
+            found = Some((n, found.map_or(access, |(_, before)| access.and(before))));
+            own.set_op_register(op, scratch_one(r));
+        }
+        found
+    }
+
+    /// Emits the instruction with `[S0 + disp]` for its memory operand.
+    pub(super) fn emit_with_host_address(&mut self, own: &mut Instruction, disp: i32) {
+        explicit_form(own);
+        if !(0..own.op_count())
+            .any(|op| own.op_kind(op) == OpKind::Register && is_high_byte(own.op_register(op)))
+        {
+            set_host_operand(own, Register::R10, disp);
+            self.encode(own);
+            return;
+        }
+        // AH to BH cannot be named together with S0, which needs a REX prefix: RBP stands in for it.
+        self.asm().store(ctx::SPILL, RBP);
+        self.asm().mov(RBP, S0);
+        set_host_operand(own, Register::RBP, disp);
+        self.encode(own);
+        self.asm().load(RBP, ctx::SPILL);
+    }
+
+    /// `bt m, r` and its family: the register is a signed bit offset from the operand's address.
+    pub(super) fn bit_string(&mut self, i: &GuestInstruction) {
+        let d = &i.decoded;
+        let bit = d.op1_register();
+        let n = bit.full_register().number() as Reg;
+        self.before_check(i);
+        self.address(d, true);
+        let shift = match bit.size() {
+            8 => 6,
+            4 => 5,
+            _ => 4,
+        };
+        let a = self.asm();
+        match bit.size() {
+            8 => a.mov(S1, n),
+            4 => a.raw(&[0x4c | n >> 3, 0x63, 0xc0 | (S1 & 7) << 3 | (n & 7)]), // movsxd
+            _ => a.raw(&[0x4c | n >> 3, 0x0f, 0xbf, 0xc0 | (S1 & 7) << 3 | (n & 7)]), // movsx
+        }
+        a.sar64(S1, shift);
+        let scale = bit.size().trailing_zeros() as u8;
+        a.shl64(S1, scale);
+        a.add64(S0, S1);
+        let write = d.mnemonic() != iced_x86::Mnemonic::Bt;
+        self.check(i, bit.size() as u16, write);
+        // Flags first: the mask destroys them, so it goes through the spill slot's copy in S1.
+        let bits = bit.size() as i32 * 8 - 1;
+        self.asm().mov(S1, n);
+        self.asm().alu_imm32(Alu::And, S1, bits);
+        if self.place == FlagPlace::Saved && i.flags.needs_registers(i.live_after) {
+            self.asm().store(ctx::SPILL, S1);
+            self.restore_flags();
+            self.asm().load(S1, ctx::SPILL);
+            self.place = FlagPlace::Registers;
+        }
+        let mut own = *d;
+        own.set_op1_register(scratch_one(bit));
+        set_host_operand(&mut own, Register::R10, 0);
+        self.encode(&own);
+        self.after_own(i);
+    }
+}
+
+fn is_high_byte(r: Register) -> bool {
+    matches!(r, Register::AH | Register::BH | Register::CH | Register::DH)
+}
+
+fn set_host_operand(i: &mut Instruction, base: Register, disp: i32) {
+    i.set_segment_prefix(Register::None);
+    i.set_memory_base(base);
+    i.set_memory_index(Register::None);
+    i.set_memory_index_scale(1);
+    i.set_memory_displacement64(disp as i64 as u64);
+    i.set_memory_displ_size(match i8::try_from(disp) {
+        Ok(0) => 0,
+        Ok(_) => 1,
+        Err(_) => 8,
+    });
+}
+
+/// The accumulator forms with a 64-bit absolute address have no ModRM byte to put a register into.
+fn explicit_form(i: &mut Instruction) {
+    let code = match i.code() {
+        Code::Mov_AL_moffs8 => Code::Mov_r8_rm8,
+        Code::Mov_AX_moffs16 => Code::Mov_r16_rm16,
+        Code::Mov_EAX_moffs32 => Code::Mov_r32_rm32,
+        Code::Mov_RAX_moffs64 => Code::Mov_r64_rm64,
+        Code::Mov_moffs8_AL => Code::Mov_rm8_r8,
+        Code::Mov_moffs16_AX => Code::Mov_rm16_r16,
+        Code::Mov_moffs32_EAX => Code::Mov_rm32_r32,
+        Code::Mov_moffs64_RAX => Code::Mov_rm64_r64,
+        _ => return,
+    };
+    i.set_code(code);
+}

@@ -1,0 +1,85 @@
+//! What the monitor has to know of a block's code: its exits, its checks, which host address belongs to which instruction.
+
+use crate::flags::FlagPlace;
+
+/// A way out of a block.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ExitSite {
+    /// Where it goes, relative to the block's page.
+    pub target: i64,
+    /// Position of the displacement that linking patches; `None` where the exit is never linked.
+    pub patch: Option<u32>,
+    /// Position of the code that leaves to the monitor.
+    pub stub: u32,
+    pub flags: FlagPlace,
+    /// The instruction at the target is to be interpreted.
+    pub interpret: bool,
+    /// It jumps through this slot (host address), and has turned the page when it does: `target` counts from the new page.
+    pub slot: Option<u64>,
+    /// The next block is of another privilege (EFLAGS.AC changed); which, is known from this one.
+    pub changes_mode: bool,
+}
+
+/// A TLB check.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AccessSite {
+    /// Offset of the guest instruction in its page.
+    pub offset: u16,
+    /// What the check is for, from the address that it was given on.
+    pub span: u16,
+    pub write: bool,
+    /// What the instruction itself accesses: so far from that address, and so many bytes.
+    pub own: Part,
+    /// The exit to the careful form, where others share the check.
+    pub careful: Option<u32>,
+    /// It is the explicit memory operand of an ordinary instruction.
+    pub own_operand: bool,
+    /// Position of the check.
+    pub retry: u32,
+    /// Position behind the check, where S0 is a host address.
+    pub done: u32,
+    pub flags: FlagPlace,
+}
+
+/// A part of the bytes that a check is for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Part {
+    pub from: u16,
+    pub size: u8,
+    pub write: bool,
+}
+
+/// From here on, host code belongs to this guest instruction and its flags are there.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Boundary {
+    pub host: u32,
+    pub guest: u16,
+    pub flags: FlagPlace,
+}
+
+/// The outcome of translating one block. Positions are relative to its first byte.
+#[derive(Default, Debug)]
+pub(crate) struct Translated {
+    pub entry_registers: u32,
+    pub entry_saved: u32,
+    /// Where blocks enter that have the vector state loaded: past the question for it (see `thunk`).
+    pub entry_simd: u32,
+    /// It uses the vector state.
+    pub simd: bool,
+    pub exits: Vec<ExitSite>,
+    pub accesses: Vec<AccessSite>,
+    /// Slots taken.
+    pub slots: usize,
+    /// Instructions that could not be encoded with another operand, so that they are interpreted.
+    pub unencodable: u32,
+    /// Accesses that needed no check of their own.
+    pub shared: u32,
+    pub boundaries: Vec<Boundary>,
+}
+
+/// Numbers of the first exit and access site of the block that is about to be translated.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct FirstSites {
+    pub exit: u32,
+    pub access: u32,
+}
