@@ -81,6 +81,7 @@ impl Translator {
         let block = self.form(access, Form::Careful)?;
         let from = self.blocks.get(access.block);
         let (alive, simd) = (from.alive, from.simd);
+        self.give_back(access.site.borrowed);
         if alive {
             self.blocks.link(exit, block, false, &mut self.cache);
         }
@@ -117,7 +118,9 @@ impl Translator {
             return Some(behind);
         }
         let at = if site.write {
-            self.two_page_form(access)?
+            let at = self.two_page_form(access)?;
+            self.give_back(site.borrowed);
+            at
         } else {
             behind
         };

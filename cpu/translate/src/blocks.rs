@@ -199,7 +199,19 @@ impl Blocks {
         let e = self.exits[exit as usize];
         match (e.site.slot, e.site.patch) {
             (Some(slot), _) => cache.set_slot(slot, to),
-            (None, Some(at)) => cache.patch(self.blocks[e.block as usize].host + u64::from(at), to),
+            (None, Some(at)) => {
+                let host = self.blocks[e.block as usize].host;
+                cache.patch(host + u64::from(at), to);
+                if let Some((gate, open)) = e.site.gate {
+                    let shut = host + u64::from(e.site.stub);
+                    let on = if to == shut {
+                        shut
+                    } else {
+                        host + u64::from(open)
+                    };
+                    cache.patch(host + u64::from(gate), on);
+                }
+            }
             (None, None) => {}
         }
     }

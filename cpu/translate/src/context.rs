@@ -23,6 +23,8 @@ pub(crate) struct Context {
     pub flags: u64,
     /// Where a register is kept for a moment.
     pub spill: [u64; 4],
+    /// The guest's value of a register that a block has borrowed (see `rewrite::pin`).
+    pub pinned: u64,
     /// Linear address of the guest page that executes, for position-independent blocks.
     pub page_base: u64,
     /// Loaded through at each back edge; a kick makes it point where no memory is.
@@ -72,6 +74,7 @@ displacement! {
     FPU = cpu.fpu;
     FLAGS = flags;
     SPILL = spill;
+    PINNED = pinned;
     PAGE_BASE = page_base;
     POLL = poll;
     JUMP_MASK = jump_mask;

@@ -144,6 +144,8 @@ pub(crate) struct GuestInstruction {
     pub flags: FlagUse,
     /// General registers that it may write, a bit each.
     pub writes: u16,
+    /// General registers that it names or uses, a bit each.
+    pub uses: u16,
     pub live_before: FlagSet,
     pub live_after: FlagSet,
 }
@@ -226,13 +228,15 @@ pub(crate) fn decode(
         };
         let offset = decoded.ip() as u16;
         let flags = flag_use(&decoded, class);
+        let (uses, writes) = registers(info, &decoded);
         block.end = offset + decoded.len() as u16;
         block.instructions.push(GuestInstruction {
             decoded,
             offset,
             class,
             flags,
-            writes: written_registers(info, &decoded),
+            writes,
+            uses,
             live_before: ALL,
             live_after: ALL,
         });
@@ -272,18 +276,33 @@ fn flag_use(i: &Instruction, class: Class) -> FlagUse {
     }
 }
 
-fn written_registers(info: &mut InstructionInfoFactory, i: &Instruction) -> u16 {
+/// The general registers that an instruction uses, and those of them that it may write.
+fn registers(info: &mut InstructionInfoFactory, i: &Instruction) -> (u16, u16) {
     let used = info.info(i);
-    let written = used.used_registers().iter().filter(|u| {
-        !matches!(
+    let (mut uses, mut writes) = (0, 0);
+    let memory = used
+        .used_memory()
+        .iter()
+        .flat_map(|m| [m.base(), m.index()]);
+    for r in memory.filter(|r| r.is_gpr()) {
+        uses |= 1 << r.full_register().number();
+    }
+    for u in used
+        .used_registers()
+        .iter()
+        .filter(|u| u.register().is_gpr())
+    {
+        let bit = 1 << u.register().full_register().number();
+        uses |= bit;
+        let reads = matches!(
             u.access(),
             OpAccess::None | OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess
-        )
-    });
-    written
-        .map(|u| u.register().full_register())
-        .filter(|r| r.is_gpr())
-        .fold(0, |mask, r| mask | 1 << r.number())
+        );
+        if !reads {
+            writes |= bit;
+        }
+    }
+    (uses, writes)
 }
 
 fn liveness(instructions: &mut [GuestInstruction]) {

@@ -125,6 +125,7 @@ impl Translator {
         self.cache.take_slots(translated.slots);
         self.counts.translations += 1;
         self.counts.unencodable += u64::from(translated.unencodable);
+        self.counts.pins += u64::from(translated.pins);
         self.counts.shared_checks += u64::from(translated.shared);
         self.counts.translated_instructions += guest.instructions.len() as u64;
         let cpu = &mut self.context.cpu;

@@ -157,6 +157,7 @@ impl Translator {
                 self.counts.exit_access += 1;
                 let access = self.blocks.access(self.context.fault_pc as u32);
                 self.set_flags(access.site.flags);
+                self.give_back(access.site.borrowed);
                 self.context.cpu.rip = self.rip_in(access.block, i64::from(access.site.offset));
                 self.step(bus);
             }
@@ -186,9 +187,17 @@ impl Translator {
             return;
         };
         self.set_flags(at.flags);
+        self.give_back(at.borrowed);
         self.context.cpu.rip = self.rip_in(block, i64::from(at.guest));
         if !self.context.is_kicked() {
             self.step(bus);
+        }
+    }
+
+    /// The guest's value of a register that its block had borrowed.
+    pub fn give_back(&mut self, register: Option<u8>) {
+        if let Some(r) = register {
+            self.context.cpu.gpr[usize::from(r)] = self.context.pinned;
         }
     }
 

@@ -1,5 +1,6 @@
 //! Linear addresses, and the checks that turn them into host addresses.
 
+use super::share::Reference;
 use super::*;
 
 impl Work<'_> {
@@ -115,24 +116,23 @@ impl Work<'_> {
         r.asm.bytes = buffer;
     }
 
-    /// Where the instruction's own memory access finds its bytes: displacement from S0. The flags may be destroyed.
-    pub(super) fn operand(&mut self, i: &GuestInstruction, size: u8, write: bool) -> i32 {
+    /// Where the instruction's own memory access finds its bytes: a register and a displacement. The flags may be destroyed.
+    pub(super) fn operand(&mut self, i: &GuestInstruction, size: u8, write: bool) -> (Reg, i32) {
         let reference = share::reference(i).filter(|_| self.s.share_checks);
-        if let (Some(run), Some(r)) = (&self.run, &reference)
-            && let Some(disp) = run.find(r)
-        {
+        if let Some(known) = reference.and_then(|r| self.known(&r)) {
             self.out.shared += 1;
-            return disp;
+            return known;
         }
         self.before_check(i);
         let plan = reference.and_then(|r| {
-            let stretch = share::plan(&self.block.instructions[self.at..])?;
+            let rest = &self.block.instructions[self.at..];
+            let stretch = self.pinned_stretch().or_else(|| share::plan(rest))?;
             (self.s.form == Form::Normal).then_some((r, stretch))
         });
         let Some((r, stretch)) = plan else {
             self.own_address(i, 0);
             self.check(i, size.into(), write);
-            return 0;
+            return (S0, 0);
         };
         let from = r.disp - stretch.low;
         self.own_address(i, -from);
@@ -142,8 +142,19 @@ impl Work<'_> {
             write,
         };
         self.check_stretch(i, (stretch.high - stretch.low) as u16, stretch.write, part);
-        self.run = Some(Run::new(&r, stretch));
-        from as i32
+        let run = Run::new(&r, stretch);
+        self.run = Some(run);
+        self.begin_pin(run);
+        (S0, from as i32)
+    }
+
+    /// Where a reference finds its bytes without a check.
+    fn known(&self, r: &Reference) -> Option<(Reg, i32)> {
+        let in_s0 = self.run.and_then(|run| Some((S0, run.find(r)?)));
+        in_s0.or_else(|| {
+            let pinned = self.pinned?;
+            Some((pinned.register, pinned.run.find(r)?))
+        })
     }
 
     /// S0 = linear address of the instruction's one memory access, explicit or on the stack, plus a constant.
@@ -189,10 +200,8 @@ impl Work<'_> {
         a.add_indexed(S0, S1, tlb + TlbEntry::HOST as i32);
         let site = self.first.access + self.out.accesses.len() as u32;
         let alone = own.from == 0 && u16::from(own.size) == size && own.write == write;
-        let careful = (!alone).then_some(self.out.exits.len());
-        if !alone {
-            self.careful_exit(i);
-        }
+        // An exit that the slow path of a shared check takes once it is linked.
+        let careful = (!alone).then(|| self.new_exit(i64::from(i.offset)));
         self.out.accesses.push(AccessSite {
             offset: i.offset,
             span: size,
@@ -203,6 +212,7 @@ impl Work<'_> {
             retry,
             done: self.r.asm.pos() as u32,
             flags: self.place,
+            borrowed: self.borrowed(),
         });
         self.slow.push(SlowJump {
             from,
@@ -211,20 +221,29 @@ impl Work<'_> {
             done: self.r.asm.pos(),
             site,
             careful,
+            pinned: self.pinned,
         });
     }
 
-    /// An exit that the slow path of a shared check takes once it is linked.
-    pub(super) fn careful_exit(&mut self, i: &GuestInstruction) {
-        self.out.exits.push(ExitSite {
-            target: i64::from(i.offset),
-            patch: None,
-            stub: 0,
-            flags: self.place,
-            interpret: false,
-            slot: None,
-            changes_mode: false,
-        });
+    /// A jump to what follows, which linking makes one to the careful form.
+    fn careful_gate(&mut self, n: usize, pinned: Option<Pinned>) {
+        self.asm().align_displacement(1);
+        let gate = self.asm().jmp();
+        if pinned.is_none() {
+            self.out.exits[n].patch = Some(gate.0 as u32);
+        } else {
+            // The careful form has not borrowed anything.
+            let open = self.asm().pos() as u32;
+            self.pinned = pinned;
+            self.unpin();
+            self.asm().align_displacement(1);
+            let on = self.asm().jmp();
+            self.asm().bind(on);
+            self.out.exits[n].patch = Some(on.0 as u32);
+            self.out.exits[n].gate = Some((gate.0 as u32, open));
+        }
+        self.asm().bind(gate);
+        self.out.exits[n].stub = self.r.asm.pos() as u32;
     }
 
     pub(super) fn slow_stubs(&mut self) {
@@ -232,11 +251,7 @@ impl Work<'_> {
         for s in std::mem::take(&mut self.slow) {
             self.asm().bind(s.from);
             if let Some(n) = s.careful {
-                self.asm().align_displacement(1);
-                let patched = self.asm().jmp();
-                self.asm().bind(patched);
-                self.out.exits[n].patch = Some(patched.0 as u32);
-                self.out.exits[n].stub = self.r.asm.pos() as u32;
+                self.careful_gate(n, s.pinned);
             }
             let thunk = thunks.slow(self.block.simd, self.s.privilege, s.write);
             let a = self.asm();

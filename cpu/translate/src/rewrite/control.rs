@@ -62,6 +62,7 @@ impl Work<'_> {
     }
 
     pub(super) fn direct_exit(&mut self, target: i64) {
+        self.unpin();
         match self.turn(target) {
             Some(turned) => self.slot_exit(turned),
             None => {
@@ -84,7 +85,11 @@ impl Work<'_> {
 
     pub(super) fn exit(&mut self, target: i64, jump: Fixup) {
         if self.s.base == Base::Dynamic && !(0..4096).contains(&target) {
-            self.stubs.push((jump, Stub::OtherPage(target, self.place)));
+            let stub = Stub::OtherPage(target, self.place, self.pinned);
+            self.stubs.push((jump, stub));
+        } else if let Some(pinned) = self.pinned {
+            let n = self.new_exit(target);
+            self.stubs.push((jump, Stub::GiveBack(n, pinned)));
         } else {
             self.leave_exit(target, jump, Some(jump.0 as u32), false);
         }
@@ -108,18 +113,9 @@ impl Work<'_> {
         let slot = self.s.slots + 8 * self.out.slots as u64;
         self.out.slots += 1;
         self.asm().jmp_mem_at(slot);
-        let flags = self.place;
-        let at = self.out.exits.len();
-        self.out.exits.push(ExitSite {
-            target,
-            patch: None,
-            stub: 0,
-            flags,
-            interpret: false,
-            slot: Some(slot),
-            changes_mode: false,
-        });
-        self.slot_stubs.push(at);
+        let n = self.new_exit(target);
+        self.out.exits[n].slot = Some(slot);
+        self.slot_stubs.push(n);
     }
 
     pub(super) fn leave_exit(
@@ -129,17 +125,25 @@ impl Work<'_> {
         patch: Option<u32>,
         interpret: bool,
     ) {
-        self.stubs.push((jump, Stub::Leave(self.out.exits.len())));
-        let flags = self.place;
+        let n = self.new_exit(target);
+        self.stubs.push((jump, Stub::Leave(n, self.pinned)));
+        let exit = &mut self.out.exits[n];
+        (exit.patch, exit.interpret) = (patch, interpret);
+    }
+
+    /// An exit that leads there with the flags where they are now.
+    pub(super) fn new_exit(&mut self, target: i64) -> usize {
         self.out.exits.push(ExitSite {
             target,
-            patch,
+            patch: None,
             stub: 0,
-            flags,
-            interpret,
+            gate: None,
+            flags: self.place,
+            interpret: false,
             slot: None,
             changes_mode: false,
         });
+        self.out.exits.len() - 1
     }
 
     pub(super) fn interpret(&mut self, i: &GuestInstruction) {
@@ -152,8 +156,23 @@ impl Work<'_> {
             let at = self.asm().pos() as u32;
             self.asm().bind(jump);
             match stub {
-                Stub::Leave(n) => self.leave_stub(n, at),
-                Stub::OtherPage(target, place) => {
+                Stub::Leave(n, pinned) => {
+                    self.pinned = pinned;
+                    self.leave_stub(n, at);
+                }
+                Stub::GiveBack(n, pinned) => {
+                    self.pinned = Some(pinned);
+                    self.unpin();
+                    self.asm().align_displacement(1);
+                    let on = self.asm().jmp();
+                    self.out.exits[n].patch = Some(on.0 as u32);
+                    self.asm().bind(on);
+                    let at = self.asm().pos() as u32;
+                    self.leave_stub(n, at);
+                }
+                Stub::OtherPage(target, place, pinned) => {
+                    self.pinned = pinned;
+                    self.unpin();
                     self.place = place;
                     let turned = self.turn(target).unwrap_or(target);
                     self.slot_exit(turned);
@@ -170,6 +189,7 @@ impl Work<'_> {
     fn leave_stub(&mut self, n: usize, at: u32) {
         let id = self.first.exit + n as u32;
         let thunk = self.s.thunks.exit;
+        self.unpin();
         self.asm().store_imm32(ctx::EXIT, id);
         self.asm().jmp_to(thunk);
         self.out.exits[n].stub = at;
@@ -208,8 +228,8 @@ impl Work<'_> {
         let d = &i.decoded;
         if d.op0_kind() == OpKind::Memory {
             if i.class == Class::JumpIndirect {
-                let at = self.operand(i, 8, false);
-                self.asm().load_mem(S0, S0, at);
+                let (base, at) = self.operand(i, 8, false);
+                self.asm().load_mem(S0, base, at);
             } else {
                 self.address(d, true);
                 self.check(i, 8, false);
@@ -234,9 +254,9 @@ impl Work<'_> {
     }
 
     pub(super) fn ret(&mut self, i: &GuestInstruction) {
-        let at = self.operand(i, 8, false);
+        let (base, at) = self.operand(i, 8, false);
         self.before_check(i);
-        self.asm().load_mem(S0, S0, at);
+        self.asm().load_mem(S0, base, at);
         let extra = if i.decoded.op_count() > 0 {
             i.decoded.immediate16()
         } else {
@@ -253,6 +273,7 @@ impl Work<'_> {
 
     /// The same into code of any privilege.
     pub(super) fn indirect_at(&mut self, privilege: u8) {
+        self.unpin();
         let cache = ctx::jump_cache(privilege);
         let lookup = self.s.thunks.lookup[usize::from(privilege)];
         let dynamic = privilege == Privilege::User as u8;

@@ -4,10 +4,10 @@ use super::*;
 
 impl Work<'_> {
     pub(super) fn memory(&mut self, i: &GuestInstruction, size: u8, write: bool) {
-        let disp = if self.s.form == Form::TwoPages {
+        let (base, disp) = if self.s.form == Form::TwoPages {
             self.before_check(i);
             self.asm().load(S0, ctx::SLOW_LINEAR);
-            0
+            (S0, 0)
         } else {
             self.operand(i, size, write)
         };
@@ -19,7 +19,7 @@ impl Work<'_> {
         {
             self.asm().load(S1, ctx::gpr(n));
         }
-        self.emit_with_host_address(&mut own, disp);
+        self.emit_with_host_address(&mut own, base, disp);
         if let Some((n, access)) = operand
             && access != Use::Reads
         {
@@ -73,19 +73,19 @@ impl Work<'_> {
         found
     }
 
-    /// Emits the instruction with `[S0 + disp]` for its memory operand.
-    pub(super) fn emit_with_host_address(&mut self, own: &mut Instruction, disp: i32) {
+    /// Emits the instruction with `[base + disp]` for its memory operand.
+    pub(super) fn emit_with_host_address(&mut self, own: &mut Instruction, base: Reg, disp: i32) {
         explicit_form(own);
-        if !(0..own.op_count())
-            .any(|op| own.op_kind(op) == OpKind::Register && is_high_byte(own.op_register(op)))
-        {
-            set_host_operand(own, Register::R10, disp);
+        let high = (0..own.op_count())
+            .any(|op| own.op_kind(op) == OpKind::Register && is_high_byte(own.op_register(op)));
+        if !high || base < 8 {
+            set_host_operand(own, pin::wide(base), disp);
             self.encode(own);
             return;
         }
-        // AH to BH cannot be named together with S0, which needs a REX prefix: RBP stands in for it.
+        // AH to BH cannot be named together with a base that needs a REX prefix: RBP stands in for it.
         self.asm().store(ctx::SPILL, RBP);
-        self.asm().mov(RBP, S0);
+        self.asm().mov(RBP, base);
         set_host_operand(own, Register::RBP, disp);
         self.encode(own);
         self.asm().load(RBP, ctx::SPILL);

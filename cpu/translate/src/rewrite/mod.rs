@@ -12,6 +12,7 @@
 mod address;
 mod control;
 mod memory;
+mod pin;
 mod share;
 mod sites;
 mod stack;
@@ -30,6 +31,7 @@ use crate::frontend::{Class, GuestBlock, GuestInstruction};
 use crate::thunk::{Thunks, load_simd};
 pub(crate) use sites::{AccessSite, Boundary, ExitSite, FirstSites, Part, Translated};
 
+use pin::{Pin, Pinned};
 use share::Run;
 
 /// What `rip` is relative to in a block.
@@ -64,6 +66,8 @@ struct SlowJump {
     site: u32,
     /// Index of the exit to the careful form.
     careful: Option<usize>,
+    /// What is borrowed there.
+    pinned: Option<Pinned>,
 }
 
 /// Translates blocks; keeps its buffers from one to the next.
@@ -105,6 +109,8 @@ impl Rewriter {
             slow: Vec::new(),
             simd_missing: None,
             run: None,
+            pin: None,
+            pinned: None,
             at: 0,
             stubs: Vec::new(),
             slot_stubs: Vec::new(),
@@ -125,6 +131,9 @@ struct Work<'a> {
     simd_missing: Option<Fixup>,
     /// What S0 reaches (see `share`).
     run: Option<Run>,
+    /// Which base is to be held in a register of its own, and the one that is (see `pin`).
+    pin: Option<Pin>,
+    pinned: Option<Pinned>,
     /// Which instruction is being translated.
     at: usize,
     /// Jumps to the exit stubs, which are emitted last.
@@ -136,9 +145,11 @@ struct Work<'a> {
 #[derive(Clone, Copy)]
 enum Stub {
     /// Leaves to the monitor with this exit.
-    Leave(usize),
+    Leave(usize, Option<Pinned>),
     /// Goes on at this offset from the page, which is in another page.
-    OtherPage(i64, FlagPlace),
+    OtherPage(i64, FlagPlace, Option<Pinned>),
+    /// Goes on in this page with an exit, once the borrowed register is given back.
+    GiveBack(usize, Pinned),
 }
 
 const IF: i32 = 1 << 9;
@@ -164,12 +175,14 @@ impl Work<'_> {
         if self.s.count {
             self.count_block();
         }
+        self.plan_pin();
         let block = self.block;
         for (at, i) in block.instructions.iter().enumerate() {
             self.at = at;
             self.boundary(i);
             self.instruction(i);
             self.run = self.run.take().and_then(|run| run.after(i));
+            self.follow_pin(i);
         }
         if block
             .instructions
@@ -280,6 +293,7 @@ impl Work<'_> {
             host,
             guest: i.offset,
             flags: self.place,
+            borrowed: self.borrowed(),
         });
     }
 

@@ -146,10 +146,27 @@ impl Run {
     }
 
     /// What remains of the run after an instruction, which accesses nothing outside of it.
-    pub fn after(mut self, i: &GuestInstruction) -> Option<Self> {
-        if !leaves_s0(i) {
-            return None;
-        }
+    pub fn after(self, i: &GuestInstruction) -> Option<Self> {
+        leaves_s0(i).then(|| self.moved_by(i)).flatten()
+    }
+
+    /// A run off the root of a reference, as if it were checked everywhere: to plan with.
+    pub fn anywhere(r: &Reference) -> Self {
+        let everywhere = Stretch {
+            low: i64::MIN / 2,
+            high: i64::MAX / 2,
+            write: true,
+        };
+        Run::new(r, everywhere)
+    }
+
+    /// True where the reference is off the run's root.
+    pub fn is_off(&self, r: &Reference) -> bool {
+        r.root == self.root
+    }
+
+    /// Follows the root through an instruction; `None` where it is lost.
+    pub fn moved_by(mut self, i: &GuestInstruction) -> Option<Self> {
         if i.class == Class::Leave {
             return self.after_leave();
         }
@@ -225,37 +242,40 @@ fn leaves_s0(i: &GuestInstruction) -> bool {
     }
 }
 
+impl Stretch {
+    /// What one reference touches.
+    pub fn of(r: &Reference) -> Option<Self> {
+        Some(Stretch {
+            low: r.disp,
+            high: r.disp.checked_add(i64::from(r.size))?,
+            write: r.write,
+        })
+    }
+
+    /// With what another reference of the run touches; `None` where it would be too long.
+    pub fn with(&self, run: &Run, r: &Reference) -> Option<Self> {
+        let from = r.disp.checked_add(run.moved)?;
+        let low = self.low.min(from);
+        let high = self.high.max(from.checked_add(i64::from(r.size))?);
+        let write = self.write || r.write;
+        (high - low <= LONGEST).then_some(Stretch { low, high, write })
+    }
+}
+
 /// The stretch of the run that begins with the first of `instructions`.
 pub(super) fn plan(instructions: &[GuestInstruction]) -> Option<Stretch> {
     let first = reference(instructions.first()?)?;
-    let high = first.disp.checked_add(i64::from(first.size))?;
-    let mut stretch = Stretch {
-        low: first.disp,
-        high,
-        write: first.write,
-    };
-    let everything = Stretch {
-        low: i64::MIN / 2,
-        high: i64::MAX / 2,
-        write: true,
-    };
-    let mut run = Run::new(&first, everything);
+    let mut stretch = Stretch::of(&first)?;
+    let mut run = Run::anywhere(&first);
     for i in instructions {
         if let Some(r) = reference(i) {
-            if r.root != run.root {
+            if !run.is_off(&r) {
                 break;
             }
-            let from = r.disp.checked_add(run.moved)?;
-            let low = stretch.low.min(from);
-            let high = stretch.high.max(from.checked_add(i64::from(r.size))?);
-            if high - low > LONGEST {
+            let Some(longer) = stretch.with(&run, &r) else {
                 break;
-            }
-            stretch = Stretch {
-                low,
-                high,
-                write: stretch.write || r.write,
             };
+            stretch = longer;
         }
         match run.after(i) {
             Some(next) => run = next,

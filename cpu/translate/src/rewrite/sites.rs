@@ -11,6 +11,8 @@ pub(crate) struct ExitSite {
     pub patch: Option<u32>,
     /// Position of the code that leaves to the monitor.
     pub stub: u32,
+    /// Positions of a displacement, and of what it leads to while the exit is linked; else it leads to `stub`.
+    pub gate: Option<(u32, u32)>,
     pub flags: FlagPlace,
     /// The instruction at the target is to be interpreted.
     pub interpret: bool,
@@ -39,6 +41,8 @@ pub(crate) struct AccessSite {
     /// Position behind the check, where S0 is a host address.
     pub done: u32,
     pub flags: FlagPlace,
+    /// A register whose value the guest finds in `pinned` (see `pin`).
+    pub borrowed: Option<u8>,
 }
 
 /// A part of the bytes that a check is for.
@@ -55,6 +59,8 @@ pub(crate) struct Boundary {
     pub host: u32,
     pub guest: u16,
     pub flags: FlagPlace,
+    /// As in [`AccessSite`].
+    pub borrowed: Option<u8>,
 }
 
 /// The outcome of translating one block. Positions are relative to its first byte.
@@ -72,6 +78,8 @@ pub(crate) struct Translated {
     pub slots: usize,
     /// Instructions that could not be encoded with another operand, so that they are interpreted.
     pub unencodable: u32,
+    /// Registers borrowed for a base.
+    pub pins: u32,
     /// Accesses that needed no check of their own.
     pub shared: u32,
     pub boundaries: Vec<Boundary>,

@@ -1,0 +1,166 @@
+//! A register for the base that code keeps coming back to.
+//!
+//! Problem: two bases in turn (`load a[i]; store b[i]`, a frame and a structure) drive each other out of S0, so that no access
+//! shares a check.
+//! Idea: a block that comes back to a base, and leaves some register alone altogether, borrows that register from the first access off
+//! the base to the last: it holds the host address, the guest's value waits in the context, and S0 is free for the others.
+//! Invariant: while the register is borrowed (`Work::pinned` is `Some`), every way out gives it back: exits load it first, and sites
+//! and boundaries name it so that the monitor does where it takes over in the middle.
+//! Cost: three moves a block.
+
+use iced_x86::Register;
+
+use super::share::{self, Reference, Run, Stretch};
+use super::*;
+
+/// How often code has to come back to a base for a register to be worth while.
+const LEAST_RETURNS: usize = 1;
+/// Registers in the order in which they are borrowed: those that need no REX prefix to be a base last, since code uses them most.
+const CANDIDATES: [Reg; 13] = [9, 8, 15, 14, 13, 12, 3, 5, 7, 6, 1, 2, 0];
+
+/// Which base is held, and from which instruction to which.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pin {
+    pub register: Reg,
+    first: usize,
+    last: usize,
+    stretch: Stretch,
+}
+
+/// A base that is held.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pinned {
+    pub register: Reg,
+    pub run: Run,
+    last: usize,
+}
+
+impl Work<'_> {
+    /// Chooses the base to hold, if any.
+    pub(super) fn plan_pin(&mut self) {
+        if !self.s.share_checks || self.s.form != Form::Normal {
+            return;
+        }
+        let code = &self.block.instructions;
+        let references: Vec<_> = code
+            .iter()
+            .enumerate()
+            .filter_map(|(at, i)| Some((at, share::reference(i)?)))
+            .collect();
+        if returns(&references, 0) == 0 {
+            return;
+        }
+        let used = code.iter().fold(0, |used, i| used | i.uses);
+        let Some(register) = CANDIDATES.into_iter().find(|r| used & 1 << r == 0) else {
+            return;
+        };
+        let best = (0..references.len())
+            .filter_map(|n| self.span(&references, n, register))
+            .max_by_key(|(gain, pin)| (*gain, std::cmp::Reverse(pin.first)));
+        self.pin = best.map(|(_, pin)| pin);
+    }
+
+    /// The stretch of code and memory for which the base of the `n`-th reference could be held, and how often code comes back.
+    fn span(
+        &self,
+        references: &[(usize, Reference)],
+        n: usize,
+        register: Reg,
+    ) -> Option<(usize, Pin)> {
+        let (first, r) = references[n];
+        let earlier = n.checked_sub(1).map(|m| references[m].1.root);
+        if earlier == Some(r.root) {
+            return None; // the earlier one begins a longer span
+        }
+        let mut stretch = Stretch::of(&r)?;
+        let mut run = Run::anywhere(&r);
+        let (mut last, mut gain, mut away) = (first, 0, false);
+        for (at, i) in self.block.instructions.iter().enumerate().skip(first) {
+            match share::reference(i) {
+                Some(other) if run.is_off(&other) => {
+                    let Some(longer) = stretch.with(&run, &other) else {
+                        break;
+                    };
+                    stretch = longer;
+                    gain += usize::from(away);
+                    (last, away) = (at, false);
+                }
+                Some(_) => away = true,
+                None => away |= i.class.checks(),
+            }
+            match run.moved_by(i) {
+                Some(next) => run = next,
+                None => break,
+            }
+        }
+        let pin = Pin {
+            register,
+            first,
+            last,
+            stretch,
+        };
+        (gain >= LEAST_RETURNS).then_some((gain, pin))
+    }
+
+    /// The stretch that the check at this instruction is to cover where it begins to hold its base.
+    pub(super) fn pinned_stretch(&self) -> Option<Stretch> {
+        self.pin
+            .filter(|pin| pin.first == self.at)
+            .map(|pin| pin.stretch)
+    }
+
+    /// Borrows the register for the address in S0 where the plan says so.
+    pub(super) fn begin_pin(&mut self, run: Run) {
+        let Some(pin) = self.pin.filter(|pin| pin.first == self.at) else {
+            return;
+        };
+        let a = self.asm();
+        a.store(ctx::PINNED, pin.register);
+        a.mov(pin.register, S0);
+        self.pinned = Some(Pinned {
+            register: pin.register,
+            run,
+            last: pin.last,
+        });
+        self.out.pins += 1;
+        let i = &self.block.instructions[self.at];
+        self.boundary(i);
+    }
+
+    /// Follows an instruction; gives the register back after the last access.
+    pub(super) fn follow_pin(&mut self, i: &GuestInstruction) {
+        let Some(pinned) = self.pinned else { return };
+        let next = (self.at < pinned.last)
+            .then(|| pinned.run.moved_by(i))
+            .flatten();
+        match next {
+            Some(run) => self.pinned = Some(Pinned { run, ..pinned }),
+            None => self.unpin(),
+        }
+    }
+
+    /// Gives a borrowed register back. No flag changes.
+    pub(super) fn unpin(&mut self) {
+        if let Some(pinned) = self.pinned.take() {
+            self.asm().load(pinned.register, ctx::PINNED);
+        }
+    }
+
+    /// The register that is borrowed now.
+    pub(super) fn borrowed(&self) -> Option<Reg> {
+        self.pinned.map(|pinned| pinned.register)
+    }
+}
+
+/// How often code comes back to a base that it has left.
+fn returns(references: &[(usize, Reference)], from: usize) -> usize {
+    let roots: Vec<_> = references[from..].iter().map(|(_, r)| r.root).collect();
+    (1..roots.len())
+        .filter(|n| roots[*n] != roots[n - 1] && roots[..*n].contains(&roots[*n]))
+        .count()
+}
+
+/// A register by its number, 64 bits wide.
+pub(super) fn wide(r: Reg) -> Register {
+    Register::RAX + u32::from(r)
+}
