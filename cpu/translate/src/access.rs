@@ -21,14 +21,14 @@ impl Translator {
     pub fn access(&mut self, linear: u64, site: u32) -> u64 {
         self.counts.tlb_misses += 1;
         let access = self.blocks.access(site);
-        self.go_on(linear, access).unwrap_or_else(|| {
+        self.go_on(linear, access, site).unwrap_or_else(|| {
             self.context.exit = EXIT_ACCESS;
             self.context.fault_pc = u64::from(site);
             0
         })
     }
 
-    fn go_on(&mut self, linear: u64, access: Access) -> Option<u64> {
+    fn go_on(&mut self, linear: u64, access: Access, number: u32) -> Option<u64> {
         let site = access.site;
         let block = self.blocks.get(access.block);
         let (privilege, host) = (PRIVILEGES[usize::from(block.key.privilege)], block.host);
@@ -50,7 +50,7 @@ impl Translator {
             return self.careful_form(access);
         }
         self.counts.page_crossings += 1;
-        self.two_pages(linear, access, privilege)
+        self.two_pages(linear, access, number, privilege)
     }
 
     /// Host address of a shared check's stretch that lies in two pages, where these are neighbours in the host. They are only
@@ -107,7 +107,13 @@ impl Translator {
     }
 
     /// Where to go on with an access to two pages; what it is to access instead is left in `slow_linear`.
-    fn two_pages(&mut self, linear: u64, access: Access, privilege: Privilege) -> Option<u64> {
+    fn two_pages(
+        &mut self,
+        linear: u64,
+        access: Access,
+        number: u32,
+        privilege: Privilege,
+    ) -> Option<u64> {
         let site = access.site;
         let first = self.page(linear, site.write, privilege)?;
         let next = (linear | PAGE_MASK).wrapping_add(1);
@@ -118,32 +124,34 @@ impl Translator {
             return Some(behind);
         }
         let at = if site.write {
-            let at = self.two_page_form(access)?;
+            let at = self.two_page_form(access, number)?;
             self.give_back(site.borrowed);
             at
         } else {
             behind
         };
-        let place = (linear & 63) as usize;
         let ctx = &mut *self.context;
-        let bounce = &mut ctx.bounce.0[place..place + usize::from(site.own.size)];
-        let (low, high) = bounce.split_at_mut(first.room());
-        first.read(low);
+        let (low, high) = ctx.bounce.0.split_at_mut(64);
+        first.read(&mut low[64 - first.room()..]);
         second.read(high);
         ctx.copy_to = [first.addr(), second.addr()];
-        ctx.copy_len = [low.len() as u64, high.len() as u64];
-        ctx.slow_linear = low.as_ptr() as u64;
+        ctx.slow_linear = ctx.bounce_at + (linear & 63);
         Some(at)
     }
 
     /// Where the instruction of the access begins in its translation that copies back.
-    fn two_page_form(&mut self, access: Access) -> Option<u64> {
+    fn two_page_form(&mut self, access: Access, site: u32) -> Option<u64> {
         if !access.site.own_operand {
             return None;
         }
         let simd = self.blocks.get(access.block).simd;
         let block = self.form(access, Form::TwoPages)?;
-        Some(self.blocks.get(block).entry(access.site.flags, simd))
+        let at = self.blocks.get(block).entry(access.site.flags, simd);
+        // A register has to be given back first where one is borrowed: only the monitor can.
+        if access.site.borrowed.is_none() {
+            self.context.forms = self.blocks.set_form(site, at);
+        }
+        Some(at)
     }
 
     /// The block from the instruction of the access on, in another form.

@@ -194,6 +194,23 @@ impl Asm {
         debug_assert!(i32::try_from(rel).is_ok());
         self.imm32(rel as i32);
     }
+    /// `mov dst, [base + index * 8]`; `base` is not rbp or r13.
+    pub fn load_mem_index8(&mut self, dst: Reg, base: Reg, index: Reg) {
+        let sib = 3 << 6 | (index & 7) << 3 | (base & 7);
+        self.raw(&[
+            Self::rex(true, dst, index, base),
+            0x8b,
+            (dst & 7) << 3 | 4,
+            sib,
+        ]);
+    }
+    pub fn cmp64(&mut self, a: Reg, b: Reg) {
+        self.raw(&[
+            Self::rex(true, b, 0, a),
+            0x39,
+            0xc0 | (b & 7) << 3 | (a & 7),
+        ]);
+    }
     /// `lea dst, [pos]`, an earlier position in this code.
     pub fn lea_pos(&mut self, dst: Reg, pos: usize) {
         self.raw(&[Self::rex(true, dst, 0, 0), 0x8d, (dst & 7) << 3 | 5]);

@@ -94,6 +94,8 @@ pub(crate) struct Blocks {
     blocks: Vec<Block>,
     exits: Vec<Exit>,
     accesses: Vec<Access>,
+    /// By the number of an access: where its form for two pages begins, or 0.
+    forms: Vec<u64>,
     by_key: FxHashMap<Key, BlockId>,
     by_page: FxHashMap<u64, Vec<BlockId>>,
     /// Linked exits that lead to another page, of kernel and of user code.
@@ -120,6 +122,17 @@ impl Blocks {
 
     pub fn access(&self, n: u32) -> Access {
         self.accesses[n as usize]
+    }
+
+    /// Notes where an access goes on that crosses pages; returns the address of the whole table, which `forms` must be told.
+    pub fn set_form(&mut self, access: u32, at: u64) -> u64 {
+        self.forms[access as usize] = at;
+        self.forms.as_ptr() as u64
+    }
+
+    /// Address of the table of forms.
+    pub fn forms(&self) -> u64 {
+        self.forms.as_ptr() as u64
     }
 
     pub fn find(&self, key: &Key) -> Option<BlockId> {
@@ -150,6 +163,7 @@ impl Blocks {
                 .into_iter()
                 .map(|site| Access { block: id, site }),
         );
+        self.forms.resize(self.accesses.len(), 0);
         self.blocks.push(Block {
             key,
             second_page,
@@ -262,6 +276,9 @@ impl Blocks {
         let block = &mut self.blocks[id as usize];
         block.alive = false;
         let key = block.key;
+        if key.form == Form::TwoPages {
+            self.forms.fill(0);
+        }
         let incoming = std::mem::take(&mut block.incoming);
         let pages: Vec<_> = block
             .guest_ranges()

@@ -22,7 +22,7 @@ pub(crate) struct Context {
     /// Arithmetic flags of the guest while generated code has saved them (see `flags`).
     pub flags: u64,
     /// Where a register is kept for a moment.
-    pub spill: [u64; 4],
+    pub spill: [u64; 5],
     /// The guest's value of a register that a block has borrowed (see `rewrite::pin`).
     pub pinned: u64,
     /// Linear address of the guest page that executes, for position-independent blocks.
@@ -55,9 +55,12 @@ pub(crate) struct Context {
     pub slow_spill: [u64; 3],
     /// Where a load that crosses pages finds its bytes; twice as long as the longest, to keep its alignment.
     pub bounce: Bounce,
-    /// The two places that `bounce` is a copy of.
+    /// Address of `bounce`.
+    pub bounce_at: u64,
+    /// Where the bytes belong that an instruction writes to `bounce`: those up to its middle, and those from there on.
     pub copy_to: [u64; 2],
-    pub copy_len: [u64; 2],
+    /// By the number of an access site: host address of its form for two pages, or 0.
+    pub forms: u64,
     pub translator: u64,
     /// Counted by the blocks themselves where [`crate::TranslateOptions::count`] asks for it.
     pub blocks_run: u64,
@@ -89,7 +92,9 @@ displacement! {
     SLOW_SITE = slow_site;
     SLOW_SPILL = slow_spill;
     COPY_TO = copy_to;
-    COPY_LEN = copy_len;
+    BOUNCE = bounce;
+    BOUNCE_AT = bounce_at;
+    FORMS = forms;
     INTERRUPT_WAITS = interrupt_waits;
     TRANSLATOR = translator;
     BLOCKS_RUN = blocks_run;

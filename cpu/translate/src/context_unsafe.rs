@@ -47,6 +47,7 @@ impl ContextBox {
             cache.initialize();
         }
         ctx.host_mxcsr = 0x1f80;
+        ctx.bounce_at = &raw const ctx.bounce as u64;
         let at = NonNull::from(Box::leak(ctx));
         ContextBox {
             shared: Arc::new(Shared {

@@ -144,7 +144,9 @@ impl Translator {
             code: translated,
         };
         let tracker = cpu.ram.tracker();
-        Some(self.blocks.insert(key, made, tracker, &mut self.cache))
+        let block = self.blocks.insert(key, made, tracker, &mut self.cache);
+        self.context.forms = self.blocks.forms();
+        Some(block)
     }
 
     /// Decodes the block at `rip`: from its page alone, or one instruction from two pages.
@@ -256,6 +258,7 @@ impl Translator {
         self.counts.cache_flushes += 1;
         let tracker = self.context.cpu.ram.tracker();
         self.blocks.clear(tracker);
+        self.context.forms = self.blocks.forms();
         self.cache.clear();
         self.link_from = None;
         self.empty_jump_caches(0..3);

@@ -38,7 +38,7 @@ const CALLEE_SAVED: [Reg; 6] = [3, 5, 12, 13, 14, 15];
 pub(crate) struct Thunks {
     pub enter: u64,
     pub exit: u64,
-    slow: [[[u64; 2]; 3]; 2],
+    slow: [[[[u64; 2]; 2]; 3]; 2],
     /// By the privilege of the code at the target.
     pub lookup: [u64; 3],
 }
@@ -73,9 +73,19 @@ pub(crate) fn assemble(asm: &mut Asm, base: u64, xsaveopt: bool) -> Thunks {
         ask_monitor(asm, simd, xsaveopt, leave);
         [0, 1, 2].map(|privilege| {
             [false, true].map(|write| {
-                let at = base + asm.pos() as u64;
-                side_by_side(asm, privilege, write, ask);
-                at
+                [false, true].map(|alone| {
+                    let at = base + asm.pos() as u64;
+                    crossing(
+                        asm,
+                        Check {
+                            privilege,
+                            write,
+                            alone,
+                        },
+                        ask,
+                    );
+                    at
+                })
             })
         })
     });
@@ -94,24 +104,43 @@ pub(crate) fn assemble(asm: &mut Asm, base: u64, xsaveopt: bool) -> Thunks {
 
 impl Thunks {
     /// The slow path of a check. S0 holds the linear address, S1 the host address behind the check, and `slow_site` is set.
-    pub fn slow(&self, simd: bool, privilege: u8, write: bool) -> u64 {
-        self.slow[usize::from(simd)][usize::from(privilege)][usize::from(write)]
+    pub fn slow(&self, simd: bool, check: Check) -> u64 {
+        let of_privilege = &self.slow[usize::from(simd)][usize::from(check.privilege)];
+        of_privilege[usize::from(check.write)][usize::from(check.alone)]
     }
 }
 
-/// Goes on behind the check where the TLB has the page of S0 and the next one, and they are neighbours in the host.
-fn side_by_side(asm: &mut Asm, privilege: u8, write: bool, ask: usize) {
-    const SAVED: [(Reg, i32); 3] = [
-        (RAX, ctx::SLOW_SPILL),
-        (RCX, ctx::SLOW_SPILL + 8),
-        (RDX, ctx::SLOW_SPILL + 16),
-    ];
-    let tlb = ctx::tlb(privilege);
-    let tag = tlb + TlbEntry::tag(write) as i32;
+/// What a check is for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Check {
+    pub privilege: u8,
+    pub write: bool,
+    /// The explicit operand of one instruction, of 64 bytes at most, and nothing else.
+    pub alone: bool,
+}
+
+/// Registers that the slow path uses before it knows whether it has to ask the monitor.
+const SLOW_SAVED: [(Reg, i32); 3] = [
+    (RAX, ctx::SLOW_SPILL),
+    (RCX, ctx::SLOW_SPILL + 8),
+    (RDX, ctx::SLOW_SPILL + 16),
+];
+
+fn restore_slow_saved(asm: &mut Asm) {
+    for (r, slot) in SLOW_SAVED {
+        asm.load(r, slot);
+    }
+}
+
+/// An access whose two pages are both in the TLB goes on without the monitor.
+fn crossing(asm: &mut Asm, check: Check, ask: usize) {
+    let tlb = ctx::tlb(check.privilege);
+    let tag = tlb + TlbEntry::tag(check.write) as i32;
     let host = tlb + TlbEntry::HOST as i32;
-    for (r, slot) in SAVED {
+    for (r, slot) in SLOW_SAVED {
         asm.store(slot, r);
     }
+    asm.store(ctx::SLOW_LINEAR, S0);
     asm.mov(RAX, S0);
     asm.alu_imm64(Alu::And, RAX, -4096);
     let mut out = Vec::new();
@@ -124,23 +153,66 @@ fn side_by_side(asm: &mut Asm, privilege: u8, write: bool, ask: usize) {
         asm.load_indexed(page, RCX, host);
         asm.alu_imm64(Alu::Add, RAX, 4096);
     }
-    asm.sub64(RCX, RDX);
-    asm.alu_imm64(Alu::Cmp, RCX, 4096);
-    out.push(asm.jcc(CC_NE));
+    // RDX and RCX are the two pages in the host; S0 and RAX then point to the bytes in the first, and to its end.
     asm.alu_imm32(Alu::And, S0, 4095);
+    asm.lea(RAX, RDX, 4096);
     asm.add64(S0, RDX);
-    for (r, slot) in SAVED {
-        asm.load(r, slot);
-    }
+    asm.cmp64(RAX, RCX);
+    let apart = asm.jcc(CC_NE);
+    restore_slow_saved(asm);
     asm.jmp_reg(S1);
+    asm.bind(apart);
+    match check {
+        Check { alone: false, .. } => {}
+        Check { write: false, .. } => read_copy(asm),
+        Check { write: true, .. } => write_copy(asm, &mut out),
+    }
     for jump in out {
         asm.bind(jump);
     }
-    for (r, slot) in SAVED {
-        asm.load(r, slot);
-    }
+    asm.load(S0, ctx::SLOW_LINEAR);
+    restore_slow_saved(asm);
     let on = asm.jmp();
     asm.bind_at(on, ask);
+}
+
+/// Bytes on either side of the end of a page that an access across it may touch.
+const HALF_BOUNCE: i32 = 64;
+
+/// Copies the last bytes of the page that ends at RAX, and the first of that at RCX, to `bounce`; S0 becomes the address there.
+fn copy_both(asm: &mut Asm) {
+    asm.alu_imm32(Alu::And, S0, HALF_BOUNCE - 1);
+    for at in (0..HALF_BOUNCE).step_by(8) {
+        asm.load_mem(RDX, RAX, at - HALF_BOUNCE);
+        asm.store(ctx::BOUNCE + at, RDX);
+    }
+    for at in (0..HALF_BOUNCE).step_by(8) {
+        asm.load_mem(RDX, RCX, at);
+        asm.store(ctx::BOUNCE + HALF_BOUNCE + at, RDX);
+    }
+    asm.add_gs(S0, ctx::BOUNCE_AT);
+}
+
+/// A read goes on at a copy.
+fn read_copy(asm: &mut Asm) {
+    copy_both(asm);
+    restore_slow_saved(asm);
+    asm.jmp_reg(S1);
+}
+
+/// A write goes on in the instruction's form that copies back, if that exists already.
+fn write_copy(asm: &mut Asm, out: &mut Vec<Fixup>) {
+    asm.store(ctx::COPY_TO, S0);
+    asm.store(ctx::COPY_TO + 8, RCX);
+    asm.load32(RDX, ctx::SLOW_SITE);
+    asm.load(S1, ctx::FORMS);
+    asm.load_mem_index8(S1, S1, RDX);
+    asm.test64(S1, S1);
+    out.push(asm.jcc(CC_E));
+    copy_both(asm);
+    asm.store(ctx::SLOW_LINEAR, S0);
+    restore_slow_saved(asm);
+    asm.jmp_reg(S1);
 }
 
 /// Asks the monitor for the access at S0; goes on at the address that it returns, or leaves where that is 0.

@@ -217,7 +217,11 @@ impl Work<'_> {
         self.slow.push(SlowJump {
             from,
             tag,
-            write,
+            check: Check {
+                privilege: self.s.privilege,
+                write,
+                alone: alone && matches!(i.class, Class::Memory { .. }),
+            },
             done: self.r.asm.pos(),
             site,
             careful,
@@ -253,7 +257,7 @@ impl Work<'_> {
             if let Some(n) = s.careful {
                 self.careful_gate(n, s.pinned);
             }
-            let thunk = thunks.slow(self.block.simd, self.s.privilege, s.write);
+            let thunk = thunks.slow(self.block.simd, s.check);
             let a = self.asm();
             a.xor_indexed(S0, S1, s.tag);
             a.store_imm32(ctx::SLOW_SITE, s.site);

@@ -7,6 +7,7 @@ impl Work<'_> {
         let (base, disp) = if self.s.form == Form::TwoPages {
             self.before_check(i);
             self.asm().load(S0, ctx::SLOW_LINEAR);
+            self.split(size);
             (S0, 0)
         } else {
             self.operand(i, size, write)
@@ -31,8 +32,20 @@ impl Work<'_> {
         self.after_own(i);
     }
 
+    /// Works out how many of the bytes at S0, which lie around the middle of `bounce`, belong to each page.
+    fn split(&mut self, size: u8) {
+        let a = self.asm();
+        a.mov32(S1, S0);
+        a.alu_imm32(Alu::Or, S1, -64);
+        a.neg32(S1);
+        a.store(ctx::SPILL + 24, S1);
+        a.neg32(S1);
+        a.alu_imm32(Alu::Add, S1, size.into());
+        a.store(ctx::SPILL + 32, S1);
+    }
+
     /// Moves what the instruction has written at `bounce` to the two pages where it belongs. No flag changes.
-    pub(super) fn copy_out(&mut self) {
+    fn copy_out(&mut self) {
         let saved = [
             (RCX, ctx::SPILL),
             (RSI, ctx::SPILL + 8),
@@ -45,7 +58,7 @@ impl Work<'_> {
         a.load(RSI, ctx::SLOW_LINEAR);
         for part in 0..2 {
             a.load(RDI, ctx::COPY_TO + 8 * part);
-            a.load(RCX, ctx::COPY_LEN + 8 * part);
+            a.load(RCX, ctx::SPILL + 24 + 8 * part);
             a.raw(&[0xf3, 0xa4]); // rep movsb
         }
         for (r, slot) in saved {

@@ -28,7 +28,7 @@ use crate::blocks::Form;
 use crate::context as ctx;
 use crate::flags::FlagPlace;
 use crate::frontend::{Class, GuestBlock, GuestInstruction};
-use crate::thunk::{Thunks, load_simd};
+use crate::thunk::{Check, Thunks, load_simd};
 pub(crate) use sites::{AccessSite, Boundary, ExitSite, FirstSites, Part, Translated};
 
 use pin::{Pin, Pinned};
@@ -60,7 +60,7 @@ pub(crate) struct Setting {
 struct SlowJump {
     from: Fixup,
     tag: i32,
-    write: bool,
+    check: Check,
     /// Position behind the check.
     done: usize,
     site: u32,
