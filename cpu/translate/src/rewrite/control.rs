@@ -43,7 +43,7 @@ impl Work<'_> {
         if self.at + 1 == self.block.instructions.len() {
             self.direct_exit(i64::from(i.offset) + i.decoded.len() as i64);
         } else if self.s.count {
-            self.count_instructions();
+            self.count_instructions(self.at + 1);
         }
     }
 

@@ -267,13 +267,12 @@ impl Work<'_> {
 
     fn count_block(&mut self) {
         self.add_to(ctx::BLOCKS_RUN, 1);
-        self.count_instructions();
+        self.count_instructions(0);
     }
 
-    /// Counts the instructions up to the next branch.
-    fn count_instructions(&mut self) {
-        let rest = &self.block.instructions[self.at..];
-        let rest = if self.at == 0 { rest } else { &rest[1..] };
+    /// Counts the instructions from this one up to the next branch.
+    fn count_instructions(&mut self, from: usize) {
+        let rest = &self.block.instructions[from..];
         let to_branch = rest.iter().position(|i| i.class == Class::Conditional);
         let n = to_branch.map_or(rest.len(), |n| n + 1);
         self.add_to(ctx::INSTRUCTIONS_RUN, n as i32);
