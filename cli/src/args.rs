@@ -5,6 +5,7 @@ use clap::{Args, Parser, Subcommand};
 use doppel_machine::EngineChoice;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 const EXIT_STATUS: &str = "\
 Exit status:
@@ -26,6 +27,9 @@ pub enum Command {
     /// Run a virtual machine in this process until it ends.
     #[command(after_help = EXIT_STATUS)]
     Run(Run),
+    /// Show guest code and its translation side by side, with reasons: the hottest blocks of a run, or any bytes.
+    #[command(after_help = EXIT_STATUS)]
+    Explain(Explain),
     /// Assemble the default guest, or one of another Debian kernel, and print its files.
     Guest(Guest),
     /// Wait for the parent to die and give the terminal its settings back.
@@ -68,6 +72,79 @@ pub struct Run {
     /// Translate only the first N blocks and interpret the others, to find a bad translation by halving.
     #[arg(long, value_name = "N")]
     pub translate_limit: Option<u64>,
+    /// Write /tmp/perf-PID.map, in which perf finds names for translated code.
+    #[arg(long)]
+    pub perf_map: bool,
+    /// Names of the guest kernel's addresses: its System.map, or what root reads in its /proc/kallsyms.
+    #[arg(long, value_name = "FILE")]
+    pub symbols: Option<PathBuf>,
+}
+
+/// Without --bytes it takes the options of `run`, runs the guest likewise, and shows blocks when it has ended.
+#[derive(Debug, Args)]
+pub struct Explain {
+    /// Show the N blocks that executed the most instructions; 10 unless something else is asked for.
+    #[arg(long, value_name = "N")]
+    pub hottest: Option<usize>,
+    /// Show the blocks that ran with code at this linear address (hexadecimal) or symbol.
+    #[arg(long, value_name = "ADDRESS", conflicts_with = "hottest")]
+    pub at: Option<String>,
+    /// End the guest after so many seconds.
+    #[arg(long, value_name = "S", value_parser = seconds)]
+    pub seconds: Option<Duration>,
+    /// No guest: show these bytes of code (hexadecimal).
+    #[arg(long, value_name = "HEX", value_parser = bytes, conflicts_with_all = ["hottest", "at", "seconds"])]
+    pub bytes: Option<Code>,
+    /// The privilege that the bytes run with: 0 or 3.
+    #[arg(long, value_name = "CPL", requires = "bytes", default_value_t = 0, value_parser = cpl)]
+    pub cpl: u8,
+    /// The linear address at which they stand (hexadecimal).
+    #[arg(long, value_name = "ADDRESS", requires = "bytes", default_value = "1000", value_parser = address)]
+    pub address: u64,
+    /// Write the listing to this file, not to standard output.
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// How to run the guest.
+    #[command(flatten)]
+    pub run: Run,
+}
+
+/// Bytes of machine code.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Code(pub Vec<u8>);
+
+fn bytes(text: &str) -> Result<Code, String> {
+    let digits: String = text.split_whitespace().collect();
+    let byte = |at: usize| {
+        let pair = digits.get(at..at + 2)?;
+        let pair = Some(pair).filter(|p| !p.contains('+'))?;
+        u8::from_str_radix(pair, 16).ok()
+    };
+    let bytes: Option<Vec<_>> = (0..digits.len()).step_by(2).map(byte).collect();
+    bytes
+        .map(Code)
+        .ok_or_else(|| "write pairs of hexadecimal digits, as in '48 8b 03'".to_owned())
+}
+
+/// A linear address in hexadecimal, with or without 0x.
+pub fn address(text: &str) -> Result<u64, String> {
+    let digits = text.strip_prefix("0x").unwrap_or(text);
+    u64::from_str_radix(digits, 16).map_err(|_| "write an address in hexadecimal".to_owned())
+}
+
+fn cpl(text: &str) -> Result<u8, String> {
+    match text {
+        "0" => Ok(0),
+        "3" => Ok(3),
+        _ => Err("write 0 or 3".to_owned()),
+    }
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: Option<f64> = text.parse().ok();
+    seconds
+        .and_then(|s| Duration::try_from_secs_f64(s).ok())
+        .ok_or_else(|| "write a number of seconds".to_owned())
 }
 
 #[derive(Debug, Args)]
@@ -156,5 +233,13 @@ mod tests {
         let message = run("--serial tcp").unwrap_err().to_string();
         assert!(message.contains("file=PATH"), "{message}");
         assert!(run("--engine magic").is_err());
+    }
+
+    #[test]
+    fn code_is_written_in_hexadecimal() {
+        assert_eq!(bytes("48 8b03\n90"), Ok(Code(vec![0x48, 0x8b, 0x03, 0x90])));
+        for text in ["4", "4g", "é1", "48 8", "+1"] {
+            assert!(bytes(text).is_err(), "{text}");
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use clap::Parser;
 use doppel_cli::args::{Cli, Command};
-use doppel_cli::{assemble, run, terminal};
+use doppel_cli::{assemble, explain, run, terminal};
 use std::process::ExitCode;
 
 /// Exit status for an error of the host or of usage.
@@ -18,6 +18,7 @@ fn main() -> ExitCode {
     };
     let result = match &cli.command {
         Command::Run(args) => run::run(args),
+        Command::Explain(args) => explain::explain(args),
         Command::Guest(args) => assemble::assemble(args).map(|()| 0),
         Command::Watchdog => terminal::watch().map(|()| 0),
     };

@@ -1,16 +1,19 @@
 //! `doppel run`: a virtual machine in this process, from its parts to its exit status.
 
 use crate::args::{Run, Serial};
+use crate::explain;
 use crate::guest;
 use crate::signals::Signals;
 use crate::terminal::console::Console;
 use crate::terminal::{self, Raw};
 use anyhow::{Context, Result, bail};
+use doppel_machine::explain::{Observers, Profile};
 use doppel_machine::{Death, Ending, Machine, MachineConfig, SerialBackend, Stats, StopHandle};
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
+use std::thread;
 use std::time::Duration;
 
 /// How long a machine that was told to end waits for a reader of its output.
@@ -21,10 +24,20 @@ const FAREWELL: Duration = Duration::from_secs(1);
 enum Order {
     Escape,
     Signal(String),
+    Timeout(Duration),
 }
 
 /// Runs the machine that `args` describes; the exit status, or an error of the host or of usage.
 pub fn run(args: &Run) -> Result<u8> {
+    run_observed(args, None, None)
+}
+
+/// The same with the profile of its blocks, for so long at most.
+pub fn run_observed(
+    args: &Run,
+    profile: Option<Arc<Profile>>,
+    limit: Option<Duration>,
+) -> Result<u8> {
     for file in [&args.kernel, &args.initrd].into_iter().flatten() {
         check_readable(file)?;
     }
@@ -32,9 +45,20 @@ pub fn run(args: &Run) -> Result<u8> {
     let boot = Boot::choose(args)?;
     let signals = Signals::block()?;
     let console = Console::open(&args.serial)?;
-    let mut machine = Machine::new(configuration(args, boot, &console))?;
+    let observers = Observers {
+        profile,
+        perf_map: explain::perf_map(args)?.map(Arc::new),
+    };
+    let config = MachineConfig {
+        observers,
+        ..configuration(args, boot, &console)
+    };
+    let mut machine = Machine::new(config)?;
     eprintln!("doppel: {}", machine.engine());
     let session = Session::start(args, &machine, console, signals)?;
+    if let Some(limit) = limit {
+        session.end_after(&machine, limit)?;
+    }
     let ending = machine.run();
     let order = session.end(&ending);
     if let Some(file) = stats {
@@ -156,6 +180,21 @@ impl Session {
         })
     }
 
+    /// Ends the machine after some time.
+    fn end_after(&self, machine: &Machine, limit: Duration) -> Result<()> {
+        let (stop, order) = (machine.stop_handle(), self.order.clone());
+        thread::Builder::new()
+            .name("time limit".to_owned())
+            .spawn(move || {
+                thread::sleep(limit);
+                if order.set(Order::Timeout(limit)).is_ok() {
+                    stop.stop();
+                }
+            })
+            .context("a thread cannot be started")?;
+        Ok(())
+    }
+
     /// Gives the terminal back once the guest's last output is out.
     fn end(mut self, ending: &Result<Ending, doppel_machine::MachineError>) -> Option<Order> {
         let told = matches!(ending, Ok(Ending::Stopped));
@@ -196,6 +235,10 @@ fn report(ending: &Ending, order: Option<&Order>) -> u8 {
             Some(Order::Signal(name)) => {
                 eprintln!("doppel: ended by {name}");
                 1
+            }
+            Some(Order::Timeout(limit)) => {
+                eprintln!("doppel: ended after {limit:?}");
+                0
             }
             _ => {
                 eprintln!("\ndoppel: left");

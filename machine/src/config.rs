@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use doppel_translate::explain::Observers;
+
 use crate::engine::EngineChoice;
 use crate::serial::SerialBackend;
 
@@ -30,6 +32,8 @@ pub struct MachineConfig {
     pub translate_limit: Option<u64>,
     /// Have the engine count what it runs, which costs a little.
     pub count: bool,
+    /// Who is told of the blocks that are translated.
+    pub observers: Observers,
 }
 
 impl MachineConfig {
@@ -47,6 +51,7 @@ impl MachineConfig {
             debug_exit: false,
             translate_limit: None,
             count: false,
+            observers: Observers::default(),
         }
     }
 }

@@ -142,13 +142,14 @@ fn new_engine(
             let options = TranslateOptions {
                 translate_limit: config.translate_limit,
                 count: config.count,
+                perf_map: config.observers.perf_map.is_some(),
                 ..TranslateOptions::default()
             };
             let engine = Translate::new(cpu, options).map_err(|e| EngineError {
                 engine: "translate",
                 reason: e.to_string(),
             })?;
-            Ok(Box::new(engine))
+            Ok(Box::new(engine.observed(config.observers.clone())))
         }
     }
 }

@@ -1,5 +1,8 @@
 //! The engines that the suite runs on: a new engine or switch is a row.
 
+use std::sync::Arc;
+
+use doppel_translate::explain::Observers;
 use doppel_translate::{Translate, TranslateOptions};
 use doppel_x86::interpret::Interpret;
 use doppel_x86::{Cpu, Engine};
@@ -19,6 +22,21 @@ fn interpret(cpu: Box<Cpu>) -> Box<dyn Engine> {
 fn translate(cpu: Box<Cpu>, options: TranslateOptions) -> Box<dyn Engine> {
     match Translate::new(cpu, options) {
         Ok(engine) => Box::new(engine),
+        Err(e) => panic!("the translator does not run on this host: {e}"),
+    }
+}
+
+fn translate_observed(cpu: Box<Cpu>) -> Box<dyn Engine> {
+    let observers = Observers {
+        profile: Some(Arc::default()),
+        perf_map: None,
+    };
+    let options = TranslateOptions {
+        cache_size: 0,
+        ..TranslateOptions::default()
+    };
+    match Translate::new(cpu, options) {
+        Ok(engine) => Box::new(engine.observed(observers)),
         Err(e) => panic!("the translator does not run on this host: {e}"),
     }
 }
@@ -49,5 +67,9 @@ pub const ENGINES: &[Row] = &[
     translate_with!("translate, inline_system off", inline_system: false),
     translate_with!("translate, inline_strings off", inline_strings: false),
     translate_with!("translate, smallest cache, counting", cache_size: 0, count: true),
+    Row {
+        name: "translate, smallest cache, profiled",
+        make: translate_observed,
+    },
     translate_with!("translate, first three blocks", translate_limit: Some(3)),
 ];

@@ -329,6 +329,13 @@ impl Blocks {
         Some((id as BlockId, *block.boundaries.get(n.checked_sub(1)?)?))
     }
 
+    /// The exits of a block, in the order of its translation.
+    pub fn exits_of(&self, id: BlockId) -> &[Exit] {
+        let from = self.exits.partition_point(|e| e.block < id);
+        let to = self.exits.partition_point(|e| e.block <= id);
+        &self.exits[from..to]
+    }
+
     /// Host bytes that hold metadata, roughly.
     pub fn metadata_bytes(&self) -> u64 {
         let boundaries: usize = self.blocks.iter().map(|b| b.boundaries.capacity()).sum();

@@ -13,6 +13,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 
+use crate::mirror_unsafe::mirrored;
+
 /// Memory for translated code.
 pub(crate) struct CodeCache {
     write: *mut u8,
@@ -28,12 +30,13 @@ pub(crate) struct CodeCache {
 unsafe impl Send for CodeCache {}
 
 impl CodeCache {
-    pub fn new(len: usize) -> io::Result<Self> {
-        let file = memfd(len)?;
-        let write = map(&file, len, libc::PROT_READ | libc::PROT_WRITE)?;
+    /// With `for_perf`, memory that perf takes for anonymous.
+    pub fn new(len: usize, for_perf: bool) -> io::Result<Self> {
         let execute = reserve(len + slots_len(len))?;
-        let code = libc::PROT_READ | libc::PROT_EXEC;
-        map_at(execute, len, code, libc::MAP_SHARED, file.as_raw_fd())?;
+        let write = match for_perf {
+            true => mirrored(execute, len)?,
+            false => map_twice(execute, len)?,
+        };
         let data = libc::PROT_READ | libc::PROT_WRITE;
         let private = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         // SAFETY: within the reservation.
@@ -95,6 +98,15 @@ impl CodeCache {
         };
     }
 
+    /// Where the slot at host address `at` leads.
+    pub fn slot(&self, at: u64) -> u64 {
+        let offset = (at - self.execute as u64) as usize;
+        assert!(offset >= self.len && offset + 8 <= self.len + 8 * self.slots_used);
+        assert!(offset.is_multiple_of(8));
+        // SAFETY: in bounds of the slots and aligned (asserted); only `set_slot` writes there, on this thread.
+        unsafe { self.execute.add(offset).cast::<u64>().read() }
+    }
+
     /// Appends code; returns its host address.
     pub fn append(&mut self, code: &[u8]) -> u64 {
         assert!(code.len() <= self.room());
@@ -116,6 +128,15 @@ impl CodeCache {
     pub fn clear(&mut self) {
         self.used = self.pinned;
         self.slots_used = 0;
+    }
+
+    /// Where the displacement that stands at host address `at` leads.
+    pub fn target(&self, at: u64) -> u64 {
+        let offset = (at - self.execute as u64) as usize;
+        assert!(offset + 4 <= self.used && at.is_multiple_of(4));
+        // SAFETY: in bounds (asserted) and aligned; only `patch` writes there, on this thread.
+        let rel = unsafe { self.write.add(offset).cast::<u32>().read() };
+        (at + 4).wrapping_add_signed(i64::from(rel as i32))
     }
 
     /// Sets the displacement that stands at host address `at` so that it leads to `target`.
@@ -150,6 +171,14 @@ const BYTES_A_SLOT: usize = 32;
 
 fn slots_len(len: usize) -> usize {
     (len / BYTES_A_SLOT * 8).next_multiple_of(4096)
+}
+
+/// Maps a memfd at `execute` and, to be written, elsewhere.
+fn map_twice(execute: *mut u8, len: usize) -> io::Result<*mut u8> {
+    let file = memfd(len)?;
+    let code = libc::PROT_READ | libc::PROT_EXEC;
+    map_at(execute, len, code, libc::MAP_SHARED, file.as_raw_fd())?;
+    map(&file, len, libc::PROT_READ | libc::PROT_WRITE)
 }
 
 /// Address space with nothing in it.

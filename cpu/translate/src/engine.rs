@@ -5,6 +5,7 @@ use std::sync::Arc;
 use doppel_x86::{Bus, Cpu, Engine, EngineStats, Exit, Kick};
 
 use crate::enter_unsafe::{ThreadSetup, host_features};
+use crate::explain::Observers;
 use crate::translator::Translator;
 
 /// Switches and bounds of the translator.
@@ -28,6 +29,8 @@ pub struct TranslateOptions {
     pub share_checks: bool,
     /// Count the blocks and instructions that run (costs six instructions a block) and the time spent in translated code.
     pub count: bool,
+    /// Keep code where perf looks for names in a map; see [`crate::explain::PerfMap`].
+    pub perf_map: bool,
 }
 
 impl Default for TranslateOptions {
@@ -42,6 +45,7 @@ impl Default for TranslateOptions {
             share_checks: true,
             extend: true,
             count: false,
+            perf_map: false,
         }
     }
 }
@@ -81,6 +85,18 @@ impl Translate {
         Ok(Translate {
             t: Box::new(Translator::new(cpu, options)?),
         })
+    }
+
+    /// Tells `observers` of the blocks from now on.
+    pub fn observed(mut self, observers: Observers) -> Self {
+        self.t.begin_observing(observers);
+        self
+    }
+}
+
+impl Drop for Translate {
+    fn drop(&mut self) {
+        self.t.end_observing();
     }
 }
 

@@ -108,11 +108,13 @@ impl Translator {
         if self.cache.room() < CACHE_MARGIN {
             self.empty_cache();
         }
+        let counters = self.observers.counters(&guest);
         let setting = Setting {
             base: key.base,
             form: key.form,
             privilege: key.privilege,
             count: self.options.count,
+            counters: counters.as_ref().map(|c| c.as_ptr() as u64),
             share_checks: self.options.share_checks,
             slots: self.cache.slot_cursor(),
             thunks: self.thunks,
@@ -144,9 +146,10 @@ impl Translator {
             code: translated,
         };
         let tracker = cpu.ram.tracker();
-        let block = self.blocks.insert(key, made, tracker, &mut self.cache);
+        let id = self.blocks.insert(key, made, tracker, &mut self.cache);
         self.context.forms = self.blocks.forms();
-        Some(block)
+        self.observe(id, rip, &guest, counters);
+        Some(id)
     }
 
     /// Decodes the block at `rip`: from its page alone, or one instruction from two pages.
@@ -262,6 +265,7 @@ impl Translator {
         self.cache.clear();
         self.link_from = None;
         self.empty_jump_caches(0..3);
+        self.observe_emptying();
     }
 }
 

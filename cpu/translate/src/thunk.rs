@@ -13,6 +13,8 @@
 //! does asks at its start), and whatever calls into Rust saves it where it is live. A kernel hardly ever touches it, so
 //! most of its exits move general registers only. The blocks that have asked already and rely on it have slow paths of their own.
 
+use std::collections::BTreeMap;
+
 use doppel_memory::{Privilege, TLB_ENTRY_SHIFT, TlbEntry};
 
 use crate::asm::*;
@@ -32,6 +34,9 @@ pub(crate) const XSAVE_MASK: u32 = 0xe7;
 
 const GUEST_IN_HOST: [Reg; 14] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 14, 15];
 const CALLEE_SAVED: [Reg; 6] = [3, 5, 12, 13, 14, 15];
+
+/// What the numbers of [`Privilege`] stand for.
+pub(crate) const PRIVILEGE_NAMES: [&str; 3] = ["user", "kernel", "kernel_ac"];
 
 /// Host addresses of the thunks.
 #[derive(Clone, Copy, Default, Debug)]
@@ -107,6 +112,21 @@ impl Thunks {
     pub fn slow(&self, simd: bool, check: Check) -> u64 {
         let of_privilege = &self.slow[usize::from(simd)][usize::from(check.privilege)];
         of_privilege[usize::from(check.write)][usize::from(check.alone)]
+    }
+
+    /// Each with a name, by address.
+    pub fn names(&self) -> BTreeMap<u64, String> {
+        let fixed = [(self.enter, "enter"), (self.exit, "exit")];
+        let mut names: BTreeMap<_, _> = fixed.map(|(at, n)| (at, n.to_owned())).into();
+        for (privilege, of) in PRIVILEGE_NAMES.iter().enumerate() {
+            names.insert(self.lookup[privilege], format!("lookup_{of}"));
+            for (simd, vectors) in ["", "_vectors"].iter().enumerate() {
+                let [read, write] = self.slow[simd][privilege];
+                names.insert(read, format!("slow_{of}_read{vectors}"));
+                names.insert(write, format!("slow_{of}_write{vectors}"));
+            }
+        }
+        names
     }
 }
 

@@ -17,6 +17,7 @@ use crate::code_pages::CodePages;
 use crate::context_unsafe::ContextBox;
 use crate::engine::{TranslateError, TranslateOptions};
 use crate::enter_unsafe::{enter, host_features};
+use crate::explain::Observers;
 use crate::flags::{FlagPlace, pack, unpack};
 use crate::frontend::Simd;
 use crate::rewrite::{Base, Rewriter};
@@ -40,6 +41,7 @@ pub(crate) struct Translator {
     recent: Recent,
     /// Code that devices wrote to.
     pub device_writes: Arc<CodeWatch>,
+    pub observers: Observers,
 }
 
 /// Where translated code was entered lately.
@@ -64,7 +66,8 @@ pub(crate) const CACHE_MARGIN: usize = 64 << 10;
 impl Translator {
     pub fn new(cpu: Box<Cpu>, options: TranslateOptions) -> Result<Self, TranslateError> {
         let size = options.cache_size.clamp(4 * CACHE_MARGIN, 1 << 30);
-        let mut cache = CodeCache::new(size).map_err(|e| TranslateError::Cache(size, e))?;
+        let mut cache =
+            CodeCache::new(size, options.perf_map).map_err(|e| TranslateError::Cache(size, e))?;
         let mut asm = Asm::default();
         let thunks = thunk::assemble(&mut asm, cache.cursor(), host_features().1);
         cache.append(&asm.bytes);
@@ -83,6 +86,7 @@ impl Translator {
             counts: Counts::default(),
             recent: Recent::default(),
             device_writes,
+            observers: Observers::default(),
         })
     }
 

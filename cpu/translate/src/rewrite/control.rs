@@ -45,6 +45,9 @@ impl Work<'_> {
         } else if self.s.count {
             self.count_instructions(self.at + 1);
         }
+        if self.at + 1 < self.block.instructions.len() {
+            self.count_part(self.at + 1);
+        }
     }
 
     /// LOOP and JRCXZ reach only 127 bytes: the original jumps over a jump.

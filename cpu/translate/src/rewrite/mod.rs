@@ -11,6 +11,7 @@
 
 mod address;
 mod control;
+pub(crate) mod counter;
 mod memory;
 mod pin;
 mod share;
@@ -51,6 +52,8 @@ pub(crate) struct Setting {
     /// Index of the TLB and of the jump cache: [`doppel_memory::Privilege`].
     pub privilege: u8,
     pub count: bool,
+    /// Where each part of the block counts its runs; see `counter`.
+    pub counters: Option<u64>,
     pub share_checks: bool,
     /// Host address of the first slot that is free.
     pub slots: u64,
@@ -176,6 +179,7 @@ impl Work<'_> {
             self.count_block();
         }
         self.plan_pin();
+        self.count_part(0);
         let block = self.block;
         for (at, i) in block.instructions.iter().enumerate() {
             self.at = at;
@@ -191,6 +195,7 @@ impl Work<'_> {
         {
             self.fall_through(i64::from(block.end));
         }
+        self.out.body = self.r.asm.pos() as u32;
         self.exit_stubs();
         self.slow_stubs();
         self.simd_stub();

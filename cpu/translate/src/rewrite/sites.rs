@@ -82,6 +82,8 @@ pub(crate) struct Translated {
     pub pins: u32,
     /// Accesses that needed no check of their own.
     pub shared: u32,
+    /// Where the last instruction's code ends and the stubs begin.
+    pub body: u32,
     pub boundaries: Vec<Boundary>,
 }
 
