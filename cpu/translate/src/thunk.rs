@@ -121,9 +121,12 @@ impl Thunks {
         for (privilege, of) in PRIVILEGE_NAMES.iter().enumerate() {
             names.insert(self.lookup[privilege], format!("lookup_{of}"));
             for (simd, vectors) in ["", "_vectors"].iter().enumerate() {
-                let [read, write] = self.slow[simd][privilege];
-                names.insert(read, format!("slow_{of}_read{vectors}"));
-                names.insert(write, format!("slow_{of}_write{vectors}"));
+                for (write, access) in ["read", "write"].iter().enumerate() {
+                    for (alone, run) in ["_run", ""].iter().enumerate() {
+                        let at = self.slow[simd][privilege][write][alone];
+                        names.insert(at, format!("slow_{of}_{access}{run}{vectors}"));
+                    }
+                }
             }
         }
         names

@@ -18,7 +18,7 @@ const SEGMENTS: [&str; 6] = ["es", "cs", "ss", "ds", "fs", "gs"];
 const SLOTS: &[(i32, i32, &str)] = &[
     (ctx::RFLAGS, 8, "rflags"),
     (ctx::FLAGS, 8, "flags"),
-    (ctx::SPILL, 32, "spill"),
+    (ctx::SPILL, 40, "spill"),
     (ctx::PAGE_BASE, 8, "page_base"),
     (ctx::POLL, 8, "poll"),
     (ctx::JUMP_MASK, 4, "jump_mask"),
@@ -27,7 +27,7 @@ const SLOTS: &[(i32, i32, &str)] = &[
     (ctx::SLOW_LINEAR, 8, "slow_linear"),
     (ctx::SLOW_SITE, 4, "slow_site"),
     (ctx::COPY_TO, 16, "copy_to"),
-    (ctx::COPY_LEN, 16, "copy_len"),
+    (ctx::PINNED, 8, "pinned"),
     (ctx::INTERRUPT_WAITS, 4, "interrupt_waits"),
     (ctx::TSC_OFFSET, 8, "tsc_offset"),
     (ctx::TSC_AUX, 8, "tsc_aux"),
