@@ -141,6 +141,8 @@ pub(crate) struct GuestInstruction {
     /// Offset in its page.
     pub offset: u16,
     pub class: Class,
+    /// It uses x87 or vector registers, and is not left to the monitor.
+    pub simd: bool,
     pub flags: FlagUse,
     /// General registers that it may write, a bit each.
     pub writes: u16,
@@ -179,7 +181,7 @@ impl GuestBlock {
         self.instructions.truncate(1);
         if let Some(first) = self.instructions.first_mut() {
             self.end = first.offset + first.decoded.len() as u16;
-            self.simd = uses_simd(first);
+            self.simd = first.simd;
             if first.class == Class::Sti {
                 first.class = Class::Interpret;
             }
@@ -234,6 +236,7 @@ pub(crate) fn decode(
             decoded,
             offset,
             class,
+            simd: uses_simd(&decoded, class),
             flags,
             writes,
             uses,
@@ -258,7 +261,7 @@ pub(crate) fn decode(
     block
         .bytes
         .extend_from_slice(&bytes[..usize::from(block.end - start)]);
-    block.simd = block.instructions.iter().any(uses_simd);
+    block.simd = block.instructions.iter().any(|i| i.simd);
     if how.flag_liveness {
         liveness(&mut block.instructions);
     }
@@ -507,8 +510,8 @@ fn forwards(i: &Instruction) -> bool {
     i.near_branch64() as i64 > i.ip() as i64
 }
 
-fn uses_simd(i: &GuestInstruction) -> bool {
-    matches!(i.class, Class::Copy | Class::Memory { .. }) && simd_needed(&i.decoded) != Simd::None
+fn uses_simd(i: &Instruction, class: Class) -> bool {
+    matches!(class, Class::Copy | Class::Memory { .. }) && simd_needed(i) != Simd::None
 }
 
 fn simd_needed(i: &Instruction) -> Simd {

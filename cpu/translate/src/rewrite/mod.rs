@@ -14,6 +14,7 @@ mod control;
 pub(crate) mod counter;
 mod memory;
 mod pin;
+mod resident;
 mod share;
 mod sites;
 mod stack;
@@ -33,6 +34,7 @@ use crate::thunk::{Check, Thunks, load_simd};
 pub(crate) use sites::{AccessSite, Boundary, ExitSite, FirstSites, Part, Translated};
 
 use pin::{Pin, Pinned};
+use resident::Resident;
 use share::Run;
 
 /// What `rip` is relative to in a block.
@@ -114,6 +116,7 @@ impl Rewriter {
             run: None,
             pin: None,
             pinned: None,
+            resident: Default::default(),
             at: 0,
             stubs: Vec::new(),
             slot_stubs: Vec::new(),
@@ -137,6 +140,8 @@ struct Work<'a> {
     /// Which base is to be held in a register of its own, and the one that is (see `pin`).
     pin: Option<Pin>,
     pinned: Option<Pinned>,
+    /// Of S0 and S1.
+    resident: [Resident; 2],
     /// Which instruction is being translated.
     at: usize,
     /// Jumps to the exit stubs, which are emitted last.
@@ -183,11 +188,15 @@ impl Work<'_> {
         let block = self.block;
         for (at, i) in block.instructions.iter().enumerate() {
             self.at = at;
+            if !resident::cannot_fault(i) {
+                self.end_residence();
+            }
             self.boundary(i);
             self.instruction(i);
             self.run = self.run.take().and_then(|run| run.after(i));
             self.follow_pin(i);
         }
+        self.end_residence();
         if block
             .instructions
             .last()
@@ -303,6 +312,7 @@ impl Work<'_> {
 
     /// As its reverse, this uses S1, since S0 may hold a host address.
     fn save_flags(&mut self) {
+        self.end_residence();
         let a = self.asm();
         a.mov(S1, RAX);
         a.flags_to_ax();
@@ -311,6 +321,7 @@ impl Work<'_> {
     }
 
     fn restore_flags(&mut self) {
+        self.end_residence();
         let a = self.asm();
         a.mov(S1, RAX);
         a.load32(RAX, ctx::FLAGS);
@@ -380,32 +391,27 @@ impl Work<'_> {
 
     fn copy(&mut self, i: &GuestInstruction) {
         self.before_own(i);
-        let scratch = self.scratch_use(&i.decoded);
-        for (r, access) in scratch.into_iter().flatten() {
-            if access != Use::WritesAll {
-                self.asm().load(r, ctx::gpr(r));
-            }
-        }
-        let from = usize::from(i.offset - self.block.start);
-        let bytes = &self.block.bytes[from..from + i.decoded.len()];
-        self.r.asm.raw(bytes);
-        for (r, access) in scratch.into_iter().flatten() {
-            if access != Use::Reads {
-                self.asm().store(ctx::gpr(r), r);
-            }
+        self.copy_resident(i);
+        if !resident::cannot_fault(i) {
+            self.end_residence();
         }
         self.after_own(i);
     }
 
+    /// The instruction as the guest has it.
+    fn own_bytes(&mut self, i: &GuestInstruction) {
+        let from = usize::from(i.offset - self.block.start);
+        let bytes = &self.block.bytes[from..from + i.decoded.len()];
+        self.r.asm.raw(bytes);
+    }
+
     /// How the instruction uses r10 and r11.
-    fn scratch_use(&mut self, i: &Instruction) -> [Option<(Reg, Use)>; 2] {
+    fn scratch_use(&mut self, i: &GuestInstruction) -> [Option<(Reg, Use)>; 2] {
         let mut found = [None, None];
-        if !(0..i.op_count())
-            .any(|op| i.op_kind(op) == OpKind::Register && is_scratch(i.op_register(op)))
-        {
+        if i.uses & (1 << S0 | 1 << S1) == 0 {
             return found;
         }
-        for used in self.r.info.info(i).used_registers() {
+        for used in self.r.info.info(&i.decoded).used_registers() {
             let r = used.register();
             if !is_scratch(r) {
                 continue;
@@ -424,7 +430,7 @@ impl Work<'_> {
 
     fn lea(&mut self, i: &GuestInstruction) {
         let d = &i.decoded;
-        if plain_lea(d) {
+        if copied_lea(d) {
             return self.copy(i);
         }
         self.address(d, false);
@@ -511,16 +517,9 @@ fn scratch_one(r: Register) -> Register {
     }
 }
 
-/// True where an operand is this register or a part of it.
-fn names(d: &Instruction, r: Register) -> bool {
-    (0..d.op_count())
-        .any(|op| d.op_kind(op) == OpKind::Register && d.op_register(op).full_register() == r)
-}
-
-/// LEA that can be copied: it names neither RIP nor a register that lives in memory.
-fn plain_lea(d: &Instruction) -> bool {
-    let fine = |r: Register| r == Register::None || (r.is_gpr() && !is_scratch(r));
-    [d.op0_register(), d.memory_base(), d.memory_index()]
+/// LEA that can be copied: it does not name RIP.
+fn copied_lea(d: &Instruction) -> bool {
+    [d.memory_base(), d.memory_index()]
         .into_iter()
-        .all(fine)
+        .all(|r| r == Register::None || r.is_gpr())
 }

@@ -14,7 +14,7 @@
 
 use iced_x86::{Code, Instruction, OpKind, Register};
 
-use super::{RSP, is_scratch};
+use super::{RSP, S0};
 use crate::frontend::{Class, GuestInstruction};
 
 /// Bytes that a run may stretch over: the longer, the more often it does not fit into a page.
@@ -101,7 +101,7 @@ pub(super) fn reference(i: &GuestInstruction) -> Option<Reference> {
 
 fn of_operand(d: &Instruction, size: u8, write: bool) -> Option<Reference> {
     let (base, index) = (d.memory_base(), d.memory_index());
-    let wide = |r: Register| r == Register::None || (r.size() == 8 && !is_scratch(r));
+    let wide = |r: Register| r == Register::None || r.size() == 8;
     let disp = match base {
         Register::RIP => d.ip_rel_memory_address() as i64,
         _ => d.memory_displacement64() as i64,
@@ -234,8 +234,8 @@ fn constant_move(i: &GuestInstruction) -> (u16, i64) {
 /// True where the translation of an instruction leaves S0 as the address of its own access, or alone.
 fn leaves_s0(i: &GuestInstruction) -> bool {
     match i.class {
-        Class::Copy => !super::names(&i.decoded, Register::R10),
-        Class::Lea => super::plain_lea(&i.decoded),
+        Class::Copy => i.uses & 1 << S0 == 0,
+        Class::Lea => super::copied_lea(&i.decoded) && i.uses & 1 << S0 == 0,
         Class::Nothing | Class::Conditional => true,
         Class::Memory { .. } | Class::Push | Class::Pop | Class::Leave => reference(i).is_some(),
         _ => false,
