@@ -2,7 +2,7 @@
 
 use crate::size;
 use clap::{Args, Parser, Subcommand};
-use doppel_machine::EngineChoice;
+use doppel_machine::{Backing, EngineChoice};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -48,6 +48,9 @@ pub struct Run {
     /// Size of the guest's memory, with suffix K, M, G or T; only what the guest touches costs host memory.
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = size::parse)]
     pub memory: u64,
+    /// What guest memory is made of on the host: anonymous, huge (pages of 2 MiB where there are any) or memfd.
+    #[arg(long, value_name = "WHAT", default_value = "anonymous", value_parser = parse_backing)]
+    pub memory_backing: Backing,
     /// Kernel: a bzImage, or an ELF file with a PVH entry. Without one, the default guest.
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
@@ -160,6 +163,15 @@ pub struct Guest {
     pub output: Option<PathBuf>,
 }
 
+fn parse_backing(text: &str) -> Result<Backing, String> {
+    match text {
+        "anonymous" => Ok(Backing::Anonymous),
+        "huge" => Ok(Backing::HugePages),
+        "memfd" => Ok(Backing::Memfd),
+        _ => Err("write anonymous, huge or memfd".to_owned()),
+    }
+}
+
 /// Where a serial port leads.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Serial {
@@ -209,6 +221,7 @@ mod tests {
         let run = run("").unwrap();
         assert_eq!(run.engine, EngineChoice::Auto);
         assert_eq!((run.cpus, run.memory), (1, 512 << 20));
+        assert_eq!(run.memory_backing, Backing::Anonymous);
         assert_eq!(run.serial, Serial::Stdio);
         assert!(run.kernel.is_none() && !run.no_reboot && !run.debug_exit);
     }
@@ -233,6 +246,8 @@ mod tests {
         let message = run("--serial tcp").unwrap_err().to_string();
         assert!(message.contains("file=PATH"), "{message}");
         assert!(run("--engine magic").is_err());
+        let message = run("--memory-backing disk").unwrap_err().to_string();
+        assert!(message.contains("memfd"), "{message}");
     }
 
     #[test]

@@ -117,6 +117,7 @@ fn configuration(args: &Run, boot: Boot, console: &Console) -> MachineConfig {
         engine: args.engine,
         cpus: args.cpus,
         memory: args.memory,
+        memory_backing: args.memory_backing,
         initrd: boot.initrd,
         cmdline: boot.cmdline,
         serial: SerialBackend { sink, source },

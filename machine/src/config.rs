@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use doppel_memory::Backing;
 use doppel_translate::explain::Observers;
 
 use crate::engine::EngineChoice;
@@ -16,6 +17,8 @@ pub struct MachineConfig {
     pub cpus: u32,
     /// Bytes of guest RAM, whole pages.
     pub memory: u64,
+    /// What it is made of on the host.
+    pub memory_backing: Backing,
     /// bzImage or ELF with a PVH note.
     pub kernel: PathBuf,
     /// Initial RAM disk.
@@ -43,6 +46,7 @@ impl MachineConfig {
             engine: EngineChoice::Auto,
             cpus: 1,
             memory: 512 << 20,
+            memory_backing: Backing::default(),
             kernel: kernel.into(),
             initrd: None,
             cmdline: String::new(),

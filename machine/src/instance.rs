@@ -20,6 +20,24 @@ use crate::serial::SerialLink;
 use crate::vcpu::{RunExits, Sleepers, Vcpu, VcpuTime};
 use crate::{acpi, smbios};
 
+/// RAM with what is to be booted in it.
+pub struct Loaded {
+    ram: Arc<GuestRam>,
+    entry: Entry,
+}
+
+impl Loaded {
+    /// Makes RAM and loads kernel, tables and what goes with them.
+    pub fn new(config: &MachineConfig) -> Result<Self, MachineError> {
+        let ram = GuestRam::with_backing(config.memory, config.memory_backing)?;
+        let entry = load(config, &ram)?;
+        Ok(Loaded {
+            ram: Arc::new(ram),
+            entry,
+        })
+    }
+}
+
 /// A machine that is about to run.
 pub struct Instance {
     pc: Pc,
@@ -37,16 +55,16 @@ pub struct Over {
 }
 
 impl Instance {
-    /// Makes RAM, engines and chips, and loads what is to be booted.
+    /// Makes engines and chips for what was loaded.
     pub fn new(
         config: &MachineConfig,
+        loaded: Loaded,
         engine: EngineKind,
         model: &Arc<CpuidModel>,
         control: &Arc<Control>,
         serial: &SerialLink,
     ) -> Result<Self, MachineError> {
-        let ram = Arc::new(GuestRam::new(config.memory)?);
-        let entry = load(config, &ram)?;
+        let Loaded { ram, entry } = loaded;
         let engines = new_cpus(config.cpus, &ram, model, &entry)
             .into_iter()
             .map(|cpu| new_engine(config, engine, cpu))

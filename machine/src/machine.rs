@@ -7,14 +7,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use doppel_device::{Backed, PowerRequest};
-use doppel_x86::CpuidModel;
+use doppel_x86::{CpuidModel, TscMeasurement};
 
 use crate::boot::BootError;
 use crate::config::MachineConfig;
 use crate::control::{Cause, Control, StopHandle};
 use crate::death::{Death, DeathCause};
 use crate::engine::{self, EngineError, Host, Selection};
-use crate::instance::{Instance, Over};
+use crate::instance::{Instance, Loaded, Over};
 use crate::serial::SerialLink;
 use crate::stats::{self, Stats};
 
@@ -82,11 +82,14 @@ impl Machine {
         if config.cpus != 1 {
             return Err(MachineError::Cpus(config.cpus));
         }
+        let tsc = TscMeasurement::start();
         let selection = engine::select(config.engine, &Host::probe())?;
+        // Loading lasts longer than the measurement.
+        let loaded = Loaded::new(&config)?;
         let control = Arc::new(Control::default());
         let serial = Arc::new(SerialLink::default());
-        let model = Arc::new(CpuidModel::host(config.cpus));
-        let first = Instance::new(&config, selection.engine, &model, &control, &serial)?;
+        let model = Arc::new(CpuidModel::host_at(tsc.finish(), config.cpus));
+        let first = Instance::new(&config, loaded, selection.engine, &model, &control, &serial)?;
         let stats = Stats {
             engine: selection.engine.to_string(),
             engine_reason: selection.reason.clone(),
@@ -150,7 +153,8 @@ impl Machine {
     fn instance(&self) -> Result<Instance, MachineError> {
         let engine = self.selection.engine;
         let (control, serial) = (&self.control, &self.serial);
-        Instance::new(&self.config, engine, &self.model, control, serial)
+        let loaded = Loaded::new(&self.config)?;
+        Instance::new(&self.config, loaded, engine, &self.model, control, serial)
     }
 
     /// Runs one boot to its end; `None` where the machine is to start again.

@@ -17,7 +17,7 @@ mod walk;
 
 pub use access_unsafe::{HostPtr, Word};
 pub use large::LargePages;
-pub use ram::{GuestRam, HIGH_START, HOLE_START, RamError, VGA_HOLE};
+pub use ram::{Backing, GuestRam, HIGH_START, HOLE_START, RamError, VGA_HOLE};
 pub use tlb::{INVALID_TAG_XOR, TLB_ENTRIES, TLB_ENTRY_SHIFT, Tlb, TlbEntry};
 pub use track::{CodeGranules, CodeWatch, PageTracker};
 pub use walk::{

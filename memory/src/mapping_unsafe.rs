@@ -1,20 +1,34 @@
-//! The host mapping behind guest RAM: one memfd, mapped so that `host = base + guest physical`.
+//! The host mapping behind guest RAM, made so that `host = base + guest physical`.
+//!
+//! Problem: a guest touches most of its memory once soon after it starts, and each first touch of a page is a page fault of the
+//! host, which costs more than the page.
+//! Idea: anonymous memory, whose faults are cheaper than a file's, and [`Mapping::populate`], by which `GuestRam` has the host give
+//! pages in small batches. Where the host gives pages of 2 MiB at a good price, [`Backing::HugePages`] saves nearly all faults, and
+//! misses of the host's TLB besides. A memfd can be mapped by other processes.
+//! Cost: a batch of which the guest touches one page only costs all of them (docs/machine.md has figures).
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr::NonNull;
 
-use crate::HostPtr;
+use crate::{Backing, HostPtr};
 
-/// A reservation of address space with pieces of one memfd mapped into it.
+const HUGE_PAGE: usize = 2 << 20;
+const NAME: &std::ffi::CStr = c"doppel-guest-ram";
+
+/// A reservation of address space with pieces of memory mapped into it.
 ///
-/// Only touched pages cost memory: the memfd is sparse and the mapping `MAP_NORESERVE`.
+/// Only what is touched costs memory: the mappings are `MAP_NORESERVE`.
 #[derive(Debug)]
 pub(crate) struct Mapping {
+    /// Of a huge page.
     base: NonNull<u8>,
     len: usize,
-    file: File,
+    /// What is unmapped in the end.
+    reserved: (NonNull<u8>, usize),
+    backing: Backing,
+    file: Option<File>,
 }
 
 // SAFETY: the mapping is plain shared memory owned by this value; all access goes through
@@ -24,12 +38,24 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Reserves `len` bytes and maps each `(offset, size)` piece of a fresh memfd at its place;
-    /// pieces follow one another in the file.
-    pub fn new(len: usize, pieces: &[(usize, usize)]) -> io::Result<Self> {
-        let file = memfd(pieces.iter().map(|p| p.1 as u64).sum())?;
-        let base = reserve(len)?;
-        let mapping = Mapping { base, len, file };
+    /// Reserves `len` bytes and maps fresh memory at each `(offset, size)` piece; in a file, pieces follow one another.
+    pub fn new(len: usize, pieces: &[(usize, usize)], backing: Backing) -> io::Result<Self> {
+        let file = match backing {
+            Backing::Anonymous | Backing::HugePages => None,
+            Backing::Memfd => Some(memfd(pieces.iter().map(|p| p.1 as u64).sum())?),
+        };
+        let reserved = (reserve(len + HUGE_PAGE)?, len + HUGE_PAGE);
+        let skip = reserved.0.as_ptr().align_offset(HUGE_PAGE);
+        assert!(skip < HUGE_PAGE);
+        // SAFETY: the sum lies inside the reservation, which is longer than `skip`.
+        let base = unsafe { reserved.0.add(skip) };
+        let mapping = Mapping {
+            base,
+            len,
+            reserved,
+            backing,
+            file,
+        };
         let mut offset_in_file = 0;
         for &(at, size) in pieces {
             mapping.map_piece(at, size, offset_in_file)?;
@@ -40,6 +66,10 @@ impl Mapping {
 
     fn map_piece(&self, at: usize, size: usize, file_offset: i64) -> io::Result<()> {
         assert!(at + size <= self.len);
+        let (kind, fd, offset) = match &self.file {
+            Some(file) => (libc::MAP_SHARED, file.as_raw_fd(), file_offset),
+            None => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0),
+        };
         // SAFETY: the target range lies inside our own reservation (asserted), so MAP_FIXED
         // replaces nothing but it.
         let p = unsafe {
@@ -47,16 +77,34 @@ impl Mapping {
                 self.base.as_ptr().add(at).cast(),
                 size,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE,
-                self.file.as_raw_fd(),
-                file_offset,
+                kind | libc::MAP_FIXED | libc::MAP_NORESERVE,
+                fd,
+                offset,
             )
         };
         if p == libc::MAP_FAILED {
-            Err(io::Error::last_os_error())
-        } else {
-            Ok(())
+            return Err(io::Error::last_os_error());
         }
+        advise(p, size, self.backing);
+        Ok(())
+    }
+
+    pub fn backing(&self) -> Backing {
+        self.backing
+    }
+
+    /// Has the host give the memory of a range now, which changes nothing else. A host that does not know how gives each page when it
+    /// is touched.
+    pub fn populate(&self, offset: usize, len: usize) {
+        assert!(offset + len <= self.len);
+        // SAFETY: in bounds of the reservation (asserted), whose content stays as it is.
+        unsafe {
+            libc::madvise(
+                self.base.as_ptr().add(offset).cast(),
+                len,
+                libc::MADV_POPULATE_WRITE,
+            )
+        };
     }
 
     pub fn base(&self) -> NonNull<u8> {
@@ -71,22 +119,42 @@ impl Mapping {
         unsafe { HostPtr::new(self.base.add(offset), room) }
     }
 
-    pub fn file(&self) -> &File {
-        &self.file
+    pub fn file(&self) -> Option<&File> {
+        self.file.as_ref()
     }
 }
 
 impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: we own the reservation and nothing borrowed from it outlives us.
-        unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
+        unsafe { libc::munmap(self.reserved.0.as_ptr().cast(), self.reserved.1) };
+    }
+}
+
+/// Says what the host should know of a piece. A host that cannot heed some of it goes on without.
+fn advise(at: *mut libc::c_void, size: usize, backing: Backing) {
+    let huge = match backing {
+        Backing::HugePages => libc::MADV_HUGEPAGE,
+        _ => libc::MADV_NOHUGEPAGE,
+    };
+    // SAFETY: advice about a mapping that was just made and holds nothing yet; none of it changes what the memory reads as.
+    unsafe {
+        libc::madvise(at, size, huge);
+        // A name in /proc/PID/smaps; a memfd has its own.
+        libc::prctl(
+            libc::PR_SET_VMA,
+            libc::PR_SET_VMA_ANON_NAME,
+            at,
+            size,
+            NAME.as_ptr(),
+        );
     }
 }
 
 fn memfd(size: u64) -> io::Result<File> {
     // SAFETY: a valid C string and flags; the returned descriptor is ours alone.
     let file = unsafe {
-        let fd = libc::memfd_create(c"doppel-guest-ram".as_ptr(), libc::MFD_CLOEXEC);
+        let fd = libc::memfd_create(NAME.as_ptr(), libc::MFD_CLOEXEC);
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -131,7 +199,7 @@ pub(crate) fn vm_memory_view(
                 mapping.base.as_ptr().add(offset),
                 size,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_NORESERVE,
+                libc::MAP_NORESERVE,
             )
         }
         .map_err(|e| e.to_string())?;

@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::mapping_unsafe::{Mapping, vm_memory_view};
 use crate::{HostPtr, PAGE_MASK, PAGE_SIZE, PageTracker, Word};
@@ -32,6 +33,18 @@ pub enum RamError {
     View(String),
 }
 
+/// What guest RAM is made of on the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Backing {
+    /// Memory of this process, in small pages.
+    #[default]
+    Anonymous,
+    /// Memory of this process, in pages of 2 MiB where the host has them.
+    HugePages,
+    /// A memfd, which other processes can map.
+    Memfd,
+}
+
 /// The guest's RAM, shared by every vCPU and device of a machine.
 #[derive(Debug)]
 pub struct GuestRam {
@@ -41,11 +54,21 @@ pub struct GuestRam {
     low: u64,
     high: u64,
     tracker: PageTracker,
+    /// Batches that the host was asked for, a bit each.
+    populated: Vec<AtomicU64>,
 }
 
+/// So much memory is asked of the host at the first access to any of it.
+const BATCH: u64 = 64 << 10;
+
 impl GuestRam {
-    /// RAM of `size` bytes, zero filled; host memory is taken when a page is first touched.
+    /// RAM of `size` bytes, zero filled; host memory is taken when it is first touched.
     pub fn new(size: u64) -> Result<Self, RamError> {
+        Self::with_backing(size, Backing::default())
+    }
+
+    /// RAM that is made of what is said.
+    pub fn with_backing(size: u64, backing: Backing) -> Result<Self, RamError> {
         if !(1 << 20..=1 << 40).contains(&size) || size & PAGE_MASK != 0 {
             return Err(RamError::Size(size));
         }
@@ -56,7 +79,8 @@ impl GuestRam {
         if high > 0 {
             pieces.push((HIGH_START as usize, high as usize));
         }
-        let mapping = Mapping::new(end as usize, &pieces).map_err(|e| RamError::Host(size, e))?;
+        let mapping =
+            Mapping::new(end as usize, &pieces, backing).map_err(|e| RamError::Host(size, e))?;
         let view_pieces: Vec<_> = pieces
             .iter()
             .map(|&(at, len)| (at as u64, at, len))
@@ -68,6 +92,7 @@ impl GuestRam {
             low,
             high,
             tracker: PageTracker::new(end / PAGE_SIZE),
+            populated: zeroed(end.div_ceil(BATCH * 64)),
         })
     }
 
@@ -101,6 +126,37 @@ impl GuestRam {
         }
         let room = (PAGE_SIZE - (gpa & PAGE_MASK)) as usize;
         Some(self.mapping.host_ptr(gpa as usize, room))
+    }
+
+    /// Says that the page will be accessed: the host is asked for its batch, once.
+    #[inline]
+    pub fn will_access(&self, gpa: u64) {
+        let batch = gpa / BATCH;
+        let (word, bit) = ((batch / 64) as usize, 1 << (batch % 64));
+        if let Some(word) = self.populated.get(word)
+            && word.load(Ordering::Relaxed) & bit == 0
+        {
+            word.fetch_or(bit, Ordering::Relaxed);
+            self.populate(batch * BATCH, BATCH);
+        }
+    }
+
+    /// Has the host give what of these bytes is RAM now and not page by page when it is touched.
+    pub fn populate(&self, gpa: u64, len: u64) {
+        let end = gpa.saturating_add(len);
+        for piece in [0..self.low, HIGH_START..HIGH_START + self.high] {
+            let (from, to) = (gpa.max(piece.start), end.min(piece.end));
+            if from < to {
+                let from = from & !PAGE_MASK;
+                self.mapping.populate(from as usize, (to - from) as usize);
+            }
+        }
+    }
+
+    /// Bytes that the host was asked for ahead of their use, about.
+    pub fn populated_bytes(&self) -> u64 {
+        let batches = |w: &AtomicU64| u64::from(w.load(Ordering::Relaxed).count_ones());
+        self.populated.iter().map(batches).sum::<u64>() * BATCH
     }
 
     /// Loads a value that lies within one page.
@@ -147,8 +203,13 @@ impl GuestRam {
         &self.view
     }
 
-    /// The memfd behind the RAM: low RAM first, high RAM after it.
-    pub fn file(&self) -> &File {
+    /// What it is made of.
+    pub fn backing(&self) -> Backing {
+        self.mapping.backing()
+    }
+
+    /// The memfd behind the RAM, if there is one: low RAM first, high RAM after it.
+    pub fn file(&self) -> Option<&File> {
         self.mapping.file()
     }
 
@@ -156,6 +217,10 @@ impl GuestRam {
     pub fn host_base(&self) -> u64 {
         self.mapping.base().as_ptr() as u64
     }
+}
+
+fn zeroed(words: u64) -> Vec<AtomicU64> {
+    (0..words).map(|_| AtomicU64::new(0)).collect()
 }
 
 #[cfg(test)]
@@ -190,6 +255,42 @@ mod tests {
         assert_eq!(ram.load::<u32>(0x1005), Some(0x3344_5566));
         assert_eq!(ram.load::<u32>(0x1ffd), None);
         assert_eq!(ram.load::<u8>(1 << 20), None);
+    }
+
+    #[test]
+    fn either_backing_is_zero_and_keeps_what_is_stored() {
+        for backing in [Backing::Anonymous, Backing::HugePages, Backing::Memfd] {
+            let ram = GuestRam::with_backing(5 << 30, backing).unwrap();
+            assert_eq!((ram.backing(), ram.host_base() % (2 << 20)), (backing, 0));
+            for gpa in [0, HOLE_START - 8, HIGH_START, HIGH_START + (2 << 30) - 8] {
+                assert_eq!(ram.load::<u64>(gpa), Some(0));
+                ram.store(gpa, gpa + 1).unwrap();
+                ram.will_access(gpa);
+                assert_eq!(ram.load::<u64>(gpa), Some(gpa + 1));
+            }
+        }
+    }
+
+    #[test]
+    fn batches_are_asked_for_once_and_end_where_the_ram_does() {
+        let ram = GuestRam::new((1 << 20) + 4096).unwrap();
+        for gpa in [0, 0xffff, 0x10000, 1 << 20, HIGH_START, u64::MAX] {
+            ram.will_access(gpa);
+        }
+        assert_eq!(ram.populated_bytes(), 3 * BATCH);
+        ram.populate(0xfffff, u64::MAX);
+        assert_eq!(ram.load::<u64>(1 << 20), Some(0));
+    }
+
+    #[test]
+    fn a_memfd_is_the_ram_low_and_high() {
+        use std::os::unix::fs::FileExt;
+        let ram = GuestRam::with_backing(5 << 30, Backing::Memfd).unwrap();
+        ram.store(HIGH_START + 8, 77u8).unwrap();
+        let mut byte = [0];
+        let file = ram.file().unwrap();
+        file.read_exact_at(&mut byte, HOLE_START + 8).unwrap();
+        assert_eq!(byte, [77]);
     }
 
     #[test]

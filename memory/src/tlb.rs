@@ -153,6 +153,7 @@ impl Tlb {
     pub fn fill(&mut self, linear: u64, t: &Translation, rights: PageRights, ram: &GuestRam) {
         let gpa = t.gpa & !PAGE_MASK;
         let Some(host) = ram.ptr(gpa) else { return };
+        ram.will_access(gpa);
         let slot = slot_of(linear);
         let mut e = TlbEntry::invalid(slot);
         let page = linear & !PAGE_MASK;

@@ -118,6 +118,16 @@ impl PageTracker {
         }
     }
 
+    /// Notes a write to `len` bytes.
+    pub fn mark_range_dirty(&self, gpa: u64, len: u64) {
+        let end = gpa.saturating_add(len);
+        let mut page = gpa & !PAGE_MASK;
+        while page < end && (page / PAGE_SIZE) < self.flags.len() as u64 {
+            self.mark_dirty(page);
+            page += PAGE_SIZE;
+        }
+    }
+
     /// Returns whether the page was dirty and makes it clean. Software TLBs must be flushed afterwards.
     pub fn take_dirty(&self, gpa: u64) -> bool {
         self.flags
@@ -216,6 +226,10 @@ mod tests {
     #[test]
     fn dirt_is_taken_once() {
         let t = PageTracker::new(16);
+        t.mark_range_dirty(0x4fff, 2);
+        assert!(t.take_dirty(0x4000) && t.take_dirty(0x5000) && !t.is_dirty(0x6000));
+        t.mark_range_dirty(0xf000, u64::MAX);
+        assert!(t.is_dirty(0xf000));
         t.mark_dirty(0x3fff);
         assert!(t.is_dirty(0x3000) && t.take_dirty(0x3000) && !t.take_dirty(0x3000));
     }

@@ -182,11 +182,15 @@ pub struct CpuidModel {
 
 impl CpuidModel {
     /// The model for a machine of `cpus` CPUs on this host. Measures the TSC's frequency where the host does not
-    /// say it, which takes about ten milliseconds.
+    /// say it, which takes some milliseconds.
     pub fn host(cpus: u32) -> Self {
+        Self::host_at(TscFrequency::of_host(), cpus)
+    }
+
+    /// The model for a machine of `cpus` CPUs on this host, whose TSC's frequency is known.
+    pub fn host_at(tsc: TscFrequency, cpus: u32) -> Self {
         let read = |leaf, subleaf| arch_host::cpuid(leaf, subleaf);
-        let tsc_hz = TscFrequency::of_host().hz();
-        Self::from_host(&read, arch_host::xcr0(), tsc_hz, cpus)
+        Self::from_host(&read, arch_host::xcr0(), tsc.hz(), cpus)
     }
 
     /// The model that follows from a host's CPUID, XCR0 and TSC frequency: the same for the same arguments.

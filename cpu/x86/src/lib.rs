@@ -45,4 +45,4 @@ pub use state::{
     Activity, Counters, Cpu, CpuMode, Cr0, Cr4, Dtr, Efer, Flushed, FpuArea, Gpr, Msrs, Rflags,
     Seg, Segment,
 };
-pub use tsc::TscFrequency;
+pub use tsc::{TscFrequency, TscMeasurement};

@@ -3,13 +3,13 @@
 //! The guest reads the host's TSC plus an offset, so that code that the processor runs directly and code that is emulated
 //! agree. Its frequency is what the host's CPUID says, or else what a measurement against the unadjusted monotonic clock
 //! gives. The measurement reads the counter before and after the clock and keeps the closest such bracket of many, so that
-//! an interruption between the two costs nothing.
+//! an interruption between the two costs nothing. It lasts milliseconds, in which its caller can do something else.
 
 use crate::Cpu;
 use crate::arch_host;
 
-/// How long the measurement takes.
-const MEASURED_NANOSECONDS: u64 = 12_000_000;
+/// How long a measurement takes at least.
+const MEASURED_NANOSECONDS: u64 = 8_000_000;
 /// Brackets tried at each end of it.
 const BRACKETS: usize = 40;
 /// What a CPUID answer must lie in to be believed, in Hz.
@@ -22,19 +22,44 @@ pub struct TscFrequency {
     measured: bool,
 }
 
-impl TscFrequency {
-    /// From CPUID where it says so, else measured, to a few parts per million in about ten milliseconds.
-    pub fn of_host() -> Self {
-        match announced(&arch_host::cpuid) {
-            Some(hz) => TscFrequency {
+/// A frequency on the way.
+#[derive(Debug)]
+pub struct TscMeasurement(Begun);
+
+#[derive(Debug)]
+enum Begun {
+    Announced(u64),
+    Since(Sample),
+}
+
+impl TscMeasurement {
+    /// Starts to measure, where CPUID does not say the frequency.
+    pub fn start() -> Self {
+        TscMeasurement(match announced(&arch_host::cpuid) {
+            Some(hz) => Begun::Announced(hz),
+            None => Begun::Since(sample()),
+        })
+    }
+
+    /// The frequency, to a few parts per million. Waits where the start is less than some milliseconds ago.
+    pub fn finish(self) -> TscFrequency {
+        match self.0 {
+            Begun::Announced(hz) => TscFrequency {
                 hz,
                 measured: false,
             },
-            None => TscFrequency {
-                hz: measure(),
+            Begun::Since(start) => TscFrequency {
+                hz: measure_since(&start),
                 measured: true,
             },
         }
+    }
+}
+
+impl TscFrequency {
+    /// The host's, which takes some milliseconds where CPUID does not say it.
+    pub fn of_host() -> Self {
+        TscMeasurement::start().finish()
     }
 
     /// In Hz.
@@ -70,6 +95,7 @@ fn plausible(hz: u64) -> Option<u64> {
 }
 
 /// A TSC value and the clock's at the same time, as nearly as can be told.
+#[derive(Debug)]
 struct Sample {
     tsc: u64,
     nanoseconds: u64,
@@ -95,9 +121,10 @@ fn sample() -> Sample {
     best.1
 }
 
-fn measure() -> u64 {
-    let start = sample();
-    std::thread::sleep(std::time::Duration::from_nanos(MEASURED_NANOSECONDS));
+fn measure_since(start: &Sample) -> u64 {
+    let passed = arch_host::monotonic_nanoseconds().wrapping_sub(start.nanoseconds);
+    let left = MEASURED_NANOSECONDS.saturating_sub(passed);
+    std::thread::sleep(std::time::Duration::from_nanos(left));
     let end = sample();
     let nanoseconds = end.nanoseconds.wrapping_sub(start.nanoseconds).max(1);
     let ticks = end.tsc.wrapping_sub(start.tsc);
@@ -166,7 +193,8 @@ mod tests {
 
     #[test]
     fn two_measurements_agree() {
-        let (a, b) = (measure(), measure());
+        let start = sample();
+        let (a, b) = (measure_since(&sample()), measure_since(&start));
         assert!(PLAUSIBLE.contains(&a));
         // The hosts that run tests may be busy: a hundred parts per million.
         assert!(a.abs_diff(b) < a / 10_000, "{a} {b}");

@@ -1,14 +1,15 @@
 //! Files that are loaded into guest RAM: kernels and initial RAM disks.
 //!
-//! Nothing in such a file is trusted: every read and every placement is checked, and a file is copied
-//! piece by piece, so that its size costs no monitor memory.
+//! Nothing in such a file is trusted: every read and every placement is checked. The host reads a file straight into guest RAM, so
+//! that its size costs no monitor memory and no second copy.
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use doppel_memory::{GuestRam, PAGE_MASK, PAGE_SIZE};
+use doppel_memory::GuestRam;
+use vm_memory::Bytes;
 
 use super::BootError;
 
@@ -69,10 +70,7 @@ impl Image {
             .map_err(|source| match source.kind() {
                 // The file became shorter since it was opened.
                 io::ErrorKind::UnexpectedEof => self.truncated(),
-                _ => BootError::Io {
-                    path: self.path.clone(),
-                    source,
-                },
+                _ => self.io_error(source),
             })
     }
 
@@ -85,16 +83,43 @@ impl Image {
         len: u64,
     ) -> Result<(), BootError> {
         self.check(offset, len)?;
-        let mut page = [0; PAGE_SIZE as usize];
-        let mut done = 0;
-        while done < len {
-            let at = gpa.saturating_add(done);
-            let n = (PAGE_SIZE - (at & PAGE_MASK)).min(len - done) as usize;
-            self.read_at(offset + done, &mut page[..n])?;
-            place(ram, at, &page[..n])?;
-            done += n as u64;
+        let end = gpa.saturating_add(len);
+        if !(ram.ranges().iter()).any(|r| r.start <= gpa && end <= r.end) {
+            return Err(BootError::NoRam(gpa));
         }
+        ram.populate(gpa, len);
+        let mut file = &self.file;
+        let at = vm_memory::GuestAddress(gpa);
+        file.seek(SeekFrom::Start(offset))
+            .map_err(vm_memory::GuestMemoryError::IOError)
+            .and_then(|_| {
+                ram.view()
+                    .read_exact_volatile_from(at, &mut file, len as usize)
+            })
+            .map_err(|e| self.copy_error(e, gpa))?;
+        ram.tracker().mark_range_dirty(gpa, len);
         Ok(())
+    }
+
+    fn copy_error(&self, error: vm_memory::GuestMemoryError, gpa: u64) -> BootError {
+        match error {
+            vm_memory::GuestMemoryError::IOError(source)
+                if source.kind() != io::ErrorKind::UnexpectedEof =>
+            {
+                self.io_error(source)
+            }
+            // The file became shorter since it was opened.
+            vm_memory::GuestMemoryError::IOError(_)
+            | vm_memory::GuestMemoryError::PartialBuffer { .. } => self.truncated(),
+            _ => BootError::NoRam(gpa),
+        }
+    }
+
+    fn io_error(&self, source: io::Error) -> BootError {
+        BootError::Io {
+            path: self.path.clone(),
+            source,
+        }
     }
 
     /// The error for a file that ends too early.
