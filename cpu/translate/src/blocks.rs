@@ -5,15 +5,22 @@
 //! is still mapped where it was: kernel blocks ([`Base::Fixed`]) are linked across pages too, and every such link is listed, to be cut when a
 //! code page's mapping changes; user code, whose mappings change with every process, goes across pages through slots (see
 //! `cache_unsafe`), which are quick to set back.
+//! The tables keep all of this packed (see `records`); what is given out is unpacked.
 //! Invariant: no linked jump and no jump cache entry leads to a block that was thrown away.
 
-use rustc_hash::FxHashMap;
+use std::hash::BuildHasher;
+
+use hashbrown::HashTable;
+use rustc_hash::{FxBuildHasher, FxHashMap};
 
 use doppel_memory::{CodeGranules, PAGE_MASK, PAGE_SIZE, PageTracker};
 
 use crate::cache_unsafe::CodeCache;
 use crate::flags::FlagPlace;
 use crate::frontend::Simd;
+use crate::records::{
+    AccessRecord, Before, BlockRecord, BoundaryRecord, ExitRecord, NONE, PackedKey,
+};
 use crate::rewrite::{AccessSite, Base, Boundary, ExitSite, FirstSites, Translated};
 
 /// Index of a block, valid until the cache is emptied.
@@ -41,37 +48,34 @@ pub(crate) enum Form {
     Careful,
 }
 
-/// One translated block.
-#[derive(Debug)]
+/// One translated block, as it is given out.
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Block {
     pub key: Key,
     /// Guest physical page of the second part of an instruction that straddles two pages.
     pub second_page: Option<u64>,
-    /// Host addresses.
+    /// Host address of its code, and the code's length.
     pub host: u64,
     pub len: u32,
-    pub entry_registers: u64,
+    entry_registers: u64,
     pub entry_saved: u64,
     /// Entry for blocks that have the vector state loaded, with the flags saved.
     entry_simd: u64,
     /// Uses the vector state, so that it is loaded at every exit that can be linked.
     pub simd: bool,
     /// Bytes of guest code.
-    pub guest_len: u16,
-    boundaries: Vec<Boundary>,
-    /// Exits of other blocks that were linked to this one.
-    incoming: Vec<u32>,
+    guest_len: u16,
     pub alive: bool,
 }
 
-/// An exit as the tables keep it.
+/// An exit, as it is given out.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Exit {
     pub block: BlockId,
     pub site: ExitSite,
 }
 
-/// A TLB check as the tables keep it.
+/// A TLB check, as it is given out.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Access {
     pub block: BlockId,
@@ -79,32 +83,61 @@ pub(crate) struct Access {
 }
 
 /// A block that was just translated.
-pub(crate) struct Made {
+pub(crate) struct Made<'a> {
     pub second_page: Option<u64>,
     pub guest_len: u16,
     /// Host address and length of its code.
     pub host: u64,
     pub len: u32,
-    pub code: Translated,
+    pub code: &'a Translated,
 }
 
 /// All blocks and the tables beside them.
-#[derive(Default)]
 pub(crate) struct Blocks {
-    blocks: Vec<Block>,
-    exits: Vec<Exit>,
-    accesses: Vec<Access>,
+    /// Host address of the cache.
+    cache: u64,
+    blocks: Vec<BlockRecord>,
+    boundaries: Vec<BoundaryRecord>,
+    exits: Vec<ExitRecord>,
+    accesses: Vec<AccessRecord>,
     /// By the number of an access: where its form for two pages begins, or 0.
     forms: Vec<u64>,
-    by_key: FxHashMap<Key, BlockId>,
-    by_page: FxHashMap<u64, Vec<BlockId>>,
+    by_key: HashTable<BlockId>,
+    /// First of the list of the blocks that begin in a page.
+    by_page: FxHashMap<u64, BlockId>,
+    /// The second pages of blocks that have one, and which blocks these are.
+    second_pages: FxHashMap<BlockId, u64>,
+    by_second_page: FxHashMap<u64, Vec<BlockId>>,
     /// Linked exits that lead to another page, of kernel and of user code.
     cross_page: [Vec<u32>; 2],
     pub links: u64,
     pub invalidated: u64,
 }
 
+fn hash(key: PackedKey) -> u64 {
+    FxBuildHasher.hash_one(key)
+}
+
 impl Blocks {
+    /// No blocks yet, for a cache at this host address.
+    pub fn new(cache: u64) -> Self {
+        Blocks {
+            cache,
+            blocks: Vec::new(),
+            boundaries: Vec::new(),
+            exits: Vec::new(),
+            accesses: Vec::new(),
+            forms: Vec::new(),
+            by_key: HashTable::new(),
+            by_page: FxHashMap::default(),
+            second_pages: FxHashMap::default(),
+            by_second_page: FxHashMap::default(),
+            cross_page: [Vec::new(), Vec::new()],
+            links: 0,
+            invalidated: 0,
+        }
+    }
+
     pub fn first_sites(&self) -> FirstSites {
         FirstSites {
             exit: self.exits.len() as u32,
@@ -112,16 +145,61 @@ impl Blocks {
         }
     }
 
-    pub fn get(&self, id: BlockId) -> &Block {
+    fn record(&self, id: BlockId) -> &BlockRecord {
         &self.blocks[id as usize]
     }
 
+    fn host(&self, id: BlockId) -> u64 {
+        self.cache + u64::from(self.record(id).host)
+    }
+
+    pub fn get(&self, id: BlockId) -> Block {
+        let (r, host) = (self.record(id), self.host(id));
+        Block {
+            key: r.key.unpack(),
+            second_page: self.second_page(id),
+            host,
+            len: u32::from(r.last) + 1,
+            entry_registers: host + u64::from(r.entry_registers),
+            entry_saved: host + u64::from(r.entry_saved),
+            entry_simd: host + u64::from(r.entry_simd),
+            simd: r.simd,
+            guest_len: r.guest_len,
+            alive: r.alive,
+        }
+    }
+
+    /// What `rip` is relative to in a block.
+    pub fn base(&self, id: BlockId) -> Base {
+        self.record(id).key.base()
+    }
+
+    /// Where a caller enters that saved its flags.
+    pub fn entry_saved(&self, id: BlockId) -> u64 {
+        self.host(id) + u64::from(self.record(id).entry_saved)
+    }
+
+    pub fn second_page(&self, id: BlockId) -> Option<u64> {
+        let straddles = self.record(id).straddles;
+        straddles
+            .then(|| self.second_pages.get(&id).copied())
+            .flatten()
+    }
+
     pub fn exit(&self, n: u32) -> Exit {
-        self.exits[n as usize]
+        let e = &self.exits[n as usize];
+        Exit {
+            block: e.block,
+            site: e.site(self.cache),
+        }
     }
 
     pub fn access(&self, n: u32) -> Access {
-        self.accesses[n as usize]
+        let a = &self.accesses[n as usize];
+        Access {
+            block: a.block,
+            site: a.site(),
+        }
     }
 
     /// Notes where an access goes on that crosses pages; returns the address of the whole table, which `forms` must be told.
@@ -136,7 +214,12 @@ impl Blocks {
     }
 
     pub fn find(&self, key: &Key) -> Option<BlockId> {
-        self.by_key.get(key).copied()
+        self.find_packed(PackedKey::new(key))
+    }
+
+    fn find_packed(&self, key: PackedKey) -> Option<BlockId> {
+        let same = |id: &BlockId| self.record(*id).key == key;
+        self.by_key.find(hash(key), same).copied()
     }
 
     /// Enters a block whose code stands at `host`.
@@ -147,74 +230,121 @@ impl Blocks {
         tracker: &PageTracker,
         cache: &mut CodeCache,
     ) -> BlockId {
-        let Made {
-            second_page,
-            guest_len,
-            host,
-            len,
-            code: t,
-        } = made;
-        let id = self.blocks.len() as BlockId;
-        let first = self.exits.len();
-        self.exits
-            .extend(t.exits.into_iter().map(|site| Exit { block: id, site }));
-        self.accesses.extend(
-            t.accesses
-                .into_iter()
-                .map(|site| Access { block: id, site }),
+        let (id, t, key) = (
+            self.blocks.len() as BlockId,
+            made.code,
+            PackedKey::new(&key),
         );
-        self.forms.resize(self.accesses.len(), 0);
-        self.blocks.push(Block {
+        let position = |p: u32| u16::try_from(p).expect("a position lies within a block");
+        self.blocks.push(BlockRecord {
             key,
-            second_page,
-            host,
-            len,
-            entry_registers: host + u64::from(t.entry_registers),
-            entry_saved: host + u64::from(t.entry_saved),
-            entry_simd: host + u64::from(t.entry_simd),
+            host: (made.host - self.cache) as u32,
+            first_boundary: self.boundaries.len() as u32,
+            incoming: NONE,
+            next_in_page: NONE,
+            entry_registers: position(t.entry_registers),
+            entry_saved: position(t.entry_saved),
+            entry_simd: position(t.entry_simd),
+            last: position(made.len - 1),
+            guest_len: made.guest_len,
             simd: t.simd,
-            guest_len,
-            boundaries: t.boundaries,
-            incoming: Vec::new(),
             alive: true,
+            straddles: made.second_page.is_some(),
         });
-        let block = &self.blocks[id as usize];
-        for n in first..self.exits.len() {
-            let site = &self.exits[n].site;
-            if let Some(slot) = site.slot {
-                cache.set_slot(slot, block.host + u64::from(site.stub));
-            }
-        }
-        self.by_key.insert(key, id);
-        for (gpa, len) in self.blocks[id as usize].guest_ranges() {
+        self.insert_sites(id, made.host, t, cache);
+        self.insert_key(key, id);
+        self.insert_pages(id, made.second_page);
+        for (gpa, len) in self.get(id).guest_ranges() {
             tracker.add_code(gpa, len);
-            self.by_page.entry(gpa & !PAGE_MASK).or_default().push(id);
         }
         id
     }
 
+    fn insert_sites(&mut self, id: BlockId, host: u64, t: &Translated, cache: &mut CodeCache) {
+        let base = self.cache;
+        let boundaries = t.boundaries.iter().map(BoundaryRecord::new);
+        self.boundaries.extend(boundaries);
+        let exits = t.exits.iter().map(|site| ExitRecord::new(id, site, base));
+        self.exits.extend(exits);
+        let accesses = t.accesses.iter().map(|site| AccessRecord::new(id, site));
+        self.accesses.extend(accesses);
+        self.forms.resize(self.accesses.len(), 0);
+        for site in &t.exits {
+            if let Some(slot) = site.slot {
+                cache.set_slot(slot, host + u64::from(site.stub));
+            }
+        }
+    }
+
+    /// Lets the key find the block from now on.
+    fn insert_key(&mut self, key: PackedKey, id: BlockId) {
+        let Blocks { blocks, by_key, .. } = self;
+        let key_of = |id: &BlockId| blocks[*id as usize].key;
+        match by_key.find_mut(hash(key), |other| key_of(other) == key) {
+            Some(place) => *place = id,
+            None => {
+                by_key.insert_unique(hash(key), id, |other| hash(key_of(other)));
+            }
+        }
+    }
+
+    fn insert_pages(&mut self, id: BlockId, second: Option<u64>) {
+        let page = self.record(id).key.gpa() & !PAGE_MASK;
+        let next = self.by_page.insert(page, id);
+        self.blocks[id as usize].next_in_page = next.unwrap_or(NONE);
+        if let Some(second) = second {
+            self.second_pages.insert(id, second);
+            self.by_second_page.entry(second).or_default().push(id);
+        }
+    }
+
     /// Links an exit to a block, so that the monitor is not asked again.
     pub fn link(&mut self, exit: u32, to: BlockId, across_pages: bool, cache: &mut CodeCache) {
-        let e = self.exits[exit as usize];
-        let simd = self.blocks[e.block as usize].simd;
-        let target = &mut self.blocks[to as usize];
-        let entry = target.entry(e.site.flags, simd);
-        target.incoming.push(exit);
+        let e = self.exit(exit);
+        let simd = self.record(e.block).simd;
+        let entry = self.get(to).entry(e.site.flags, simd);
+        self.leave_list(exit);
+        self.enter_list(exit, to);
         self.lead(exit, entry, cache);
         self.links += 1;
         if across_pages {
-            let user = usize::from(self.blocks[e.block as usize].key.base == Base::Dynamic);
+            let user = usize::from(self.base(e.block) == Base::Dynamic);
             self.cross_page[user].push(exit);
+        }
+    }
+
+    /// Hangs the exit into the list of those that lead to a block.
+    fn enter_list(&mut self, exit: u32, to: BlockId) {
+        let first = std::mem::replace(&mut self.blocks[to as usize].incoming, exit);
+        if first != NONE {
+            self.exits[first as usize].set_before(Before::Exit(exit));
+        }
+        let e = &mut self.exits[exit as usize];
+        e.set_before(Before::Block(to));
+        e.next = first;
+    }
+
+    fn leave_list(&mut self, exit: u32) {
+        let e = &mut self.exits[exit as usize];
+        let (before, next) = (e.before(), std::mem::replace(&mut e.next, NONE));
+        e.set_before(Before::Nothing);
+        match before {
+            Before::Nothing => return,
+            Before::Block(block) => self.blocks[block as usize].incoming = next,
+            Before::Exit(other) => self.exits[other as usize].next = next,
+        }
+        if next != NONE {
+            self.exits[next as usize].set_before(before);
         }
     }
 
     /// Lets an exit lead to a host address.
     fn lead(&self, exit: u32, to: u64, cache: &mut CodeCache) {
-        let e = self.exits[exit as usize];
+        let e = self.exit(exit);
         match (e.site.slot, e.site.patch) {
             (Some(slot), _) => cache.set_slot(slot, to),
             (None, Some(at)) => {
-                let host = self.blocks[e.block as usize].host;
+                let host = self.host(e.block);
                 cache.patch(host + u64::from(at), to);
                 if let Some((gate, open)) = e.site.gate {
                     let shut = host + u64::from(e.site.stub);
@@ -231,16 +361,28 @@ impl Blocks {
     }
 
     fn unlink(&mut self, exit: u32, cache: &mut CodeCache) {
-        let e = self.exits[exit as usize];
-        let from = &self.blocks[e.block as usize];
-        self.lead(exit, from.host + u64::from(e.site.stub), cache);
+        let e = self.exit(exit);
+        let stub = self.host(e.block) + u64::from(e.site.stub);
+        self.leave_list(exit);
+        self.lead(exit, stub, cache);
     }
 
     /// Cuts every link of user or of kernel code that leads to another page.
     pub fn unlink_cross_page(&mut self, user: bool, cache: &mut CodeCache) {
-        for exit in std::mem::take(&mut self.cross_page[usize::from(user)]) {
+        let mut exits = std::mem::take(&mut self.cross_page[usize::from(user)]);
+        for exit in exits.drain(..) {
             self.unlink(exit, cache);
         }
+        self.cross_page[usize::from(user)] = exits;
+    }
+
+    /// The blocks that were made from bytes of a page and not thrown away.
+    fn in_page(&self, page: u64) -> impl Iterator<Item = BlockId> {
+        let link = |id: BlockId| (id != NONE).then_some(id);
+        let first = self.by_page.get(&page).copied();
+        let begin = std::iter::successors(first, move |id| link(self.record(*id).next_in_page));
+        let second = self.by_second_page.get(&page);
+        begin.chain(second.into_iter().flatten().copied())
     }
 
     /// Throws away the blocks that were made from any of `len` bytes at `gpa`; returns which they were.
@@ -252,18 +394,11 @@ impl Blocks {
         tracker: &PageTracker,
     ) -> Vec<BlockId> {
         let page = gpa & !PAGE_MASK;
-        let Some(ids) = self.by_page.get(&page) else {
-            return Vec::new();
+        let written = |id: &BlockId| {
+            let mut ranges = self.get(*id).guest_ranges();
+            ranges.any(|(at, n)| at < gpa.saturating_add(len) && gpa < at + n)
         };
-        let hit: Vec<_> = ids
-            .iter()
-            .copied()
-            .filter(|id| {
-                self.blocks[*id as usize]
-                    .guest_ranges()
-                    .any(|(at, n)| at < gpa.saturating_add(len) && gpa < at + n)
-            })
-            .collect();
+        let hit: Vec<_> = self.in_page(page).filter(written).collect();
         for id in &hit {
             self.remove(*id, cache);
         }
@@ -272,77 +407,99 @@ impl Blocks {
     }
 
     fn remove(&mut self, id: BlockId, cache: &mut CodeCache) {
+        // One whose two pages are the same physical page is found twice.
+        if !self.record(id).alive {
+            return;
+        }
         self.invalidated += 1;
-        let block = &mut self.blocks[id as usize];
-        block.alive = false;
-        let key = block.key;
-        if key.form == Form::TwoPages {
+        self.blocks[id as usize].alive = false;
+        if self.record(id).key.form() == Form::TwoPages {
             self.forms.fill(0);
         }
-        let incoming = std::mem::take(&mut block.incoming);
-        let pages: Vec<_> = block
-            .guest_ranges()
-            .map(|(gpa, _)| gpa & !PAGE_MASK)
-            .collect();
-        for exit in incoming {
-            self.unlink(exit, cache);
+        while self.record(id).incoming != NONE {
+            self.unlink(self.record(id).incoming, cache);
         }
-        if self.by_key.get(&key) == Some(&id) {
-            self.by_key.remove(&key);
+        self.remove_key(id);
+        self.remove_pages(id);
+    }
+
+    fn remove_key(&mut self, id: BlockId) {
+        let hash = hash(self.record(id).key);
+        if let Ok(entry) = self.by_key.find_entry(hash, |other| *other == id) {
+            entry.remove();
         }
-        for page in pages {
-            if let Some(ids) = self.by_page.get_mut(&page) {
-                ids.retain(|other| *other != id);
+    }
+
+    fn remove_pages(&mut self, id: BlockId) {
+        let page = self.record(id).key.gpa() & !PAGE_MASK;
+        let next = self.record(id).next_in_page;
+        let before = self
+            .in_page(page)
+            .find(|b| self.record(*b).next_in_page == id);
+        match before {
+            Some(before) => self.blocks[before as usize].next_in_page = next,
+            None if next == NONE => {
+                self.by_page.remove(&page);
             }
+            None => {
+                self.by_page.insert(page, next);
+            }
+        }
+        if let Some(second) = self.second_pages.remove(&id)
+            && let Some(ids) = self.by_second_page.get_mut(&second)
+        {
+            ids.retain(|other| *other != id);
         }
     }
 
     fn granules(&self, page: u64) -> CodeGranules {
-        let ids = self.by_page.get(&page).map_or(&[][..], Vec::as_slice);
-        ids.iter()
-            .flat_map(|id| self.blocks[*id as usize].guest_ranges())
+        self.in_page(page)
+            .flat_map(|id| self.get(id).guest_ranges())
             .filter(|(gpa, _)| gpa & !PAGE_MASK == page)
             .fold(0, |g, (gpa, len)| g | PageTracker::granules(gpa, len))
     }
 
     /// Throws everything away (the cache is full).
     pub fn clear(&mut self, tracker: &PageTracker) {
-        for page in self.by_page.keys() {
+        for page in self.by_page.keys().chain(self.by_second_page.keys()) {
             tracker.set_code(*page, 0);
         }
         *self = Blocks {
             links: self.links,
             invalidated: self.invalidated,
-            ..Blocks::default()
+            ..Blocks::new(self.cache)
         };
     }
 
     /// The block that a host address lies in, and the guest instruction there.
     pub fn at_host(&self, pc: u64) -> Option<(BlockId, Boundary)> {
+        let pc = u32::try_from(pc.checked_sub(self.cache)?).ok()?;
         let after = self.blocks.partition_point(|b| b.host <= pc);
         let id = after.checked_sub(1)?;
         let block = &self.blocks[id];
-        let offset = u32::try_from(pc - block.host)
-            .ok()
-            .filter(|o| *o < block.len)?;
-        let n = block.boundaries.partition_point(|b| b.host <= offset);
-        Some((id as BlockId, *block.boundaries.get(n.checked_sub(1)?)?))
+        let offset = (pc - block.host <= block.last.into()).then(|| pc - block.host)?;
+        let end = self.blocks.get(after).map(|b| b.first_boundary as usize);
+        let end = end.unwrap_or(self.boundaries.len());
+        let boundaries = &self.boundaries[block.first_boundary as usize..end];
+        let n = boundaries.partition_point(|b| b.host() <= offset);
+        Some((id as BlockId, boundaries.get(n.checked_sub(1)?)?.unpack()))
     }
 
     /// The exits of a block, in the order of its translation.
-    pub fn exits_of(&self, id: BlockId) -> &[Exit] {
-        let from = self.exits.partition_point(|e| e.block < id);
-        let to = self.exits.partition_point(|e| e.block <= id);
-        &self.exits[from..to]
+    pub fn exits_of(&self, id: BlockId) -> impl Iterator<Item = Exit> {
+        let from = self.exits.partition_point(|e| e.block < id) as u32;
+        let to = self.exits.partition_point(|e| e.block <= id) as u32;
+        (from..to).map(|n| self.exit(n))
     }
 
     /// Host bytes that hold metadata, roughly.
     pub fn metadata_bytes(&self) -> u64 {
-        let boundaries: usize = self.blocks.iter().map(|b| b.boundaries.capacity()).sum();
-        (self.blocks.capacity() * size_of::<Block>()
-            + self.exits.capacity() * size_of::<Exit>()
-            + self.accesses.capacity() * size_of::<Access>()
-            + boundaries * size_of::<Boundary>()) as u64
+        (self.blocks.len() * size_of::<BlockRecord>()
+            + self.boundaries.len() * size_of::<BoundaryRecord>()
+            + self.exits.len() * size_of::<ExitRecord>()
+            + self.accesses.len() * (size_of::<AccessRecord>() + size_of::<u64>())
+            + self.by_key.allocation_size()
+            + self.by_page.capacity() * size_of::<(u64, BlockId)>()) as u64
     }
 }
 
@@ -373,5 +530,213 @@ impl Block {
         [Some((self.key.gpa, len.min(room))), second]
             .into_iter()
             .flatten()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGE: u64 = 0x5000;
+
+    struct Rig {
+        blocks: Blocks,
+        cache: CodeCache,
+        tracker: PageTracker,
+    }
+
+    impl Rig {
+        fn new() -> Rig {
+            let cache = CodeCache::new(1 << 20, false).unwrap();
+            Rig {
+                blocks: Blocks::new(cache.range().start),
+                cache,
+                tracker: PageTracker::new(64),
+            }
+        }
+
+        /// A block of 16 bytes of guest and 32 bytes of host code, with two exits and a boundary every 8 bytes.
+        fn add(&mut self, gpa: u64, second_page: Option<u64>) -> BlockId {
+            let exit = |n: u32| ExitSite {
+                target: 0x100,
+                patch: Some(4 + 4 * n),
+                stub: 16,
+                flags: FlagPlace::Saved,
+                gate: None,
+                interpret: false,
+                slot: None,
+                changes_mode: false,
+            };
+            let boundary = |n: u16| Boundary {
+                host: 8 * u32::from(n),
+                guest: n,
+                flags: FlagPlace::Registers,
+                borrowed: None,
+            };
+            let code = Translated {
+                exits: (0..2).map(exit).collect(),
+                boundaries: (0..4).map(boundary).collect(),
+                ..Translated::default()
+            };
+            let key = Key {
+                gpa,
+                privilege: 1,
+                simd: Simd::None,
+                base: Base::Fixed(0),
+                form: Form::Normal,
+            };
+            let made = Made {
+                second_page,
+                guest_len: 16,
+                host: self.cache.append(&[0x90; 32]),
+                len: 32,
+                code: &code,
+            };
+            self.blocks
+                .insert(key, made, &self.tracker, &mut self.cache)
+        }
+
+        fn link(&mut self, exit: u32, to: BlockId) {
+            self.blocks.link(exit, to, false, &mut self.cache);
+        }
+
+        fn write(&mut self, gpa: u64) -> Vec<BlockId> {
+            self.blocks
+                .invalidate(gpa, 1, &mut self.cache, &self.tracker)
+        }
+
+        fn incoming(&self, id: BlockId) -> Vec<u32> {
+            let link = |n: u32| (n != NONE).then_some(n);
+            let next = |n: &u32| link(self.blocks.exits[*n as usize].next);
+            std::iter::successors(link(self.blocks.record(id).incoming), next).collect()
+        }
+
+        fn find(&self, id: BlockId) -> Option<BlockId> {
+            self.blocks.find_packed(self.blocks.record(id).key)
+        }
+    }
+
+    #[test]
+    fn a_write_takes_the_blocks_of_its_bytes_only() {
+        let mut rig = Rig::new();
+        let ids: Vec<_> = (0..5).map(|n| rig.add(PAGE + 64 * n, None)).collect();
+        for (at, gone) in [(2, vec![ids[2]]), (0, vec![ids[0]]), (4, vec![ids[4]])] {
+            assert_eq!(rig.write(PAGE + 64 * at + 15), gone);
+            assert!(rig.write(PAGE + 64 * at + 15).is_empty());
+        }
+        assert_eq!(
+            rig.blocks.in_page(PAGE).collect::<Vec<_>>(),
+            [ids[3], ids[1]]
+        );
+        for (n, id) in ids.iter().enumerate() {
+            let alive = n % 2 == 1;
+            assert_eq!(rig.find(*id), alive.then_some(*id));
+            assert_eq!(rig.tracker.touches_code(PAGE + 64 * n as u64, 1), alive);
+        }
+        assert!(rig.tracker.has_code(PAGE));
+        rig.write(PAGE + 64);
+        rig.write(PAGE + 192);
+        assert!(!rig.tracker.has_code(PAGE));
+        assert_eq!(rig.blocks.invalidated, 5);
+    }
+
+    #[test]
+    fn a_block_of_two_pages_goes_with_either() {
+        for at in [PAGE + 0xff8, 0x9000] {
+            let mut rig = Rig::new();
+            let id = rig.add(PAGE + 0xff8, Some(0x9000));
+            assert_eq!(rig.blocks.get(id).second_page, Some(0x9000));
+            assert!(rig.tracker.has_code(PAGE) && rig.tracker.has_code(0x9000));
+            assert_eq!(rig.write(at), [id]);
+            assert!(!rig.blocks.get(id).alive && rig.find(id).is_none());
+            assert!(rig.write(PAGE + 0xff8).is_empty() && rig.write(0x9000).is_empty());
+        }
+    }
+
+    #[test]
+    fn a_block_whose_pages_are_one_goes_alone() {
+        let mut rig = Rig::new();
+        let other = rig.add(PAGE + 0x100, None);
+        let id = rig.add(PAGE + 0xff8, Some(PAGE));
+        rig.add(PAGE + 0x200, None);
+        assert!(
+            rig.blocks
+                .invalidate(PAGE, 4096, &mut rig.cache, &rig.tracker)
+                .contains(&id)
+        );
+        assert!(!rig.blocks.get(other).alive);
+        assert_eq!(rig.blocks.in_page(PAGE).count(), 0);
+        assert_eq!(rig.blocks.invalidated, 3);
+    }
+
+    #[test]
+    fn the_latest_block_of_a_key_is_found() {
+        let mut rig = Rig::new();
+        let old = rig.add(PAGE, None);
+        let new = rig.add(PAGE, None);
+        assert_eq!(rig.find(old), Some(new));
+        assert_eq!(rig.write(PAGE).len(), 2);
+        assert_eq!(rig.find(old), None);
+    }
+
+    #[test]
+    fn an_exit_is_in_the_list_of_the_block_it_leads_to() {
+        let mut rig = Rig::new();
+        let ids: Vec<_> = (0..3).map(|n| rig.add(PAGE + 64 * n, None)).collect();
+        for exit in [0, 2, 4] {
+            rig.link(exit, ids[1]);
+        }
+        assert_eq!(rig.incoming(ids[1]), [4, 2, 0]);
+        rig.link(2, ids[1]);
+        assert_eq!(rig.incoming(ids[1]), [2, 4, 0], "it is there once");
+        rig.link(4, ids[2]);
+        assert_eq!(rig.incoming(ids[1]), [2, 0]);
+        assert_eq!(rig.incoming(ids[2]), [4]);
+        rig.write(PAGE + 64);
+        assert!(rig.incoming(ids[1]).is_empty());
+        rig.link(0, ids[2]);
+        assert_eq!(rig.incoming(ids[2]), [0, 4]);
+    }
+
+    #[test]
+    fn links_across_pages_are_cut_and_made_again() {
+        let mut rig = Rig::new();
+        let ids: Vec<_> = (0..2).map(|n| rig.add(PAGE + 64 * n, None)).collect();
+        for _ in 0..3 {
+            rig.blocks.link(0, ids[1], true, &mut rig.cache);
+            assert_eq!(rig.incoming(ids[1]), [0]);
+            rig.blocks.unlink_cross_page(false, &mut rig.cache);
+            assert!(rig.incoming(ids[1]).is_empty());
+        }
+    }
+
+    #[test]
+    fn host_addresses_lead_to_guest_instructions() {
+        let mut rig = Rig::new();
+        let start = rig.cache.cursor();
+        let ids: Vec<_> = (0..2).map(|n| rig.add(PAGE + 64 * n, None)).collect();
+        for (pc, id, guest) in [
+            (0, 0, 0),
+            (7, 0, 0),
+            (8, 0, 1),
+            (31, 0, 3),
+            (32, 1, 0),
+            (63, 1, 3),
+        ] {
+            let (block, at) = rig.blocks.at_host(start + pc).unwrap();
+            assert_eq!((block, at.guest), (ids[id], guest), "{pc}");
+        }
+        assert!(rig.blocks.at_host(start + 64).is_none());
+        assert!(rig.blocks.at_host(start - 1).is_none());
+    }
+
+    #[test]
+    fn nothing_is_left_after_a_clear() {
+        let mut rig = Rig::new();
+        let id = rig.add(PAGE + 0xff8, Some(0x9000));
+        let key = rig.blocks.get(id).key;
+        rig.blocks.clear(&rig.tracker);
+        assert!(rig.blocks.find(&key).is_none());
+        assert!(!rig.tracker.has_code(PAGE) && !rig.tracker.has_code(0x9000));
     }
 }

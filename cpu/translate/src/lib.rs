@@ -24,6 +24,7 @@ mod frontend;
 mod jump_cache;
 mod lookup;
 mod mirror_unsafe;
+mod records;
 mod rewrite;
 mod stats;
 mod thunk;

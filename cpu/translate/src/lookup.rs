@@ -5,6 +5,7 @@ use doppel_x86::{Cpu, CpuMode, Cr0, Cr4, Rflags};
 
 use crate::blocks::{BlockId, Form, Key, Made};
 use crate::frontend::{Decoding, GuestBlock, Simd, decode};
+use crate::records::MAX_CODE;
 use crate::rewrite::{Base, Setting};
 use crate::translator::{CACHE_MARGIN, Translator};
 
@@ -25,10 +26,10 @@ impl Translator {
         }
         let block = self.find_block(rip)?;
         if !self.link(block) {
-            let host = self.blocks.get(block).entry_saved;
+            let host = self.blocks.entry_saved(block);
             self.context.jump_cache[privilege as usize].insert(rip, host);
         }
-        Some(self.blocks.get(block).entry_saved)
+        Some(self.blocks.entry_saved(block))
     }
 
     fn find_block(&mut self, rip: u64) -> Option<BlockId> {
@@ -90,7 +91,7 @@ impl Translator {
     }
 
     fn still_straddles(&mut self, block: BlockId, rip: u64) -> bool {
-        match self.blocks.get(block).second_page {
+        match self.blocks.second_page(block) {
             None => true,
             Some(second) => self.code_page((rip | PAGE_MASK).wrapping_add(1)) == Some(second),
         }
@@ -123,6 +124,9 @@ impl Translator {
         let translated = self
             .rewriter
             .translate(&guest, setting, self.cache.cursor(), first);
+        if self.rewriter.asm.bytes.len() > MAX_CODE {
+            return None;
+        }
         let host = self.cache.append(&self.rewriter.asm.bytes);
         self.cache.take_slots(translated.slots);
         self.counts.translations += 1;
@@ -143,7 +147,7 @@ impl Translator {
             guest_len: guest.end - guest.start,
             host,
             len: self.rewriter.asm.bytes.len() as u32,
-            code: translated,
+            code: &translated,
         };
         let tracker = cpu.ram.tracker();
         let id = self.blocks.insert(key, made, tracker, &mut self.cache);

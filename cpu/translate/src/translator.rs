@@ -75,8 +75,8 @@ impl Translator {
         let device_writes = cpu.ram.tracker().watch();
         Ok(Translator {
             context: ContextBox::new(cpu),
+            blocks: Blocks::new(cache.range().start),
             cache,
-            blocks: Blocks::default(),
             rewriter: Rewriter::new(),
             thunks,
             options,
@@ -216,7 +216,7 @@ impl Translator {
     }
 
     fn rip_in(&self, block: BlockId, offset: i64) -> u64 {
-        let page = match self.blocks.get(block).key.base {
+        let page = match self.blocks.base(block) {
             Base::Fixed(page) => page,
             Base::Dynamic => self.context.page_base,
         };

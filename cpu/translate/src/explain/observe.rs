@@ -111,7 +111,7 @@ impl Translator {
             let leads = site.slot.map(|at| self.cache.slot(at)).or(patch);
             leads.is_some_and(|to| to != block.host + u64::from(site.stub))
         };
-        let exits = self.blocks.exits_of(id).iter().filter(|_| block.alive);
+        let exits = self.blocks.exits_of(id).filter(|_| block.alive);
         exits.map(|e| linked(e.site)).collect()
     }
 }

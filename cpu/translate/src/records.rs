@@ -1,0 +1,416 @@
+//! Blocks, exits, TLB checks and instruction boundaries as the tables keep them: packed.
+//!
+//! Problem: there are a hundred thousand blocks after a boot and a dozen facts about each, most of which nobody ever asks for; yet each
+//! byte of them is a byte of host memory that was touched, and each list of its own a call of the allocator.
+//! Idea: one array per kind, filled in the order of translation, so that a block names its first entry; positions count from the block,
+//! host addresses from the cache. Lists (the blocks of a page, the exits that lead to a block) run through the records themselves.
+//! Invariant: what is packed comes out as it went in: packing asserts that everything fits. What is bounded by the size of a block fits
+//! in 15 bits ([`MAX_CODE`]).
+//! Cost: an exit is unpacked when it is taken, in a few instructions.
+
+use crate::blocks::{BlockId, Form, Key};
+use crate::flags::FlagPlace;
+use crate::frontend::Simd;
+use crate::rewrite::{AccessSite, Base, Boundary, ExitSite, Part};
+
+/// Most bytes of host code that one block can have.
+pub(crate) const MAX_CODE: usize = 1 << 15;
+
+/// No block, no exit: the end of a list.
+pub(crate) const NONE: u32 = u32::MAX;
+
+fn narrow(position: u32) -> u16 {
+    u16::try_from(position).expect("a position lies within a block")
+}
+
+fn bit(n: u32, is: bool) -> u8 {
+    u8::from(is) << n
+}
+
+/// The number that stands for no borrowed register: a scratch register, which is never borrowed.
+const NOT_BORROWED: u8 = 10;
+
+fn pack_borrowed(register: Option<u8>) -> u8 {
+    assert!(register.is_none_or(|r| r < 16 && r != NOT_BORROWED));
+    register.unwrap_or(NOT_BORROWED)
+}
+
+fn unpack_borrowed(number: u8) -> Option<u8> {
+    Some(number & 15).filter(|n| *n != NOT_BORROWED)
+}
+
+fn flag_place(saved: bool) -> FlagPlace {
+    if saved {
+        FlagPlace::Saved
+    } else {
+        FlagPlace::Registers
+    }
+}
+
+/// A [`Key`]; equal where the keys are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct PackedKey {
+    /// The physical address, from bit 8 on, and below it privilege, vector state and form.
+    gpa: u64,
+    /// The linear page; bit 0 is set where there is none.
+    base: u64,
+}
+
+const SIMD: [Simd; 4] = [Simd::None, Simd::Sse, Simd::Avx, Simd::Avx512];
+const FORMS: [Form; 3] = [Form::Normal, Form::TwoPages, Form::Careful];
+
+impl PackedKey {
+    pub fn new(key: &Key) -> Self {
+        assert!(key.gpa < 1 << 56 && key.privilege < 4);
+        let low = u64::from(key.privilege) | (key.simd as u64) << 2 | (key.form as u64) << 4;
+        PackedKey {
+            gpa: key.gpa << 8 | low,
+            base: match key.base {
+                Base::Fixed(page) => page,
+                Base::Dynamic => 1,
+            },
+        }
+    }
+
+    pub fn gpa(self) -> u64 {
+        self.gpa >> 8
+    }
+
+    pub fn base(self) -> Base {
+        match self.base {
+            1 => Base::Dynamic,
+            page => Base::Fixed(page),
+        }
+    }
+
+    pub fn form(self) -> Form {
+        FORMS[self.gpa as usize >> 4 & 3]
+    }
+
+    pub fn unpack(self) -> Key {
+        Key {
+            gpa: self.gpa(),
+            privilege: self.gpa as u8 & 3,
+            simd: SIMD[self.gpa as usize >> 2 & 3],
+            base: self.base(),
+            form: self.form(),
+        }
+    }
+}
+
+/// One block. Host addresses are offsets in the cache.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BlockRecord {
+    pub key: PackedKey,
+    pub host: u32,
+    /// Number of its first boundary; the next block's first is behind its last.
+    pub first_boundary: u32,
+    /// First of the exits that lead here.
+    pub incoming: u32,
+    /// The next block of the same page.
+    pub next_in_page: BlockId,
+    /// Entries by where the flags are, and the one for callers with the vector state loaded.
+    pub entry_registers: u16,
+    pub entry_saved: u16,
+    pub entry_simd: u16,
+    /// Bytes of host code, less one.
+    pub last: u16,
+    pub guest_len: u16,
+    /// Uses the vector state.
+    pub simd: bool,
+    pub alive: bool,
+    /// It has a second page.
+    pub straddles: bool,
+}
+
+/// Where the link of an exit hangs in the list of its target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Before {
+    /// It is in no list.
+    Nothing,
+    /// It is the first of this block's.
+    Block(BlockId),
+    Exit(u32),
+}
+
+/// One exit.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ExitRecord {
+    /// The target from bit 24 on, signed; the stub from bit 8 on; booleans.
+    word: i64,
+    pub block: BlockId,
+    /// Position of the displacement and, in the upper half, of the gate's; or the slot as an offset in the cache.
+    place: u32,
+    before: u32,
+    /// The next exit that leads to the same block.
+    pub next: u32,
+}
+
+const EXIT_SAVED: i64 = 1;
+const EXIT_INTERPRET: i64 = 2;
+const EXIT_CHANGES_MODE: i64 = 4;
+const EXIT_PATCH: i64 = 8;
+const EXIT_SLOT: i64 = 16;
+const EXIT_GATE: i64 = 32;
+/// The way through an open gate begins behind its displacement.
+const BEHIND_GATE: u32 = 4;
+/// In `before`: what is left is a block and not an exit.
+const FIRST: u32 = 1 << 31;
+
+impl ExitRecord {
+    /// For an exit of `block`; `cache` is the address that slots count from.
+    pub fn new(block: BlockId, site: &ExitSite, cache: u64) -> Self {
+        let is = |flag, is| if is { flag } else { 0 };
+        let word = site.target << 24
+            | i64::from(narrow(site.stub)) << 8
+            | is(EXIT_SAVED, site.flags == FlagPlace::Saved)
+            | is(EXIT_INTERPRET, site.interpret)
+            | is(EXIT_CHANGES_MODE, site.changes_mode)
+            | is(EXIT_PATCH, site.patch.is_some())
+            | is(EXIT_SLOT, site.slot.is_some())
+            | is(EXIT_GATE, site.gate.is_some());
+        assert!(word >> 24 == site.target && !(site.patch.is_some() && site.slot.is_some()));
+        let place = match site.slot {
+            Some(slot) => u32::try_from(slot - cache).expect("a slot is near the cache"),
+            None => {
+                let gate = site.gate.map_or(0, |(gate, open)| {
+                    assert!(open == gate + BEHIND_GATE);
+                    gate
+                });
+                u32::from(narrow(gate)) << 16 | u32::from(narrow(site.patch.unwrap_or_default()))
+            }
+        };
+        ExitRecord {
+            word,
+            block,
+            place,
+            before: NONE,
+            next: NONE,
+        }
+    }
+
+    pub fn site(&self, cache: u64) -> ExitSite {
+        let is = |flag| self.word & flag != 0;
+        ExitSite {
+            target: self.word >> 24,
+            patch: is(EXIT_PATCH).then_some(self.place & 0xffff),
+            stub: u32::from((self.word >> 8) as u16),
+            gate: is(EXIT_GATE).then_some((self.place >> 16, (self.place >> 16) + BEHIND_GATE)),
+            flags: flag_place(is(EXIT_SAVED)),
+            interpret: is(EXIT_INTERPRET),
+            slot: is(EXIT_SLOT).then(|| cache + u64::from(self.place)),
+            changes_mode: is(EXIT_CHANGES_MODE),
+        }
+    }
+
+    pub fn before(&self) -> Before {
+        match self.before {
+            NONE => Before::Nothing,
+            n if n & FIRST != 0 => Before::Block(n & !FIRST),
+            n => Before::Exit(n),
+        }
+    }
+
+    pub fn set_before(&mut self, before: Before) {
+        self.before = match before {
+            Before::Nothing => NONE,
+            Before::Block(block) => FIRST | block,
+            Before::Exit(exit) => exit,
+        };
+    }
+}
+
+/// One TLB check.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AccessRecord {
+    pub block: BlockId,
+    careful: u32,
+    offset: u16,
+    span: u16,
+    retry: u16,
+    done: u16,
+    own_from: u16,
+    own_size: u8,
+    bits: u8,
+}
+
+impl AccessRecord {
+    /// For a check of `block`.
+    pub fn new(block: BlockId, site: &AccessSite) -> Self {
+        AccessRecord {
+            block,
+            careful: site.careful.unwrap_or(NONE),
+            offset: site.offset,
+            span: site.span,
+            retry: narrow(site.retry),
+            done: narrow(site.done),
+            own_from: site.own.from,
+            own_size: site.own.size,
+            bits: bit(0, site.write)
+                | bit(1, site.own.write)
+                | bit(2, site.own_operand)
+                | bit(3, site.flags == FlagPlace::Saved)
+                | pack_borrowed(site.borrowed) << 4,
+        }
+    }
+
+    pub fn site(&self) -> AccessSite {
+        let is = |n: u32| self.bits >> n & 1 != 0;
+        AccessSite {
+            offset: self.offset,
+            span: self.span,
+            write: is(0),
+            own: Part {
+                from: self.own_from,
+                size: self.own_size,
+                write: is(1),
+            },
+            careful: Some(self.careful).filter(|n| *n != NONE),
+            own_operand: is(2),
+            retry: self.retry.into(),
+            done: self.done.into(),
+            flags: flag_place(is(3)),
+            borrowed: unpack_borrowed(self.bits >> 4),
+        }
+    }
+}
+
+/// One boundary: position (15 bits), offset of the guest instruction (12), borrowed register (4), flags (1).
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BoundaryRecord(u32);
+
+impl BoundaryRecord {
+    pub fn new(b: &Boundary) -> Self {
+        assert!(b.guest < 1 << 12 && b.host < 1 << 15);
+        let saved = u32::from(b.flags == FlagPlace::Saved);
+        let low = u32::from(pack_borrowed(b.borrowed)) << 1 | saved;
+        BoundaryRecord(b.host << 17 | u32::from(b.guest) << 5 | low)
+    }
+
+    /// Position of its code.
+    pub fn host(self) -> u32 {
+        self.0 >> 17
+    }
+
+    pub fn unpack(self) -> Boundary {
+        Boundary {
+            host: self.host(),
+            guest: (self.0 >> 5 & 0xfff) as u16,
+            flags: flag_place(self.0 & 1 != 0),
+            borrowed: unpack_borrowed((self.0 >> 1) as u8),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_come_out_as_they_went_in() {
+        for base in [
+            Base::Dynamic,
+            Base::Fixed(0),
+            Base::Fixed(0xffff_ffff_8100_0000),
+        ] {
+            for (simd, form) in SIMD.into_iter().zip(FORMS.into_iter().cycle()) {
+                for (gpa, privilege) in [(0, 0), ((1 << 41) - 1, 2), (0x12_3456, 1)] {
+                    let key = Key {
+                        gpa,
+                        privilege,
+                        simd,
+                        base,
+                        form,
+                    };
+                    assert_eq!(PackedKey::new(&key).unpack(), key);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn exits_come_out_as_they_went_in() {
+        const CACHE: u64 = 0x7f00_0000_0000;
+        for n in 0..128u32 {
+            let is = |bit: u32| n >> bit & 1 != 0;
+            let site = ExitSite {
+                target: if is(0) { -(1 << 32) } else { (1 << 32) + 4095 },
+                patch: (is(1) && !is(2)).then_some(0x7ffc),
+                slot: is(2).then_some(CACHE + (5 << 28)),
+                stub: 0x7fff,
+                gate: (is(6) && !is(2)).then_some((0x7ff0, 0x7ff4)),
+                flags: flag_place(is(3)),
+                interpret: is(4),
+                changes_mode: is(5),
+            };
+            let packed = ExitRecord::new(n, &site, CACHE);
+            assert_eq!(format!("{:?}", packed.site(CACHE)), format!("{site:?}"));
+            assert_eq!((packed.block, packed.before()), (n, Before::Nothing));
+        }
+    }
+
+    #[test]
+    fn checks_come_out_as_they_went_in() {
+        for n in 0..32u32 {
+            let is = |bit: u32| n >> bit & 1 != 0;
+            let site = AccessSite {
+                offset: 4095,
+                span: 4096,
+                write: is(0),
+                own: Part {
+                    from: 4032,
+                    size: 64,
+                    write: is(1),
+                },
+                careful: is(2).then_some(70_000),
+                own_operand: is(3),
+                retry: 0x7fff,
+                done: 0x7ffe,
+                flags: flag_place(is(4)),
+                borrowed: Some(n as u8 % 16).filter(|r| *r != NOT_BORROWED),
+            };
+            let packed = AccessRecord::new(n, &site);
+            assert_eq!(format!("{:?}", packed.site()), format!("{site:?}"));
+        }
+    }
+
+    #[test]
+    fn boundaries_come_out_as_they_went_in() {
+        for (host, guest, borrowed) in [(0, 0, None), (0x7fff, 4095, Some(15)), (7, 9, Some(0))] {
+            for saved in [false, true] {
+                let boundary = Boundary {
+                    host,
+                    guest,
+                    flags: flag_place(saved),
+                    borrowed,
+                };
+                let packed = BoundaryRecord::new(&boundary);
+                assert_eq!(format!("{:?}", packed.unpack()), format!("{boundary:?}"));
+                assert_eq!(packed.host(), host);
+            }
+        }
+    }
+
+    #[test]
+    fn lists_tell_blocks_from_exits() {
+        for before in [Before::Block(7), Before::Exit(7), Before::Nothing] {
+            let mut exit = ExitRecord {
+                word: 0,
+                block: 0,
+                place: 0,
+                before: 0,
+                next: 0,
+            };
+            exit.set_before(before);
+            assert_eq!(exit.before(), before);
+        }
+    }
+
+    #[test]
+    fn records_are_small() {
+        assert_eq!(size_of::<BlockRecord>(), 48);
+        assert_eq!(size_of::<ExitRecord>(), 24);
+        assert_eq!(size_of::<AccessRecord>(), 20);
+        assert_eq!(size_of::<BoundaryRecord>(), 4);
+    }
+}
