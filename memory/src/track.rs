@@ -4,9 +4,9 @@
 //! dirty already and holds no code, so that every other first write takes a slow path that looks here.
 //! Writes that do not go through a CPU (a device's) are told to every [`CodeWatch`]: a translator owns one.
 
-use std::collections::{BTreeSet, HashMap};
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use crate::{PAGE_MASK, PAGE_SIZE};
 
@@ -18,12 +18,18 @@ pub type CodeGranules = u64;
 
 const GRANULE_SHIFT: u64 = 6;
 
+/// Pages whose granules are allocated together, when the first of them holds code.
+const REGION: usize = 512;
+type Region = [AtomicU64; REGION];
+
 /// Per-page facts about guest RAM. All methods may be called from any thread.
 #[derive(Debug)]
 pub struct PageTracker {
     flags: Vec<AtomicU8>,
-    // Only pages with the CODE flag have an entry.
-    code: Mutex<HashMap<u64, CodeGranules>>,
+    /// The granules of each page, by region; not zero only where the page has the CODE flag.
+    code: Vec<OnceLock<Box<Region>>>,
+    /// Held while the granules of a page and its CODE flag change.
+    changes: Mutex<()>,
     watches: Mutex<Vec<Weak<CodeWatch>>>,
 }
 
@@ -64,7 +70,10 @@ impl PageTracker {
         flags.resize_with(pages as usize, AtomicU8::default);
         PageTracker {
             flags,
-            code: Mutex::new(HashMap::new()),
+            code: (0..pages.div_ceil(REGION as u64))
+                .map(|_| OnceLock::new())
+                .collect(),
+            changes: Mutex::default(),
             watches: Mutex::default(),
         }
     }
@@ -144,32 +153,44 @@ impl PageTracker {
     /// Notes that `len` bytes at `gpa` (within one page) were translated. Returns true where the page
     /// held no code before: its write permission must then leave every TLB.
     pub fn add_code(&self, gpa: u64, len: u64) -> bool {
-        let mut code = lock(&self.code);
-        *code.entry(gpa & !PAGE_MASK).or_default() |= granules(gpa, len);
+        let Some(code) = self.granules_at(gpa) else {
+            return false;
+        };
+        let _changes = lock(&self.changes);
+        code.fetch_or(granules(gpa, len), Ordering::AcqRel);
         let fresh = self.flag(gpa) & CODE == 0;
-        self.set(gpa, CODE);
+        if fresh {
+            self.set(gpa, CODE);
+        }
         fresh
+    }
+
+    /// The granules of a page of RAM.
+    fn granules_at(&self, gpa: u64) -> Option<&AtomicU64> {
+        let page = (gpa / PAGE_SIZE) as usize;
+        let region = self.code.get(page / REGION)?;
+        let region = region.get_or_init(|| Box::new([const { AtomicU64::new(0) }; REGION]));
+        Some(&region[page % REGION])
     }
 
     /// True where a write of `len` bytes at `gpa` (within one page) may change translated code.
     pub fn touches_code(&self, gpa: u64, len: u64) -> bool {
         self.has_code(gpa) && {
-            let code = lock(&self.code);
-            code.get(&(gpa & !PAGE_MASK))
-                .is_some_and(|c| c & granules(gpa, len) != 0)
+            let code = self.granules_at(gpa);
+            code.is_some_and(|c| c.load(Ordering::Acquire) & granules(gpa, len) != 0)
         }
     }
 
     /// Sets which granules of the page still hold code, after blocks were thrown away.
     pub fn set_code(&self, gpa: u64, granules: CodeGranules) {
-        let mut code = lock(&self.code);
-        if granules != 0 {
-            code.insert(gpa & !PAGE_MASK, granules);
-            self.set(gpa, CODE);
+        let Some(code) = self.granules_at(gpa) else {
             return;
-        }
-        code.remove(&(gpa & !PAGE_MASK));
-        if let Some(f) = self.flags.get((gpa / PAGE_SIZE) as usize) {
+        };
+        let _changes = lock(&self.changes);
+        code.store(granules, Ordering::Release);
+        if granules != 0 {
+            self.set(gpa, CODE);
+        } else if let Some(f) = self.flags.get((gpa / PAGE_SIZE) as usize) {
             f.fetch_and(!CODE, Ordering::AcqRel);
         }
     }
@@ -207,6 +228,17 @@ mod tests {
         assert!(!t.touches_code(0x2000, 8));
         t.set_code(0x2000, 0);
         assert!(!t.has_code(0x2100));
+        assert!(!t.touches_code(0x2104, 4));
+        t.set_code(0x2000, 1 << 4);
+        assert!(t.touches_code(0x2104, 4) && !t.touches_code(0x2140, 4));
+    }
+
+    #[test]
+    fn what_is_beyond_the_end_holds_no_code() {
+        let t = PageTracker::new(16);
+        assert!(!t.add_code(600 << 12, 8) && !t.touches_code(600 << 12, 8));
+        t.set_code(u64::MAX, 1);
+        assert!(!t.has_code(u64::MAX));
     }
 
     #[test]

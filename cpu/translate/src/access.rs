@@ -30,8 +30,8 @@ impl Translator {
 
     fn go_on(&mut self, linear: u64, access: Access, number: u32) -> Option<u64> {
         let site = access.site;
-        let block = self.blocks.get(access.block);
-        let (privilege, host) = (PRIVILEGES[usize::from(block.key.privilege)], block.host);
+        let host = self.blocks.host(access.block);
+        let privilege = PRIVILEGES[usize::from(self.blocks.privilege(access.block))];
         let own = linear.wrapping_add(u64::from(site.own.from));
         if site.careful.is_some()
             && let Some(at) = self.stretch(linear, &site, privilege)

@@ -149,7 +149,8 @@ impl Blocks {
         &self.blocks[id as usize]
     }
 
-    fn host(&self, id: BlockId) -> u64 {
+    /// Host address of its code.
+    pub fn host(&self, id: BlockId) -> u64 {
         self.cache + u64::from(self.record(id).host)
     }
 
@@ -172,6 +173,10 @@ impl Blocks {
     /// What `rip` is relative to in a block.
     pub fn base(&self, id: BlockId) -> Base {
         self.record(id).key.base()
+    }
+
+    pub fn privilege(&self, id: BlockId) -> u8 {
+        self.record(id).key.privilege()
     }
 
     /// Where a caller enters that saved its flags.

@@ -7,7 +7,7 @@
 //! as a whole when it is full. A displacement is patched with one aligned 4-byte store.
 //! Behind the executable mapping lie *slots*, ordinary data that cannot be executed: host addresses that code jumps through. A link
 //! that may have to be cut often goes through a slot, since writing code that runs costs the processor a flush of its pipeline.
-//! Cost: both mappings share the host's page cache; an untouched part costs nothing.
+//! Cost: both mappings share the host's page cache; a part beyond the code costs nothing, but for at most two batches.
 
 use std::fs::File;
 use std::io;
@@ -22,6 +22,8 @@ pub(crate) struct CodeCache {
     len: usize,
     used: usize,
     slots_used: usize,
+    /// So much of both mappings has memory; whole batches, so whole pages.
+    populated: usize,
     /// The part at the start that survives [`Self::clear`].
     pinned: usize,
 }
@@ -48,6 +50,7 @@ impl CodeCache {
             len,
             used: 0,
             slots_used: 0,
+            populated: 0,
             pinned: 0,
         })
     }
@@ -107,9 +110,29 @@ impl CodeCache {
         unsafe { self.execute.add(offset).cast::<u64>().read() }
     }
 
+    /// Has the host give both mappings their memory up to some way beyond `end`, so that it need not page by page.
+    fn populate(&mut self, end: usize) {
+        if end <= self.populated {
+            return;
+        }
+        let to = (end.next_multiple_of(BATCH) + BATCH).min(self.len);
+        for (mapping, advice) in [
+            (self.write, libc::MADV_POPULATE_WRITE),
+            (self.execute, libc::MADV_POPULATE_READ),
+        ] {
+            // SAFETY: within the mapping, whose content stays as it is. Where the host does not know how, nothing happens.
+            unsafe {
+                let at = mapping.add(self.populated).cast();
+                libc::madvise(at, to - self.populated, advice);
+            }
+        }
+        self.populated = to;
+    }
+
     /// Appends code; returns its host address.
     pub fn append(&mut self, code: &[u8]) -> u64 {
         assert!(code.len() <= self.room());
+        self.populate(self.used + code.len());
         let at = self.cursor();
         // SAFETY: in bounds of the writable mapping (asserted); nothing executes there yet.
         unsafe {
@@ -165,6 +188,9 @@ impl Drop for CodeCache {
         }
     }
 }
+
+/// So much memory is asked of the host at a time.
+const BATCH: usize = 64 << 10;
 
 /// Code bytes for which there is one slot.
 const BYTES_A_SLOT: usize = 32;

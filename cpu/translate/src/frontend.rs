@@ -198,11 +198,14 @@ impl GuestBlock {
 /// Instructions in a block at most.
 const MOST_INSTRUCTIONS: usize = 48;
 
+/// Bytes of guest code that a block can be made from at most.
+pub(crate) const MOST_BYTES: usize = MOST_INSTRUCTIONS * 15;
+
 /// Conditional branches that a block goes on after at most.
 const MOST_SIDE_EXITS: usize = 4;
 
 /// Decodes one block from `bytes`, which begin at `start` in the page and go to its end (or 15 bytes on, for
-/// one instruction that straddles). `None` where not even one instruction fits.
+/// one instruction that straddles), or are [`MOST_BYTES`] at least. `None` where not even one instruction fits.
 pub(crate) fn decode(
     info: &mut InstructionInfoFactory,
     bytes: &[u8],
@@ -211,6 +214,7 @@ pub(crate) fn decode(
 ) -> Option<GuestBlock> {
     let mut decoder = Decoder::with_ip(64, bytes, u64::from(start), DecoderOptions::NONE);
     let mut block = GuestBlock {
+        instructions: Vec::with_capacity(MOST_INSTRUCTIONS / 2),
         start,
         end: start,
         ..GuestBlock::default()

@@ -4,7 +4,7 @@ use doppel_memory::{AccessKind, PAGE_MASK, PAGE_SIZE, Privilege};
 use doppel_x86::{Cpu, CpuMode, Cr0, Cr4, Rflags};
 
 use crate::blocks::{BlockId, Form, Key, Made};
-use crate::frontend::{Decoding, GuestBlock, Simd, decode};
+use crate::frontend::{Decoding, GuestBlock, MOST_BYTES, Simd, decode};
 use crate::records::MAX_CODE;
 use crate::rewrite::{Base, Setting};
 use crate::translator::{CACHE_MARGIN, Translator};
@@ -151,6 +151,7 @@ impl Translator {
         };
         let tracker = cpu.ram.tracker();
         let id = self.blocks.insert(key, made, tracker, &mut self.cache);
+        self.rewriter.recycle(translated);
         self.context.forms = self.blocks.forms();
         self.observe(id, rip, &guest, counters);
         Some(id)
@@ -166,9 +167,9 @@ impl Translator {
             inline_strings: self.options.inline_strings,
             extend: self.options.extend,
         };
-        let mut bytes = [0u8; PAGE_SIZE as usize + 15];
+        let mut bytes = [0u8; MOST_BYTES + 15];
         let start = (rip & PAGE_MASK) as u16;
-        let len = (PAGE_SIZE - (rip & PAGE_MASK)) as usize;
+        let len = ((PAGE_SIZE - (rip & PAGE_MASK)) as usize).min(MOST_BYTES);
         self.context.cpu.ram.ptr(key.gpa)?.read(&mut bytes[..len]);
         let info = self.rewriter.info();
         if let Some(mut block) = decode(info, &bytes[..len], start, how) {

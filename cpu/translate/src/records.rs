@@ -87,10 +87,14 @@ impl PackedKey {
         FORMS[self.gpa as usize >> 4 & 3]
     }
 
+    pub fn privilege(self) -> u8 {
+        self.gpa as u8 & 3
+    }
+
     pub fn unpack(self) -> Key {
         Key {
             gpa: self.gpa(),
-            privilege: self.gpa as u8 & 3,
+            privilege: self.privilege(),
             simd: SIMD[self.gpa as usize >> 2 & 3],
             base: self.base(),
             form: self.form(),

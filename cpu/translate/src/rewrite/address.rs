@@ -102,18 +102,17 @@ impl Work<'_> {
     pub(super) fn encode(&mut self, i: &Instruction) {
         let r = &mut *self.r;
         let ip = r.asm.base + r.asm.bytes.len() as u64;
-        let mut buffer = std::mem::take(&mut r.asm.bytes);
-        r.encoder.set_buffer(Vec::new());
+        let before = r.asm.bytes.len();
+        r.encoder.set_buffer(std::mem::take(&mut r.asm.bytes));
         // Every instruction that comes here was decoded and had only operands replaced by ones that fit.
-        match r.encoder.encode(i, ip) {
-            Ok(_) => buffer.append(&mut r.encoder.take_buffer()),
-            Err(e) => {
-                debug_assert!(false, "cannot encode {i:?}: {e}");
-                self.out.unencodable += 1;
-                buffer.extend_from_slice(&[0x0f, 0x0b]); // ud2: the monitor will interpret the instruction
-            }
+        let result = r.encoder.encode(i, ip);
+        r.asm.bytes = r.encoder.take_buffer();
+        if let Err(e) = result {
+            debug_assert!(false, "cannot encode {i:?}: {e}");
+            self.out.unencodable += 1;
+            r.asm.bytes.truncate(before);
+            r.asm.bytes.extend_from_slice(&[0x0f, 0x0b]); // ud2: the monitor will interpret the instruction
         }
-        r.asm.bytes = buffer;
     }
 
     /// Where the instruction's own memory access finds its bytes: a register and a displacement. The flags may be destroyed.

@@ -80,6 +80,8 @@ pub(crate) struct Rewriter {
     pub asm: Asm,
     encoder: Encoder,
     info: InstructionInfoFactory,
+    /// An outcome that is done with, for its buffers.
+    spare: Translated,
 }
 
 impl Rewriter {
@@ -88,7 +90,27 @@ impl Rewriter {
             asm: Asm::default(),
             encoder: Encoder::new(64),
             info: InstructionInfoFactory::new(),
+            spare: Translated::default(),
         }
+    }
+
+    /// Takes an outcome back that is done with.
+    pub fn recycle(&mut self, done: Translated) {
+        let Translated {
+            mut exits,
+            mut accesses,
+            mut boundaries,
+            ..
+        } = done;
+        exits.clear();
+        accesses.clear();
+        boundaries.clear();
+        self.spare = Translated {
+            exits,
+            accesses,
+            boundaries,
+            ..Translated::default()
+        };
     }
 
     pub fn info(&mut self) -> &mut InstructionInfoFactory {
@@ -104,12 +126,13 @@ impl Rewriter {
         first: FirstSites,
     ) -> Translated {
         self.asm.reset(base);
+        let out = std::mem::take(&mut self.spare);
         let mut work = Work {
             r: self,
             block,
             s: setting,
             first,
-            out: Translated::default(),
+            out,
             place: FlagPlace::Saved,
             slow: Vec::new(),
             simd_missing: None,
