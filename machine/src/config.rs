@@ -33,7 +33,7 @@ pub struct MachineConfig {
     pub debug_exit: bool,
     /// Translate the first so many blocks only and interpret the rest, to find a bad block by halving.
     pub translate_limit: Option<u64>,
-    /// Have the engine count what it runs, which costs a little.
+    /// Count what the engine runs and measure the time in devices, which costs a little.
     pub count: bool,
     /// Who is told of the blocks that are translated.
     pub observers: Observers,

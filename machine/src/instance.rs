@@ -85,7 +85,7 @@ impl Instance {
             .zip(pc.cpu_apics())
             .map(|((engine, doorbell), apic)| Vcpu {
                 engine,
-                bus: CpuBus::new(&pc, apic),
+                bus: CpuBus::new(&pc, apic, config.count),
                 doorbell,
                 control: control.clone(),
                 sleepers: sleepers.clone(),

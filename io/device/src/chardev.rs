@@ -8,6 +8,7 @@
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Read, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Duration;
 
 /// Where a device's output goes.
 pub trait CharSink: Send + Sync {
@@ -58,12 +59,18 @@ struct Bytes {
     bytes: VecDeque<u8>,
     refused: bool,
     writing: bool,
+    /// The writer thread sleeps until there is something to write.
+    idle: bool,
     closed: bool,
 }
 
 fn lock(bytes: &Mutex<Bytes>) -> MutexGuard<'_, Bytes> {
     bytes.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+/// How long the writer thread gathers output after it wrote some. A kernel's messages come a byte at a time: to wake the writer for
+/// each would cost a guest more than all else that a byte does. Nobody sees so short a delay.
+const GATHER: Duration = Duration::from_micros(500);
 
 /// Output on its way from a device to a host file.
 pub struct OutputQueue {
@@ -98,6 +105,7 @@ impl OutputQueue {
                 result = to.write_all(&bytes).and_then(|()| to.flush());
             }
             self.written();
+            self.gather();
         }
         result
     }
@@ -117,16 +125,26 @@ impl OutputQueue {
     }
 
     fn take(&self) -> Option<Vec<u8>> {
-        let queue = lock(&self.queue);
+        let mut queue = lock(&self.queue);
+        queue.idle = true;
         let mut queue = self
             .changed
             .wait_while(queue, |q| q.bytes.is_empty() && !q.closed)
             .unwrap_or_else(PoisonError::into_inner);
+        queue.idle = false;
         if queue.bytes.is_empty() {
             return None;
         }
         queue.writing = true;
         Some(queue.bytes.drain(..).collect())
+    }
+
+    /// Lets more output come together, unless a device waits for room.
+    fn gather(&self) {
+        let queue = lock(&self.queue);
+        let _gathered = self
+            .changed
+            .wait_timeout_while(queue, GATHER, |q| !q.closed && !q.refused);
     }
 
     fn written(&self) {
@@ -147,11 +165,11 @@ impl CharSink for OutputQueue {
         let mut queue = lock(&self.queue);
         let room = self.capacity - queue.bytes.len();
         let taken = room.min(bytes.len());
-        let was_empty = queue.bytes.is_empty();
         queue.bytes.extend(&bytes[..taken]);
-        queue.refused |= taken < bytes.len();
+        let refused = taken < bytes.len() && !std::mem::replace(&mut queue.refused, true);
+        let wake = refused || (taken > 0 && std::mem::take(&mut queue.idle));
         drop(queue);
-        if was_empty && taken > 0 {
+        if wake {
             self.changed.notify_all();
         }
         taken
@@ -291,6 +309,51 @@ mod tests {
         queue.drain();
         queue.close();
         assert_eq!(writer.join().unwrap(), b"abcdef");
+    }
+
+    /// Counts what it is given at a time.
+    struct Pieces(Sender<Vec<u8>>);
+    impl Write for Pieces {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let _ = self.0.send(bytes.to_vec());
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn the_first_byte_goes_out_at_once_and_those_that_follow_together() {
+        let queue = OutputQueue::new(1 << 16);
+        let (pieces, seen) = channel();
+        let writer = thread::spawn({
+            let queue = queue.clone();
+            move || queue.run(Pieces(pieces))
+        });
+        let mut sent = Vec::new();
+        for n in 0..20_000u32 {
+            sent.push(n as u8);
+            assert_eq!(queue.write(&[n as u8]), 1);
+        }
+        queue.close();
+        writer.join().unwrap().unwrap();
+        let pieces: Vec<_> = seen.iter().collect();
+        assert_eq!(pieces.concat(), sent);
+        assert!(pieces.len() < sent.len() / 10, "{}", pieces.len());
+        // An idle writer is woken by a single byte.
+        let queue = OutputQueue::new(4);
+        let (pieces, seen) = channel();
+        thread::spawn({
+            let queue = queue.clone();
+            move || queue.run(Pieces(pieces))
+        });
+        for byte in *b"ab" {
+            queue.write(&[byte]);
+            assert_eq!(seen.recv_timeout(LONG), Ok(vec![byte]));
+            thread::sleep(4 * GATHER);
+        }
+        queue.close();
     }
 
     struct Broken;
