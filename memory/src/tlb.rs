@@ -16,7 +16,7 @@
 use crate::{GuestRam, HostPtr, PAGE_MASK, PageRights, Translation};
 
 /// Entries of one TLB; a power of two.
-pub const TLB_ENTRIES: usize = 1024;
+pub const TLB_ENTRIES: usize = 2048;
 /// log2 of the bytes of one entry.
 pub const TLB_ENTRY_SHIFT: u32 = 5;
 /// The invalid tag of slot `i` is `(i << 12) ^ INVALID_TAG_XOR`.
@@ -104,12 +104,17 @@ impl FilledSlots {
         self.len = (self.len + 1).min(TLB_ENTRIES + 1);
     }
 
-    /// Calls `f` with every slot of the list, which is empty afterwards.
-    fn drain(&mut self, mut f: impl FnMut(usize)) {
+    /// Calls `f` with every slot of the list.
+    fn for_each(&self, mut f: impl FnMut(usize)) {
         match self.slots.get(..self.len) {
             Some(listed) => listed.iter().for_each(|slot| f(usize::from(*slot))),
             None => (0..TLB_ENTRIES).for_each(f),
         }
+    }
+
+    /// Calls `f` with every slot of the list, which is empty afterwards.
+    fn drain(&mut self, f: impl FnMut(usize)) {
+        self.for_each(f);
         self.len = 0;
     }
 }
@@ -213,10 +218,18 @@ impl Tlb {
 
     /// Takes write permission from every entry of a guest physical page (it now holds translated code).
     pub fn protect(&mut self, gpa: u64) {
-        for (slot, e) in self.entries.iter_mut().enumerate() {
-            if e.gpa & !1 == gpa & !PAGE_MASK {
-                e.write_tag = TlbEntry::invalid(slot).write_tag;
-            }
+        let Tlb {
+            entries,
+            non_global,
+            global,
+        } = self;
+        for filled in [non_global, global] {
+            filled.for_each(|slot| {
+                let e = &mut entries[slot];
+                if e.gpa & !1 == gpa & !PAGE_MASK {
+                    e.write_tag = TlbEntry::invalid(slot).write_tag;
+                }
+            });
         }
     }
 }
