@@ -52,7 +52,7 @@ pub(super) fn of_result(r: u64, size: usize) -> u64 {
 
 /// `a + b + carry`
 #[inline]
-pub(super) fn add(a: u64, b: u64, carry: u64, size: usize) -> (u64, u64) {
+pub fn add(a: u64, b: u64, carry: u64, size: usize) -> (u64, u64) {
     let r = a.wrapping_add(b).wrapping_add(carry);
     let carries = a & b | (a | b) & !r;
     let overflow = (a ^ r) & (b ^ r);
@@ -65,7 +65,7 @@ pub(super) fn add(a: u64, b: u64, carry: u64, size: usize) -> (u64, u64) {
 
 /// `a - b - borrow`
 #[inline]
-pub(super) fn sub(a: u64, b: u64, borrow: u64, size: usize) -> (u64, u64) {
+pub fn sub(a: u64, b: u64, borrow: u64, size: usize) -> (u64, u64) {
     let r = a.wrapping_sub(b).wrapping_sub(borrow);
     let borrows = !a & b | !(a ^ b) & r;
     let overflow = (a ^ b) & (a ^ r);
@@ -78,7 +78,7 @@ pub(super) fn sub(a: u64, b: u64, borrow: u64, size: usize) -> (u64, u64) {
 
 /// The flags of and, or, xor and test: CF, OF and AF clear.
 #[inline]
-pub(super) fn logic(r: u64, size: usize) -> (u64, u64) {
+pub fn logic(r: u64, size: usize) -> (u64, u64) {
     (r & mask(size), of_result(r, size))
 }
 

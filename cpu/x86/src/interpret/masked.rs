@@ -11,7 +11,7 @@ use super::operand::{linear, linear_displaced, linear_in, load, segment_of, stor
 use super::register::{read_gpr, read_register, sign_extend};
 use super::vector::{self, Layout};
 use super::{Flow, Handler, Step};
-use crate::{Bus, Cpu, CpuMode, Exception, FpuArea, Gpr};
+use crate::{Bus, Cpu, CpuMode, Exception, FpuArea, Gpr, Rflags};
 
 pub(super) fn lookup(i: &Instruction) -> Option<Handler> {
     use Mnemonic::*;
@@ -61,6 +61,23 @@ impl Elements {
     fn each(&self) -> impl Iterator<Item = usize> + use<> {
         let selected = self.selected;
         (0..self.count).filter(move |n| selected >> n & 1 != 0)
+    }
+
+    /// The address of an operand that may not be accessed as a whole (which led to `fault`), where its selected elements may.
+    pub fn address(
+        &self,
+        cpu: &Cpu,
+        i: &Instruction,
+        write: bool,
+        fault: Exception,
+    ) -> Result<u64, Exception> {
+        if !self.suppresses || fault == Exception::AC {
+            return Err(fault);
+        }
+        self.each().try_fold(0, |_, n| {
+            let from = (n * self.size) as u64;
+            linear_displaced(cpu, i, from, self.size, write).map(|at| at.wrapping_sub(from))
+        })
     }
 
     /// Loads the selected elements; the others are zero. `fault` is what loading everything led to.
@@ -276,7 +293,6 @@ fn shuffles(m: Mnemonic) -> bool {
             | Vpermw
             | Vpmultishiftqb
             | Vpshufb
-            | Vpshufbitqmb
             | Vpshufd
             | Vpshufhw
             | Vpshuflw
@@ -387,16 +403,17 @@ fn mask_move(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     let is_store = i.op0_kind() == OpKind::Memory;
     let mask = vector::read(&cpu.fpu, &layout, vector_number(i.op1_register()));
     let selected = sign_mask(&mask, bytes / size, size);
-    let at = match linear(cpu, i, bytes, is_store) {
-        // What is not accessed does not fault.
-        Err(_) if selected == 0 => 0,
-        at => at?,
-    };
     let elements = Elements {
         size,
         count: bytes / size,
         selected,
         suppresses: true,
+    };
+    let at = match linear(cpu, i, bytes, is_store) {
+        // What is not accessed does not fault.
+        Err(_) if elements.none() => 0,
+        Err(fault) => elements.address(cpu, i, is_store, fault)?,
+        Ok(at) => at,
     };
     if is_store {
         let data = vector::read(&cpu.fpu, &layout, vector_number(i.op2_register()));
@@ -513,7 +530,7 @@ fn gather(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
         let mask = mask_left(whole_mask, mask, g.count, fault.is_some());
         vector::write_mask(&mut cpu.fpu, &layout, mask_number(m), mask);
     }
-    fault.map_or(Ok(Flow::Next), Err)
+    interrupted(cpu, fault, progress)
 }
 
 /// Gathers element by element, and clears the mask bit of each that is done.
@@ -586,5 +603,15 @@ fn scatter(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     }
     let mask = mask_left(whole_mask, mask, s.count, fault.is_some());
     vector::write_mask(&mut cpu.fpu, &layout, k, mask);
-    fault.map_or(Ok(Flow::Next), Err)
+    interrupted(cpu, fault, true)
+}
+
+/// What a gather or scatter ends in: traps that the elements have led to which are done come before the fault of the next.
+fn interrupted(cpu: &Cpu, fault: Option<Exception>, progress: bool) -> Step {
+    let trapped = progress && (cpu.rflags.contains(Rflags::TF) || cpu.breakpoint_hits != 0);
+    match fault {
+        None => Ok(Flow::Next),
+        Some(_) if trapped => Ok(Flow::Repeat),
+        Some(fault) => Err(fault),
+    }
 }

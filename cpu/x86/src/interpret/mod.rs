@@ -48,6 +48,11 @@ use iced_x86::{Instruction, Mnemonic};
 
 pub(crate) use decode::CodeCache;
 pub use engine::Interpret;
+
+/// Results and flags of additions, subtractions and logic.
+pub mod arithmetic_flags {
+    pub use super::flags::{add, logic, sub};
+}
 pub(crate) use native::HostUnit;
 
 use crate::{Activity, Bus, Cpu, CpuMode, Exception, Outcome, Rflags, exception};

@@ -4,7 +4,8 @@
 //! that is (part of) RSP becomes a second such register. Everything else is the guest's instruction as it is.
 
 use iced_x86::{
-    Encoder, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register,
+    Encoder, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind,
+    Register, RoundingControl,
 };
 
 use super::arch_native::SnippetCode;
@@ -26,6 +27,8 @@ pub(super) struct Plan {
     pub memory: Option<Memory>,
     /// The register that stands for RSP.
     pub stack_pointer: Option<usize>,
+    /// It never raises underflow, so it heeds flush-to-zero also where underflow is not masked.
+    pub flushes: bool,
 }
 
 /// The memory operand.
@@ -92,8 +95,20 @@ pub(super) fn compile(key: &Instruction) -> Option<(Vec<u8>, Plan)> {
         unit,
         memory,
         stack_pointer,
+        flushes: flushes(key),
     };
     Some((code, plan))
+}
+
+fn flushes(key: &Instruction) -> bool {
+    use Mnemonic::*;
+    let suppresses =
+        key.suppress_all_exceptions() || key.rounding_control() != RoundingControl::None;
+    suppresses
+        || matches!(
+            key.mnemonic(),
+            Vreducepd | Vreduceps | Vreducesd | Vreducess
+        )
 }
 
 const RET: u8 = 0xc3;

@@ -314,14 +314,20 @@ fn goes_on(cpu: &Cpu, i: &Instruction) -> bool {
 
 fn cmps(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     repeat(cpu, bus, i, |cpu, bus, shape, left| {
-        let from = shape.source(cpu)?;
         let to = shape.destination(cpu, false)?;
+        // Where both fault, processors name the destination.
+        let from = match shape.source(cpu) {
+            Err(fault) => {
+                load(cpu, bus, to, shape.unit)?;
+                return Err(fault);
+            }
+            from => from?,
+        };
         let sides = [Side::source(shape, from), Side::destination(to, false)];
         let bulk = compare_bulk(cpu, shape, left, i, sides, None);
         let (units, a, b) = match bulk {
             Some(found) => found,
             None => {
-                // Where both fault, processors name the destination.
                 let b = load(cpu, bus, to, shape.unit)?;
                 (1, load(cpu, bus, from, shape.unit)?, b)
             }
