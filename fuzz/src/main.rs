@@ -38,12 +38,9 @@ struct Cli {
     /// The case's code, as hexadecimal digits, in place of the one that the seed decides.
     #[arg(long, requires = "case")]
     code: Option<String>,
-    /// Compare arithmetic flags at faults also where the translator does not save dead ones.
+    /// Compare arithmetic flags at faults also where the translator does not keep those that a block is entered with.
     #[arg(long)]
     fault_flags: bool,
-    /// Compare where the translator faults on an indirect branch to an address that is not canonical (known to differ).
-    #[arg(long)]
-    branch_faults: bool,
     /// Stop after so many different failures.
     #[arg(long, default_value_t = 20)]
     failures: usize,
@@ -70,7 +67,6 @@ fn main() -> Result<ExitCode> {
     }
     let mut rig = Rig::new()?;
     rig.fault_flags = cli.fault_flags;
-    rig.branch_faults = cli.branch_faults;
     let plan = plan(&cli)?;
     match cli.case {
         Some(n) => one(&mut rig, &cli, &plan, n),

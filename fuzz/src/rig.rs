@@ -33,11 +33,16 @@ impl EngineName {
     }
 }
 
-/// The translator's sets of options: the defaults, each switch off, all off, and a cache that is often full.
+/// The translator's sets of options: the defaults; and, all with exact flags at faults, each switch off, all off, and a
+/// cache that is often full.
 pub fn variants() -> Vec<(&'static str, TranslateOptions)> {
-    let d = TranslateOptions {
+    let default = TranslateOptions {
         cache_size: 8 << 20,
         ..TranslateOptions::default()
+    };
+    let d = TranslateOptions {
+        entry_flags: true,
+        ..default
     };
     let small = TranslateOptions {
         cache_size: 256 << 10,
@@ -45,7 +50,19 @@ pub fn variants() -> Vec<(&'static str, TranslateOptions)> {
         ..d
     };
     vec![
-        ("translate", d),
+        ("translate", default),
+        ("translate-entry-flags", d),
+        (
+            "translate-no-extend",
+            TranslateOptions { extend: false, ..d },
+        ),
+        (
+            "translate-no-shared-checks",
+            TranslateOptions {
+                share_checks: false,
+                ..d
+            },
+        ),
         ("translate-no-link", TranslateOptions { link: false, ..d }),
         (
             "translate-no-flag-liveness",
@@ -102,10 +119,8 @@ pub struct Rig {
     model: Arc<CpuidModel>,
     layout: XsaveLayout,
     pub catalogue: Catalogue,
-    /// Compare the arithmetic flags at faults also where the translator does not save dead ones.
+    /// Compare the arithmetic flags at faults also where the translator does not keep those that a block is entered with.
     pub fault_flags: bool,
-    /// Compare where the translator faults on an indirect branch to an address that is not canonical.
-    pub branch_faults: bool,
 }
 
 impl Rig {
@@ -123,7 +138,6 @@ impl Rig {
             model,
             layout,
             fault_flags: false,
-            branch_faults: false,
         })
     }
 
@@ -149,9 +163,7 @@ impl Rig {
             early_state: trace.changes_state_early(),
             return_address: trace.calls(),
             partial_store: trace.stores_in_parts(),
-            branch_faults: false,
         };
-        let indirect = trace.branches_indirectly();
         verdict.codes = trace.codes;
         if verdict.discarded {
             return Ok(verdict);
@@ -167,10 +179,8 @@ impl Rig {
                 );
                 continue;
             };
-            let strict = self.branch_faults;
             let (translated, exact) = self.translated(name)?;
             how.flags_at_faults = exact;
-            how.branch_faults = indirect && !strict;
             let first = differences(&translated.run(state, code), &native, how);
             let again = differences(&translated.run_again(state), &native, how);
             let differ = match first.is_empty() {
@@ -189,7 +199,7 @@ impl Rig {
             .iter_mut()
             .find(|(n, ..)| *n == name)
             .ok_or_else(|| anyhow::anyhow!("there is no engine {name}"))?;
-        let exact = self.fault_flags || !place.1.flag_liveness;
+        let exact = self.fault_flags || !place.1.flag_liveness || place.1.entry_flags;
         if place.2.is_none() {
             place.2 = Some(Translated::new(&self.model, self.layout, place.1)?);
         }

@@ -104,15 +104,6 @@ impl Trace<'_> {
         masked || self.last.has_op_mask() || self.last.is_vsib()
     }
 
-    /// It branches to an address that it computes.
-    pub fn branches_indirectly(&self) -> bool {
-        use iced_x86::FlowControl::*;
-        matches!(
-            self.last.flow_control(),
-            IndirectBranch | IndirectCall | Return
-        )
-    }
-
     /// A store of 80 bits that faults may have stored the first of them.
     pub fn stores_in_parts(&self) -> bool {
         self.last.code() == Code::Fstp_m80fp || self.last.code() == Code::Fbstp_m80bcd

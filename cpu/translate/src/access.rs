@@ -10,6 +10,7 @@ use doppel_memory::{AccessKind, HostPtr, PAGE_MASK, PAGE_SIZE, Privilege};
 use doppel_x86::Cpu;
 
 use crate::blocks::BlockId;
+use crate::flags::{FlagPlace, pack, unpack};
 use crate::rewrite::AccessSite;
 
 use crate::blocks::{Access, Form, Key};
@@ -85,7 +86,19 @@ impl Translator {
         if alive {
             self.blocks.link(exit, block, false, &mut self.cache);
         }
-        Some(self.blocks.get(block).entry(access.site.flags, simd))
+        Some(self.enter_form(block, access, simd))
+    }
+
+    /// Where another form of the block is entered; flags that are worked out are saved.
+    fn enter_form(&mut self, block: BlockId, from: Access, simd: bool) -> u64 {
+        let mut place = from.site.flags;
+        let lost = self.blocks.lost_at(&from);
+        if lost.is_some() {
+            let saved = unpack(self.context.flags);
+            self.context.flags = pack(self.rebuilt(lost, saved));
+            place = FlagPlace::Saved;
+        }
+        self.blocks.get(block).entry(place, simd)
     }
 
     /// Enters the page into the TLB; its host address at `linear`, where translated code may access it.
@@ -146,7 +159,7 @@ impl Translator {
         }
         let simd = self.blocks.get(access.block).simd;
         let block = self.form(access, Form::TwoPages)?;
-        let at = self.blocks.get(block).entry(access.site.flags, simd);
+        let at = self.enter_form(block, access, simd);
         // A register has to be given back first where one is borrowed: only the monitor can.
         if access.site.borrowed.is_none() {
             self.context.forms = self.blocks.set_form(site, at);

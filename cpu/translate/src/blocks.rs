@@ -18,8 +18,9 @@ use doppel_memory::{CodeGranules, PAGE_MASK, PAGE_SIZE, PageTracker};
 use crate::cache_unsafe::CodeCache;
 use crate::flags::FlagPlace;
 use crate::frontend::Simd;
+use crate::recipes::{Lost, Recipes};
 use crate::records::{
-    AccessRecord, Before, BlockRecord, BoundaryRecord, ExitRecord, NONE, PackedKey,
+    AccessRecord, Before, BlockRecord, BoundaryRecord, BranchRecord, ExitRecord, NONE, PackedKey,
 };
 use crate::rewrite::{AccessSite, Base, Boundary, ExitSite, FirstSites, Translated};
 
@@ -82,6 +83,14 @@ pub(crate) struct Access {
     pub site: AccessSite,
 }
 
+/// An instruction of a block, as it is given out.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    pub block: BlockId,
+    pub boundary: Boundary,
+    pub lost: Lost,
+}
+
 /// A block that was just translated.
 pub(crate) struct Made<'a> {
     pub second_page: Option<u64>,
@@ -102,6 +111,8 @@ pub(crate) struct Blocks {
     accesses: Vec<AccessRecord>,
     /// By the number of an access: where its form for two pages begins, or 0.
     forms: Vec<u64>,
+    branches: Vec<BranchRecord>,
+    recipes: Recipes,
     by_key: HashTable<BlockId>,
     /// First of the list of the blocks that begin in a page.
     by_page: FxHashMap<u64, BlockId>,
@@ -128,6 +139,8 @@ impl Blocks {
             exits: Vec::new(),
             accesses: Vec::new(),
             forms: Vec::new(),
+            branches: Vec::new(),
+            recipes: Recipes::default(),
             by_key: HashTable::new(),
             by_page: FxHashMap::default(),
             second_pages: FxHashMap::default(),
@@ -142,6 +155,7 @@ impl Blocks {
         FirstSites {
             exit: self.exits.len() as u32,
             access: self.accesses.len() as u32,
+            branch: self.branches.len() as u32,
         }
     }
 
@@ -218,6 +232,14 @@ impl Blocks {
         self.forms.as_ptr() as u64
     }
 
+    pub fn branch(&self, n: u32) -> BranchRecord {
+        self.branches[n as usize]
+    }
+
+    pub fn recipes(&self) -> &Recipes {
+        &self.recipes
+    }
+
     pub fn find(&self, key: &Key) -> Option<BlockId> {
         self.find_packed(PackedKey::new(key))
     }
@@ -267,6 +289,8 @@ impl Blocks {
 
     fn insert_sites(&mut self, id: BlockId, host: u64, t: &Translated, cache: &mut CodeCache) {
         let base = self.cache;
+        let first = (self.boundaries.len() as u32, self.exits.len() as u32);
+        self.recipes.add(t, first.0, first.1);
         let boundaries = t.boundaries.iter().map(BoundaryRecord::new);
         self.boundaries.extend(boundaries);
         let exits = t.exits.iter().map(|site| ExitRecord::new(id, site, base));
@@ -274,6 +298,8 @@ impl Blocks {
         let accesses = t.accesses.iter().map(|site| AccessRecord::new(id, site));
         self.accesses.extend(accesses);
         self.forms.resize(self.accesses.len(), 0);
+        let branches = t.branches.iter().map(|site| BranchRecord::new(id, site));
+        self.branches.extend(branches);
         for site in &t.exits {
             if let Some(slot) = site.slot {
                 cache.set_slot(slot, host + u64::from(site.stub));
@@ -477,17 +503,32 @@ impl Blocks {
     }
 
     /// The block that a host address lies in, and the guest instruction there.
-    pub fn at_host(&self, pc: u64) -> Option<(BlockId, Boundary)> {
+    pub fn at_host(&self, pc: u64) -> Option<Place> {
         let pc = u32::try_from(pc.checked_sub(self.cache)?).ok()?;
         let after = self.blocks.partition_point(|b| b.host <= pc);
         let id = after.checked_sub(1)?;
         let block = &self.blocks[id];
         let offset = (pc - block.host <= block.last.into()).then(|| pc - block.host)?;
-        let end = self.blocks.get(after).map(|b| b.first_boundary as usize);
-        let end = end.unwrap_or(self.boundaries.len());
-        let boundaries = &self.boundaries[block.first_boundary as usize..end];
-        let n = boundaries.partition_point(|b| b.host() <= offset);
-        Some((id as BlockId, boundaries.get(n.checked_sub(1)?)?.unpack()))
+        self.place(id as BlockId, offset)
+    }
+
+    /// The guest instruction at a position in a block's code.
+    fn place(&self, id: BlockId, position: u32) -> Option<Place> {
+        let first = self.record(id).first_boundary as usize;
+        let end = self.blocks.get(id as usize + 1);
+        let end = end.map_or(self.boundaries.len(), |b| b.first_boundary as usize);
+        let until = self.boundaries[first..end].partition_point(|b| b.host() <= position);
+        let n = first + until.checked_sub(1)?;
+        Some(Place {
+            block: id,
+            boundary: self.boundaries[n].unpack(),
+            lost: self.recipes.at_boundary(n as u32),
+        })
+    }
+
+    /// What is lost at an access: the same as at the boundary before it.
+    pub fn lost_at(&self, access: &Access) -> Lost {
+        self.place(access.block, access.site.retry)?.lost
     }
 
     /// The exits of a block, in the order of its translation.
@@ -503,6 +544,8 @@ impl Blocks {
             + self.boundaries.len() * size_of::<BoundaryRecord>()
             + self.exits.len() * size_of::<ExitRecord>()
             + self.accesses.len() * (size_of::<AccessRecord>() + size_of::<u64>())
+            + self.branches.len() * size_of::<BranchRecord>()
+            + self.recipes.bytes()
             + self.by_key.allocation_size()
             + self.by_page.capacity() * size_of::<(u64, BlockId)>()) as u64
     }
@@ -728,8 +771,8 @@ mod tests {
             (32, 1, 0),
             (63, 1, 3),
         ] {
-            let (block, at) = rig.blocks.at_host(start + pc).unwrap();
-            assert_eq!((block, at.guest), (ids[id], guest), "{pc}");
+            let at = rig.blocks.at_host(start + pc).unwrap();
+            assert_eq!((at.block, at.boundary.guest), (ids[id], guest), "{pc}");
         }
         assert!(rig.blocks.at_host(start + 64).is_none());
         assert!(rig.blocks.at_host(start - 1).is_none());

@@ -38,6 +38,8 @@ pub(crate) struct Context {
     pub simd_live: u32,
     /// Which exit was taken: an index of the exit table or one of the constants in `thunk`.
     pub exit: u32,
+    /// Which indirect branch missed the first level of the jump cache last.
+    pub branch: u32,
     /// Host flags at the exit.
     pub exit_flags: u64,
     /// Where to enter (and re-enter) translated code.
@@ -85,6 +87,7 @@ displacement! {
     HOST_MXCSR = host_mxcsr;
     SIMD_LIVE = simd_live;
     EXIT = exit;
+    BRANCH = branch;
     EXIT_FLAGS = exit_flags;
     ENTRY = entry;
     SLOW_LINEAR = slow_linear;

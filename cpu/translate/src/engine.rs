@@ -19,6 +19,8 @@ pub struct TranslateOptions {
     pub link: bool,
     /// Do not save flags that are dead; see `flags`.
     pub flag_liveness: bool,
+    /// Keep the flags at the entry of a block that overwrites them, for the frame of a fault before that (see `rewrite::lost`).
+    pub entry_flags: bool,
     /// Emit CLI, STI, PUSHF, POPF, STAC, CLAC and SWAPGS as code instead of interpreting them.
     pub inline_system: bool,
     /// Emit REP MOVS and REP STOS as code where they stay within a page.
@@ -40,6 +42,7 @@ impl Default for TranslateOptions {
             translate_limit: None,
             link: true,
             flag_liveness: true,
+            entry_flags: false,
             inline_system: true,
             inline_strings: true,
             share_checks: true,

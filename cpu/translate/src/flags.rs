@@ -7,16 +7,17 @@
 //! entries, one for callers whose flags are in the registers and one for callers that saved them, and prefers whichever its first
 //! flag event wants; for a block that overwrites the flags first, the two entries are the same.
 //! Invariant: at every point of a block where some flag is live, the recorded place holds all six flags.
-//! At an instruction that faults, dead flags (overwritten before any read on the fault-free path) may be stale; the option
-//! `flag_liveness = false` keeps them exact there too, at the cost of a save at each check.
+//! At an instruction that faults, dead flags (overwritten before any read on the fault-free path) are worked out by the monitor
+//! (see `recipe` and `rewrite::lost`); the option `flag_liveness = false` saves them at each check instead.
 //! Cost: a save is five instructions, a restore four; measured figures stand in docs/translate.md.
 
+use doppel_x86::Rflags;
 use iced_x86::{Instruction, Mnemonic, OpKind, RflagsBits};
 
 /// A set of arithmetic flags.
 pub(crate) type FlagSet = u8;
 
-const CF: FlagSet = 1;
+pub(crate) const CF: FlagSet = 1;
 const PF: FlagSet = 2;
 const AF: FlagSet = 4;
 const ZF: FlagSet = 8;
@@ -108,18 +109,28 @@ fn conditional_writer(i: &Instruction) -> bool {
 }
 
 fn set(bits: u32) -> FlagSet {
-    [
-        (RflagsBits::CF, CF),
-        (RflagsBits::PF, PF),
-        (RflagsBits::AF, AF),
-        (RflagsBits::ZF, ZF),
-        (RflagsBits::SF, SF),
-        (RflagsBits::OF, OF),
-    ]
-    .iter()
-    .filter(|(bit, _)| bits & bit != 0)
-    .fold(0, |s, (_, f)| s | f)
+    FLAGS
+        .iter()
+        .filter(|(bit, ..)| bits & bit != 0)
+        .fold(0, |s, (_, f, _)| s | f)
 }
+
+/// The bits of RFLAGS that a set stands for.
+pub(crate) fn bits(set: FlagSet) -> u64 {
+    FLAGS
+        .iter()
+        .filter(|(_, f, _)| set & f != 0)
+        .fold(0, |all, (.., flag)| all | flag.bits())
+}
+
+const FLAGS: [(u32, FlagSet, Rflags); 6] = [
+    (RflagsBits::CF, CF, Rflags::CF),
+    (RflagsBits::PF, PF, Rflags::PF),
+    (RflagsBits::AF, AF, Rflags::AF),
+    (RflagsBits::ZF, ZF, Rflags::ZF),
+    (RflagsBits::SF, SF, Rflags::SF),
+    (RflagsBits::OF, OF, Rflags::OF),
+];
 
 /// LAHF/SETO form of the arithmetic flags of an RFLAGS value.
 pub(crate) fn pack(rflags: u64) -> u64 {

@@ -12,8 +12,9 @@ use iced_x86::{
 use crate::flags::{ALL, FlagSet, FlagUse};
 
 /// Which instructions the guest's control registers let run: a part of a block's key.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Simd {
+    #[default]
     None,
     Sse,
     Avx,
@@ -21,7 +22,7 @@ pub(crate) enum Simd {
 }
 
 /// What decoding depends on besides the bytes.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Decoding {
     pub simd: Simd,
     /// CPL 3.
@@ -150,6 +151,26 @@ pub(crate) struct GuestInstruction {
     pub uses: u16,
     pub live_before: FlagSet,
     pub live_after: FlagSet,
+}
+
+impl GuestInstruction {
+    /// True where the emitted code may leave to the monitor before the instruction is done.
+    pub fn may_leave(&self) -> bool {
+        match self.class {
+            Class::Copy => !self.always_completes(),
+            Class::Lea | Class::Nothing | Class::ReadSelector | Class::Rdpid | Class::Swapgs => {
+                false
+            }
+            _ => true,
+        }
+    }
+
+    /// It touches general registers alone, and the processor raises no exception.
+    fn always_completes(&self) -> bool {
+        let d = &self.decoded;
+        let divides = matches!(d.mnemonic(), Mnemonic::Div | Mnemonic::Idiv);
+        !divides && !d.has_lock_prefix() && simd_needed(d) == Simd::None
+    }
 }
 
 /// A decoded block.

@@ -24,6 +24,8 @@ mod frontend;
 mod jump_cache;
 mod lookup;
 mod mirror_unsafe;
+mod recipe;
+mod recipes;
 mod records;
 mod rewrite;
 mod stats;

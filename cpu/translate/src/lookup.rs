@@ -117,6 +117,7 @@ impl Translator {
             count: self.options.count,
             counters: counters.as_ref().map(|c| c.as_ptr() as u64),
             share_checks: self.options.share_checks,
+            entry_flags: self.options.entry_flags,
             slots: self.cache.slot_cursor(),
             thunks: self.thunks,
         };

@@ -1,4 +1,4 @@
-//! Blocks, exits, TLB checks and instruction boundaries as the tables keep them: packed.
+//! Blocks, exits, TLB checks, instruction boundaries, indirect branches and recipes as the tables keep them: packed.
 //!
 //! Problem: there are a hundred thousand blocks after a boot and a dozen facts about each, most of which nobody ever asks for; yet each
 //! byte of them is a byte of host memory that was touched, and each list of its own a call of the allocator.
@@ -11,7 +11,8 @@
 use crate::blocks::{BlockId, Form, Key};
 use crate::flags::FlagPlace;
 use crate::frontend::Simd;
-use crate::rewrite::{AccessSite, Base, Boundary, ExitSite, Part};
+use crate::recipe::{Kind, Recipe, Source};
+use crate::rewrite::{AccessSite, Base, Boundary, BranchSite, ExitSite, Part};
 
 /// Most bytes of host code that one block can have.
 pub(crate) const MAX_CODE: usize = 1 << 15;
@@ -306,9 +307,100 @@ impl BoundaryRecord {
     }
 }
 
+/// One indirect branch: what it adds to RSP (20 bits, signed), its offset (12).
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BranchRecord {
+    pub block: BlockId,
+    word: i32,
+}
+
+impl BranchRecord {
+    /// For a branch of `block`.
+    pub fn new(block: BlockId, site: &BranchSite) -> Self {
+        let word = site.moves_rsp << 12 | i32::from(site.offset);
+        assert!(site.offset < 1 << 12 && word >> 12 == site.moves_rsp);
+        BranchRecord { block, word }
+    }
+
+    /// Offset of the guest instruction in its page.
+    pub fn offset(self) -> u16 {
+        (self.word & 0xfff) as u16
+    }
+
+    /// What it adds to RSP.
+    pub fn moves_rsp(self) -> i32 {
+        self.word >> 12
+    }
+}
+
+/// One recipe: its two sources' constants; and in `bits`, from bit 0 on, the register of each (5 bits), kind (2), logarithm of the
+/// size (2), flags (6), and how far back the next of its chain is (12), 0 where it is the last.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RecipeRecord {
+    constants: [i32; 2],
+    bits: u32,
+}
+
+/// The register of a constant.
+const NO_REGISTER: u32 = 16;
+const KINDS: [Kind; 4] = [Kind::Compare, Kind::Difference, Kind::Sum, Kind::And];
+
+fn pack_source(source: Source) -> (u32, i32) {
+    match source {
+        Source::Register { number, moved } => (number.into(), moved),
+        Source::Constant(value) => (NO_REGISTER, value),
+    }
+}
+
+fn unpack_source(register: u32, constant: i32) -> Source {
+    match register & 31 {
+        NO_REGISTER => Source::Constant(constant),
+        number => Source::Register {
+            number: number as u8,
+            moved: constant,
+        },
+    }
+}
+
+impl RecipeRecord {
+    /// A recipe whose next is so many before it, 0 for none.
+    pub fn new(recipe: &Recipe, back: u32) -> Self {
+        let [left, right] = [recipe.left, recipe.right].map(pack_source);
+        assert!(left.0 <= NO_REGISTER && right.0 <= NO_REGISTER);
+        assert!(recipe.flags < 1 << 6 && back < 1 << 12);
+        assert!(recipe.size.is_power_of_two() && recipe.size <= 8);
+        RecipeRecord {
+            constants: [left.1, right.1],
+            bits: left.0
+                | right.0 << 5
+                | (recipe.kind as u32) << 10
+                | recipe.size.trailing_zeros() << 12
+                | u32::from(recipe.flags) << 14
+                | back << 20,
+        }
+    }
+
+    pub fn recipe(self) -> Recipe {
+        let [left, right] = self.constants;
+        Recipe {
+            kind: KINDS[self.bits as usize >> 10 & 3],
+            size: 1 << (self.bits >> 12 & 3),
+            left: unpack_source(self.bits, left),
+            right: unpack_source(self.bits >> 5, right),
+            flags: (self.bits >> 14 & 0x3f) as u8,
+        }
+    }
+
+    /// How far before it the next of its chain is.
+    pub fn back(self) -> Option<u32> {
+        Some(self.bits >> 20).filter(|n| *n != 0)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::flags::ALL;
 
     #[test]
     fn keys_come_out_as_they_went_in() {
@@ -396,6 +488,46 @@ mod tests {
     }
 
     #[test]
+    fn branches_come_out_as_they_went_in() {
+        for (offset, moves_rsp) in [(0, 0), (4095, -8), (4095, 8 + 0xffff), (1, 8)] {
+            let site = BranchSite {
+                offset,
+                moves_rsp,
+                stub: 0,
+            };
+            let packed = BranchRecord::new(7, &site);
+            assert_eq!((packed.offset(), packed.moves_rsp()), (offset, moves_rsp));
+            assert_eq!(packed.block, 7);
+        }
+    }
+
+    #[test]
+    fn recipes_come_out_as_they_went_in() {
+        let register = |number, moved| Source::Register { number, moved };
+        let sources = [
+            register(0, i32::MAX),
+            register(15, -i32::MAX),
+            Source::Constant(i32::MIN),
+            Source::Constant(-1),
+        ];
+        for (n, kind) in KINDS.into_iter().enumerate() {
+            for (left, right) in sources.into_iter().zip(sources.into_iter().rev()) {
+                for (flags, back) in [(ALL, None), (1, Some(4095)), (1 << 5, Some(1))] {
+                    let recipe = Recipe {
+                        kind,
+                        size: 1 << n,
+                        left,
+                        right,
+                        flags,
+                    };
+                    let packed = RecipeRecord::new(&recipe, back.unwrap_or(0));
+                    assert_eq!((packed.recipe(), packed.back()), (recipe, back));
+                }
+            }
+        }
+    }
+
+    #[test]
     fn lists_tell_blocks_from_exits() {
         for before in [Before::Block(7), Before::Exit(7), Before::Nothing] {
             let mut exit = ExitRecord {
@@ -416,5 +548,7 @@ mod tests {
         assert_eq!(size_of::<ExitRecord>(), 24);
         assert_eq!(size_of::<AccessRecord>(), 20);
         assert_eq!(size_of::<BoundaryRecord>(), 4);
+        assert_eq!(size_of::<BranchRecord>(), 8);
+        assert_eq!(size_of::<RecipeRecord>(), 12);
     }
 }

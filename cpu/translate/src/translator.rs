@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use doppel_memory::{CodeWatch, PAGE_MASK, Privilege};
-use doppel_x86::{Activity, Bus, Cpu, Exit, Outcome, Rflags, event, interpret};
+use doppel_x86::{Activity, Bus, Cpu, Exit, Gpr, Outcome, Rflags, event, interpret};
 
 use crate::asm::Asm;
 use crate::blocks::{BlockId, Blocks};
@@ -20,6 +20,8 @@ use crate::enter_unsafe::{enter, host_features};
 use crate::explain::Observers;
 use crate::flags::{FlagPlace, pack, unpack};
 use crate::frontend::Simd;
+
+use crate::recipes::Lost;
 use crate::rewrite::{Base, Rewriter};
 use crate::stats::Counts;
 use crate::thunk::{self, EXIT_ACCESS, EXIT_FAULT, EXIT_INDIRECT, Thunks};
@@ -155,13 +157,14 @@ impl Translator {
             EXIT_INDIRECT => {
                 self.counts.exit_indirect += 1;
                 self.set_flags(FlagPlace::Saved);
-                self.context.cpu.rip = self.context.spill[1];
+                self.branched(self.context.spill[1], bus);
             }
             EXIT_ACCESS => {
                 self.counts.exit_access += 1;
                 let access = self.blocks.access(self.context.fault_pc as u32);
                 self.set_flags(access.site.flags);
                 self.give_back(access.site.borrowed);
+                self.rebuild_flags(self.blocks.lost_at(&access));
                 self.context.cpu.rip = self.rip_in(access.block, i64::from(access.site.offset));
                 self.step(bus);
             }
@@ -172,6 +175,7 @@ impl Translator {
                 self.context.cpu.rip = self.rip_in(e.block, e.site.target);
                 if e.site.interpret {
                     self.counts.exit_interpret += 1;
+                    self.rebuild_flags(self.blocks.recipes().at_exit(n));
                     self.step(bus);
                 } else {
                     self.counts.exit_direct += 1;
@@ -186,13 +190,15 @@ impl Translator {
         self.counts.exit_fault += 1;
         // The handler only sends faults inside the cache here, and every block has a boundary at its start; the
         // entry conversions before the first boundary cannot fault.
-        let Some((block, at)) = self.blocks.at_host(self.context.fault_pc) else {
+        let Some(place) = self.blocks.at_host(self.context.fault_pc) else {
             self.context.cpu.activity = Activity::Shutdown;
             return;
         };
+        let at = place.boundary;
         self.set_flags(at.flags);
         self.give_back(at.borrowed);
-        self.context.cpu.rip = self.rip_in(block, i64::from(at.guest));
+        self.rebuild_flags(place.lost);
+        self.context.cpu.rip = self.rip_in(place.block, i64::from(at.guest));
         if !self.context.is_kicked() {
             self.step(bus);
         }
@@ -203,6 +209,32 @@ impl Translator {
         if let Some(r) = register {
             self.context.cpu.gpr[usize::from(r)] = self.context.pinned;
         }
+    }
+
+    /// Works out the flags that are not where the place says.
+    fn rebuild_flags(&mut self, lost: Lost) {
+        let flags = self.rebuilt(lost, self.context.cpu.rflags.bits());
+        self.context.cpu.rflags = Rflags::from_bits_retain(flags);
+    }
+
+    /// RFLAGS with the flags that recipes give.
+    pub fn rebuilt(&mut self, lost: Lost, rflags: u64) -> u64 {
+        self.counts.rebuilt_flags += u64::from(lost.is_some());
+        let recipes = self.blocks.recipes();
+        recipes.apply(lost, rflags, &self.context.cpu.gpr)
+    }
+
+    /// An indirect branch left for a target without a translation, or one that is not canonical: then it faults.
+    fn branched(&mut self, target: u64, bus: &mut dyn Bus) {
+        if Cpu::canonical(target) {
+            self.context.cpu.rip = target;
+            return;
+        }
+        let branch = self.blocks.branch(self.context.branch);
+        self.context.cpu.rip = self.rip_in(branch.block, branch.offset().into());
+        let rsp = &mut self.context.cpu.gpr[Gpr::Rsp as usize];
+        *rsp = rsp.wrapping_sub(branch.moves_rsp() as u64);
+        self.step(bus);
     }
 
     fn set_flags(&mut self, place: FlagPlace) {

@@ -112,11 +112,16 @@ impl Dissected {
             count: false,
             counters: None,
             share_checks: options.share_checks,
+            entry_flags: options.entry_flags,
             slots: SLOTS,
             thunks,
         };
         let mut rewriter = Rewriter::new();
-        let first = FirstSites { exit: 0, access: 0 };
+        let first = FirstSites {
+            exit: 0,
+            access: 0,
+            branch: 0,
+        };
         let code = rewriter.translate(&guest, setting, HOST, first);
         let mut dissected = Dissected {
             host: disassemble(&rewriter.asm.bytes),
@@ -218,6 +223,9 @@ impl Dissected {
             let entry = &self.host[self.numbers(0..self.code.entry_simd)];
             let missing = entry.iter().find_map(|h| self.position(h));
             labels.extend(missing.map(|at| (at, "load_vectors".to_owned())));
+        }
+        for (n, branch) in self.code.branches.iter().enumerate() {
+            labels.insert(branch.stub, format!("lookup{n}"));
         }
         for (n, site) in self.code.accesses.iter().enumerate() {
             if let Some(at) = self.miss_of(site) {

@@ -24,6 +24,7 @@ const SLOTS: &[(i32, i32, &str)] = &[
     (ctx::JUMP_MASK, 4, "jump_mask"),
     (ctx::SIMD_LIVE, 4, "simd_live"),
     (ctx::EXIT, 4, "exit"),
+    (ctx::BRANCH, 4, "branch"),
     (ctx::SLOW_LINEAR, 8, "slow_linear"),
     (ctx::SLOW_SITE, 4, "slow_site"),
     (ctx::COPY_TO, 16, "copy_to"),

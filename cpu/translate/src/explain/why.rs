@@ -229,6 +229,9 @@ impl View<'_> {
                 );
             }
             live &= !i.flags.kills;
+            if live == 0 {
+                return "flags saved: a fault shows them".to_owned();
+            }
             if i.class == Class::Conditional {
                 break;
             }

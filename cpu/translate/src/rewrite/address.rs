@@ -1,5 +1,6 @@
 //! Linear addresses, and the checks that turn them into host addresses.
 
+use super::rebuild::LINEAR;
 use super::share::Reference;
 use super::*;
 
@@ -200,7 +201,7 @@ impl Work<'_> {
         let site = self.first.access + self.out.accesses.len() as u32;
         let alone = own.from == 0 && u16::from(own.size) == size && own.write == write;
         // An exit that the slow path of a shared check takes once it is linked.
-        let careful = (!alone).then(|| self.new_exit(i64::from(i.offset)));
+        let careful = (!alone).then(|| self.careful_exit(i));
         self.out.accesses.push(AccessSite {
             offset: i.offset,
             span: size,
@@ -225,7 +226,21 @@ impl Work<'_> {
             site,
             careful,
             pinned: self.pinned,
+            // Where other code may follow than what this checks for.
+            lost: match alone && !write {
+                true => Vec::new(),
+                false => self.lost.clone(),
+            },
         });
+    }
+
+    /// The exit to the careful form. What is lost is saved on the way.
+    fn careful_exit(&mut self, i: &GuestInstruction) -> usize {
+        let n = self.new_exit(i64::from(i.offset));
+        if !self.lost.is_empty() {
+            self.out.exits[n].flags = FlagPlace::Saved;
+        }
+        n
     }
 
     /// A jump to what follows, which linking makes one to the careful form.
@@ -253,12 +268,21 @@ impl Work<'_> {
         let thunks = self.s.thunks;
         for s in std::mem::take(&mut self.slow) {
             self.asm().bind(s.from);
+            let linear = !s.lost.is_empty();
+            if linear {
+                self.asm().xor_indexed(S0, S1, s.tag);
+                self.rebuild_beside_s0(&s.lost);
+            }
             if let Some(n) = s.careful {
                 self.careful_gate(n, s.pinned);
             }
+            if linear {
+                self.asm().load(S0, LINEAR);
+            } else {
+                self.asm().xor_indexed(S0, S1, s.tag);
+            }
             let thunk = thunks.slow(self.block.simd, s.check);
             let a = self.asm();
-            a.xor_indexed(S0, S1, s.tag);
             a.store_imm32(ctx::SLOW_SITE, s.site);
             a.lea_pos(S1, s.done);
             a.jmp_to(thunk);

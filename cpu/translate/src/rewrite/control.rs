@@ -130,6 +130,9 @@ impl Work<'_> {
     ) {
         let n = self.new_exit(target);
         self.stubs.push((jump, Stub::Leave(n, self.pinned)));
+        if interpret && self.recipe != IN_PLACE {
+            self.out.lost_at_exits.push((n as u32, self.recipe));
+        }
         let exit = &mut self.out.exits[n];
         (exit.patch, exit.interpret) = (patch, interpret);
     }
@@ -159,6 +162,7 @@ impl Work<'_> {
             let at = self.asm().pos() as u32;
             self.asm().bind(jump);
             match stub {
+                Stub::Lookup { site, privilege } => self.lookup_stub(site, privilege),
                 Stub::Leave(n, pinned) => {
                     self.pinned = pinned;
                     self.leave_stub(n, at);
@@ -217,13 +221,13 @@ impl Work<'_> {
         }
         self.push_return_address(i);
         self.asm().load(S0, ctx::SPILL);
-        self.indirect();
+        self.indirect(i);
     }
 
     pub(super) fn jump_indirect(&mut self, i: &GuestInstruction) {
         self.before_check(i);
         self.branch_target(i);
-        self.indirect();
+        self.indirect(i);
     }
 
     /// S0 = the target that an indirect branch names.
@@ -266,30 +270,29 @@ impl Work<'_> {
             0
         };
         self.asm().lea(RSP, RSP, 8 + i32::from(extra));
-        self.indirect();
+        self.indirect(i);
     }
 
     /// Goes on at the guest address in S0, through the jump cache. The flags are saved here.
-    pub(super) fn indirect(&mut self) {
-        self.indirect_at(self.s.privilege);
+    pub(super) fn indirect(&mut self, i: &GuestInstruction) {
+        self.indirect_at(self.s.privilege, i);
     }
 
     /// The same into code of any privilege.
-    pub(super) fn indirect_at(&mut self, privilege: u8) {
+    pub(super) fn indirect_at(&mut self, privilege: u8, i: &GuestInstruction) {
         self.unpin();
         let cache = ctx::jump_cache(privilege);
-        let lookup = self.s.thunks.lookup[usize::from(privilege)];
         let dynamic = privilege == Privilege::User as u8;
         let a = self.asm();
         a.mov32(S1, S0);
         a.and_gs32(S1, ctx::JUMP_MASK);
         a.cmp_indexed8(S0, S1, cache);
         let miss = a.jcc(CC_NE);
-        a.bind_to(miss, lookup);
         if dynamic {
             a.alu_imm64(Alu::And, S0, -4096);
             a.store(ctx::PAGE_BASE, S0);
         }
         a.jmp_indexed8(S1, cache + 8);
+        self.miss(miss, privilege, i);
     }
 }

@@ -132,7 +132,8 @@ impl Work<'_> {
         let bits = bit.size() as i32 * 8 - 1;
         self.asm().mov(S1, n);
         self.asm().alu_imm32(Alu::And, S1, bits);
-        if self.place == FlagPlace::Saved && i.flags.needs_registers(i.live_after) {
+        let needs = i.flags.needs_registers(i.live_after) || self.leaves_saved_flags(i);
+        if self.place == FlagPlace::Saved && needs {
             self.asm().store(ctx::SPILL, S1);
             self.restore_flags();
             self.asm().load(S1, ctx::SPILL);

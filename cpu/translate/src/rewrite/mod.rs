@@ -10,10 +10,13 @@
 //! S0 and S1 are r10 and r11; the guest's values of these two live in their slots.
 
 mod address;
+mod branch;
 mod control;
 pub(crate) mod counter;
+mod lost;
 mod memory;
 mod pin;
+mod rebuild;
 mod resident;
 mod share;
 mod sites;
@@ -28,9 +31,13 @@ use doppel_memory::{Privilege, TLB_ENTRIES, TLB_ENTRY_SHIFT, TlbEntry};
 use crate::asm::*;
 use crate::blocks::Form;
 use crate::context as ctx;
-use crate::flags::FlagPlace;
+use crate::flags::{ALL, FlagPlace, FlagSet};
 use crate::frontend::{Class, GuestBlock, GuestInstruction};
+use crate::recipe::Recipe;
 use crate::thunk::{Check, Thunks, load_simd};
+pub(crate) use branch::BranchSite;
+pub(crate) use lost::{Chained, IN_PLACE, RecipeId};
+pub(crate) use share::constant_move;
 pub(crate) use sites::{AccessSite, Boundary, ExitSite, FirstSites, Part, Translated};
 
 use pin::{Pin, Pinned};
@@ -57,6 +64,8 @@ pub(crate) struct Setting {
     /// Where each part of the block counts its runs; see `counter`.
     pub counters: Option<u64>,
     pub share_checks: bool,
+    /// See [`crate::TranslateOptions::entry_flags`].
+    pub entry_flags: bool,
     /// Host address of the first slot that is free.
     pub slots: u64,
     pub thunks: Thunks,
@@ -73,6 +82,8 @@ struct SlowJump {
     careful: Option<usize>,
     /// What is borrowed there.
     pinned: Option<Pinned>,
+    /// What is lost there, where others share the check.
+    lost: Vec<Recipe>,
 }
 
 /// Translates blocks; keeps its buffers from one to the next.
@@ -100,15 +111,27 @@ impl Rewriter {
             mut exits,
             mut accesses,
             mut boundaries,
+            mut branches,
+            mut recipes,
+            mut lost_at_boundaries,
+            mut lost_at_exits,
             ..
         } = done;
         exits.clear();
         accesses.clear();
         boundaries.clear();
+        branches.clear();
+        recipes.clear();
+        lost_at_boundaries.clear();
+        lost_at_exits.clear();
         self.spare = Translated {
             exits,
             accesses,
             boundaries,
+            branches,
+            recipes,
+            lost_at_boundaries,
+            lost_at_exits,
             ..Translated::default()
         };
     }
@@ -134,6 +157,9 @@ impl Rewriter {
             first,
             out,
             place: FlagPlace::Saved,
+            lost: Vec::new(),
+            recipe: IN_PLACE,
+            entry_unknown: false,
             slow: Vec::new(),
             simd_missing: None,
             run: None,
@@ -156,6 +182,12 @@ struct Work<'a> {
     first: FirstSites,
     out: Translated,
     place: FlagPlace,
+    /// What is not in `place` (see `lost`).
+    lost: Vec<Recipe>,
+    /// The same where the instruction being translated begins.
+    recipe: RecipeId,
+    /// Nobody knows where the flags were when the block was entered.
+    entry_unknown: bool,
     slow: Vec<SlowJump>,
     simd_missing: Option<Fixup>,
     /// What S0 reaches (see `share`).
@@ -177,6 +209,8 @@ struct Work<'a> {
 enum Stub {
     /// Leaves to the monitor with this exit.
     Leave(usize, Option<Pinned>),
+    /// Looks the target of this indirect branch up.
+    Lookup { site: usize, privilege: u8 },
     /// Goes on at this offset from the page, which is in another page.
     OtherPage(i64, FlagPlace, Option<Pinned>),
     /// Goes on in this page with an exit, once the borrowed register is given back.
@@ -218,6 +252,7 @@ impl Work<'_> {
             self.instruction(i);
             self.run = self.run.take().and_then(|run| run.after(i));
             self.follow_pin(i);
+            self.follow_lost(i);
         }
         self.end_residence();
         if block
@@ -268,7 +303,10 @@ impl Work<'_> {
     /// Emits the conversions that the block's two entries need; see `flags`.
     fn entries(&mut self) {
         match self.preferred() {
-            None => self.place = FlagPlace::Registers,
+            None => {
+                self.place = FlagPlace::Registers;
+                self.entry_unknown = true;
+            }
             Some(FlagPlace::Saved) => {
                 self.save_flags();
                 self.out.entry_saved = self.asm().pos() as u32;
@@ -290,7 +328,7 @@ impl Work<'_> {
         }
         for i in &self.block.instructions {
             if i.live_before == 0 {
-                return None;
+                return self.entry_watched().then_some(FlagPlace::Saved);
             }
             if i.class.checks() || i.class == Class::Interpret {
                 return Some(FlagPlace::Saved);
@@ -324,7 +362,12 @@ impl Work<'_> {
     }
 
     fn boundary(&mut self, i: &GuestInstruction) {
+        self.record_lost(i);
         let host = self.r.asm.pos() as u32;
+        if self.recipe != IN_PLACE {
+            let n = self.out.boundaries.len() as u32;
+            self.out.lost_at_boundaries.push((n, self.recipe));
+        }
         self.out.boundaries.push(Boundary {
             host,
             guest: i.offset,
@@ -354,16 +397,20 @@ impl Work<'_> {
 
     /// Before code that destroys the host's flags.
     fn before_check(&mut self, i: &GuestInstruction) {
-        if i.live_before != 0 && self.place == FlagPlace::Registers {
+        if self.place != FlagPlace::Registers {
+            return;
+        }
+        if i.live_before != 0 || !self.give_up() {
             self.save_flags();
             self.place = FlagPlace::Saved;
-            self.boundary(i);
         }
+        self.boundary(i);
     }
 
     /// Before the guest's own instruction runs.
     fn before_own(&mut self, i: &GuestInstruction) {
-        if self.place == FlagPlace::Saved && i.flags.needs_registers(i.live_after) {
+        let needs = i.flags.needs_registers(i.live_after) || self.leaves_saved_flags(i);
+        if self.place == FlagPlace::Saved && needs {
             self.restore_flags();
             self.place = FlagPlace::Registers;
         }

@@ -206,7 +206,7 @@ impl Run {
 }
 
 /// The register that an instruction moves by a constant (as a mask), and by how much.
-fn constant_move(i: &GuestInstruction) -> (u16, i64) {
+pub(crate) fn constant_move(i: &GuestInstruction) -> (u16, i64) {
     let d = &i.decoded;
     let stack = 1u16 << RSP;
     let by = match d.code() {

@@ -2,6 +2,8 @@
 
 use crate::flags::FlagPlace;
 
+use super::{BranchSite, Chained, RecipeId};
+
 /// A way out of a block.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ExitSite {
@@ -73,6 +75,11 @@ pub(crate) struct Translated {
     /// It uses the vector state.
     pub simd: bool,
     pub exits: Vec<ExitSite>,
+    pub branches: Vec<BranchSite>,
+    pub recipes: Vec<Chained>,
+    /// Boundaries, and exits that interpret, by their numbers in the block: where flags are lost, and how they come back.
+    pub lost_at_boundaries: Vec<(u32, RecipeId)>,
+    pub lost_at_exits: Vec<(u32, RecipeId)>,
     pub accesses: Vec<AccessSite>,
     /// Slots taken.
     pub slots: usize,
@@ -87,9 +94,10 @@ pub(crate) struct Translated {
     pub boundaries: Vec<Boundary>,
 }
 
-/// Numbers of the first exit and access site of the block that is about to be translated.
+/// Numbers of the first sites of each kind in the block that is about to be translated.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct FirstSites {
     pub exit: u32,
     pub access: u32,
+    pub branch: u32,
 }

@@ -226,7 +226,7 @@ impl Work<'_> {
         let a = self.asm();
         a.load(S0, ctx::LSTAR);
         self.place = FlagPlace::Saved;
-        self.indirect_at(Privilege::Supervisor as u8);
+        self.indirect_at(Privilege::Supervisor as u8, i);
     }
 
     /// SYSRET to 64-bit code that may be translated; anything else is interpreted.
@@ -262,7 +262,7 @@ impl Work<'_> {
             3,
         );
         self.asm().mov(S0, RCX);
-        self.indirect_at(Privilege::User as u8);
+        self.indirect_at(Privilege::User as u8, i);
     }
 
     /// CS and SS become flat segments of a privilege. The selector of CS stands in S0; that of SS is 8 more on the way into
