@@ -202,7 +202,104 @@ const PROGRAMS: &[(&str, u64, u64, &str)] = &[
         66991,
         "62f29504281425f12f20100f0b",
     ),
+    (
+        "flush-to-zero where exceptions are suppressed",
+        41,
+        148644,
+        "62b27d169be949b80d600000000000000f0b",
+    ),
+    (
+        "#XM of the products of VDPPD",
+        41,
+        74444,
+        "b81f000000c4c351418404500920103849b80d600000000000000f0b",
+    ),
+    ("#XM of the products of DPPS", 74, 65022, "660f3a40f9940f0b"),
+    (
+        "masked operand across the end of the canonical addresses",
+        41,
+        109201,
+        "48bd1e9189ffff7f000062f57cab5a8ddc6e76000f0b",
+    ),
+    (
+        "destination of CMPS before a source that is not canonical",
+        71,
+        43526,
+        "48be0700000000800000f3a60f0b",
+    ),
+    (
+        "CMPXCHG16B that is misaligned and not canonical",
+        72,
+        27654,
+        "480fc78c84bceebfff0f0b",
+    ),
+    (
+        "masks of VPSHUFBITQMB",
+        74,
+        11575,
+        "41bd78000000656292350a8fac2cdcaeffff0f0b",
+    ),
+    (
+        "return to an address that is not canonical",
+        1,
+        1,
+        "48b80000000000800000500fafc3c3",
+    ),
+    (
+        "call of an address that is not canonical",
+        1,
+        1,
+        "48b80000000000800000ffd0",
+    ),
 ];
+
+/// Flags that are dead when `mov rax, [0]` faults, since `xor ebx, ebx` follows; whether the block is entered with them.
+const DEAD_FLAGS: &[(&str, bool, &str)] = &[
+    ("of a subtraction", false, "83e905"),
+    ("of a comparison", false, "4839d8"),
+    ("of a comparison in words", false, "6639d8"),
+    ("of an addition in bytes", false, "00d9"),
+    ("of logic", false, "21d9"),
+    ("of a register and itself", false, "29c9"),
+    ("of INC after ADD", false, "01d8ffc1"),
+    ("of ADD with a result that is gone", false, "01d989d9"),
+    ("of a shift", false, "c1e304"),
+    ("of a shift by CL after ADD", false, "01d8d3e2"),
+    ("of a stack pointer that moves on", false, "4883ec2850"),
+    (
+        "of INC after a shift and an access",
+        false,
+        "c1e304505affc0",
+    ),
+    ("from before the block", true, ""),
+];
+
+#[test]
+fn flags_at_a_fault_are_exact() {
+    if !supported() {
+        eprintln!("SKIPPED: no bare processor here");
+        return;
+    }
+    let mut rig = Rig::new().unwrap();
+    rig.fault_flags = true;
+    for (what, entered_with, before) in DEAD_FLAGS {
+        let code = bytes(&format!("{before}488b042500000000 31db 0f0b").replace(' ', ""));
+        let engine = match entered_with {
+            true => "translate-entry-flags",
+            false => "translate",
+        };
+        for case in 0..20 {
+            let state = State::random(&mut Random::of(7, case, 0));
+            let engines = [EngineName::Translate(engine)];
+            let verdict = rig.check(&state, &code, &engines).unwrap();
+            assert!(verdict.faulted && !verdict.discarded, "{what}");
+            if let Some((engine, _)) = verdict.failures.first() {
+                let report = report(&mut rig, 7, case, engine, &state, &code).unwrap();
+                panic!("{what}: {report}");
+            }
+        }
+    }
+}
 
 const ENGINES: [EngineName; 3] = [
     EngineName::Interpret,
