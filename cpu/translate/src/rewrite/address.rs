@@ -199,7 +199,10 @@ impl Work<'_> {
         let from = a.jcc(CC_A);
         a.add_indexed(S0, S1, tlb + TlbEntry::HOST as i32);
         let site = self.first.access + self.out.accesses.len() as u32;
-        let alone = own.from == 0 && u16::from(own.size) == size && own.write == write;
+        // What is held for others must not be a copy of bytes in two pages: something may be written in between.
+        let held = self.pin.is_some_and(|pin| pin.begins_at(self.at));
+        let whole = own.from == 0 && u16::from(own.size) == size && own.write == write;
+        let alone = whole && !held;
         // An exit that the slow path of a shared check takes once it is linked.
         let careful = (!alone).then(|| self.careful_exit(i));
         self.out.accesses.push(AccessSite {

@@ -27,6 +27,12 @@ pub(super) struct Pin {
     stretch: Stretch,
 }
 
+impl Pin {
+    pub fn begins_at(&self, at: usize) -> bool {
+        self.first == at
+    }
+}
+
 /// A base that is held.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pinned {
