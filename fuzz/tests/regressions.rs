@@ -240,6 +240,18 @@ const PROGRAMS: &[(&str, u64, u64, &str)] = &[
         "41bd78000000656292350a8fac2cdcaeffff0f0b",
     ),
     (
+        "ignored SS prefix of a string instruction",
+        91,
+        1014047,
+        "48be170000000080000036f248a50f0b",
+    ),
+    (
+        "a base in two pages that is held while they are written",
+        91,
+        823817,
+        "41bdff0f20104d2b9500000000bb0010201066d31366450fbf45010f0b",
+    ),
+    (
         "return to an address that is not canonical",
         1,
         1,
