@@ -286,6 +286,12 @@ const DEAD_FLAGS: &[(&str, bool, &str)] = &[
     ("from before the block", true, ""),
 ];
 
+/// A load from an address that is not mapped, and REP MOVS to it, which is left to the interpreter.
+const FAULTS: [&str; 2] = [
+    "488b042500000000",
+    "b903000000 be58072010 bf00000000 f348a5",
+];
+
 #[test]
 fn flags_at_a_fault_are_exact() {
     if !supported() {
@@ -294,8 +300,9 @@ fn flags_at_a_fault_are_exact() {
     }
     let mut rig = Rig::new().unwrap();
     rig.fault_flags = true;
-    for (what, entered_with, before) in DEAD_FLAGS {
-        let code = bytes(&format!("{before}488b042500000000 31db 0f0b").replace(' ', ""));
+    let endings = DEAD_FLAGS.iter().flat_map(|d| FAULTS.map(|f| (d, f)));
+    for ((what, entered_with, before), fault) in endings {
+        let code = bytes(&format!("{before}{fault} 31db 0f0b").replace(' ', ""));
         let engine = match entered_with {
             true => "translate-entry-flags",
             false => "translate",
