@@ -2,7 +2,7 @@
 
 use crate::size;
 use clap::{Args, Parser, Subcommand};
-use doppel_machine::{Backing, EngineChoice};
+use doppel_machine::{Backing, EngineChoice, Switch, TranslateOptions};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -75,6 +75,11 @@ pub struct Run {
     /// Translate only the first N blocks and interpret the others, to find a bad translation by halving.
     #[arg(long, value_name = "N")]
     pub translate_limit: Option<u64>,
+    /// Bound of the translated code that is kept, with suffix K, M or G: from 256K to 1G.
+    #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = code_cache)]
+    pub code_cache: u64,
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',', value_parser = switch, help = switches_help())]
+    pub translate_without: Vec<&'static str>,
     /// Write /tmp/perf-PID.map, in which perf finds names for translated code.
     #[arg(long)]
     pub perf_map: bool,
@@ -110,6 +115,31 @@ pub struct Explain {
     /// How to run the guest.
     #[command(flatten)]
     pub run: Run,
+}
+
+fn code_cache(text: &str) -> Result<u64, String> {
+    let range = 256 << 10..=1 << 30;
+    let bytes = size::parse(text)?;
+    let fits = range.contains(&bytes).then_some(bytes);
+    fits.ok_or_else(|| "the code cache takes 256K to 1G".to_owned())
+}
+
+fn switch_names() -> String {
+    let names: Vec<_> = TranslateOptions::SWITCHES.iter().map(|s| s.name).collect();
+    names.join(", ")
+}
+
+fn switches_help() -> String {
+    let what =
+        "Turn accelerators of the translator off, to find which of them is wrong or what it gains";
+    format!("{what}: {}", switch_names())
+}
+
+fn switch(name: &str) -> Result<&'static str, String> {
+    match Switch::named(name) {
+        Some(switch) => Ok(switch.name),
+        None => Err(format!("the accelerators are {}", switch_names())),
+    }
 }
 
 /// Bytes of machine code.

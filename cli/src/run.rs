@@ -8,7 +8,10 @@ use crate::terminal::console::Console;
 use crate::terminal::{self, Raw};
 use anyhow::{Context, Result, bail};
 use doppel_machine::explain::{Observers, Profile};
-use doppel_machine::{Death, Ending, Machine, MachineConfig, SerialBackend, Stats, StopHandle};
+use doppel_machine::{
+    Death, Ending, Machine, MachineConfig, SerialBackend, Stats, StopHandle, Switch,
+    TranslateOptions,
+};
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -123,10 +126,21 @@ fn configuration(args: &Run, boot: Boot, console: &Console) -> MachineConfig {
         serial: SerialBackend { sink, source },
         no_reboot: args.no_reboot,
         debug_exit: args.debug_exit,
-        translate_limit: args.translate_limit,
+        translate: translate_options(args),
         count: args.stats.is_some(),
         ..MachineConfig::new(boot.kernel)
     }
+}
+
+fn translate_options(args: &Run) -> TranslateOptions {
+    let options = TranslateOptions {
+        translate_limit: args.translate_limit,
+        cache_size: args.code_cache as usize,
+        ..TranslateOptions::default()
+    };
+    let off = args.translate_without.iter();
+    off.filter_map(|name| Switch::named(name))
+        .fold(options, |options, switch| options.without(switch))
 }
 
 fn check_readable(path: &Path) -> Result<()> {

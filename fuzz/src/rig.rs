@@ -33,6 +33,18 @@ impl EngineName {
     }
 }
 
+/// Names of the sets with one accelerator off, in the order of [`TranslateOptions::SWITCHES`].
+const WITHOUT: [&str; TranslateOptions::SWITCHES.len()] = [
+    "translate-no-link",
+    "translate-no-flag-liveness",
+    "translate-no-inline-system",
+    "translate-no-inline-strings",
+    "translate-no-extend",
+    "translate-no-share-checks",
+    "translate-no-borrow-registers",
+    "translate-no-resident",
+];
+
 /// The translator's sets of options: the defaults; and, all with exact flags at faults, each switch off, all off, and a
 /// cache that is often full.
 pub fn variants() -> Vec<(&'static str, TranslateOptions)> {
@@ -49,54 +61,20 @@ pub fn variants() -> Vec<(&'static str, TranslateOptions)> {
         count: true,
         ..d
     };
-    vec![
+    let plain = TranslateOptions::SWITCHES
+        .iter()
+        .fold(d, |o, s| o.without(s));
+    let fixed = [
         ("translate", default),
         ("translate-entry-flags", d),
-        (
-            "translate-no-extend",
-            TranslateOptions { extend: false, ..d },
-        ),
-        (
-            "translate-no-shared-checks",
-            TranslateOptions {
-                share_checks: false,
-                ..d
-            },
-        ),
-        ("translate-no-link", TranslateOptions { link: false, ..d }),
-        (
-            "translate-no-flag-liveness",
-            TranslateOptions {
-                flag_liveness: false,
-                ..d
-            },
-        ),
-        (
-            "translate-no-inline-system",
-            TranslateOptions {
-                inline_system: false,
-                ..d
-            },
-        ),
-        (
-            "translate-no-inline-strings",
-            TranslateOptions {
-                inline_strings: false,
-                ..d
-            },
-        ),
-        (
-            "translate-plain",
-            TranslateOptions {
-                link: false,
-                flag_liveness: false,
-                inline_system: false,
-                inline_strings: false,
-                ..d
-            },
-        ),
+        ("translate-plain", plain),
         ("translate-small-cache", small),
-    ]
+    ];
+    let each = TranslateOptions::SWITCHES
+        .iter()
+        .zip(WITHOUT)
+        .map(|(switch, name)| (name, d.without(switch)));
+    fixed.into_iter().chain(each).collect()
 }
 
 /// What came of a case.

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use doppel_memory::Backing;
+use doppel_translate::TranslateOptions;
 use doppel_translate::explain::Observers;
 
 use crate::engine::EngineChoice;
@@ -31,8 +32,8 @@ pub struct MachineConfig {
     pub no_reboot: bool,
     /// Offer the debug-exit port 0xf4.
     pub debug_exit: bool,
-    /// Translate the first so many blocks only and interpret the rest, to find a bad block by halving.
-    pub translate_limit: Option<u64>,
+    /// How to translate; `count` and `perf_map` follow from what else is asked for.
+    pub translate: TranslateOptions,
     /// Count what the engine runs and measure the time in devices, which costs a little.
     pub count: bool,
     /// Who is told of the blocks that are translated.
@@ -53,7 +54,7 @@ impl MachineConfig {
             serial: SerialBackend::none(),
             no_reboot: false,
             debug_exit: false,
-            translate_limit: None,
+            translate: TranslateOptions::default(),
             count: false,
             observers: Observers::default(),
         }

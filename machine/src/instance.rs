@@ -158,10 +158,9 @@ fn new_engine(
         EngineKind::Interpret => Ok(Box::new(Interpret::new(cpu))),
         EngineKind::Translate => {
             let options = TranslateOptions {
-                translate_limit: config.translate_limit,
                 count: config.count,
                 perf_map: config.observers.perf_map.is_some(),
-                ..TranslateOptions::default()
+                ..config.translate
             };
             let engine = Translate::new(cpu, options).map_err(|e| EngineError {
                 engine: "translate",

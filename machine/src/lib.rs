@@ -42,7 +42,7 @@ pub use control::StopHandle;
 pub use death::{Death, DeathCause};
 pub use doppel_device::{CharSink, CharSource, InputQueue, OutputQueue};
 pub use doppel_memory::Backing;
-pub use doppel_translate::{TranslateOptions, explain};
+pub use doppel_translate::{Switch, TranslateOptions, explain};
 pub use engine::{EngineChoice, EngineError, EngineKind, Selection};
 pub use machine::{Ending, Machine, MachineError};
 pub use serial::SerialBackend;

@@ -66,6 +66,9 @@ pub const ENGINES: &[Row] = &[
     translate_with!("translate, flag_liveness off", flag_liveness: false),
     translate_with!("translate, inline_system off", inline_system: false),
     translate_with!("translate, inline_strings off", inline_strings: false),
+    translate_with!("translate, extend off", extend: false),
+    translate_with!("translate, share_checks off", share_checks: false),
+    translate_with!("translate, borrow_registers and resident off", borrow_registers: false, resident: false),
     translate_with!("translate, smallest cache, counting", cache_size: 0, count: true),
     Row {
         name: "translate, smallest cache, profiled",

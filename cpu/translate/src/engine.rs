@@ -29,10 +29,52 @@ pub struct TranslateOptions {
     pub extend: bool,
     /// Let accesses off one base share a TLB check.
     pub share_checks: bool,
+    /// Let a block borrow a register for the base that it keeps coming back to.
+    pub borrow_registers: bool,
+    /// Keep r10 and r11 in their registers while nothing else needs them.
+    pub resident: bool,
     /// Count the blocks and instructions that run (costs six instructions a block) and the time spent in translated code.
     pub count: bool,
     /// Keep code where perf looks for names in a map; see [`crate::explain::PerfMap`].
     pub perf_map: bool,
+}
+
+/// An accelerator by its name, and where it is turned off.
+pub struct Switch {
+    /// As the command line names it.
+    pub name: &'static str,
+    field: fn(&mut TranslateOptions) -> &mut bool,
+}
+
+impl TranslateOptions {
+    /// Every accelerator that can be turned off.
+    pub const SWITCHES: &'static [Switch] = &[
+        Switch::new("link", |o| &mut o.link),
+        Switch::new("flag-liveness", |o| &mut o.flag_liveness),
+        Switch::new("inline-system", |o| &mut o.inline_system),
+        Switch::new("inline-strings", |o| &mut o.inline_strings),
+        Switch::new("extend", |o| &mut o.extend),
+        Switch::new("share-checks", |o| &mut o.share_checks),
+        Switch::new("borrow-registers", |o| &mut o.borrow_registers),
+        Switch::new("resident", |o| &mut o.resident),
+    ];
+
+    /// The same without an accelerator.
+    pub fn without(mut self, switch: &Switch) -> Self {
+        *(switch.field)(&mut self) = false;
+        self
+    }
+}
+
+impl Switch {
+    const fn new(name: &'static str, field: fn(&mut TranslateOptions) -> &mut bool) -> Self {
+        Switch { name, field }
+    }
+
+    /// The switch of this name.
+    pub fn named(name: &str) -> Option<&'static Self> {
+        TranslateOptions::SWITCHES.iter().find(|s| s.name == name)
+    }
 }
 
 impl Default for TranslateOptions {
@@ -47,6 +89,8 @@ impl Default for TranslateOptions {
             inline_strings: true,
             share_checks: true,
             extend: true,
+            borrow_registers: true,
+            resident: true,
             count: false,
             perf_map: false,
         }

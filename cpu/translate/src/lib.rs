@@ -32,4 +32,4 @@ mod stats;
 mod thunk;
 mod translator;
 
-pub use engine::{Translate, TranslateError, TranslateOptions, supported};
+pub use engine::{Switch, Translate, TranslateError, TranslateOptions, supported};

@@ -117,6 +117,8 @@ impl Translator {
             count: self.options.count,
             counters: counters.as_ref().map(|c| c.as_ptr() as u64),
             share_checks: self.options.share_checks,
+            borrow_registers: self.options.borrow_registers,
+            resident: self.options.resident,
             entry_flags: self.options.entry_flags,
             slots: self.cache.slot_cursor(),
             thunks: self.thunks,

@@ -112,6 +112,8 @@ impl Dissected {
             count: false,
             counters: None,
             share_checks: options.share_checks,
+            borrow_registers: options.borrow_registers,
+            resident: options.resident,
             entry_flags: options.entry_flags,
             slots: SLOTS,
             thunks,

@@ -64,6 +64,8 @@ pub(crate) struct Setting {
     /// Where each part of the block counts its runs; see `counter`.
     pub counters: Option<u64>,
     pub share_checks: bool,
+    pub borrow_registers: bool,
+    pub resident: bool,
     /// See [`crate::TranslateOptions::entry_flags`].
     pub entry_flags: bool,
     /// Host address of the first slot that is free.
@@ -245,7 +247,7 @@ impl Work<'_> {
         let block = self.block;
         for (at, i) in block.instructions.iter().enumerate() {
             self.at = at;
-            if !resident::cannot_fault(i) {
+            if !(self.s.resident && resident::cannot_fault(i)) {
                 self.end_residence();
             }
             self.boundary(i);
@@ -462,7 +464,7 @@ impl Work<'_> {
     fn copy(&mut self, i: &GuestInstruction) {
         self.before_own(i);
         self.copy_resident(i);
-        if !resident::cannot_fault(i) {
+        if !(self.s.resident && resident::cannot_fault(i)) {
             self.end_residence();
         }
         self.after_own(i);

@@ -44,7 +44,7 @@ pub(super) struct Pinned {
 impl Work<'_> {
     /// Chooses the base to hold, if any.
     pub(super) fn plan_pin(&mut self) {
-        if !self.s.share_checks || self.s.form != Form::Normal {
+        if !(self.s.share_checks && self.s.borrow_registers) || self.s.form != Form::Normal {
             return;
         }
         let code = &self.block.instructions;
