@@ -4,6 +4,7 @@ use crate::args::{Run, Serial};
 use crate::explain;
 use crate::guest;
 use crate::signals::Signals;
+use crate::size;
 use crate::terminal::console::Console;
 use crate::terminal::{self, Raw};
 use anyhow::{Context, Result, bail};
@@ -44,6 +45,7 @@ pub fn run_observed(
     for file in [&args.kernel, &args.initrd].into_iter().flatten() {
         check_readable(file)?;
     }
+    size::check(args.memory, size::of_host())?;
     let stats = args.stats.as_deref().map(StatsFile::create).transpose()?;
     let boot = Boot::choose(args)?;
     let signals = Signals::block()?;
@@ -144,16 +146,17 @@ fn translate_options(args: &Run) -> TranslateOptions {
 }
 
 fn check_readable(path: &Path) -> Result<()> {
-    let file = File::open(path).with_context(|| {
+    let advice = || {
         format!(
             "{} cannot be opened; name a file that exists and is readable",
             path.display()
         )
-    })?;
-    if !file.metadata()?.is_file() {
+    };
+    // Asked before it is opened: to open a FIFO waits for a writer.
+    if !path.metadata().with_context(advice)?.is_file() {
         bail!("{} is no regular file", path.display());
     }
-    Ok(())
+    File::open(path).map(|_| ()).with_context(advice)
 }
 
 /// The user's side of a running machine: terminal, serial port, signals.

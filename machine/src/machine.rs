@@ -22,7 +22,7 @@ use crate::stats::{self, Stats};
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {
     /// An impossible number of vCPUs.
-    #[error("{0} vCPUs are not possible: this version runs 1")]
+    #[error("{0} vCPUs are not possible: this version runs 1 (--cpus 1)")]
     Cpus(u32),
     /// The engine asked for cannot be had.
     #[error(transparent)]

@@ -4,7 +4,7 @@
 
 use crate::source;
 use anyhow::{Context, Result};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 /// What a file or crate does wrong, with its place.
@@ -52,6 +52,7 @@ const ARROWS: &[(&str, &[&str])] = &[
 const LINES_MAX: usize = 900;
 const MANIFEST: &str = "Cargo.toml";
 const MAP: &str = "ARCHITECTURE.md";
+const PROMISES: &str = "SPEC.md";
 const SKIPPED: &[&str] = &["target", ".git", "corpus", "artifacts"];
 const UNFINISHED: &[&str] = &["todo!", "unimplemented!", "#[ignore"];
 
@@ -102,7 +103,15 @@ impl Tree {
 
 /// All rules.
 pub fn check(tree: &Tree) -> Vec<Complaint> {
-    let rules = [arrows, code_map, heads, lengths, unfinished, unsafe_code];
+    let rules = [
+        arrows,
+        code_map,
+        promises,
+        heads,
+        lengths,
+        unfinished,
+        unsafe_code,
+    ];
     rules.iter().flat_map(|rule| rule(tree)).collect()
 }
 
@@ -171,6 +180,57 @@ fn is_path(word: &str) -> bool {
         .iter()
         .any(|end| word.ends_with(end));
     !word.starts_with(['/', '.']) && word.chars().all(characters) && (word.contains('/') || source)
+}
+
+/// Every row of SPEC.md names tests that exist: files or folders with tests in them (between backticks, as in the map), or functions
+/// that are tests.
+fn promises(tree: &Tree) -> Vec<Complaint> {
+    let Some(text) = tree.0.get(PROMISES) else {
+        return vec![format!("{PROMISES} is missing")];
+    };
+    let names = test_names(tree);
+    let rows = text.lines().filter(|line| line.starts_with('|')).skip(2);
+    let mut complaints = Vec::new();
+    for row in rows {
+        let cell = row.trim_end_matches('|').rsplit('|').next().unwrap_or(row);
+        let words = cell.split(|c: char| c.is_whitespace() || "`,:;".contains(c));
+        let claims: Vec<&str> = words.filter(|w| is_path(w) || w.contains('_')).collect();
+        if claims.is_empty() {
+            complaints.push(format!("{PROMISES}: no test for:{row}"));
+        }
+        for claim in claims {
+            if !names.contains(claim) && !has_tests(tree, claim) {
+                complaints.push(format!("{PROMISES}: `{claim}` is no test"));
+            }
+        }
+    }
+    complaints
+}
+
+/// Whether tests are in a file, or in some file of a folder.
+fn has_tests(tree: &Tree, path: &str) -> bool {
+    let below = format!("{path}/");
+    let mut files = tree
+        .rust()
+        .filter(|(p, _)| *p == path || p.starts_with(&below));
+    is_path(path) && files.any(|(_, text)| !tests_of(text).is_empty())
+}
+
+fn test_names(tree: &Tree) -> BTreeSet<&str> {
+    tree.rust().flat_map(|(_, text)| tests_of(text)).collect()
+}
+
+/// The names of the functions that `#[test]` stands above, other attributes between them or not.
+fn tests_of(text: &str) -> Vec<&str> {
+    let after = text.split("#[test]\n").skip(1);
+    after.filter_map(function_name).collect()
+}
+
+/// The name of the function that comes next, if only attributes come before it.
+fn function_name(text: &str) -> Option<&str> {
+    let mut lines = text.lines().map(str::trim);
+    let line = lines.find(|line| !line.starts_with("#["))?;
+    line.strip_prefix("fn ")?.split('(').next()
 }
 
 /// Every Rust file says first what it is.
@@ -308,6 +368,30 @@ mod tests {
             ["ARCHITECTURE.md: `memory/src/lib.rs` does not exist"]
         );
         assert_eq!(code_map(&tree(&[])).len(), 1, "no map at all");
+    }
+
+    #[test]
+    fn a_promise_names_tests_that_exist() {
+        let test = "//! Tests.\n#[test]\n#[cfg(unix)]\nfn it_works() {}\nfn it_helps() {}\n";
+        let complaints = |cell: &str| {
+            let spec = format!("# Spec\n\n| promise | test |\n|---|---|\n| it works | {cell} |\n");
+            promises(&tree(&[
+                (PROMISES, &spec),
+                ("a/tests/b.rs", test),
+                ("a/src/c.rs", ""),
+            ]))
+        };
+        for good in [
+            "`a/tests/b.rs`: it_works",
+            "it_works",
+            "`a/tests`, run by CI",
+        ] {
+            assert_eq!(complaints(good), [""; 0], "{good}");
+        }
+        for bad in ["it_helps", "`a/src/c.rs`", "`a/tests/d.rs`", "surely", ""] {
+            assert_eq!(complaints(bad).len(), 1, "{bad}");
+        }
+        assert_eq!(promises(&tree(&[])).len(), 1, "no promises at all");
     }
 
     #[test]

@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
+use doppel_memory::probe;
 use doppel_x86::{Bus, Cpu, Engine, EngineStats, Exit, Kick};
+use iced_x86::{Decoder, DecoderOptions, FlowControl, IntelFormatter};
 
 use crate::enter_unsafe::{ThreadSetup, host_features};
-use crate::explain::Observers;
+use crate::explain::{self, Observers};
 use crate::translator::Translator;
 
 /// Switches and bounds of the translator.
@@ -173,7 +175,49 @@ impl Engine for Translate {
     fn trace(&self) -> Vec<String> {
         self.t
             .recent()
-            .map(|rip| format!("block at {rip:#x}"))
+            .map(|rip| format!("block at {rip:#x}: {}", beginning(self.cpu(), rip)))
             .collect()
+    }
+}
+
+/// What stands at `linear` now: some instructions, up to a branch or the end of the page, as text on a line.
+fn beginning(cpu: &Cpu, linear: u64) -> String {
+    const INSTRUCTIONS: usize = 6;
+    let found = probe(&cpu.ram, &cpu.paging(), linear);
+    let Some(code) = found.and_then(|t| cpu.ram.ptr(t.gpa)) else {
+        return "not mapped any more".to_owned();
+    };
+    let mut bytes = [0; 15 * INSTRUCTIONS];
+    let len = bytes.len().min(code.room());
+    code.read(&mut bytes[..len]);
+    let decoder = Decoder::with_ip(64, &bytes[..len], linear, DecoderOptions::NONE);
+    let mut formatter = IntelFormatter::new();
+    let mut texts = Vec::new();
+    for i in decoder.into_iter().take(INSTRUCTIONS) {
+        if i.is_invalid() {
+            break;
+        }
+        texts.push(explain::format(&mut formatter, &i));
+        if i.flow_control() != FlowControl::Next {
+            break;
+        }
+    }
+    texts.join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use doppel_memory::GuestRam;
+
+    #[test]
+    fn a_block_shows_its_first_instructions() {
+        let cpu = Cpu::new(0, Arc::new(GuestRam::new(1 << 20).unwrap()));
+        let code = [0x48, 0x89, 0xd8, 0xff, 0xc1, 0xeb, 0xfe, 0x90];
+        cpu.ram.ptr(0x1000).unwrap().write(&code);
+        assert_eq!(beginning(&cpu, 0x1000), "mov rax, rbx; inc ecx; jmp 0x1005");
+        cpu.ram.ptr(0x1ffe).unwrap().write(&code[..2]);
+        assert_eq!(beginning(&cpu, 0x1ffe), "", "an instruction across pages");
+        assert_eq!(beginning(&cpu, 1 << 30), "not mapped any more");
     }
 }

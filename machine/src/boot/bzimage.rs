@@ -105,25 +105,22 @@ fn payload(kernel: &Image, header: &setup_header) -> Result<Range<u64>, BootErro
     Ok(start..kernel.len())
 }
 
-/// The preferred address where it fits, else the lowest address that does.
+/// The preferred address, with room for what the kernel makes of itself there. Lower is of no use: a Linux that is loaded
+/// below its preferred address moves to it before it looks at the memory map.
 fn load_address(boot: &Boot, header: &setup_header, payload: u64) -> Result<Range<u64>, BootError> {
     let size = u64::from(header.init_size).max(payload);
-    let preferred = header.pref_address;
-    let fits = |start: &u64| {
-        *start >= LOWEST_LOAD
-            && start
-                .checked_add(size)
-                .is_some_and(|end| end <= params::low_end(boot.ram))
-    };
-    let align = u64::from(header.kernel_alignment);
-    let lowest = (header.relocatable_kernel != 0 && align.is_power_of_two())
-        .then(|| LOWEST_LOAD.next_multiple_of(align));
-    let start = Some(preferred).filter(fits).or(lowest.filter(fits));
-    let start = start.ok_or_else(|| BootError::TooBig {
-        path: boot.kernel.path().to_owned(),
-        need_mib: mib(lowest.unwrap_or(preferred).saturating_add(size)),
-    })?;
-    Ok(start..start + size)
+    let start = header.pref_address;
+    if start < LOWEST_LOAD {
+        return Err((boot.kernel).damaged("its preferred address is below 1 MiB"));
+    }
+    let end = start.saturating_add(size);
+    if end > params::low_end(boot.ram) {
+        return Err(BootError::TooBig {
+            path: boot.kernel.path().to_owned(),
+            need_mib: mib(end),
+        });
+    }
+    Ok(start..end)
 }
 
 fn place_zero_page(

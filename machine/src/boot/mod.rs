@@ -34,10 +34,10 @@ pub enum BootError {
     #[error("{}: not a regular file", .0.display())]
     NotAFile(PathBuf),
     /// Neither a bzImage nor an ELF file.
-    #[error("{}: not a kernel: neither a bzImage nor an ELF file", .0.display())]
+    #[error("{}: not a kernel: neither a bzImage (such as /boot/vmlinuz-*) nor an ELF file (vmlinux)", .0.display())]
     NotAKernel(PathBuf),
     /// The file ends before what its headers promise.
-    #[error("{}: the file is truncated", .0.display())]
+    #[error("{}: the file is truncated; copy it anew", .0.display())]
     Truncated(PathBuf),
     /// Headers that make no sense.
     #[error("{}: damaged: {what}", path.display())]
@@ -56,7 +56,7 @@ pub enum BootError {
         what: String,
     },
     /// Not enough guest memory.
-    #[error("{}: does not fit into guest memory: needs {need_mib} MiB, give the guest more", path.display())]
+    #[error("{}: does not fit into guest memory: needs {need_mib} MiB, give the guest more with --memory", path.display())]
     TooBig {
         /// The file.
         path: PathBuf,
@@ -78,7 +78,7 @@ pub enum BootError {
     #[error("the ACPI tables of this machine are too long")]
     TablesTooLong,
     /// Something was to be placed where there is no RAM.
-    #[error("guest memory is too small: there is no RAM at {0:#x}")]
+    #[error("guest memory is too small: there is no RAM at {0:#x}; give it more with --memory")]
     NoRam(u64),
 }
 

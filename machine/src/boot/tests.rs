@@ -170,13 +170,15 @@ fn the_memory_map_covers_the_ram_and_keeps_the_tables_back() {
 }
 
 #[test]
-fn a_relocatable_kernel_goes_lower_where_memory_is_short() {
-    let ram = GuestRam::new(8 * MIB).unwrap();
-    let entry = boot(&ram, &bzimage(), None).unwrap();
-    assert!(matches!(entry, Entry::Linux64 { rip, .. } if rip == 2 * MIB + 0x200));
-    let small = GuestRam::new(4 * MIB).unwrap();
-    let e = boot(&small, &bzimage(), None).unwrap_err();
-    assert!(matches!(e, BootError::TooBig { need_mib: 6, .. }), "{e}");
+fn a_kernel_without_room_at_its_preferred_address_is_refused() {
+    for (mib, enough) in [(8, false), (19, false), (20, true)] {
+        let ram = GuestRam::new(mib * MIB).unwrap();
+        let outcome = boot(&ram, &bzimage(), None);
+        assert_eq!(outcome.is_ok(), enough, "{mib} MiB");
+        if let Err(e) = outcome {
+            assert!(matches!(e, BootError::TooBig { need_mib: 20, .. }), "{e}");
+        }
+    }
 }
 
 #[test]

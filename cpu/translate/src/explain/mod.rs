@@ -20,6 +20,7 @@ mod symbols;
 mod text;
 mod why;
 
+pub(crate) use dissect::format;
 pub use observe::Observers;
 pub use perf_map::PerfMap;
 pub use profile::{Profile, Selection};
