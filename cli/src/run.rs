@@ -18,10 +18,13 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long a machine that was told to end waits for a reader of its output.
 const FAREWELL: Duration = Duration::from_secs(1);
+
+/// Orders that come within this time are one: timeout(1) sends its signal to the process and to the group that it is in.
+const AT_ONCE: Duration = Duration::from_millis(250);
 
 /// What ends a machine from outside.
 #[derive(Clone, Debug)]
@@ -222,13 +225,16 @@ impl Session {
     }
 }
 
-/// Carries out the first order; at the second, nobody waits any more (the watchdog sees to the terminal).
+/// Carries out the first order; at a later one, nobody waits any more (the watchdog sees to the terminal).
 fn ender(stop: StopHandle, order: Arc<OnceLock<Order>>) -> impl Fn(Order) + Clone + Send + 'static {
+    let first = Arc::new(OnceLock::new());
     move |given| {
-        if order.set(given).is_err() {
+        // The first counts; what it was is told in the end.
+        let _ = order.set(given);
+        stop.stop();
+        if first.get_or_init(Instant::now).elapsed() > AT_ONCE {
             std::process::exit(1);
         }
-        stop.stop();
     }
 }
 

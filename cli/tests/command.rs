@@ -2,10 +2,12 @@
 
 mod support;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use std::fs;
 use std::process::Command;
 use std::time::Duration;
-use support::{Boot, CLOUD, DOPPEL, Finished, Running, Scratch, debian, run};
+use support::{Boot, CLOUD, DOPPEL, Finished, Running, Scratch, debian, run, wait};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
@@ -184,4 +186,61 @@ fn the_serial_port_can_lead_to_a_file() {
     let finished = doppel(&arguments).expect(2);
     assert!(finished.console.is_empty());
     assert!(fs::read_to_string(path).unwrap().contains("Linux version"));
+}
+
+#[test]
+fn a_signal_that_comes_twice_at_once_ends_in_order() {
+    let scratch = Scratch::new();
+    let kernel = debian(CLOUD).kernel;
+    for attempt in 0..5 {
+        let path = scratch.path(&format!("stats{attempt}"));
+        let mut command = Command::new(DOPPEL);
+        command.args(["run", "--cmdline", "console=ttyS0 panic=0"]);
+        command.arg("--kernel").arg(&kernel);
+        command.arg("--stats").arg(&path);
+        let mut doppel = Running::start(&mut command);
+        doppel.until("Linux version", 1);
+        let process = Pid::from_raw(doppel.child.id() as i32);
+        kill(process, Signal::SIGTERM).unwrap();
+        std::thread::sleep(Duration::from_micros(300));
+        // By now it may have ended.
+        let _ = kill(process, Signal::SIGTERM);
+        assert!(wait(&mut doppel.child, MINUTE));
+        assert_eq!(doppel.child.wait().unwrap().code(), Some(1));
+        assert!(fs::read_to_string(path).unwrap().contains("counters"));
+    }
+}
+
+#[test]
+fn a_fifo_is_no_kernel_and_nobody_waits_for_a_writer() {
+    let scratch = Scratch::new();
+    let path = scratch.path("fifo");
+    let made = Command::new("mkfifo").arg(&path).status().unwrap();
+    assert!(made.success());
+    doppel(&["run", "--kernel", path.to_str().unwrap()])
+        .expect(1)
+        .says("no regular file");
+}
+
+#[test]
+fn memory_that_the_kernel_does_not_fit_into_is_an_error_that_says_how_much_it_needs() {
+    let kernel = debian(CLOUD).kernel;
+    for size in ["16M", "48M", "64M"] {
+        let arguments = ["run", "--memory", size, "--kernel"];
+        let mut command = Command::new(DOPPEL);
+        command.args(arguments).arg(&kernel);
+        run(&mut command, MINUTE)
+            .expect(1)
+            .says("MiB, give the guest more");
+    }
+}
+
+#[test]
+fn the_cloud_kernel_boots_with_little_memory_and_with_much() {
+    for size in ["96M", "20G"] {
+        let boot = Boot::script(CLOUD, "grep MemTotal /proc/meminfo").memory(size);
+        boot.doppel("auto", MINUTE)
+            .expect(support::PASSED)
+            .says("MemTotal");
+    }
 }
