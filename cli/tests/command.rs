@@ -163,6 +163,9 @@ fn statistics_are_written() {
         stats["exits"]["port_write"].as_u64().unwrap() > 1000,
         "{stats}"
     );
+    let counter = |name: &str| stats["counters"][name].as_u64().unwrap();
+    let (hits, misses) = (counter("tlb_hits"), counter("tlb_misses"));
+    assert!(misses > 1000 && hits > 100 * misses, "{stats}");
     assert!(stats["seconds"]["guest"].as_f64().unwrap() > 0.0, "{stats}");
     assert!(
         !stats["counters"].as_object().unwrap().is_empty(),

@@ -67,6 +67,7 @@ pub(crate) struct Context {
     /// Counted by the blocks themselves where [`crate::TranslateOptions::count`] asks for it.
     pub blocks_run: u64,
     pub instructions_run: u64,
+    pub tlb_lookups: u64,
     pub jump_cache: [JumpCache; 3],
 }
 
@@ -102,6 +103,7 @@ displacement! {
     TRANSLATOR = translator;
     BLOCKS_RUN = blocks_run;
     INSTRUCTIONS_RUN = instructions_run;
+    TLB_LOOKUPS = tlb_lookups;
     JUMP_CACHE = jump_cache;
     TSC_OFFSET = cpu.tsc_offset;
     TSC_AUX = cpu.msr.tsc_aux;

@@ -52,6 +52,7 @@ impl Translator {
             ("exits_fault", c.exit_fault),
             ("exits_kick", c.kicks),
             ("untranslatable_instructions", c.untranslatable),
+            ("tlb_hits", self.tlb_hits()),
             ("tlb_misses", c.tlb_misses),
             ("page_crossings_without_exit", c.page_crossings),
             ("checks_shared", c.shared_checks),
@@ -70,5 +71,10 @@ impl Translator {
             ("msr_accesses", cpu.msr_accesses),
             ("code_writes", cpu.code_writes),
         ])
+    }
+
+    /// Lookups in translated code that found what they looked for. They are counted only where blocks count.
+    fn tlb_hits(&self) -> u64 {
+        (self.context.tlb_lookups).saturating_sub(self.counts.tlb_misses)
     }
 }

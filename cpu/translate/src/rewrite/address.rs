@@ -189,6 +189,13 @@ impl Work<'_> {
         self.run = None;
         let tlb = ctx::tlb(self.s.privilege);
         let tag = tlb + TlbEntry::tag(write) as i32;
+        if self.s.count {
+            // S1 and the host's flags are free here.
+            let a = self.asm();
+            a.load(S1, ctx::TLB_LOOKUPS);
+            a.lea(S1, S1, 1);
+            a.store(ctx::TLB_LOOKUPS, S1);
+        }
         let retry = self.asm().pos() as u32;
         let a = self.asm();
         a.mov32(S1, S0);
