@@ -26,7 +26,7 @@ pub enum RamError {
     )]
     Size(u64),
     /// The host refused the memory.
-    #[error("the host gives no memory for {0} bytes of guest RAM: {1}")]
+    #[error("the host gives no memory for {0} bytes of guest RAM; ask for less with --memory: {1}")]
     Host(u64, std::io::Error),
     /// The `vm-memory` view could not be made.
     #[error("guest RAM layout: {0}")]
