@@ -78,8 +78,8 @@ mod tests {
     #[test]
     fn the_newest_offer_and_its_suite_are_found() {
         let madison = "\
-qemu-system-x86 | 1:10.0.2 | http://deb.debian.org/debian bookworm-backports/main amd64 Packages
-qemu-system-x86 | 1:7.2 | http://deb.debian.org/debian bookworm/main amd64 Packages
+qemu-system-x86 | 1:10.0.2 | http://mirror.example/debian bookworm-backports/main amd64 Packages
+qemu-system-x86 | 1:7.2 | http://mirror.example/debian bookworm/main amd64 Packages
 ";
         let offer = newest(madison).unwrap();
         assert_eq!(
