@@ -11,8 +11,8 @@ use anyhow::Result;
 use doppel_memory::{GuestRam, PAGE_SIZE};
 use doppel_translate::{Translate, TranslateOptions};
 use doppel_x86::{
-    Activity, Bus, Cpu, CpuidModel, Cr0, Cr4, Dtr, Efer, Engine, Exit, Gpr, Kick, Rflags, Seg,
-    Segment,
+    Activity, Bus, Cpu, CpuidModel, Cr0, Cr4, Dtr, Efer, EmptyBus, Engine, Exit, Gpr, Kick, Rflags,
+    Seg, Segment,
     interpret::{self, Interpret},
 };
 
@@ -53,39 +53,6 @@ const HANDLER_SIZE: u64 = 16;
 /// The address in the kernel's half of one of its parts.
 pub fn kernel_linear(gpa: u64) -> u64 {
     KERNEL + gpa
-}
-
-/// A bus with nothing on it.
-pub struct NoBus;
-
-impl Bus for NoBus {
-    fn port_read(&mut self, _: u16, size: u8) -> u32 {
-        u32::MAX >> (32 - 8 * u32::from(size))
-    }
-    fn port_write(&mut self, _: u16, _: u8, _: u32) {}
-    fn mmio_read(&mut self, _: u64, _: u8) -> u64 {
-        u64::MAX
-    }
-    fn mmio_write(&mut self, _: u64, _: u8, _: u64) {}
-    fn apic_msr_read(&mut self, _: u32) -> Option<u64> {
-        None
-    }
-    fn apic_msr_write(&mut self, _: u32, _: u64, _: u64) -> Option<()> {
-        None
-    }
-    fn cr8(&mut self) -> u64 {
-        0
-    }
-    fn set_cr8(&mut self, _: u64) {}
-    fn interrupt_pending(&mut self) -> bool {
-        false
-    }
-    fn interrupt_acknowledge(&mut self) -> Option<u8> {
-        None
-    }
-    fn take_nmi(&mut self) -> bool {
-        false
-    }
 }
 
 fn put(cpu: &Cpu, gpa: u64, value: u64) {
@@ -352,7 +319,7 @@ impl Interpreted {
             if self.cpu.cpl == 3 {
                 trace.begin(&self.cpu);
             }
-            interpret::step(&mut self.cpu, &mut NoBus);
+            interpret::step(&mut self.cpu, &mut EmptyBus);
             if self.cpu.cpl == 3 {
                 trace.end(self.cpu.rip);
             } else if let Some(vector) = vector_at_handler(&self.cpu) {
@@ -405,7 +372,7 @@ impl Translated {
         self.watchdog.start();
         // A kick may be left over from the case before; a second one is this case's.
         let mut kicks = 0;
-        while self.engine.run(&mut NoBus) == Exit::Kicked && kicks < 2 {
+        while self.engine.run(&mut EmptyBus) == Exit::Kicked && kicks < 2 {
             kicks += 1;
         }
         self.watchdog.stop();

@@ -4,13 +4,13 @@
 //! Where the host has UMIP, its kernel steps in for some of them: they then trap on the processor, but the program
 //! sees no more of it than before.
 
-use doppel_fuzz::guest::{Ended, GDT, Kind, NoBus, kernel_linear, run_code};
+use doppel_fuzz::guest::{Ended, GDT, Kind, kernel_linear, run_code};
 use doppel_fuzz::layout::{CODE, DATA, UD2};
 use doppel_fuzz::native_unsafe::{Native, exclusive, supported};
 use doppel_fuzz::random::Random;
 use doppel_fuzz::state::{Ending, Outcome, State};
 use doppel_fuzz::xsave::XsaveLayout;
-use doppel_x86::{Bus, Cpu, CpuidModel, Cr0, Cr4, Gpr, Rflags, Seg, Segment};
+use doppel_x86::{Bus, Cpu, CpuidModel, Cr0, Cr4, EmptyBus, Gpr, Rflags, Seg, Segment};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
@@ -103,7 +103,7 @@ fn guest_with(
 }
 
 fn guest(cpl: u8, f: Assemble, prepare: fn(&mut Cpu), check: impl Fn(&Ended)) {
-    guest_with(cpl, f, &mut NoBus, prepare, check);
+    guest_with(cpl, f, &mut EmptyBus, prepare, check);
 }
 
 fn nothing(_: &mut Cpu) {}

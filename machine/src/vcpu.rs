@@ -116,40 +116,9 @@ impl<B: Bus> Vcpu<B> {
 mod tests {
     use super::*;
     use doppel_memory::GuestRam;
-    use doppel_x86::{Cpu, EngineStats, Kick};
+    use doppel_x86::{Cpu, EmptyBus, EngineStats, Kick};
     use std::sync::atomic::AtomicBool;
     use std::sync::mpsc::{Sender, channel};
-
-    struct NoBus;
-    impl Bus for NoBus {
-        fn port_read(&mut self, _: u16, _: u8) -> u32 {
-            0
-        }
-        fn port_write(&mut self, _: u16, _: u8, _: u32) {}
-        fn mmio_read(&mut self, _: u64, _: u8) -> u64 {
-            0
-        }
-        fn mmio_write(&mut self, _: u64, _: u8, _: u64) {}
-        fn apic_msr_read(&mut self, _: u32) -> Option<u64> {
-            None
-        }
-        fn apic_msr_write(&mut self, _: u32, _: u64, _: u64) -> Option<()> {
-            None
-        }
-        fn cr8(&mut self) -> u64 {
-            0
-        }
-        fn set_cr8(&mut self, _: u64) {}
-        fn interrupt_pending(&mut self) -> bool {
-            false
-        }
-        fn interrupt_acknowledge(&mut self) -> Option<u8> {
-            None
-        }
-        fn take_nmi(&mut self) -> bool {
-            false
-        }
-    }
 
     #[derive(Default)]
     struct Kicked(AtomicBool);
@@ -190,7 +159,7 @@ mod tests {
         script: Vec<Exit>,
         flags: Rflags,
         cpus: u32,
-    ) -> (Vcpu<NoBus>, std::sync::mpsc::Receiver<Exit>) {
+    ) -> (Vcpu<EmptyBus>, std::sync::mpsc::Receiver<Exit>) {
         let ram = Arc::new(GuestRam::new(1 << 20).unwrap());
         let (ran, seen) = channel();
         let mut cpu = Cpu::new(0, ram);
@@ -204,7 +173,7 @@ mod tests {
         let vcpu = Vcpu {
             doorbell: Doorbell::new(engine.kicker()),
             engine,
-            bus: NoBus,
+            bus: EmptyBus,
             control: Arc::default(),
             sleepers: Sleepers::new(cpus),
             time: VcpuTime::default(),

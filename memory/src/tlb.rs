@@ -77,8 +77,8 @@ impl TlbEntry {
 #[derive(Debug)]
 pub struct Tlb {
     entries: [TlbEntry; TLB_ENTRIES],
-    non_global: FilledSlots,
-    global: FilledSlots,
+    /// Of translations that are not global, and of global ones.
+    filled: [FilledSlots; 2],
 }
 
 /// Slots that were filled since they were last flushed; each valid entry stands in the list of its kind.
@@ -128,8 +128,7 @@ impl Default for Tlb {
         });
         Tlb {
             entries,
-            non_global: FilledSlots::new(),
-            global: FilledSlots::new(),
+            filled: [const { FilledSlots::new() }; 2],
         }
     }
 }
@@ -173,15 +172,7 @@ impl Tlb {
         e.gpa = gpa | u64::from(t.global);
         let old = std::mem::replace(&mut self.entries[slot], e);
         if !old.is_valid() || old.is_global() != t.global {
-            self.filled(t.global).add(slot);
-        }
-    }
-
-    fn filled(&mut self, global: bool) -> &mut FilledSlots {
-        if global {
-            &mut self.global
-        } else {
-            &mut self.non_global
+            self.filled[usize::from(t.global)].add(slot);
         }
     }
 
@@ -197,13 +188,8 @@ impl Tlb {
     }
 
     fn flush_of_kind(&mut self, global: bool) {
-        let Tlb { entries, .. } = self;
-        let filled = if global {
-            &mut self.global
-        } else {
-            &mut self.non_global
-        };
-        filled.drain(|slot| {
+        let Tlb { entries, filled } = self;
+        filled[usize::from(global)].drain(|slot| {
             if entries[slot].is_global() == global {
                 entries[slot] = TlbEntry::invalid(slot);
             }
@@ -218,12 +204,8 @@ impl Tlb {
 
     /// Takes write permission from every entry of a guest physical page (it now holds translated code).
     pub fn protect(&mut self, gpa: u64) {
-        let Tlb {
-            entries,
-            non_global,
-            global,
-        } = self;
-        for filled in [non_global, global] {
+        let Tlb { entries, filled } = self;
+        for filled in filled {
             filled.for_each(|slot| {
                 let e = &mut entries[slot];
                 if e.gpa & !1 == gpa & !PAGE_MASK {

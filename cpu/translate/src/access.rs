@@ -9,11 +9,9 @@
 use doppel_memory::{AccessKind, HostPtr, PAGE_MASK, PAGE_SIZE, Privilege};
 use doppel_x86::Cpu;
 
-use crate::blocks::BlockId;
+use crate::blocks::{Access, BlockId, Form, Key};
 use crate::flags::{FlagPlace, pack, unpack};
 use crate::rewrite::AccessSite;
-
-use crate::blocks::{Access, Form, Key};
 use crate::thunk::EXIT_ACCESS;
 use crate::translator::{CACHE_MARGIN, PRIVILEGES, Translator};
 

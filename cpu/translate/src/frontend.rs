@@ -9,6 +9,9 @@ use iced_x86::{
     OpAccess, OpKind, Register,
 };
 
+use doppel_memory::Privilege;
+
+use crate::engine::TranslateOptions;
 use crate::flags::{ALL, FlagSet, FlagUse};
 
 /// Which instructions the guest's control registers let run: a part of a block's key.
@@ -32,6 +35,20 @@ pub(crate) struct Decoding {
     pub inline_strings: bool,
     /// Go on after a conditional branch forwards.
     pub extend: bool,
+}
+
+impl Decoding {
+    /// For code that runs with this vector state and at this [`Privilege`].
+    pub fn new(simd: Simd, privilege: u8, options: &TranslateOptions) -> Self {
+        Decoding {
+            simd,
+            user: privilege == Privilege::User as u8,
+            flag_liveness: options.flag_liveness,
+            inline_system: options.inline_system,
+            inline_strings: options.inline_strings,
+            extend: options.extend,
+        }
+    }
 }
 
 /// How the translator treats an instruction.

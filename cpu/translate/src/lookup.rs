@@ -114,12 +114,8 @@ impl Translator {
             base: key.base,
             form: key.form,
             privilege: key.privilege,
-            count: self.options.count,
+            options: self.options,
             counters: counters.as_ref().map(|c| c.as_ptr() as u64),
-            share_checks: self.options.share_checks,
-            borrow_registers: self.options.borrow_registers,
-            resident: self.options.resident,
-            entry_flags: self.options.entry_flags,
             slots: self.cache.slot_cursor(),
             thunks: self.thunks,
         };
@@ -162,14 +158,7 @@ impl Translator {
 
     /// Decodes the block at `rip`: from its page alone, or one instruction from two pages.
     fn read_block(&mut self, key: &Key, rip: u64) -> Option<(GuestBlock, Option<u64>)> {
-        let how = Decoding {
-            simd: key.simd,
-            user: key.privilege == Privilege::User as u8,
-            flag_liveness: self.options.flag_liveness,
-            inline_system: self.options.inline_system,
-            inline_strings: self.options.inline_strings,
-            extend: self.options.extend,
-        };
+        let how = Decoding::new(key.simd, key.privilege, &self.options);
         let mut bytes = [0u8; MOST_BYTES + 15];
         let start = (rip & PAGE_MASK) as u16;
         let len = ((PAGE_SIZE - (rip & PAGE_MASK)) as usize).min(MOST_BYTES);

@@ -20,7 +20,6 @@ use crate::enter_unsafe::{enter, host_features};
 use crate::explain::Observers;
 use crate::flags::{FlagPlace, pack, unpack};
 use crate::frontend::Simd;
-
 use crate::recipes::Lost;
 use crate::rewrite::{Base, Rewriter};
 use crate::stats::Counts;

@@ -5,40 +5,8 @@ use std::time::Duration;
 
 use doppel_memory::GuestRam;
 use doppel_translate::{Translate, TranslateOptions};
-use doppel_x86::{Bus, Cpu, Cr0, Cr4, Efer, Engine, Exit, Rflags, Seg, Segment};
+use doppel_x86::{Cpu, Cr0, Cr4, Efer, EmptyBus, Engine, Exit, Rflags, Seg, Segment};
 use iced_x86::code_asm::*;
-
-struct NoBus;
-
-impl Bus for NoBus {
-    fn port_read(&mut self, _: u16, _: u8) -> u32 {
-        u32::MAX
-    }
-    fn port_write(&mut self, _: u16, _: u8, _: u32) {}
-    fn mmio_read(&mut self, _: u64, _: u8) -> u64 {
-        u64::MAX
-    }
-    fn mmio_write(&mut self, _: u64, _: u8, _: u64) {}
-    fn apic_msr_read(&mut self, _: u32) -> Option<u64> {
-        None
-    }
-    fn apic_msr_write(&mut self, _: u32, _: u64, _: u64) -> Option<()> {
-        None
-    }
-    fn cr8(&mut self) -> u64 {
-        0
-    }
-    fn set_cr8(&mut self, _: u64) {}
-    fn interrupt_pending(&mut self) -> bool {
-        false
-    }
-    fn interrupt_acknowledge(&mut self) -> Option<u8> {
-        None
-    }
-    fn take_nmi(&mut self) -> bool {
-        false
-    }
-}
 
 const CODE: u64 = 0x10000;
 const DATA: u64 = 0x20000;
@@ -87,7 +55,7 @@ fn run(options: TranslateOptions, build: impl FnOnce(&mut CodeAssembler)) -> Tra
             std::thread::sleep(Duration::from_millis(2));
             kicker.kick();
         });
-        assert_eq!(engine.run(&mut NoBus), Exit::Kicked);
+        assert_eq!(engine.run(&mut EmptyBus), Exit::Kicked);
         t.join().unwrap();
         if engine.cpu().rip == last {
             return engine;

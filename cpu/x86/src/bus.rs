@@ -30,3 +30,37 @@ pub trait Bus {
     /// Takes a pending non-maskable interrupt.
     fn take_nmi(&mut self) -> bool;
 }
+
+/// A machine with nothing in it: reads give all ones, nothing interrupts.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct EmptyBus;
+
+impl Bus for EmptyBus {
+    fn port_read(&mut self, _: u16, size: u8) -> u32 {
+        u32::MAX >> (32 - 8 * u32::from(size))
+    }
+    fn port_write(&mut self, _: u16, _: u8, _: u32) {}
+    fn mmio_read(&mut self, _: u64, _: u8) -> u64 {
+        u64::MAX
+    }
+    fn mmio_write(&mut self, _: u64, _: u8, _: u64) {}
+    fn apic_msr_read(&mut self, _: u32) -> Option<u64> {
+        None
+    }
+    fn apic_msr_write(&mut self, _: u32, _: u64, _: u64) -> Option<()> {
+        None
+    }
+    fn cr8(&mut self) -> u64 {
+        0
+    }
+    fn set_cr8(&mut self, _: u64) {}
+    fn interrupt_pending(&mut self) -> bool {
+        false
+    }
+    fn interrupt_acknowledge(&mut self) -> Option<u8> {
+        None
+    }
+    fn take_nmi(&mut self) -> bool {
+        false
+    }
+}

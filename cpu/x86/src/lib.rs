@@ -36,7 +36,7 @@ mod testing;
 mod transfer;
 mod tsc;
 
-pub use bus::Bus;
+pub use bus::{Bus, EmptyBus};
 pub use cpuid::{APIC_BUS_HZ, CpuidLeaf, CpuidModel, Vendor, XCR0_MASK};
 pub use engine::{Engine, EngineStats, Exit, Kick, Outcome};
 pub use fault::{Exception, Vector};

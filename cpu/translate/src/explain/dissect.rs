@@ -38,14 +38,7 @@ pub(crate) struct Origin<'a> {
 
 impl<'a> Origin<'a> {
     pub fn decode(&self, options: &TranslateOptions) -> Option<GuestBlock> {
-        let how = Decoding {
-            simd: self.simd,
-            user: self.privilege == 0,
-            flag_liveness: options.flag_liveness,
-            inline_system: options.inline_system,
-            inline_strings: options.inline_strings,
-            extend: options.extend,
-        };
+        let how = Decoding::new(self.simd, self.privilege, options);
         let start = (self.linear & PAGE_MASK) as u16;
         let mut block = decode(&mut InstructionInfoFactory::new(), self.bytes, start, how)?;
         block.straddler_follows |= self.straddler_follows;
@@ -109,12 +102,11 @@ impl Dissected {
             base: origin.base,
             form: origin.form,
             privilege: origin.privilege,
-            count: false,
+            options: TranslateOptions {
+                count: false,
+                ..*options
+            },
             counters: None,
-            share_checks: options.share_checks,
-            borrow_registers: options.borrow_registers,
-            resident: options.resident,
-            entry_flags: options.entry_flags,
             slots: SLOTS,
             thunks,
         };

@@ -118,7 +118,7 @@ impl Work<'_> {
 
     /// Where the instruction's own memory access finds its bytes: a register and a displacement. The flags may be destroyed.
     pub(super) fn operand(&mut self, i: &GuestInstruction, size: u8, write: bool) -> (Reg, i32) {
-        let reference = share::reference(i).filter(|_| self.s.share_checks);
+        let reference = share::reference(i).filter(|_| self.s.options.share_checks);
         if let Some(known) = reference.and_then(|r| self.known(&r)) {
             self.out.shared += 1;
             return known;
@@ -189,7 +189,7 @@ impl Work<'_> {
         self.run = None;
         let tlb = ctx::tlb(self.s.privilege);
         let tag = tlb + TlbEntry::tag(write) as i32;
-        if self.s.count {
+        if self.s.options.count {
             // S1 and the host's flags are free here.
             let a = self.asm();
             a.load(S1, ctx::TLB_LOOKUPS);

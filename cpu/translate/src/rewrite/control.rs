@@ -42,7 +42,7 @@ impl Work<'_> {
         }
         if self.at + 1 == self.block.instructions.len() {
             self.direct_exit(i64::from(i.offset) + i.decoded.len() as i64);
-        } else if self.s.count {
+        } else if self.s.options.count {
             self.count_instructions(self.at + 1);
         }
         if self.at + 1 < self.block.instructions.len() {

@@ -116,7 +116,7 @@ impl Work<'_> {
 
     /// True where a block that overwrites all flags has to know them nevertheless.
     pub(super) fn entry_watched(&self) -> bool {
-        let wanted = self.s.entry_flags || self.s.form != Form::Normal;
+        let wanted = self.s.options.entry_flags || self.s.form != Form::Normal;
         wanted && watched(&self.block.instructions, ALL)
     }
 }

@@ -31,6 +31,7 @@ use doppel_memory::{Privilege, TLB_ENTRIES, TLB_ENTRY_SHIFT, TlbEntry};
 use crate::asm::*;
 use crate::blocks::Form;
 use crate::context as ctx;
+use crate::engine::TranslateOptions;
 use crate::flags::{ALL, FlagPlace, FlagSet};
 use crate::frontend::{Class, GuestBlock, GuestInstruction};
 use crate::recipe::Recipe;
@@ -60,14 +61,9 @@ pub(crate) struct Setting {
     pub form: Form,
     /// Index of the TLB and of the jump cache: [`doppel_memory::Privilege`].
     pub privilege: u8,
-    pub count: bool,
+    pub options: TranslateOptions,
     /// Where each part of the block counts its runs; see `counter`.
     pub counters: Option<u64>,
-    pub share_checks: bool,
-    pub borrow_registers: bool,
-    pub resident: bool,
-    /// See [`crate::TranslateOptions::entry_flags`].
-    pub entry_flags: bool,
     /// Host address of the first slot that is free.
     pub slots: u64,
     pub thunks: Thunks,
@@ -239,7 +235,7 @@ impl Work<'_> {
     fn run(&mut self) {
         self.entries();
         self.need_simd();
-        if self.s.count {
+        if self.s.options.count {
             self.count_block();
         }
         self.plan_pin();
@@ -247,7 +243,7 @@ impl Work<'_> {
         let block = self.block;
         for (at, i) in block.instructions.iter().enumerate() {
             self.at = at;
-            if !(self.s.resident && resident::cannot_fault(i)) {
+            if !(self.s.options.resident && resident::cannot_fault(i)) {
                 self.end_residence();
             }
             self.boundary(i);
@@ -464,7 +460,7 @@ impl Work<'_> {
     fn copy(&mut self, i: &GuestInstruction) {
         self.before_own(i);
         self.copy_resident(i);
-        if !(self.s.resident && resident::cannot_fault(i)) {
+        if !(self.s.options.resident && resident::cannot_fault(i)) {
             self.end_residence();
         }
         self.after_own(i);

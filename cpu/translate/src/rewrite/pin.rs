@@ -44,7 +44,9 @@ pub(super) struct Pinned {
 impl Work<'_> {
     /// Chooses the base to hold, if any.
     pub(super) fn plan_pin(&mut self) {
-        if !(self.s.share_checks && self.s.borrow_registers) || self.s.form != Form::Normal {
+        if !(self.s.options.share_checks && self.s.options.borrow_registers)
+            || self.s.form != Form::Normal
+        {
             return;
         }
         let code = &self.block.instructions;
@@ -53,7 +55,7 @@ impl Work<'_> {
             .enumerate()
             .filter_map(|(at, i)| Some((at, share::reference(i)?)))
             .collect();
-        if returns(&references, 0) == 0 {
+        if !comes_back(&references) {
             return;
         }
         let used = code.iter().fold(0, |used, i| used | i.uses);
@@ -158,12 +160,10 @@ impl Work<'_> {
     }
 }
 
-/// How often code comes back to a base that it has left.
-fn returns(references: &[(usize, Reference)], from: usize) -> usize {
-    let roots: Vec<_> = references[from..].iter().map(|(_, r)| r.root).collect();
-    (1..roots.len())
-        .filter(|n| roots[*n] != roots[n - 1] && roots[..*n].contains(&roots[*n]))
-        .count()
+/// True where code comes back to a base that it has left.
+fn comes_back(references: &[(usize, Reference)]) -> bool {
+    let root = |n: usize| references[n].1.root;
+    (2..references.len()).any(|n| root(n) != root(n - 1) && (0..n - 1).any(|m| root(m) == root(n)))
 }
 
 /// A register by its number, 64 bits wide.

@@ -8,40 +8,7 @@ use std::sync::Arc;
 use doppel_memory::GuestRam;
 
 use super::step;
-use crate::{Bus, Cpu, Cr0, Cr4, Efer, Outcome, Rflags, Seg, Segment};
-
-/// A machine without devices.
-pub(super) struct Bare;
-
-impl Bus for Bare {
-    fn port_read(&mut self, _: u16, _: u8) -> u32 {
-        u32::MAX
-    }
-    fn port_write(&mut self, _: u16, _: u8, _: u32) {}
-    fn mmio_read(&mut self, _: u64, _: u8) -> u64 {
-        u64::MAX
-    }
-    fn mmio_write(&mut self, _: u64, _: u8, _: u64) {}
-    fn apic_msr_read(&mut self, _: u32) -> Option<u64> {
-        None
-    }
-    fn apic_msr_write(&mut self, _: u32, _: u64, _: u64) -> Option<()> {
-        None
-    }
-    fn cr8(&mut self) -> u64 {
-        0
-    }
-    fn set_cr8(&mut self, _: u64) {}
-    fn interrupt_pending(&mut self) -> bool {
-        false
-    }
-    fn interrupt_acknowledge(&mut self) -> Option<u8> {
-        None
-    }
-    fn take_nmi(&mut self) -> bool {
-        false
-    }
-}
+use crate::{Cpu, Cr0, Cr4, Efer, EmptyBus, Outcome, Rflags, Seg, Segment};
 
 pub(super) const CODE: u64 = 0x1000;
 pub(super) const DATA: u64 = 0x8000;
@@ -95,7 +62,12 @@ pub(super) fn run(cpu: &mut Cpu, code: &[u8]) {
         if cpu.rip == start + code.len() as u64 {
             return;
         }
-        assert_eq!(step(cpu, &mut Bare), Outcome::Continue, "at {:#x}", cpu.rip);
+        assert_eq!(
+            step(cpu, &mut EmptyBus),
+            Outcome::Continue,
+            "at {:#x}",
+            cpu.rip
+        );
     }
     panic!("no end");
 }

@@ -4,7 +4,8 @@ use iced_x86::{
     Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpKind,
 };
 
-use super::{Bare, machine};
+use super::machine;
+use crate::EmptyBus;
 use crate::interpret::arch_native::{CodeBuffer, Frame};
 use crate::interpret::register::{gpr_index, register_size};
 use crate::interpret::{Flow, dispatch};
@@ -202,7 +203,7 @@ fn integer_instructions_match_the_host() {
         cpu.rflags = Rflags::from_bits_retain(flags);
         let before = (cpu.gpr, flags);
         let (handler, _) = dispatch::resolve(&i, CpuMode::Bits64);
-        match handler(&mut cpu, &mut Bare, &i) {
+        match handler(&mut cpu, &mut EmptyBus, &i) {
             Ok(Flow::Next) => {}
             Ok(flow) => panic!("{i}: {flow:?}"),
             Err(_) => continue,
