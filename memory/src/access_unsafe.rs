@@ -4,7 +4,6 @@
 //! reference: every access is volatile or atomic, and copies whole values out.
 
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 /// An integer that the guest loads and stores as one unit.
 pub trait Word: Copy + Eq + Into<u64> {
@@ -17,26 +16,35 @@ pub trait Word: Copy + Eq + Into<u64> {
 }
 
 macro_rules! word {
-    ($t:ty, $atomic:ty) => {
+    ($t:ty, $register:ident, $accumulator:tt, $instruction:literal) => {
         impl Word for $t {
             const SIZE: usize = size_of::<$t>();
             fn truncate(v: u64) -> Self {
                 v as $t
             }
+            #[inline]
             fn compare_exchange(p: *mut u8, old: Self, new: Self) -> Result<Self, Self> {
-                assert!(p.addr().is_multiple_of(Self::SIZE));
-                // SAFETY: `HostPtr` guarantees a live guest RAM address with room for the value,
-                // alignment is asserted, and guest RAM is only accessed atomically or volatilely.
-                let a = unsafe { <$atomic>::from_ptr(p.cast()) };
-                a.compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst)
+                let mut seen = old;
+                // SAFETY: `HostPtr` guarantees a live guest RAM address with room for the value; written out, since Rust's
+                // atomics must be aligned and a guest's need not be.
+                unsafe {
+                    core::arch::asm!(
+                        $instruction,
+                        p = in(reg) p,
+                        new = in($register) new,
+                        inout($accumulator) seen,
+                        options(nostack),
+                    );
+                }
+                if seen == old { Ok(seen) } else { Err(seen) }
             }
         }
     };
 }
-word!(u8, AtomicU8);
-word!(u16, AtomicU16);
-word!(u32, AtomicU32);
-word!(u64, AtomicU64);
+word!(u8, reg_byte, "al", "lock cmpxchg byte ptr [{p}], {new}");
+word!(u16, reg, "ax", "lock cmpxchg word ptr [{p}], {new:x}");
+word!(u32, reg, "eax", "lock cmpxchg dword ptr [{p}], {new:e}");
+word!(u64, reg, "rax", "lock cmpxchg qword ptr [{p}], {new}");
 
 /// A checked host address of guest RAM: at least the number of bytes that it was made for are valid there.
 ///
@@ -108,7 +116,8 @@ impl HostPtr {
         unsafe { std::ptr::write_volatile(p.cast::<Packed<T>>(), Packed(v)) }
     }
 
-    /// Atomic compare and exchange; `Err` holds what was there. The address must be aligned.
+    /// Atomic compare and exchange, as `lock cmpxchg` does; `Err` holds what was there. Any alignment, but across two lines of the
+    /// cache the host's operating system may punish it.
     pub fn compare_exchange<T: Word>(self, old: T, new: T) -> Result<T, T> {
         T::compare_exchange(self.check(T::SIZE), old, new)
     }
@@ -136,6 +145,14 @@ impl HostPtr {
             && (seen(full.len()) ^ last) << (shift & 63) == 0
     }
 
+    /// True where guest memory holds these bytes.
+    pub fn equals(self, bytes: &[u8]) -> bool {
+        let p = self.check(bytes.len());
+        let mut expected = bytes.iter().enumerate();
+        // SAFETY: byte `n` is in bounds by `check`; volatile, since others may write there.
+        expected.all(|(n, b)| unsafe { std::ptr::read_volatile(p.add(n)) } == *b)
+    }
+
     /// The pointer `offset` bytes further on; `offset` is at most the room.
     #[inline]
     pub fn at(self, offset: usize) -> HostPtr {
@@ -144,8 +161,18 @@ impl HostPtr {
         unsafe { HostPtr::new(NonNull::new_unchecked(at.add(offset)), self.room - offset) }
     }
 
-    /// Copies guest memory out.
+    /// Copies guest memory out; 1, 2, 4 and 8 bytes as one unit.
     pub fn read(self, out: &mut [u8]) {
+        match out.len() {
+            1 => out.copy_from_slice(&[self.load::<u8>()]),
+            2 => out.copy_from_slice(&self.load::<u16>().to_le_bytes()),
+            4 => out.copy_from_slice(&self.load::<u32>().to_le_bytes()),
+            8 => out.copy_from_slice(&self.load::<u64>().to_le_bytes()),
+            _ => self.read_bytes(out),
+        }
+    }
+
+    fn read_bytes(self, out: &mut [u8]) {
         let p = self.check(out.len());
         // SAFETY: source in bounds by `check`; the destination is a Rust slice, which never overlaps guest RAM.
         unsafe { std::ptr::copy_nonoverlapping(p, out.as_mut_ptr(), out.len()) }
@@ -176,8 +203,20 @@ impl HostPtr {
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), p.add(whole), len - whole) }
     }
 
-    /// Copies into guest memory.
+    /// Copies into guest memory; 1, 2, 4 and 8 bytes as one unit.
     pub fn write(self, data: &[u8]) {
+        match *data {
+            [a] => self.store(a),
+            [a, b] => self.store(u16::from_le_bytes([a, b])),
+            [a, b, c, d] => self.store(u32::from_le_bytes([a, b, c, d])),
+            [a, b, c, d, e, f, g, h] => {
+                self.store(u64::from_le_bytes([a, b, c, d, e, f, g, h]));
+            }
+            _ => self.write_bytes(data),
+        }
+    }
+
+    fn write_bytes(self, data: &[u8]) {
         let p = self.check(data.len());
         // SAFETY: as for `read`, the other way.
         unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), p, data.len()) }

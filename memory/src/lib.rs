@@ -10,6 +10,7 @@
 mod access_unsafe;
 mod large;
 mod mapping_unsafe;
+mod peer;
 mod ram;
 mod tlb;
 mod track;
@@ -17,9 +18,10 @@ mod walk;
 
 pub use access_unsafe::{HostPtr, Word};
 pub use large::LargePages;
+pub use peer::{Asked, InGuest, MOST_CPUS, Peer, Requests};
 pub use ram::{Backing, GuestRam, HIGH_START, HOLE_START, RamError, VGA_HOLE};
 pub use tlb::{INVALID_TAG_XOR, TLB_ENTRIES, TLB_ENTRY_SHIFT, Tlb, TlbEntry};
-pub use track::{CodeGranules, CodeWatch, PageTracker};
+pub use track::{CodeGranules, PageTracker};
 pub use walk::{
     AccessKind, PageFault, PageRights, Paging, PagingMode, Privilege, Translation, probe, walk,
 };

@@ -176,21 +176,26 @@ impl GuestRam {
             .map(|p| p.store(v))
     }
 
-    /// A write by a device (DMA): what is no RAM is left out. Returns true where translated code was touched; whoever wrote
-    /// then kicks the engines, lest they go on in it.
-    pub fn write_from_device(&self, gpa: u64, data: &[u8]) -> bool {
-        let (mut at, mut data, mut touched) = (gpa, data, false);
+    /// A write by a device (DMA): what is no RAM is left out. The pages are dirty then, and every CPU that has translated what was
+    /// there follows (see [`PageTracker::note_device_write`]). From any thread, under any lock.
+    pub fn write_from_device(&self, gpa: u64, data: &[u8]) {
+        let (mut at, mut data) = (gpa, data);
         while !data.is_empty() {
             let room = (PAGE_SIZE - (at & PAGE_MASK)) as usize;
             let (now, rest) = data.split_at(data.len().min(room));
             if let Some(p) = self.ptr(at) {
                 p.write(now);
-                touched |= self.tracker.note_device_write(at, now.len() as u64);
+                self.tracker.note_device_write(at, now.len() as u64);
             }
             at = at.wrapping_add(now.len() as u64);
             data = rest;
         }
-        touched
+    }
+
+    /// What a device has to call that wrote to RAM by itself (through [`Self::view`], or with a system call on a [`HostPtr`]), after
+    /// the write and before it tells the guest of it. As [`Self::write_from_device`], but for the bytes.
+    pub fn written_by_device(&self, gpa: u64, len: u64) {
+        self.tracker.note_device_write(gpa, len);
     }
 
     /// What the pages hold (written pages, translated code).
@@ -296,14 +301,19 @@ mod tests {
     #[test]
     fn devices_write_across_pages_and_past_the_end() {
         let ram = GuestRam::new(1 << 20).unwrap();
-        ram.tracker().add_code(0x2000, 16);
-        assert!(ram.write_from_device(0x1fff, &[1, 2, 3]));
+        let cpu = ram.tracker().join();
+        ram.tracker().add_code(0x2000, 16, &cpu);
+        ram.write_from_device(0x1fff, &[1, 2, 3]);
+        assert_eq!(cpu.take_requests().0.code, [(0x2000, 1)].into());
         assert_eq!(ram.load::<u16>(0x2000), Some(0x0302));
         assert!(ram.tracker().is_dirty(0x1000) && ram.tracker().is_dirty(0x2000));
-        assert!(!ram.write_from_device((1 << 20) - 1, &[7, 8]));
+        ram.written_by_device(0x1000, 0x2000);
+        assert_eq!(cpu.take_requests().0.code, [(0x2000, u64::MAX)].into());
+        ram.write_from_device((1 << 20) - 1, &[7, 8]);
         assert_eq!(ram.load::<u8>((1 << 20) - 1), Some(7));
-        assert!(!ram.write_from_device(u64::MAX, &[1, 2]));
+        ram.write_from_device(u64::MAX, &[1, 2]);
         assert_eq!(ram.load::<u8>(0), Some(2), "the address wraps");
+        assert!(!cpu.has_requests());
     }
 
     #[test]

@@ -13,7 +13,7 @@
 //! Cost of a flush: an operating system flushes often and fills little in between, so each TLB lists the slots that it filled, and a
 //! flush goes over the list instead of the table.
 
-use crate::{GuestRam, HostPtr, PAGE_MASK, PageRights, Translation};
+use crate::{GuestRam, HostPtr, PAGE_MASK, PageRights, Peer, Translation};
 
 /// Entries of one TLB; a power of two.
 pub const TLB_ENTRIES: usize = 2048;
@@ -153,8 +153,15 @@ impl Tlb {
         e.resolve(linear ^ e.write_tag, size)
     }
 
-    /// Enters the page of `linear` with these rights. Pages that are not RAM are not entered.
-    pub fn fill(&mut self, linear: u64, t: &Translation, rights: PageRights, ram: &GuestRam) {
+    /// Enters the page of `linear` with these rights, for the CPU that is `peer`. Pages that are not RAM are not entered.
+    pub fn fill(
+        &mut self,
+        linear: u64,
+        t: &Translation,
+        rights: PageRights,
+        ram: &GuestRam,
+        peer: &Peer,
+    ) {
         let gpa = t.gpa & !PAGE_MASK;
         let Some(host) = ram.ptr(gpa) else { return };
         ram.will_access(gpa);
@@ -165,7 +172,7 @@ impl Tlb {
             e.read_tag = page;
         }
         let tracker = ram.tracker();
-        if rights.write && t.dirty && tracker.is_dirty(gpa) && !tracker.has_code(gpa) {
+        if rights.write && t.dirty && tracker.is_dirty(gpa) && tracker.may_write(gpa, peer) {
             e.write_tag = page;
         }
         e.host = host.addr();
@@ -265,15 +272,15 @@ mod tests {
     #[test]
     fn hits_need_the_page_the_right_and_the_room() {
         let ram = GuestRam::new(1 << 20).unwrap();
-        let mut tlb = Tlb::default();
-        tlb.fill(0x40_0123, &translation(0x5000, false), ALL, &ram);
+        let (mut tlb, cpu) = (Tlb::default(), ram.tracker().join());
+        tlb.fill(0x40_0123, &translation(0x5000, false), ALL, &ram, &cpu);
         assert!(tlb.lookup_read(0x40_0ff8, 8).is_some());
         assert!(tlb.lookup_read(0x40_0ff9, 8).is_none());
         assert!(tlb.lookup_read(0x80_0ff8, 8).is_none());
         // A clean page gives no write permission.
         assert!(tlb.lookup_write(0x40_0000, 1).is_none());
         ram.tracker().mark_dirty(0x5000);
-        tlb.fill(0x40_0123, &translation(0x5000, false), ALL, &ram);
+        tlb.fill(0x40_0123, &translation(0x5000, false), ALL, &ram, &cpu);
         assert!(tlb.lookup_write(0x40_0000, 1).is_some());
         tlb.protect(0x5008);
         assert!(tlb.lookup_write(0x40_0000, 1).is_none());
@@ -283,17 +290,17 @@ mod tests {
     #[test]
     fn a_slot_that_changes_its_kind_is_flushed_as_what_it_is() {
         let ram = GuestRam::new(1 << 20).unwrap();
-        let mut tlb = Tlb::default();
+        let (mut tlb, cpu) = (Tlb::default(), ram.tracker().join());
         for turn in 0..2000 {
-            tlb.fill(0x1000, &translation(0x1000, turn % 2 == 0), ALL, &ram);
+            tlb.fill(0x1000, &translation(0x1000, turn % 2 == 0), ALL, &ram, &cpu);
         }
-        tlb.fill(0x1000, &translation(0x1000, true), ALL, &ram);
+        tlb.fill(0x1000, &translation(0x1000, true), ALL, &ram, &cpu);
         tlb.flush_non_global();
         assert!(tlb.lookup_read(0x1000, 8).is_some());
         tlb.flush();
         assert!(tlb.lookup_read(0x1000, 8).is_none());
-        tlb.fill(0x1000, &translation(0x1000, true), ALL, &ram);
-        tlb.fill(0x1000, &translation(0x1000, false), ALL, &ram);
+        tlb.fill(0x1000, &translation(0x1000, true), ALL, &ram, &cpu);
+        tlb.fill(0x1000, &translation(0x1000, false), ALL, &ram, &cpu);
         tlb.flush_non_global();
         assert!(tlb.lookup_read(0x1000, 8).is_none());
     }
@@ -301,9 +308,9 @@ mod tests {
     #[test]
     fn flushes_spare_what_is_global() {
         let ram = GuestRam::new(1 << 20).unwrap();
-        let mut tlb = Tlb::default();
-        tlb.fill(0x1000, &translation(0x1000, true), ALL, &ram);
-        tlb.fill(0x2000, &translation(0x2000, false), ALL, &ram);
+        let (mut tlb, cpu) = (Tlb::default(), ram.tracker().join());
+        tlb.fill(0x1000, &translation(0x1000, true), ALL, &ram, &cpu);
+        tlb.fill(0x2000, &translation(0x2000, false), ALL, &ram, &cpu);
         tlb.flush_non_global();
         assert!(tlb.lookup_read(0x1000, 8).is_some());
         assert!(tlb.lookup_read(0x2000, 8).is_none());

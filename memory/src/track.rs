@@ -2,12 +2,16 @@
 //!
 //! Both facts are enforced by the software TLB, which gives write permission only to a page that is
 //! dirty already and holds no code, so that every other first write takes a slow path that looks here.
-//! Writes that do not go through a CPU (a device's) are told to every [`CodeWatch`]: a translator owns one.
+//! Who else has to know of a write to code (other CPUs; every CPU, of a device's write) is the business of [`crate::peer`].
+//!
+//! A CPU that translates notes the bytes first ([`PageTracker::add_code`]), has the others give up their permission to write there
+//! ([`PageTracker::protect`]) and then looks at the bytes again. Who writes without permission writes first and looks for code
+//! then. So of two that meet, one sees the other.
 
-use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering, fence};
+use std::sync::{Arc, Mutex, OnceLock};
 
+use crate::peer::{Asked, Peer, Peers, lock};
 use crate::{PAGE_MASK, PAGE_SIZE};
 
 const DIRTY: u8 = 1;
@@ -18,49 +22,82 @@ pub type CodeGranules = u64;
 
 const GRANULE_SHIFT: u64 = 6;
 
-/// Pages whose granules are allocated together, when the first of them holds code.
+/// Pages whose words are allocated together, when the first of them is set.
 const REGION: usize = 512;
 type Region = [AtomicU64; REGION];
+
+/// A word a page, most of them 0.
+#[derive(Debug)]
+pub(crate) struct Granules {
+    regions: Vec<OnceLock<Box<Region>>>,
+    pages: u64,
+}
+
+impl Granules {
+    pub fn new(pages: u64) -> Self {
+        let regions = pages.div_ceil(REGION as u64);
+        Granules {
+            regions: (0..regions).map(|_| OnceLock::new()).collect(),
+            pages,
+        }
+    }
+
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    pub fn get(&self, gpa: u64) -> u64 {
+        let page = (gpa / PAGE_SIZE) as usize;
+        let region = self.regions.get(page / REGION).and_then(OnceLock::get);
+        region.map_or(0, |r| r[page % REGION].load(Ordering::SeqCst))
+    }
+
+    fn word(&self, gpa: u64) -> Option<&AtomicU64> {
+        let page = (gpa / PAGE_SIZE) as usize;
+        let region = self.regions.get(page / REGION)?;
+        let region = region.get_or_init(|| Box::new([const { AtomicU64::new(0) }; REGION]));
+        Some(&region[page % REGION])
+    }
+
+    fn add(&self, gpa: u64, bits: u64) {
+        if let Some(word) = self.word(gpa) {
+            word.fetch_or(bits, Ordering::SeqCst);
+        }
+    }
+
+    pub fn remove(&self, gpa: u64, bits: u64) {
+        if self.get(gpa) & bits != 0
+            && let Some(word) = self.word(gpa)
+        {
+            word.fetch_and(!bits, Ordering::SeqCst);
+        }
+    }
+
+    fn set(&self, gpa: u64, bits: u64) {
+        if let Some(word) = self.word(gpa) {
+            word.store(bits, Ordering::SeqCst);
+        }
+    }
+
+    /// The pages whose words are not 0.
+    pub fn used(&self) -> impl Iterator<Item = u64> {
+        let regions = self.regions.iter().enumerate();
+        let used = regions.filter_map(|(n, r)| Some((n, r.get()?)));
+        used.flat_map(|(n, region)| {
+            let set = |w: &AtomicU64| w.load(Ordering::SeqCst) != 0;
+            let pages = (0..REGION).filter(move |at| set(&region[*at]));
+            pages.map(move |at| (n * REGION + at) as u64 * PAGE_SIZE)
+        })
+    }
+}
 
 /// Per-page facts about guest RAM. All methods may be called from any thread.
 #[derive(Debug)]
 pub struct PageTracker {
     flags: Vec<AtomicU8>,
-    /// The granules of each page, by region; not zero only where the page has the CODE flag.
-    code: Vec<OnceLock<Box<Region>>>,
-    /// Held while the granules of a page and its CODE flag change.
+    /// Held while the owners of a page and its CODE flag change.
     changes: Mutex<()>,
-    watches: Mutex<Vec<Weak<CodeWatch>>>,
-}
-
-/// Pages with translated code that a device wrote to since the owner last looked.
-#[derive(Debug, Default)]
-pub struct CodeWatch {
-    any: AtomicBool,
-    // At most as many as there are pages of RAM.
-    pages: Mutex<BTreeSet<u64>>,
-}
-
-impl CodeWatch {
-    /// The pages, which are forgotten here.
-    pub fn take(&self) -> BTreeSet<u64> {
-        if !self.any.load(Ordering::Acquire) {
-            return BTreeSet::new();
-        }
-        let mut pages = lock(&self.pages);
-        self.any.store(false, Ordering::Release);
-        std::mem::take(&mut pages)
-    }
-
-    fn note(&self, page: u64) {
-        let mut pages = lock(&self.pages);
-        pages.insert(page);
-        self.any.store(true, Ordering::Release);
-    }
-}
-
-fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(PoisonError::into_inner)
+    peers: Arc<Peers>,
 }
 
 impl PageTracker {
@@ -70,46 +107,29 @@ impl PageTracker {
         flags.resize_with(pages as usize, AtomicU8::default);
         PageTracker {
             flags,
-            code: (0..pages.div_ceil(REGION as u64))
-                .map(|_| OnceLock::new())
-                .collect(),
             changes: Mutex::default(),
-            watches: Mutex::default(),
+            peers: Peers::new(pages),
         }
     }
 
-    /// From now on the owner learns of devices' writes to translated code.
-    pub fn watch(&self) -> Arc<CodeWatch> {
-        let watch = Arc::new(CodeWatch::default());
-        let mut watches = lock(&self.watches);
-        watches.retain(|w| w.strong_count() > 0);
-        watches.push(Arc::downgrade(&watch));
-        watch
-    }
-
-    /// Notes a write within one page that no CPU made, after it was made. Returns true where it touched translated code:
-    /// the engines follow when they next come back to the monitor, which a kick makes them do.
-    pub fn note_device_write(&self, gpa: u64, len: u64) -> bool {
-        self.mark_dirty(gpa);
-        let touched = self.touches_code(gpa, len);
-        if touched {
-            for watch in lock(&self.watches).iter().filter_map(Weak::upgrade) {
-                watch.note(gpa & !PAGE_MASK);
-            }
-        }
-        touched
+    /// A CPU more that shares the RAM.
+    ///
+    /// # Panics
+    /// Where [`crate::MOST_CPUS`] share it.
+    pub fn join(&self) -> Arc<Peer> {
+        self.peers.join()
     }
 
     #[inline]
     fn flag(&self, gpa: u64) -> u8 {
         self.flags
             .get((gpa / PAGE_SIZE) as usize)
-            .map_or(0, |f| f.load(Ordering::Acquire))
+            .map_or(0, |f| f.load(Ordering::SeqCst))
     }
 
     fn set(&self, gpa: u64, flag: u8) {
         if let Some(f) = self.flags.get((gpa / PAGE_SIZE) as usize) {
-            f.fetch_or(flag, Ordering::AcqRel);
+            f.fetch_or(flag, Ordering::SeqCst);
         }
     }
 
@@ -129,11 +149,8 @@ impl PageTracker {
 
     /// Notes a write to `len` bytes.
     pub fn mark_range_dirty(&self, gpa: u64, len: u64) {
-        let end = gpa.saturating_add(len);
-        let mut page = gpa & !PAGE_MASK;
-        while page < end && (page / PAGE_SIZE) < self.flags.len() as u64 {
+        for (page, _) in pages(gpa, len, self.flags.len() as u64) {
             self.mark_dirty(page);
-            page += PAGE_SIZE;
         }
     }
 
@@ -144,61 +161,155 @@ impl PageTracker {
             .is_some_and(|f| f.fetch_and(!DIRTY, Ordering::AcqRel) & DIRTY != 0)
     }
 
+    // ---- code ----
+
     /// True where some block of translated code was made from bytes of the page.
     #[inline]
     pub fn has_code(&self, gpa: u64) -> bool {
         self.flag(gpa) & CODE != 0
     }
 
-    /// Notes that `len` bytes at `gpa` (within one page) were translated. Returns true where the page
-    /// held no code before: its write permission must then leave every TLB.
-    pub fn add_code(&self, gpa: u64, len: u64) -> bool {
-        let Some(code) = self.granules_at(gpa) else {
-            return false;
-        };
-        let _changes = lock(&self.changes);
-        code.fetch_or(granules(gpa, len), Ordering::AcqRel);
-        let fresh = self.flag(gpa) & CODE == 0;
-        if fresh {
-            self.set(gpa, CODE);
+    /// Notes that a CPU translates `len` bytes at `gpa` (within one page). [`Self::protect`] is to follow.
+    pub fn add_code(&self, gpa: u64, len: u64, by: &Peer) {
+        let bits = granules(gpa, len);
+        if by.code.get(gpa) & bits == bits {
+            return;
         }
-        fresh
+        let _changes = lock(&self.changes);
+        by.code.add(gpa, bits);
+        self.peers.owners.add(gpa, by.bit());
+        self.set(gpa, CODE);
     }
 
-    /// The granules of a page of RAM.
-    fn granules_at(&self, gpa: u64) -> Option<&AtomicU64> {
-        let page = (gpa / PAGE_SIZE) as usize;
-        let region = self.code.get(page / REGION)?;
-        let region = region.get_or_init(|| Box::new([const { AtomicU64::new(0) }; REGION]));
-        Some(&region[page % REGION])
+    /// Sets which granules of the page still hold code of a CPU, after it threw blocks away.
+    pub fn set_code(&self, gpa: u64, granules: CodeGranules, by: &Peer) {
+        let _changes = lock(&self.changes);
+        by.code.set(gpa, granules);
+        if granules != 0 {
+            self.peers.owners.add(gpa, by.bit());
+            self.set(gpa, CODE);
+            return;
+        }
+        self.peers.owners.remove(gpa, by.bit());
+        if self.peers.owners.get(gpa) == 0
+            && let Some(f) = self.flags.get((gpa / PAGE_SIZE) as usize)
+        {
+            f.fetch_and(!CODE, Ordering::SeqCst);
+        }
     }
 
-    /// True where a write of `len` bytes at `gpa` (within one page) may change translated code.
+    /// True where a write of `len` bytes at `gpa` (within one page) may change translated code of any CPU.
     pub fn touches_code(&self, gpa: u64, len: u64) -> bool {
         self.has_code(gpa) && {
-            let code = self.granules_at(gpa);
-            code.is_some_and(|c| c.load(Ordering::Acquire) & granules(gpa, len) != 0)
+            let owners = self.peers.of(self.peers.owners.get(gpa));
+            let bits = granules(gpa, len);
+            owners.iter().any(|o| o.code.get(gpa) & bits != 0)
         }
     }
 
-    /// Sets which granules of the page still hold code, after blocks were thrown away.
-    pub fn set_code(&self, gpa: u64, granules: CodeGranules) {
-        let Some(code) = self.granules_at(gpa) else {
-            return;
-        };
-        let _changes = lock(&self.changes);
-        code.store(granules, Ordering::Release);
-        if granules != 0 {
-            self.set(gpa, CODE);
-        } else if let Some(f) = self.flags.get((gpa / PAGE_SIZE) as usize) {
-            f.fetch_and(!CODE, Ordering::AcqRel);
-        }
+    /// The same just after the write was made, so that a CPU that translates at the same time is not missed.
+    pub fn touched_code(&self, gpa: u64, len: u64) -> bool {
+        fence(Ordering::SeqCst);
+        self.touches_code(gpa, len)
     }
 
     /// The granules that `len` bytes at `gpa` (within one page) lie in.
     pub fn granules(gpa: u64, len: u64) -> CodeGranules {
         granules(gpa, len)
     }
+
+    /// Where the first of some granules of a page begins, and the bytes to the end of the last.
+    pub fn extent(bits: CodeGranules) -> (u64, u64) {
+        let (first, end) = (bits.trailing_zeros().min(63), 64 - bits.leading_zeros());
+        let at = |granule: u32| u64::from(granule) << GRANULE_SHIFT;
+        (at(first), at(end.max(first)) - at(first))
+    }
+
+    // ---- between CPUs ----
+
+    /// True where a CPU may write to the page without asking; then it is among its writers from now on.
+    #[inline]
+    pub fn may_write(&self, gpa: u64, by: &Peer) -> bool {
+        if self.has_code(gpa) {
+            return false;
+        }
+        if !by.is_shared() {
+            return true;
+        }
+        self.add_writer(gpa, by);
+        !self.has_code(gpa)
+    }
+
+    /// Lets whoever translates from the page wait for this CPU.
+    pub fn add_writer(&self, gpa: u64, by: &Peer) {
+        if by.is_shared() && self.peers.writers.get(gpa) & by.bit() == 0 {
+            self.peers.writers.add(gpa, by.bit());
+        }
+    }
+
+    /// True where whoever translates from the page waits for this CPU.
+    pub fn is_writer(&self, gpa: u64, cpu: &Peer) -> bool {
+        self.peers.writers.get(gpa) & cpu.bit() != 0
+    }
+
+    /// A CPU has given up its permission to write to the page.
+    pub fn remove_writer(&self, gpa: u64, by: &Peer) {
+        self.peers.writers.remove(gpa, by.bit());
+    }
+
+    /// Asks all other CPUs that may write to the page to give that up.
+    pub fn protect(&self, gpa: u64, by: &Peer) -> Asked {
+        if !by.is_shared() {
+            return Asked::default();
+        }
+        let page = gpa & !PAGE_MASK;
+        by.ask_others(self.peers.writers.get(gpa), |r| {
+            r.protect.insert(page);
+        })
+    }
+
+    /// Tells all other CPUs that have translated any of `len` bytes at `gpa` (within one page) of a write to them.
+    pub fn tell_others(&self, gpa: u64, len: u64, by: &Peer) -> Asked {
+        let (page, bits) = (gpa & !PAGE_MASK, granules(gpa, len));
+        let mut owners = self.peers.owners.get(gpa);
+        for owner in self.peers.of(owners & !by.bit()) {
+            if owner.code.get(gpa) & bits == 0 {
+                owners &= !owner.bit();
+            }
+        }
+        by.ask_others(owners, |r| *r.code.entry(page).or_default() |= bits)
+    }
+
+    /// Notes a write that no CPU made to `len` bytes, after it was made: the pages are dirty, and every CPU that has translated from
+    /// these bytes is told and called back. Nobody is waited for, so any lock may be held: a CPU that
+    /// executes a serializing instruction, as it must before it executes what a device has written, has followed by then.
+    pub fn note_device_write(&self, gpa: u64, len: u64) {
+        fence(Ordering::SeqCst);
+        for (at, len) in pages(gpa, len, self.flags.len() as u64) {
+            self.mark_dirty(at);
+            if !self.has_code(at) {
+                continue;
+            }
+            let (page, bits) = (at & !PAGE_MASK, granules(at, len));
+            for owner in self.peers.of(self.peers.owners.get(at)) {
+                if owner.code.get(at) & bits != 0 {
+                    let _ = owner.ask(|r| *r.code.entry(page).or_default() |= bits);
+                }
+            }
+        }
+    }
+}
+
+/// Cuts a range at the ends of pages, as far as there are pages.
+fn pages(gpa: u64, len: u64, pages: u64) -> impl Iterator<Item = (u64, u64)> {
+    let end = gpa.saturating_add(len).min(pages * PAGE_SIZE);
+    let mut at = gpa;
+    std::iter::from_fn(move || {
+        let now = (end.saturating_sub(at)).min(PAGE_SIZE - (at & PAGE_MASK));
+        let from = at;
+        at = at.saturating_add(now);
+        (now > 0).then_some((from, now))
+    })
 }
 
 fn granules(gpa: u64, len: u64) -> CodeGranules {
@@ -217,42 +328,57 @@ mod tests {
         assert_eq!(granules(0x103f, 2), 0b11);
         assert_eq!(granules(0x1fff, 9), 1 << 63);
         assert_eq!(granules(0x1000, 4096), u64::MAX);
+        assert_eq!(PageTracker::extent(0b0110), (64, 128));
+        assert_eq!(PageTracker::extent(u64::MAX), (0, 4096));
+        assert_eq!(PageTracker::extent(0).1, 0);
     }
 
     #[test]
     fn code_is_found_where_it_was_put() {
         let t = PageTracker::new(16);
-        assert!(t.add_code(0x2100, 10));
-        assert!(!t.add_code(0x2200, 10));
-        assert!(t.touches_code(0x2104, 4));
+        let (cpu, other) = (t.join(), t.join());
+        t.add_code(0x2100, 10, &cpu);
+        t.add_code(0x2200, 10, &other);
+        assert!(t.touches_code(0x2104, 4) && t.touches_code(0x2208, 8));
         assert!(!t.touches_code(0x2000, 8));
-        t.set_code(0x2000, 0);
+        t.set_code(0x2000, 0, &cpu);
+        assert!(t.has_code(0x2100) && !t.touches_code(0x2104, 4));
+        t.set_code(0x2000, 0, &other);
         assert!(!t.has_code(0x2100));
-        assert!(!t.touches_code(0x2104, 4));
-        t.set_code(0x2000, 1 << 4);
+        t.set_code(0x2000, 1 << 4, &cpu);
         assert!(t.touches_code(0x2104, 4) && !t.touches_code(0x2140, 4));
     }
 
     #[test]
     fn what_is_beyond_the_end_holds_no_code() {
         let t = PageTracker::new(16);
-        assert!(!t.add_code(600 << 12, 8) && !t.touches_code(600 << 12, 8));
-        t.set_code(u64::MAX, 1);
+        let cpu = t.join();
+        t.add_code(600 << 12, 8, &cpu);
+        assert!(!t.touches_code(600 << 12, 8));
+        t.set_code(u64::MAX, 1, &cpu);
         assert!(!t.has_code(u64::MAX));
+        t.note_device_write(u64::MAX - 8, 100);
+        t.note_device_write(0xfff8, 100);
+        assert!(t.is_dirty(0xf000));
     }
 
     #[test]
-    fn a_device_that_writes_to_code_is_noticed_by_every_watch() {
+    fn a_device_that_writes_to_code_is_noticed_by_every_cpu_that_has_it() {
         let t = PageTracker::new(16);
-        let (a, b) = (t.watch(), t.watch());
-        assert!(!t.note_device_write(0x2100, 8) && t.is_dirty(0x2100));
-        t.add_code(0x2100, 10);
-        assert!(!t.note_device_write(0x2000, 8));
-        assert!(t.note_device_write(0x2104, 1));
-        drop(b);
-        assert!(t.note_device_write(0x2104, 1));
-        assert_eq!(a.take(), BTreeSet::from([0x2000]));
-        assert!(a.take().is_empty());
+        let (a, b) = (t.join(), t.join());
+        t.note_device_write(0x2100, 8);
+        let (first, _) = a.take_requests();
+        assert!(t.is_dirty(0x2100) && first.protect_all && first.code.is_empty());
+        t.add_code(0x2100, 10, &a);
+        t.note_device_write(0x2000, 8);
+        assert!(!a.has_requests());
+        t.note_device_write(0x1fff, 0x102);
+        assert!(a.has_requests() && !b.has_requests());
+        let (requests, _) = a.take_requests();
+        assert_eq!(requests.code, [(0x2000, 0b1_1111)].into());
+        assert!(!a.has_requests());
+        drop(a);
+        assert!(!t.touches_code(0x2100, 8), "it is forgotten with its CPU");
     }
 
     #[test]

@@ -334,6 +334,9 @@ impl Walk<'_> {
         } else {
             ptr.compare_exchange(entry, entry | bits).is_ok()
         };
+        if self.ram.tracker().has_code(at) {
+            self.ram.written_by_device(at, f.entry_size);
+        }
         if unchanged { Ok(()) } else { Err(Break::Raced) }
     }
 

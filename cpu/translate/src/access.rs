@@ -180,7 +180,11 @@ impl Translator {
             Some(block) => Some(block),
             // An emptied cache would leave nothing to go back to.
             None if self.cache.room() < 2 * CACHE_MARGIN => None,
-            None => self.translate_block(key, u64::from(access.site.offset)),
+            None => {
+                let block = self.translate_block(key, u64::from(access.site.offset));
+                // What came while other CPUs were waited for is followed first, outside of translated code.
+                block.filter(|_| !self.context.cpu.peer.has_requests())
+            }
         }
     }
 }

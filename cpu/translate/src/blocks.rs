@@ -9,11 +9,12 @@
 //! Invariant: no linked jump and no jump cache entry leads to a block that was thrown away.
 
 use std::hash::BuildHasher;
+use std::sync::Arc;
 
 use hashbrown::HashTable;
 use rustc_hash::{FxBuildHasher, FxHashMap};
 
-use doppel_memory::{CodeGranules, PAGE_MASK, PAGE_SIZE, PageTracker};
+use doppel_memory::{CodeGranules, PAGE_MASK, PAGE_SIZE, PageTracker, Peer};
 
 use crate::cache_unsafe::CodeCache;
 use crate::flags::FlagPlace;
@@ -105,6 +106,8 @@ pub(crate) struct Made<'a> {
 pub(crate) struct Blocks {
     /// Host address of the cache.
     cache: u64,
+    /// Whose they are.
+    peer: Arc<Peer>,
     blocks: Vec<BlockRecord>,
     boundaries: Vec<BoundaryRecord>,
     exits: Vec<ExitRecord>,
@@ -130,10 +133,11 @@ fn hash(key: PackedKey) -> u64 {
 }
 
 impl Blocks {
-    /// No blocks yet, for a cache at this host address.
-    pub fn new(cache: u64) -> Self {
+    /// No blocks yet of a CPU, for a cache at this host address.
+    pub fn new(cache: u64, peer: Arc<Peer>) -> Self {
         Blocks {
             cache,
+            peer,
             blocks: Vec::new(),
             boundaries: Vec::new(),
             exits: Vec::new(),
@@ -282,7 +286,7 @@ impl Blocks {
         self.insert_key(key, id);
         self.insert_pages(id, made.second_page);
         for (gpa, len) in self.get(id).guest_ranges() {
-            tracker.add_code(gpa, len);
+            tracker.add_code(gpa, len, &self.peer);
         }
         id
     }
@@ -433,7 +437,7 @@ impl Blocks {
         for id in &hit {
             self.remove(*id, cache);
         }
-        tracker.set_code(page, self.granules(page));
+        tracker.set_code(page, self.granules(page), &self.peer);
         hit
     }
 
@@ -493,12 +497,12 @@ impl Blocks {
     /// Throws everything away (the cache is full).
     pub fn clear(&mut self, tracker: &PageTracker) {
         for page in self.by_page.keys().chain(self.by_second_page.keys()) {
-            tracker.set_code(*page, 0);
+            tracker.set_code(*page, 0, &self.peer);
         }
         *self = Blocks {
             links: self.links,
             invalidated: self.invalidated,
-            ..Blocks::new(self.cache)
+            ..Blocks::new(self.cache, self.peer.clone())
         };
     }
 
@@ -596,10 +600,11 @@ mod tests {
     impl Rig {
         fn new() -> Rig {
             let cache = CodeCache::new(1 << 20, false).unwrap();
+            let tracker = PageTracker::new(64);
             Rig {
-                blocks: Blocks::new(cache.range().start),
+                blocks: Blocks::new(cache.range().start, tracker.join()),
                 cache,
-                tracker: PageTracker::new(64),
+                tracker,
             }
         }
 

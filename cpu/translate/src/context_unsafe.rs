@@ -61,6 +61,16 @@ impl ContextBox {
         Arc::new(Kicker(self.shared.clone()))
     }
 
+    /// Calls the engine out of translated code, and no further. Does not keep the context, which holds who keeps this.
+    pub fn nudge(&self) -> impl Fn() + Send + Sync + use<> {
+        let shared = Arc::downgrade(&self.shared);
+        move || {
+            if let Some(shared) = shared.upgrade() {
+                shared.call_out();
+            }
+        }
+    }
+
     /// Takes a kick, and lets back edges pass again.
     pub fn take_kick(&mut self) -> bool {
         if !self.is_kicked() {
@@ -106,7 +116,14 @@ const NOWHERE: u64 = 8;
 impl Kick for Kicker {
     fn kick(&self) {
         self.0.kicked.store(true, Ordering::SeqCst);
-        let context = self.0.at.as_ptr();
+        self.0.call_out();
+    }
+}
+
+impl Shared {
+    /// Makes every back edge and indirect branch leave translated code.
+    fn call_out(&self) {
+        let context = self.at.as_ptr();
         // SAFETY: the context lives as long as `shared`; both fields are atomic and the only ones that are touched.
         unsafe {
             (*context).jump_mask.store(0, Ordering::SeqCst);

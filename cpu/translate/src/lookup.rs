@@ -1,6 +1,6 @@
 //! From a guest address to its translation, and what happens when the memory below changes.
 
-use doppel_memory::{AccessKind, PAGE_MASK, PAGE_SIZE, Privilege};
+use doppel_memory::{AccessKind, PAGE_MASK, PAGE_SIZE, PageTracker, Privilege};
 use doppel_x86::{Cpu, CpuMode, Cr0, Cr4, Rflags};
 
 use crate::blocks::{BlockId, Form, Key, Made};
@@ -133,14 +133,6 @@ impl Translator {
         self.counts.pins += u64::from(translated.pins);
         self.counts.shared_checks += u64::from(translated.shared);
         self.counts.translated_instructions += guest.instructions.len() as u64;
-        let cpu = &mut self.context.cpu;
-        for page in [Some(key.gpa), second_page].into_iter().flatten() {
-            if !cpu.ram.tracker().has_code(page) {
-                for tlb in &mut cpu.tlb {
-                    tlb.protect(page);
-                }
-            }
-        }
         let made = Made {
             second_page,
             guest_len: guest.end - guest.start,
@@ -148,12 +140,40 @@ impl Translator {
             len: self.rewriter.asm.bytes.len() as u32,
             code: &translated,
         };
-        let tracker = cpu.ram.tracker();
+        let tracker = self.context.cpu.ram.tracker();
+        let peer = &self.context.cpu.peer;
+        let new = |page: &u64| !tracker.has_code(*page) || tracker.is_writer(*page, peer);
+        let pages = [Some(key.gpa), second_page].into_iter().flatten();
+        let fresh: Vec<_> = pages.clone().filter(new).collect();
         let id = self.blocks.insert(key, made, tracker, &mut self.cache);
         self.rewriter.recycle(translated);
         self.context.forms = self.blocks.forms();
+        fresh
+            .into_iter()
+            .for_each(|p| self.context.cpu.give_up_writing_to(p));
+        pages.for_each(|p| self.protect_elsewhere(p));
+        if !self.stands(&guest, key.gpa, second_page) {
+            self.throw_away(key.gpa, 1);
+            return None;
+        }
         self.observe(id, rip, &guest, counters);
         Some(id)
+    }
+
+    /// Waits until no other CPU may write to the page without asking.
+    fn protect_elsewhere(&mut self, page: u64) {
+        let cpu = &mut self.context.cpu;
+        let asked = cpu.ram.tracker().protect(page, &cpu.peer);
+        cpu.wait_for_peers(asked);
+    }
+
+    /// True where memory still holds what the block was made from.
+    fn stands(&self, block: &GuestBlock, gpa: u64, second: Option<u64>) -> bool {
+        let ram = &self.context.cpu.ram;
+        let room = ((PAGE_SIZE - (gpa & PAGE_MASK)) as usize).min(block.bytes.len());
+        let (first, rest) = block.bytes.split_at(room);
+        let holds = |gpa: u64, bytes: &[u8]| ram.ptr(gpa).is_some_and(|p| p.equals(bytes));
+        holds(gpa, first) && (rest.is_empty() || second.is_some_and(|page| holds(page, rest)))
     }
 
     /// Decodes the block at `rip`: from its page alone, or one instruction from two pages.
@@ -201,13 +221,13 @@ impl Translator {
 
     // ---- what changes under the translations ----
 
-    /// Takes notice of writes to translated code and of flushes.
+    /// Takes notice of writes to translated code, this CPU's own and others', and of flushes.
     pub fn follow_memory_changes(&mut self) {
-        for page in self.device_writes.take() {
-            self.context.cpu.code_writes.push((page, PAGE_SIZE as u32));
-        }
         if !self.context.cpu.code_writes.is_empty() {
             self.follow_code_writes();
+        }
+        if self.context.cpu.peer.has_requests() {
+            self.follow_requests();
         }
         if !self.context.cpu.flushed.is_empty() {
             self.follow_flushes();
@@ -215,14 +235,28 @@ impl Translator {
     }
 
     fn follow_code_writes(&mut self) {
-        for (gpa, len) in std::mem::take(&mut self.context.cpu.code_writes) {
-            let tracker = self.context.cpu.ram.tracker();
-            let gone = self
-                .blocks
-                .invalidate(gpa, u64::from(len), &mut self.cache, tracker);
-            for block in gone {
-                self.forget_jumps_to(block);
-            }
+        for (gpa, len) in self.context.cpu.publish_code_writes() {
+            self.throw_away(gpa, u64::from(len));
+        }
+    }
+
+    /// Does what other CPUs ask for.
+    fn follow_requests(&mut self) {
+        let (requests, number) = self.context.cpu.peer.take_requests();
+        self.context.cpu.give_up_writing(&requests);
+        for (page, granules) in requests.code {
+            let (from, len) = PageTracker::extent(granules);
+            self.throw_away(page + from, len);
+        }
+        self.context.cpu.peer.answer(number);
+    }
+
+    /// Throws the blocks away that were made from any of these bytes.
+    fn throw_away(&mut self, gpa: u64, len: u64) {
+        let tracker = self.context.cpu.ram.tracker();
+        let gone = self.blocks.invalidate(gpa, len, &mut self.cache, tracker);
+        for block in gone {
+            self.forget_jumps_to(block);
         }
     }
 

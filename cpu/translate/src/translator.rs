@@ -4,10 +4,9 @@
 //! TLB cannot serve (a fault, a device, a page with code, an access across pages) and a fault that the processor raised are
 //! handled in one way: go back to the beginning of the guest instruction and interpret it, which gives the exact outcome.
 
-use std::sync::Arc;
 use std::time::Instant;
 
-use doppel_memory::{CodeWatch, PAGE_MASK, Privilege};
+use doppel_memory::{InGuest, PAGE_MASK, Privilege};
 use doppel_x86::{Activity, Bus, Cpu, Exit, Gpr, Outcome, Rflags, event, interpret};
 
 use crate::asm::Asm;
@@ -40,8 +39,6 @@ pub(crate) struct Translator {
     pub simd: Simd,
     pub counts: Counts,
     recent: Recent,
-    /// Code that devices wrote to.
-    pub device_writes: Arc<CodeWatch>,
     pub observers: Observers,
 }
 
@@ -73,10 +70,12 @@ impl Translator {
         let thunks = thunk::assemble(&mut asm, cache.cursor(), host_features().1);
         cache.append(&asm.bytes);
         cache.pin();
-        let device_writes = cpu.ram.tracker().watch();
+        let peer = cpu.peer.clone();
+        let context = ContextBox::new(cpu);
+        peer.set_nudge(context.nudge());
         Ok(Translator {
-            context: ContextBox::new(cpu),
-            blocks: Blocks::new(cache.range().start),
+            context,
+            blocks: Blocks::new(cache.range().start, peer),
             cache,
             rewriter: Rewriter::new(),
             thunks,
@@ -86,15 +85,17 @@ impl Translator {
             simd: Simd::None,
             counts: Counts::default(),
             recent: Recent::default(),
-            device_writes,
             observers: Observers::default(),
         })
     }
 
     pub fn run(&mut self, bus: &mut dyn Bus) -> Exit {
+        let _in_guest = InGuest::new(&self.context.cpu.peer);
         loop {
+            // First: a request that comes after it is looked for leaves a new kick.
+            let kicked = self.context.take_kick();
             self.follow_memory_changes();
-            if self.context.take_kick() {
+            if kicked {
                 self.counts.kicks += 1;
                 self.link_from = None;
                 return Exit::Kicked;
@@ -113,6 +114,8 @@ impl Translator {
                 Activity::Halted | Activity::WaitForSipi => return Exit::Halted,
             }
             match self.find_translation() {
+                // They may take the block away, and came while other CPUs were waited for.
+                Some(_) if self.context.cpu.peer.has_requests() => {}
                 Some(host) => self.run_translation(host, bus),
                 None => self.step(bus),
             }

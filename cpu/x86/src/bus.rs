@@ -2,6 +2,15 @@
 //!
 //! The machine implements it; no CPU crate knows a device. Calls come from the vCPU's own thread.
 
+/// What an INIT or start-up IPI asks of a CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// [`crate::Cpu::init`].
+    Init,
+    /// [`crate::Cpu::start_up`] at this page.
+    StartUp(u8),
+}
+
 /// The machine as one vCPU sees it. No call may panic or block for long, whatever the guest asks for.
 pub trait Bus {
     /// `in`: `size` is 1, 2 or 4 bytes. What is not there reads as all ones.
@@ -29,6 +38,10 @@ pub trait Bus {
     fn interrupt_acknowledge(&mut self) -> Option<u8>;
     /// Takes a pending non-maskable interrupt.
     fn take_nmi(&mut self) -> bool;
+    /// Takes a pending INIT or start-up IPI. Engines do not: the machine does, between two runs.
+    fn take_start(&mut self) -> Option<Start> {
+        None
+    }
 }
 
 /// A machine with nothing in it: reads give all ones, nothing interrupts.

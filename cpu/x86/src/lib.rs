@@ -20,6 +20,7 @@ mod kvm;
 mod mmu;
 mod msr;
 mod mtrr;
+mod peers;
 mod port;
 #[cfg(test)]
 mod program_tests;
@@ -36,7 +37,7 @@ mod testing;
 mod transfer;
 mod tsc;
 
-pub use bus::{Bus, EmptyBus};
+pub use bus::{Bus, EmptyBus, Start};
 pub use cpuid::{APIC_BUS_HZ, CpuidLeaf, CpuidModel, Vendor, XCR0_MASK};
 pub use engine::{Engine, EngineStats, Exit, Kick, Outcome};
 pub use fault::{Exception, Vector};

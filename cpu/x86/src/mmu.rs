@@ -36,7 +36,7 @@ impl Cpu {
         }
         if kind != AccessKind::Execute && !self.page_is_watched(linear) {
             let rights = t.rights(&paging, privilege);
-            self.tlb[privilege as usize].fill(linear, &t, rights, &self.ram);
+            self.tlb[privilege as usize].fill(linear, &t, rights, &self.ram, &self.peer);
         }
         Ok(t)
     }
@@ -172,8 +172,8 @@ impl Cpu {
     pub fn store_physical(&mut self, bus: &mut dyn Bus, gpa: u64, data: &[u8]) {
         match self.ram.ptr(gpa) {
             Some(p) => {
-                self.note_write(gpa, data.len() as u32);
                 p.write(data);
+                self.note_write(gpa, data.len() as u32);
             }
             None => self.mmio_store(bus, gpa, data),
         }
@@ -187,11 +187,12 @@ impl Cpu {
         }
     }
 
-    /// Tells the trackers of a write to RAM that does not go through [`Self::store`].
+    /// Tells the trackers of a write to RAM that did not go through [`Self::store`] (or will not; then the CPU is among the page's
+    /// writers already).
     pub fn note_write(&mut self, gpa: u64, len: u32) {
         let tracker = self.ram.tracker();
         tracker.mark_dirty(gpa);
-        if tracker.touches_code(gpa, u64::from(len)) {
+        if tracker.touched_code(gpa, u64::from(len)) {
             self.counters.code_writes += 1;
             self.code_writes.push((gpa, len));
         }
@@ -215,10 +216,47 @@ impl Cpu {
         }
         let p = self.ram.ptr(t.gpa);
         if p.is_some() {
+            self.ram.tracker().add_writer(t.gpa, &self.peer);
             self.note_write(t.gpa, size as u32);
             self.note_access(linear, size as u64, true);
         }
         Ok(p)
+    }
+
+    /// A locked read-modify-write of `size` bytes (8 at most) that may lie in two pages, while no other CPU runs guest code, as if
+    /// the bus were locked. `None` where not all of it is RAM: nothing has happened then.
+    pub(crate) fn modify_alone<R>(
+        &mut self,
+        linear: u64,
+        size: usize,
+        privilege: Privilege,
+        f: impl FnOnce(u64) -> (u64, R),
+    ) -> Result<Option<R>, Exception> {
+        self.check_canonical(linear, size as u64)?;
+        let last = self.wrap(linear.wrapping_add(size as u64 - 1));
+        self.alone(|cpu| {
+            // Devices are called outside, so they cannot be called here.
+            let first = cpu.translate(linear, AccessKind::Write, privilege)?.gpa;
+            let last = cpu.translate(last, AccessKind::Write, privilege)?.gpa;
+            let second = last & !PAGE_MASK;
+            let (Some(low), Some(high)) = (cpu.ram.ptr(first), cpu.ram.ptr(second)) else {
+                return Ok(None);
+            };
+            let here = size.min(low.room());
+            let mut bytes = [0; 8];
+            low.read(&mut bytes[..here]);
+            high.read(&mut bytes[here..size]);
+            let (new, out) = f(u64::from_le_bytes(bytes));
+            let new = new.to_le_bytes();
+            low.write(&new[..here]);
+            cpu.note_write(first, here as u32);
+            if here < size {
+                high.write(&new[here..size]);
+                cpu.note_write(second, (size - here) as u32);
+            }
+            cpu.note_access(linear, size as u64, true);
+            Ok(Some(out))
+        })
     }
 
     /// A pointer for a read of `size` bytes within one page of RAM: `None` where the access crosses a page or is not RAM.
@@ -295,7 +333,8 @@ impl Cpu {
     fn mmio_load(&mut self, bus: &mut dyn Bus, gpa: u64, out: &mut [u8]) {
         self.counters.mmio_accesses += 1;
         for (at, size) in device_units(gpa, out.len()) {
-            let v = bus.mmio_read(gpa + at as u64, size as u8).to_le_bytes();
+            let v = self.outside(|| bus.mmio_read(gpa + at as u64, size as u8));
+            let v = v.to_le_bytes();
             out[at..at + size].copy_from_slice(&v[..size]);
         }
     }
@@ -305,7 +344,8 @@ impl Cpu {
         for (at, size) in device_units(gpa, data.len()) {
             let mut v = [0; 8];
             v[..size].copy_from_slice(&data[at..at + size]);
-            bus.mmio_write(gpa + at as u64, size as u8, u64::from_le_bytes(v));
+            let v = u64::from_le_bytes(v);
+            self.outside(|| bus.mmio_write(gpa + at as u64, size as u8, v));
         }
     }
 }

@@ -29,7 +29,7 @@ fn input(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Result<(), Except
     let size = operand::operand_size(i, 0) as u8;
     task::check_io(cpu, bus, port, size)?;
     cpu.counters.port_accesses += 1;
-    let v = bus.port_read(port, size);
+    let v = cpu.outside(|| bus.port_read(port, size));
     cpu.note_port_access(port, size);
     operand::write_operand(cpu, bus, i, 0, v.into())
 }
@@ -40,7 +40,7 @@ fn output(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Result<(), Excep
     task::check_io(cpu, bus, port, size)?;
     let v = operand::read_operand(cpu, bus, i, 1)?;
     cpu.counters.port_accesses += 1;
-    bus.port_write(port, size, v as u32);
+    cpu.outside(|| bus.port_write(port, size, v as u32));
     cpu.note_port_access(port, size);
     Ok(())
 }
@@ -116,11 +116,11 @@ fn transfer_item(
     cpu.counters.port_accesses += 1;
     if form.input {
         check_writable(cpu, at, size as u64)?;
-        let v = bus.port_read(port, form.size);
+        let v = cpu.outside(|| bus.port_read(port, form.size));
         operand::store(cpu, bus, at, size, v.into())?;
     } else {
         let v = operand::load(cpu, bus, at, size)?;
-        bus.port_write(port, form.size, v as u32);
+        cpu.outside(|| bus.port_write(port, form.size, v as u32));
     }
     cpu.note_port_access(port, form.size);
     let step = if cpu.rflags.contains(Rflags::DF) {

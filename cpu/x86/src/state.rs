@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::interpret::{CodeCache, HostUnit};
 use crate::{CpuidModel, arch_host, msr};
 use bitflags::bitflags;
-use doppel_memory::{GuestRam, LargePages, PAGE_MASK, Paging, PagingMode, Privilege, Tlb};
+use doppel_memory::{GuestRam, LargePages, PAGE_MASK, Paging, PagingMode, Peer, Privilege, Tlb};
 
 bitflags! {
     /// RFLAGS.
@@ -396,6 +396,8 @@ pub struct Cpu {
     /// What was flushed since a translator last looked: it keeps linear addresses of code itself.
     pub flushed: Flushed,
     pub ram: Arc<GuestRam>,
+    /// This CPU as the others that share the RAM see it.
+    pub peer: Arc<Peer>,
 }
 
 impl Cpu {
@@ -470,6 +472,7 @@ impl Cpu {
             cpuid,
             large_pages: LargePages::default(),
             flushed: Flushed::default(),
+            peer: ram.tracker().join(),
             ram,
         });
         cpu.seg[Seg::Cs as usize] = Segment {

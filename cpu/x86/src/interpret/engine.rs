@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use doppel_memory::InGuest;
 use iced_x86::{Formatter, IntelFormatter};
 
 use super::{execute_one, quick};
@@ -27,9 +28,12 @@ impl Kick for KickFlag {
 impl Interpret {
     /// An engine for this CPU.
     pub fn new(cpu: Box<Cpu>) -> Self {
+        let kick = Arc::<KickFlag>::default();
+        let nudged = kick.clone();
+        cpu.peer.set_nudge(move || nudged.kick());
         Interpret {
             cpu,
-            kick: Arc::default(),
+            kick,
             quick: true,
         }
     }
@@ -37,6 +41,18 @@ impl Interpret {
     /// Whether common instructions of 64-bit code run in predecoded blocks (as they do at first), or one by one as all others.
     pub fn set_quick(&mut self, on: bool) {
         self.quick = on;
+    }
+
+    /// Does what other CPUs ask for, and tells them of what this one wrote.
+    fn follow_peers(&mut self) {
+        if !self.cpu.code_writes.is_empty() {
+            self.cpu.publish_code_writes();
+        }
+        if self.cpu.peer.has_requests() {
+            let (requests, number) = self.cpu.peer.take_requests();
+            self.cpu.give_up_writing(&requests);
+            self.cpu.peer.answer(number);
+        }
     }
 
     /// Executes until an interrupt may have become deliverable; `Some` ends the run.
@@ -54,15 +70,16 @@ impl Interpret {
                 (Outcome::Continue | Outcome::Halted, _) => return None,
                 (Outcome::Shutdown, _) => return Some(Exit::Shutdown),
             }
-            // Nothing reads these writes while no code is translated.
-            self.cpu.code_writes.clear();
+            self.follow_peers();
         }
     }
 }
 
 impl Engine for Interpret {
     fn run(&mut self, bus: &mut dyn Bus) -> Exit {
+        let _in_guest = InGuest::new(&self.cpu.peer);
         loop {
+            self.follow_peers();
             if self.kick.0.swap(false, Ordering::Acquire) {
                 return Exit::Kicked;
             }

@@ -324,6 +324,12 @@ pub(crate) fn modify_linear<R>(
     mut f: impl FnMut(u64) -> (u64, R),
 ) -> Result<R, Exception> {
     let privilege = cpu.privilege();
+    if atomic && crosses_lines(at, size) {
+        let lone = |bytes: u64| f(bytes);
+        if let Some(out) = cpu.modify_alone(at, size, privilege, lone)? {
+            return Ok(out);
+        }
+    }
     let Some(p) = cpu.rmw_ptr(at, size, privilege)? else {
         // A device, or two pages: the second must be writable before the first is read.
         cpu.check_writable(at, size, privilege)?;
@@ -331,12 +337,18 @@ pub(crate) fn modify_linear<R>(
         store(cpu, bus, at, size, new)?;
         return Ok(out);
     };
-    if atomic && p.addr().is_multiple_of(size as u64) {
+    if atomic {
         return Ok(exchange_loop(p, size, f));
     }
     let (new, out) = f(load_ptr(p, size));
     store_ptr(p, size, new);
     Ok(out)
+}
+
+/// True where a locked access is one to two lines of the cache, for which a processor locks its bus.
+fn crosses_lines(at: u64, size: usize) -> bool {
+    const LINE: u64 = 64;
+    at % LINE + size as u64 > LINE
 }
 
 fn exchange_loop<R>(p: HostPtr, size: usize, mut f: impl FnMut(u64) -> (u64, R)) -> R {
