@@ -88,6 +88,11 @@ impl Control {
         }
     }
 
+    /// True where no vCPU was called that has not looked why yet.
+    pub fn nobody_is_called(&self) -> bool {
+        !self.lock().doorbells.iter().any(|d| d.is_rung())
+    }
+
     /// Forgets the cause before the machine starts again, unless the host asked for the end.
     pub fn restart(&self) {
         let mut state = self.lock();

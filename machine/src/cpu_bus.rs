@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use doppel_device::Wired;
 use doppel_memory::PAGE_MASK;
 use doppel_pc::{Acknowledged, CpuApic, I8259, Requests};
-use doppel_x86::Bus;
+use doppel_x86::{Bus, Start};
 
 use crate::pc::Pc;
 
@@ -128,5 +128,12 @@ impl Bus for CpuBus {
         let taken = self.apic.take_nmi();
         self.exits.nmi += u64::from(taken);
         taken
+    }
+
+    fn take_start(&mut self) -> Option<Start> {
+        Some(match self.apic.take_start()? {
+            doppel_pc::Start::Init => Start::Init,
+            doppel_pc::Start::Startup(page) => Start::StartUp(page),
+        })
     }
 }

@@ -1,9 +1,10 @@
 //! Wakes a vCPU wherever it is: in its engine or halted.
 //!
-//! A halted vCPU sleeps in [`std::thread::park`]. Parking leaves no gap: a ring between the engine's last look at the
-//! interrupt lines and the sleep leaves a token that ends the sleep at once. Rings that find the vCPU awake cost
-//! two atomic stores and at most one look at the lines in vain.
+//! A halted vCPU sleeps in [`std::thread::park`] until it is called. There is no gap: a ring between the engine's last look at the
+//! interrupt lines and the sleep ends the sleep at once. Rings that find the vCPU awake cost
+//! three atomic stores and at most one look at the lines in vain.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, Thread};
 
@@ -13,6 +14,7 @@ use doppel_x86::Kick;
 pub struct Doorbell {
     kicker: Arc<dyn Kick>,
     thread: OnceLock<Thread>,
+    rung: AtomicBool,
 }
 
 impl Doorbell {
@@ -21,11 +23,13 @@ impl Doorbell {
         Arc::new(Doorbell {
             kicker,
             thread: OnceLock::new(),
+            rung: AtomicBool::new(false),
         })
     }
 
     /// Makes the vCPU look at its interrupt lines and at the machine's end. From any thread, under any lock.
     pub fn ring(&self) {
+        self.rung.store(true, Ordering::SeqCst);
         self.kicker.kick();
         if let Some(thread) = self.thread.get() {
             thread.unpark();
@@ -37,8 +41,20 @@ impl Doorbell {
         let _ = self.thread.set(thread::current());
     }
 
-    /// Sleeps until the next ring; may return early.
+    /// Sleeps until it is rung, or was since [`Self::answer`].
     pub fn sleep(&self) {
-        thread::park();
+        while !self.is_rung() {
+            thread::park();
+        }
+    }
+
+    /// True from a ring to the answer.
+    pub fn is_rung(&self) -> bool {
+        self.rung.load(Ordering::SeqCst)
+    }
+
+    /// The vCPU is about to look why it was called.
+    pub fn answer(&self) {
+        self.rung.store(false, Ordering::SeqCst);
     }
 }

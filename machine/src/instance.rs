@@ -144,6 +144,10 @@ fn new_cpus(
         let mut cpu = Cpu::with_model(id, ram.clone(), model.clone());
         cpu.activity = Activity::WaitForSipi;
         (cpu.tsc_origin, cpu.tsc_offset) = (cpus[0].tsc_origin, cpus[0].tsc_offset);
+        // As firmware leaves them.
+        cpu.msr.mtrr_def_type = cpus[0].msr.mtrr_def_type;
+        cpu.msr.mtrr_fixed = cpus[0].msr.mtrr_fixed;
+        cpu.msr.mtrr_physical = cpus[0].msr.mtrr_physical;
         cpus.push(cpu);
     }
     cpus

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use doppel_device::{Backed, PowerRequest};
+use doppel_memory::MOST_CPUS;
 use doppel_x86::{CpuidModel, TscMeasurement};
 
 use crate::boot::BootError;
@@ -22,7 +23,7 @@ use crate::stats::{self, Stats};
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {
     /// An impossible number of vCPUs.
-    #[error("{0} vCPUs are not possible: this version runs 1 (--cpus 1)")]
+    #[error("{0} vCPUs are not possible: give --cpus 1 to {MOST_CPUS}")]
     Cpus(u32),
     /// The engine asked for cannot be had.
     #[error(transparent)]
@@ -79,7 +80,7 @@ impl Machine {
     /// Makes a machine, loads its kernel and leaves it switched off. Every problem with files, engine and
     /// memory shows here.
     pub fn new(config: MachineConfig) -> Result<Self, MachineError> {
-        if config.cpus != 1 {
+        if !(1..=MOST_CPUS as u32).contains(&config.cpus) {
             return Err(MachineError::Cpus(config.cpus));
         }
         let tsc = TscMeasurement::start();

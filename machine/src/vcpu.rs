@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use doppel_x86::{Bus, Engine, Exit, Rflags};
+use doppel_x86::{Bus, Engine, Exit, Rflags, Start};
 
 use crate::control::{Cause, Control};
 use crate::doorbell::Doorbell;
@@ -75,6 +75,8 @@ impl<B: Bus> Vcpu<B> {
     pub fn run(&mut self) {
         self.doorbell.answer_here();
         while !self.control.is_ending() {
+            self.doorbell.answer();
+            self.follow_starts();
             let start = Instant::now();
             let exit = self.engine.run(&mut self.bus);
             self.time.running += start.elapsed();
@@ -85,6 +87,17 @@ impl<B: Bus> Vcpu<B> {
                     self.exits.shutdown += 1;
                     self.control.end(Cause::TripleFault);
                 }
+            }
+        }
+    }
+
+    /// INIT and start-up IPIs, which reach a CPU whatever it does.
+    fn follow_starts(&mut self) {
+        while let Some(start) = self.bus.take_start() {
+            let cpu = self.engine.cpu_mut();
+            match start {
+                Start::Init => cpu.init(),
+                Start::StartUp(page) => cpu.start_up(page),
             }
         }
     }
@@ -101,14 +114,16 @@ impl<B: Bus> Vcpu<B> {
         self.time.halted += start.elapsed();
     }
 
-    /// HLT with interrupts off. Nothing on this machine sends an NMI by itself, so only another vCPU can end it.
+    /// HLT with interrupts off, or waiting for a start-up IPI. Nothing on this machine sends an NMI by itself, so only another
+    /// vCPU can end it: one that is awake, or that was called and has not noticed yet.
     fn halt_for_good(&mut self) {
         let sleepers = &self.sleepers;
-        if sleepers.for_good.fetch_add(1, Ordering::AcqRel) + 1 == sleepers.cpus {
+        let last = sleepers.for_good.fetch_add(1, Ordering::SeqCst) + 1 == sleepers.cpus;
+        if last && self.control.nobody_is_called() {
             self.control.end(Cause::Halted);
         }
         self.doorbell.sleep();
-        sleepers.for_good.fetch_sub(1, Ordering::AcqRel);
+        sleepers.for_good.fetch_sub(1, Ordering::SeqCst);
     }
 }
 

@@ -258,7 +258,8 @@ impl CpuApic {
 
     /// The processor takes a pending INIT or start-up.
     pub fn take_start(&self) -> Option<Start> {
-        self.slot.with(|apic, _| apic.take_start())
+        let waits = self.requests().contains(Requests::START);
+        waits.then(|| self.slot.with(|apic, _| apic.take_start()))?
     }
 
     /// IA32_APIC_BASE bit 11, which CPUID.1:EDX bit 9 mirrors.
