@@ -30,6 +30,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("cpu/kvm", &["cpu/x86", "memory"]),
     ("io/device", &["memory"]),
     ("io/pc", &["io/device", "memory"]),
+    ("io/block", &[]),
     (
         "machine",
         &[
@@ -40,6 +41,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "cpu/kvm",
             "io/device",
             "io/pc",
+            "io/block",
         ],
     ),
     ("cli", &["machine"]),

@@ -1,0 +1,60 @@
+//! The seam between a block device and the host: a disk as a row of bytes.
+
+use std::io::{self, IoSlice, IoSliceMut};
+
+/// Bytes in a sector, the unit in which disks tell their size.
+pub const SECTOR: u64 = 512;
+
+/// A disk of the guest. Calls block the thread that makes them and may come from many threads at once; between requests that overlap
+/// in time nothing is promised, as on hardware.
+///
+/// Ranges outside of the disk are an error of kind `InvalidInput`, writes to a disk that is read-only one of kind `PermissionDenied`.
+/// After an error the range that was asked for may be read or written in part; the disk stays usable.
+pub trait BlockBackend: Send + Sync {
+    /// Bytes on the disk, a multiple of [`SECTOR`]. It never changes.
+    fn len(&self) -> u64;
+
+    /// Whether the disk has no bytes at all.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Whether writes are refused.
+    fn read_only(&self) -> bool;
+
+    /// Fills all of `into` from `offset` (bytes).
+    fn read_at(&self, offset: u64, into: &mut [IoSliceMut<'_>]) -> io::Result<()>;
+
+    /// Writes all of `from` at `offset` (bytes). It is durable only after a [`BlockBackend::flush`] that starts later.
+    fn write_at(&self, offset: u64, from: &[IoSlice<'_>]) -> io::Result<()>;
+
+    /// Makes all writes that are complete durable, against loss of power too.
+    fn flush(&self) -> io::Result<()>;
+
+    /// Says that `len` bytes at `offset` are of no use any more. Afterwards they read as before or as zeros. A back-end that
+    /// cannot give storage back does nothing.
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()>;
+
+    /// Makes `len` bytes at `offset` zeros; `may_unmap` allows that their storage is given back.
+    fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()>;
+}
+
+/// An error unless `len` bytes at `offset` are on a disk of `size` bytes.
+pub(crate) fn check_range(offset: u64, len: u64, size: u64) -> io::Result<()> {
+    match offset.checked_add(len) {
+        Some(end) if end <= size => Ok(()),
+        _ => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "beyond the end of the disk",
+        )),
+    }
+}
+
+/// The error for a write to a disk that is read-only.
+pub(crate) fn check_writable(backend: &impl BlockBackend) -> io::Result<()> {
+    if backend.read_only() {
+        let kind = io::ErrorKind::PermissionDenied;
+        return Err(io::Error::new(kind, "the disk is read-only"));
+    }
+    Ok(())
+}

@@ -1,0 +1,20 @@
+//! Back-ends of block devices: what a disk of the guest is on the host.
+//!
+//! A block device (virtio-blk) speaks to a [`BlockBackend`] and knows nothing of files and formats. [`DiskSpec`] is what the user
+//! asks for on the command line, and [`DiskSpec::open`] makes a back-end of it: [`Raw`] for a host file or block device.
+//!
+//! Everything in an image may come from a hostile guest or a stranger: headers and tables are checked, a damaged image is an error.
+//! What the host refuses (a full disk, a medium error) is an error of the one request, which the guest sees as an I/O error.
+
+mod backend;
+mod error;
+mod format;
+mod lock;
+mod raw;
+mod spec;
+
+pub use backend::{BlockBackend, SECTOR};
+pub use error::BlockError;
+pub use format::Format;
+pub use raw::Raw;
+pub use spec::DiskSpec;
