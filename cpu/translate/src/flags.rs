@@ -18,11 +18,11 @@ use iced_x86::{Instruction, Mnemonic, OpKind, RflagsBits};
 pub(crate) type FlagSet = u8;
 
 pub(crate) const CF: FlagSet = 1;
-const PF: FlagSet = 2;
-const AF: FlagSet = 4;
-const ZF: FlagSet = 8;
-const SF: FlagSet = 16;
-const OF: FlagSet = 32;
+pub(crate) const PF: FlagSet = 2;
+pub(crate) const AF: FlagSet = 4;
+pub(crate) const ZF: FlagSet = 8;
+pub(crate) const SF: FlagSet = 16;
+pub(crate) const OF: FlagSet = 32;
 /// All six.
 pub(crate) const ALL: FlagSet = 63;
 
@@ -34,7 +34,7 @@ pub(crate) enum FlagPlace {
 }
 
 /// What one instruction does with the flags.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct FlagUse {
     pub reads: FlagSet,
     /// Overwritten whatever the operands are.

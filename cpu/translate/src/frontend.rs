@@ -5,14 +5,16 @@
 //! relative to the page: that makes a block independent of where the guest maps it.
 
 use iced_x86::{
-    Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic,
-    OpAccess, OpKind, Register,
+    Code, Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory,
+    Mnemonic, OpAccess, OpKind, Register,
 };
 
 use doppel_memory::Privilege;
 
 use crate::engine::TranslateOptions;
 use crate::flags::{ALL, FlagSet, FlagUse};
+use crate::ordinary;
+use crate::rewrite::{Reference, constant_move, reference};
 
 /// Which instructions the guest's control registers let run: a part of a block's key.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -152,6 +154,41 @@ impl Class {
     }
 }
 
+/// What an instruction is to the translator.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Facts {
+    pub class: Class,
+    pub flags: FlagUse,
+    /// General registers that it names or uses, a bit each.
+    pub uses: u16,
+    /// General registers that it may write.
+    pub writes: u16,
+    /// It uses x87 or vector registers, and is not left to the monitor.
+    pub simd: bool,
+}
+
+impl Facts {
+    fn of(info: &mut InstructionInfoFactory, i: &Instruction, how: Decoding) -> Self {
+        ordinary::of(i).unwrap_or_else(|| Facts::of_any(info, i, how))
+    }
+
+    /// Without a look at the table of what is ordinary.
+    pub fn of_any(info: &mut InstructionInfoFactory, i: &Instruction, how: Decoding) -> Self {
+        let class = match i.is_invalid() {
+            true => Class::Interpret,
+            false => classify(info, i, how),
+        };
+        let (uses, writes) = registers(info, i);
+        Facts {
+            class,
+            flags: flag_use(i, class),
+            uses,
+            writes,
+            simd: uses_simd(i, class),
+        }
+    }
+}
+
 /// One guest instruction of a block.
 #[derive(Clone, Debug)]
 pub(crate) struct GuestInstruction {
@@ -168,9 +205,32 @@ pub(crate) struct GuestInstruction {
     pub uses: u16,
     pub live_before: FlagSet,
     pub live_after: FlagSet,
+    /// Its memory access, where others off the same base may share its check.
+    pub reference: Option<Reference>,
+    /// General registers that it moves by a constant, and by how much.
+    pub moves: (u16, i64),
 }
 
 impl GuestInstruction {
+    fn new(decoded: Instruction, facts: Facts) -> Self {
+        let mut i = GuestInstruction {
+            offset: decoded.ip() as u16,
+            decoded,
+            class: facts.class,
+            simd: facts.simd,
+            flags: facts.flags,
+            writes: facts.writes,
+            uses: facts.uses,
+            live_before: ALL,
+            live_after: ALL,
+            reference: None,
+            moves: (0, 0),
+        };
+        i.reference = reference(&i);
+        i.moves = constant_move(&i);
+        i
+    }
+
     /// True where the emitted code may leave to the monitor before the instruction is done.
     pub fn may_leave(&self) -> bool {
         match self.class {
@@ -186,7 +246,7 @@ impl GuestInstruction {
     fn always_completes(&self) -> bool {
         let d = &self.decoded;
         let divides = matches!(d.mnemonic(), Mnemonic::Div | Mnemonic::Idiv);
-        !divides && !d.has_lock_prefix() && simd_needed(d) == Simd::None
+        !divides && !d.has_lock_prefix() && !self.simd
     }
 }
 
@@ -212,6 +272,21 @@ impl GuestBlock {
         self.instructions
             .iter()
             .any(|i| i.decoded.has_lock_prefix() || i.decoded.mnemonic() == Mnemonic::Xchg)
+    }
+
+    /// The bytes of one of its instructions.
+    pub fn bytes_of(&self, i: &GuestInstruction) -> &[u8] {
+        let from = usize::from(i.offset - self.start);
+        &self.bytes[from..from + i.decoded.len()]
+    }
+
+    /// True where it may go on behind the first `len` bytes.
+    pub fn ran_out(&self, len: usize) -> bool {
+        let ended = self
+            .instructions
+            .last()
+            .is_some_and(|last| last.class.ends_block());
+        self.straddler_follows || (!ended && usize::from(self.end - self.start) == len)
     }
 
     /// Cuts the block after its first instruction.
@@ -250,64 +325,56 @@ pub(crate) fn decode(
     start: u16,
     how: Decoding,
 ) -> Option<GuestBlock> {
-    let mut decoder = Decoder::with_ip(64, bytes, u64::from(start), DecoderOptions::NONE);
-    let mut block = GuestBlock {
-        instructions: Vec::with_capacity(MOST_INSTRUCTIONS / 2),
-        start,
-        end: start,
-        ..GuestBlock::default()
-    };
-    let mut side_exits = 0;
-    while block.instructions.len() < MOST_INSTRUCTIONS && decoder.can_decode() {
-        let decoded = decoder.decode();
-        let invalid = decoded.is_invalid();
-        if invalid && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes {
-            block.straddler_follows = true;
-            break;
+    let mut block = GuestBlock::default();
+    block.decode(info, bytes, start, how).then_some(block)
+}
+
+impl GuestBlock {
+    /// The same into a block that is done with, for its buffers; false where not even one instruction fits.
+    pub fn decode(
+        &mut self,
+        info: &mut InstructionInfoFactory,
+        bytes: &[u8],
+        start: u16,
+        how: Decoding,
+    ) -> bool {
+        self.instructions.clear();
+        self.bytes.clear();
+        (self.start, self.end, self.straddler_follows) = (start, start, false);
+        let mut decoder = Decoder::with_ip(64, bytes, u64::from(start), DecoderOptions::NONE);
+        let mut side_exits = 0;
+        while self.instructions.len() < MOST_INSTRUCTIONS && decoder.can_decode() {
+            let decoded = decoder.decode();
+            if decoded.is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes {
+                self.straddler_follows = true;
+                break;
+            }
+            let facts = Facts::of(info, &decoded, how);
+            self.end = decoded.next_ip() as u16;
+            self.instructions
+                .push(GuestInstruction::new(decoded, facts));
+            let goes_on = facts.class == Class::Conditional && how.extend && forwards(&decoded);
+            if goes_on && side_exits < MOST_SIDE_EXITS {
+                side_exits += 1;
+            } else if facts.class.ends_block() {
+                break;
+            }
         }
-        let class = if invalid {
-            Class::Interpret
-        } else {
-            classify(info, &decoded, how)
+        let Some(last) = self.instructions.last_mut() else {
+            return false;
         };
-        let offset = decoded.ip() as u16;
-        let flags = flag_use(&decoded, class);
-        let (uses, writes) = registers(info, &decoded);
-        block.end = offset + decoded.len() as u16;
-        block.instructions.push(GuestInstruction {
-            decoded,
-            offset,
-            class,
-            simd: uses_simd(&decoded, class),
-            flags,
-            writes,
-            uses,
-            live_before: ALL,
-            live_after: ALL,
-        });
-        if class == Class::Conditional
-            && how.extend
-            && side_exits < MOST_SIDE_EXITS
-            && forwards(&decoded)
-        {
-            side_exits += 1;
-        } else if class.ends_block() {
-            break;
+        if last.class == Class::Sti {
+            // Its shadow reaches into the next block: the interpreter knows how.
+            last.class = Class::Interpret;
         }
+        let len = usize::from(self.end - start);
+        self.bytes.extend_from_slice(&bytes[..len]);
+        self.simd = self.instructions.iter().any(|i| i.simd);
+        if how.flag_liveness {
+            liveness(&mut self.instructions);
+        }
+        true
     }
-    let last = block.instructions.last_mut()?;
-    if last.class == Class::Sti {
-        // Its shadow reaches into the next block: the interpreter knows how.
-        last.class = Class::Interpret;
-    }
-    block
-        .bytes
-        .extend_from_slice(&bytes[..usize::from(block.end - start)]);
-    block.simd = block.instructions.iter().any(|i| i.simd);
-    if how.flag_liveness {
-        liveness(&mut block.instructions);
-    }
-    Some(block)
 }
 
 /// What leaves to the monitor, or stores RFLAGS, shows all flags as they are.

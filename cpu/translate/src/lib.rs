@@ -24,6 +24,7 @@ mod frontend;
 mod jump_cache;
 mod lookup;
 mod mirror_unsafe;
+mod ordinary;
 mod recipe;
 mod recipes;
 mod records;

@@ -4,10 +4,13 @@ use doppel_memory::{AccessKind, PAGE_MASK, PAGE_SIZE, PageTracker, Privilege};
 use doppel_x86::{Cpu, CpuMode, Cr0, Cr4, Rflags};
 
 use crate::blocks::{BlockId, Form, Key, Made};
-use crate::frontend::{Decoding, GuestBlock, MOST_BYTES, Simd, decode};
+use crate::frontend::{Decoding, GuestBlock, MOST_BYTES, Simd};
 use crate::records::MAX_CODE;
 use crate::rewrite::{Base, Setting};
 use crate::translator::{CACHE_MARGIN, Translator};
+
+/// Bytes that are read for a block, unless they turn out to be too few.
+const USUAL_BYTES: usize = 96;
 
 impl Translator {
     /// Host address of the translation at the CPU's RIP; `None` where the instruction there has to be interpreted.
@@ -105,11 +108,24 @@ impl Translator {
         {
             return None;
         }
-        let (guest, second_page) = self.read_block(&key, rip)?;
+        let mut guest = std::mem::take(&mut self.spare);
+        let second_page = self.read_block(&mut guest, &key, rip);
+        let id = second_page.and_then(|second| self.translate_decoded(key, rip, &guest, second));
+        self.spare = guest;
+        id
+    }
+
+    fn translate_decoded(
+        &mut self,
+        key: Key,
+        rip: u64,
+        guest: &GuestBlock,
+        second_page: Option<u64>,
+    ) -> Option<BlockId> {
         if self.cache.room() < CACHE_MARGIN {
             self.empty_cache();
         }
-        let counters = self.observers.counters(&guest);
+        let counters = self.observers.counters(guest);
         let setting = Setting {
             base: key.base,
             form: key.form,
@@ -122,7 +138,7 @@ impl Translator {
         let first = self.blocks.first_sites();
         let translated = self
             .rewriter
-            .translate(&guest, setting, self.cache.cursor(), first);
+            .translate(guest, setting, self.cache.cursor(), first);
         if self.rewriter.asm.bytes.len() > MAX_CODE {
             return None;
         }
@@ -152,11 +168,11 @@ impl Translator {
             .into_iter()
             .for_each(|p| self.context.cpu.give_up_writing_to(p));
         pages.for_each(|p| self.protect_elsewhere(p));
-        if !self.stands(&guest, key.gpa, second_page) {
+        if !self.stands(guest, key.gpa, second_page) {
             self.throw_away(key.gpa, 1);
             return None;
         }
-        self.observe(id, rip, &guest, counters);
+        self.observe(id, rip, guest, counters);
         Some(id)
     }
 
@@ -176,29 +192,36 @@ impl Translator {
         holds(gpa, first) && (rest.is_empty() || second.is_some_and(|page| holds(page, rest)))
     }
 
-    /// Decodes the block at `rip`: from its page alone, or one instruction from two pages.
-    fn read_block(&mut self, key: &Key, rip: u64) -> Option<(GuestBlock, Option<u64>)> {
+    /// Decodes the block at `rip`, from its page alone or one instruction from two pages; tells the second page.
+    fn read_block(&mut self, guest: &mut GuestBlock, key: &Key, rip: u64) -> Option<Option<u64>> {
         let how = Decoding::new(key.simd, key.privilege, &self.options);
         let mut bytes = [0u8; MOST_BYTES + 15];
         let start = (rip & PAGE_MASK) as u16;
         let len = ((PAGE_SIZE - (rip & PAGE_MASK)) as usize).min(MOST_BYTES);
-        self.context.cpu.ram.ptr(key.gpa)?.read(&mut bytes[..len]);
+        let code = self.context.cpu.ram.ptr(key.gpa)?;
+        // Few blocks are long.
+        let some = len.min(USUAL_BYTES);
+        code.read(&mut bytes[..some]);
         let info = self.rewriter.info();
-        if let Some(mut block) = decode(info, &bytes[..len], start, how) {
+        let mut whole = guest.decode(info, &bytes[..some], start, how);
+        if len > some && (!whole || guest.ran_out(some)) {
+            code.read(&mut bytes[..len]);
+            whole = guest.decode(info, &bytes[..len], start, how);
+        }
+        if whole {
             if key.form == Form::TwoPages {
-                block.keep_first(how.flag_liveness);
+                guest.keep_first(how.flag_liveness);
             }
-            return (key.form != Form::TwoPages || !block.is_atomic()).then_some((block, None));
+            return (key.form != Form::TwoPages || !guest.is_atomic()).then_some(None);
         }
         let second = self.code_page((rip | PAGE_MASK).wrapping_add(1))?;
-        self.context
-            .cpu
-            .ram
-            .ptr(second)?
-            .read(&mut bytes[len..len + 15]);
-        let mut block = decode(self.rewriter.info(), &bytes[..len + 15], start, how)?;
-        block.keep_first(how.flag_liveness);
-        Some((block, Some(second)))
+        let rest = self.context.cpu.ram.ptr(second)?;
+        rest.read(&mut bytes[len..len + 15]);
+        let info = self.rewriter.info();
+        guest
+            .decode(info, &bytes[..len + 15], start, how)
+            .then(|| guest.keep_first(how.flag_liveness))?;
+        Some(Some(second))
     }
 
     /// Links the exit that led here to the block; true where that is done, or was.

@@ -14,7 +14,6 @@ use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use crate::flags::{FlagSet, bits};
 use crate::frontend::{Class, GuestInstruction};
-use crate::rewrite::constant_move;
 
 /// A value of the time when the flags were set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,7 +75,7 @@ impl Source {
         if i.writes & 1 << number == 0 {
             return Some(self);
         }
-        let (moves, by) = constant_move(i);
+        let (moves, by) = i.moves;
         let moved = i32::try_from(i64::from(moved).checked_add(by)?).ok()?;
         // Its negative is needed.
         moved.checked_neg()?;

@@ -18,7 +18,7 @@ use crate::engine::{TranslateError, TranslateOptions};
 use crate::enter_unsafe::{enter, host_features};
 use crate::explain::Observers;
 use crate::flags::{FlagPlace, pack, unpack};
-use crate::frontend::Simd;
+use crate::frontend::{GuestBlock, Simd};
 use crate::recipes::Lost;
 use crate::rewrite::{Base, Rewriter};
 use crate::stats::Counts;
@@ -30,6 +30,8 @@ pub(crate) struct Translator {
     pub cache: CodeCache,
     pub blocks: Blocks,
     pub rewriter: Rewriter,
+    /// A decoded block that is done with, for its buffers.
+    pub spare: GuestBlock,
     pub thunks: Thunks,
     pub options: TranslateOptions,
     pub code_pages: CodePages,
@@ -78,6 +80,7 @@ impl Translator {
             blocks: Blocks::new(cache.range().start, peer),
             cache,
             rewriter: Rewriter::new(),
+            spare: GuestBlock::default(),
             thunks,
             options,
             code_pages: CodePages::default(),

@@ -1,7 +1,6 @@
 //! Linear addresses, and the checks that turn them into host addresses.
 
 use super::rebuild::LINEAR;
-use super::share::Reference;
 use super::*;
 
 impl Work<'_> {
@@ -118,7 +117,7 @@ impl Work<'_> {
 
     /// Where the instruction's own memory access finds its bytes: a register and a displacement. The flags may be destroyed.
     pub(super) fn operand(&mut self, i: &GuestInstruction, size: u8, write: bool) -> (Reg, i32) {
-        let reference = share::reference(i).filter(|_| self.s.options.share_checks);
+        let reference = i.reference.filter(|_| self.s.options.share_checks);
         if let Some(known) = reference.and_then(|r| self.known(&r)) {
             self.out.shared += 1;
             return known;
@@ -276,7 +275,8 @@ impl Work<'_> {
 
     pub(super) fn slow_stubs(&mut self) {
         let thunks = self.s.thunks;
-        for s in std::mem::take(&mut self.slow) {
+        let mut slow = std::mem::take(&mut self.slow);
+        for s in slow.drain(..) {
             self.asm().bind(s.from);
             let linear = !s.lost.is_empty();
             if linear {
@@ -297,6 +297,7 @@ impl Work<'_> {
             a.lea_pos(S1, s.done);
             a.jmp_to(thunk);
         }
+        self.slow = slow;
     }
 }
 

@@ -158,7 +158,8 @@ impl Work<'_> {
     }
 
     pub(super) fn exit_stubs(&mut self) {
-        for (jump, stub) in std::mem::take(&mut self.stubs) {
+        let mut stubs = std::mem::take(&mut self.stubs);
+        for (jump, stub) in stubs.drain(..) {
             let at = self.asm().pos() as u32;
             self.asm().bind(jump);
             match stub {
@@ -186,10 +187,12 @@ impl Work<'_> {
                 }
             }
         }
-        for n in std::mem::take(&mut self.slot_stubs) {
+        let mut slot_stubs = std::mem::take(&mut self.slot_stubs);
+        for n in slot_stubs.drain(..) {
             let at = self.asm().pos() as u32;
             self.leave_stub(n, at);
         }
+        (self.stubs, self.slot_stubs) = (stubs, slot_stubs);
     }
 
     /// Leaves to the monitor with an exit.

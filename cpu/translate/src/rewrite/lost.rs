@@ -102,10 +102,11 @@ impl Work<'_> {
 
     /// What is lost after an instruction.
     pub(super) fn follow_lost(&mut self, i: &GuestInstruction) {
-        if !self.lost.is_empty() {
-            let lost = std::mem::take(&mut self.lost);
-            self.lost = lost.iter().filter_map(|r| follow(r, i)).collect();
-        }
+        self.lost.retain_mut(|recipe| {
+            let after = follow(recipe, i);
+            *recipe = after.unwrap_or(*recipe);
+            after.is_some()
+        });
     }
 
     /// True where the instruction would leave flags behind that are saved, and that may be asked for.

@@ -14,13 +14,17 @@ impl Work<'_> {
         };
         self.before_own(i);
         let mut own = i.decoded;
-        let operand = self.replace_scratch_operand(&mut own);
+        let scratch = i.uses & (1 << S0 | 1 << S1) != 0;
+        let operand = scratch
+            .then(|| self.replace_scratch_operand(&mut own))
+            .flatten();
         if let Some((n, access)) = operand
             && access != Use::WritesAll
         {
             self.asm().load(S1, ctx::gpr(n));
         }
-        self.emit_with_host_address(&mut own, base, disp);
+        let register = operand.map(|_| S1);
+        self.emit_with_host_address(i, &mut own, register, base, disp);
         if let Some((n, access)) = operand
             && access != Use::Reads
         {
@@ -86,22 +90,45 @@ impl Work<'_> {
         found
     }
 
-    /// Emits the instruction with `[base + disp]` for its memory operand.
-    pub(super) fn emit_with_host_address(&mut self, own: &mut Instruction, base: Reg, disp: i32) {
-        explicit_form(own);
+    /// Emits the instruction with `[base + disp]` for its memory operand; `own` is it with its registers replaced, `register` the one
+    /// that replaces what ModRM.reg names.
+    fn emit_with_host_address(
+        &mut self,
+        i: &GuestInstruction,
+        own: &mut Instruction,
+        register: Option<Reg>,
+        base: Reg,
+        disp: i32,
+    ) {
         let high = (0..own.op_count())
             .any(|op| own.op_kind(op) == OpKind::Register && is_high_byte(own.op_register(op)));
         if !high || base < 8 {
-            set_host_operand(own, pin::wide(base), disp);
-            self.encode(own);
+            self.emit_with_operand(i, own, register, base, disp);
             return;
         }
         // AH to BH cannot be named together with a base that needs a REX prefix: RBP stands in for it.
         self.asm().store(ctx::SPILL, RBP);
         self.asm().mov(RBP, base);
-        set_host_operand(own, Register::RBP, disp);
-        self.encode(own);
+        self.emit_with_operand(i, own, register, RBP, disp);
         self.asm().load(RBP, ctx::SPILL);
+    }
+
+    fn emit_with_operand(
+        &mut self,
+        i: &GuestInstruction,
+        own: &mut Instruction,
+        register: Option<Reg>,
+        base: Reg,
+        disp: i32,
+    ) {
+        let bytes = self.block.bytes_of(i);
+        if let Some(bytes) = patch::with_operand(&i.decoded, bytes, base, disp, register) {
+            self.asm().raw(bytes.get());
+            return;
+        }
+        explicit_form(own);
+        set_host_operand(own, base, disp);
+        self.encode(own);
     }
 
     /// `bt m, r` and its family: the register is a signed bit offset from the operand's address.
@@ -141,19 +168,19 @@ impl Work<'_> {
         }
         let mut own = *d;
         own.set_op1_register(scratch_one(bit));
-        set_host_operand(&mut own, Register::R10, 0);
+        set_host_operand(&mut own, S0, 0);
         self.encode(&own);
         self.after_own(i);
     }
 }
 
-fn is_high_byte(r: Register) -> bool {
+pub(super) fn is_high_byte(r: Register) -> bool {
     matches!(r, Register::AH | Register::BH | Register::CH | Register::DH)
 }
 
-fn set_host_operand(i: &mut Instruction, base: Register, disp: i32) {
+pub(super) fn set_host_operand(i: &mut Instruction, base: Reg, disp: i32) {
     i.set_segment_prefix(Register::None);
-    i.set_memory_base(base);
+    i.set_memory_base(pin::wide(base));
     i.set_memory_index(Register::None);
     i.set_memory_index_scale(1);
     i.set_memory_displacement64(disp as i64 as u64);

@@ -15,6 +15,7 @@ mod control;
 pub(crate) mod counter;
 mod lost;
 mod memory;
+mod patch;
 mod pin;
 mod rebuild;
 mod resident;
@@ -38,7 +39,7 @@ use crate::recipe::Recipe;
 use crate::thunk::{Check, Thunks, load_simd};
 pub(crate) use branch::BranchSite;
 pub(crate) use lost::{Chained, IN_PLACE, RecipeId};
-pub(crate) use share::constant_move;
+pub(crate) use share::{Reference, constant_move, reference};
 pub(crate) use sites::{AccessSite, Boundary, ExitSite, FirstSites, Part, Translated};
 
 use pin::{Pin, Pinned};
@@ -91,6 +92,18 @@ pub(crate) struct Rewriter {
     info: InstructionInfoFactory,
     /// An outcome that is done with, for its buffers.
     spare: Translated,
+    /// The memory accesses of the block, with the numbers of their instructions.
+    references: Vec<(usize, Reference)>,
+    buffers: Buffers,
+}
+
+/// Lists that a translation fills, kept from one to the next.
+#[derive(Default)]
+struct Buffers {
+    lost: Vec<Recipe>,
+    slow: Vec<SlowJump>,
+    stubs: Vec<(Fixup, Stub)>,
+    slot_stubs: Vec<usize>,
 }
 
 impl Rewriter {
@@ -100,6 +113,8 @@ impl Rewriter {
             encoder: Encoder::new(64),
             info: InstructionInfoFactory::new(),
             spare: Translated::default(),
+            references: Vec::new(),
+            buffers: Buffers::default(),
         }
     }
 
@@ -148,6 +163,7 @@ impl Rewriter {
     ) -> Translated {
         self.asm.reset(base);
         let out = std::mem::take(&mut self.spare);
+        let buffers = std::mem::take(&mut self.buffers);
         let mut work = Work {
             r: self,
             block,
@@ -155,21 +171,21 @@ impl Rewriter {
             first,
             out,
             place: FlagPlace::Saved,
-            lost: Vec::new(),
+            lost: buffers.lost,
             recipe: IN_PLACE,
             entry_unknown: false,
-            slow: Vec::new(),
+            slow: buffers.slow,
             simd_missing: None,
             run: None,
             pin: None,
             pinned: None,
             resident: Default::default(),
             at: 0,
-            stubs: Vec::new(),
-            slot_stubs: Vec::new(),
+            stubs: buffers.stubs,
+            slot_stubs: buffers.slot_stubs,
         };
         work.run();
-        work.out
+        work.finish()
     }
 }
 
@@ -228,6 +244,30 @@ fn is_scratch(r: Register) -> bool {
 }
 
 impl Work<'_> {
+    /// Hands the outcome over and the buffers back.
+    fn finish(self) -> Translated {
+        let Work {
+            r,
+            out,
+            mut lost,
+            mut slow,
+            mut stubs,
+            mut slot_stubs,
+            ..
+        } = self;
+        lost.clear();
+        slow.clear();
+        stubs.clear();
+        slot_stubs.clear();
+        r.buffers = Buffers {
+            lost,
+            slow,
+            stubs,
+            slot_stubs,
+        };
+        out
+    }
+
     fn asm(&mut self) -> &mut Asm {
         &mut self.r.asm
     }
@@ -468,8 +508,7 @@ impl Work<'_> {
 
     /// The instruction as the guest has it.
     fn own_bytes(&mut self, i: &GuestInstruction) {
-        let from = usize::from(i.offset - self.block.start);
-        let bytes = &self.block.bytes[from..from + i.decoded.len()];
+        let bytes = self.block.bytes_of(i);
         self.r.asm.raw(bytes);
     }
 

@@ -10,7 +10,7 @@
 
 use iced_x86::Register;
 
-use super::share::{self, Reference, Run, Stretch};
+use super::share::{Reference, Run, Stretch};
 use super::*;
 
 /// How often code has to come back to a base for a register to be worth while.
@@ -49,23 +49,25 @@ impl Work<'_> {
         {
             return;
         }
-        let code = &self.block.instructions;
-        let references: Vec<_> = code
-            .iter()
-            .enumerate()
-            .filter_map(|(at, i)| Some((at, share::reference(i)?)))
-            .collect();
-        if !comes_back(&references) {
-            return;
+        let mut references = std::mem::take(&mut self.r.references);
+        references.clear();
+        let code = self.block.instructions.iter().enumerate();
+        references.extend(code.filter_map(|(at, i)| Some((at, i.reference?))));
+        self.pin = self.best_pin(&references);
+        self.r.references = references;
+    }
+
+    fn best_pin(&self, references: &[(usize, Reference)]) -> Option<Pin> {
+        if !comes_back(references) {
+            return None;
         }
+        let code = &self.block.instructions;
         let used = code.iter().fold(0, |used, i| used | i.uses);
-        let Some(register) = CANDIDATES.into_iter().find(|r| used & 1 << r == 0) else {
-            return;
-        };
+        let register = CANDIDATES.into_iter().find(|r| used & 1 << r == 0)?;
         let best = (0..references.len())
-            .filter_map(|n| self.span(&references, n, register))
-            .max_by_key(|(gain, pin)| (*gain, std::cmp::Reverse(pin.first)));
-        self.pin = best.map(|(_, pin)| pin);
+            .filter_map(|n| self.span(references, n, register))
+            .max_by_key(|(gain, pin)| (*gain, std::cmp::Reverse(pin.first)))?;
+        Some(best.1)
     }
 
     /// The stretch of code and memory for which the base of the `n`-th reference could be held, and how often code comes back.
@@ -84,7 +86,7 @@ impl Work<'_> {
         let mut run = Run::anywhere(&r);
         let (mut last, mut gain, mut away) = (first, 0, false);
         for (at, i) in self.block.instructions.iter().enumerate().skip(first) {
-            match share::reference(i) {
+            match i.reference {
                 Some(other) if run.is_off(&other) => {
                     let Some(longer) = stretch.with(&run, &other) else {
                         break;

@@ -22,16 +22,18 @@ const LONGEST: i64 = 1024;
 
 /// What an address is made of, apart from the displacement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Root {
+pub(crate) struct Root {
     base: Register,
     index: Register,
-    scale: u32,
+    scale: u8,
     segment: Register,
+    /// The general registers among them, a bit each.
+    registers: u16,
 }
 
 /// One access relative to a root.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Reference {
+pub(crate) struct Reference {
     pub root: Root,
     pub disp: i64,
     pub size: u16,
@@ -61,23 +63,27 @@ pub(super) struct Stretch {
 
 impl Root {
     fn of_register(base: Register) -> Self {
+        Root::new(base, Register::None, 1, Register::None)
+    }
+
+    fn new(base: Register, index: Register, scale: u8, segment: Register) -> Self {
+        let bit = |r: Register| u16::from(r.is_gpr()) << (r.number() & 15);
         Root {
             base,
-            index: Register::None,
-            scale: 1,
-            segment: Register::None,
+            index,
+            scale,
+            segment,
+            registers: bit(base) | bit(index),
         }
     }
 
     fn uses(&self, registers: u16) -> bool {
-        [self.base, self.index]
-            .iter()
-            .any(|r| r.is_gpr() && registers & 1 << r.number() != 0)
+        self.registers & registers != 0
     }
 }
 
-/// The one memory access of an instruction, where it may share a check.
-pub(super) fn reference(i: &GuestInstruction) -> Option<Reference> {
+/// The one memory access of an instruction, where it may share a check. [`GuestInstruction::reference`] holds it.
+pub(crate) fn reference(i: &GuestInstruction) -> Option<Reference> {
     let stack = |base, disp, write| {
         Some(Reference {
             root: Root::of_register(base),
@@ -108,16 +114,13 @@ fn of_operand(d: &Instruction, size: u8, write: bool) -> Option<Reference> {
     };
     // A root without registers is an absolute address, far from all others.
     let root = base != Register::None || index != Register::None;
-    (wide(base) && wide(index) && root).then_some(Reference {
-        root: Root {
-            base,
-            index,
-            scale: d.memory_index_scale(),
-            segment: match d.memory_segment() {
-                s @ (Register::FS | Register::GS) => s,
-                _ => Register::None,
-            },
-        },
+    let segment = match d.memory_segment() {
+        s @ (Register::FS | Register::GS) => s,
+        _ => Register::None,
+    };
+    let scale = d.memory_index_scale() as u8;
+    (wide(base) && wide(index) && root).then(|| Reference {
+        root: Root::new(base, index, scale, segment),
         disp,
         size: u16::from(size),
         write,
@@ -170,7 +173,7 @@ impl Run {
         if i.class == Class::Leave {
             return self.after_leave();
         }
-        let (moves, by) = constant_move(i);
+        let (moves, by) = i.moves;
         if self.root.uses(i.writes & !moves) {
             return None;
         }
@@ -237,7 +240,7 @@ fn leaves_s0(i: &GuestInstruction) -> bool {
         Class::Copy => i.uses & 1 << S0 == 0,
         Class::Lea => super::copied_lea(&i.decoded) && i.uses & 1 << S0 == 0,
         Class::Nothing | Class::Conditional => true,
-        Class::Memory { .. } | Class::Push | Class::Pop | Class::Leave => reference(i).is_some(),
+        Class::Memory { .. } | Class::Push | Class::Pop | Class::Leave => i.reference.is_some(),
         _ => false,
     }
 }
@@ -264,11 +267,11 @@ impl Stretch {
 
 /// The stretch of the run that begins with the first of `instructions`.
 pub(super) fn plan(instructions: &[GuestInstruction]) -> Option<Stretch> {
-    let first = reference(instructions.first()?)?;
+    let first = instructions.first()?.reference?;
     let mut stretch = Stretch::of(&first)?;
     let mut run = Run::anywhere(&first);
     for i in instructions {
-        if let Some(r) = reference(i) {
+        if let Some(r) = i.reference {
             if !run.is_off(&r) {
                 break;
             }
