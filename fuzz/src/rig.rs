@@ -43,6 +43,7 @@ const WITHOUT: [&str; TranslateOptions::SWITCHES.len()] = [
     "translate-no-share-checks",
     "translate-no-borrow-registers",
     "translate-no-resident",
+    "translate-no-write-beside-code",
 ];
 
 /// The translator's sets of options: the defaults; and, all with exact flags at faults, each switch off, all off, and a

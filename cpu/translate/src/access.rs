@@ -3,10 +3,11 @@
 //! A miss is filled from the guest's page tables and the check tried again. An access that crosses into another page goes on
 //! behind the check: at the host's address where the two pages lie side by side in the host too (they do wherever the guest has
 //! them side by side in its physical memory), else at a copy of its bytes; a write then goes through a translation of its own of
-//! the one instruction ([`Form::TwoPages`]), which copies back. Everything else (a fault, a device, a page with code, an atomic
+//! the one instruction ([`Form::TwoPages`]), which copies back. A write to a page with translated code, but beside that, is made as it is: kernels
+//! patch themselves in many small steps. Everything else (a fault, a device, a page with code, an atomic
 //! access) is left to the interpreter.
 
-use doppel_memory::{AccessKind, HostPtr, PAGE_MASK, PAGE_SIZE, Privilege};
+use doppel_memory::{AccessKind, HostPtr, PAGE_MASK, PAGE_SIZE, Privilege, Translation};
 use doppel_x86::Cpu;
 
 use crate::blocks::{Access, BlockId, Form, Key};
@@ -39,7 +40,10 @@ impl Translator {
             return Some(host + u64::from(site.done));
         }
         if room(own) >= u64::from(site.own.size) {
-            self.page(own, site.own.write, privilege)?;
+            if let Err(t) = self.page(own, site.own.write, privilege) {
+                self.context.slow_linear = self.beside_code(linear, &site, t?)?;
+                return Some(host + u64::from(site.done));
+            }
             if self.covers(linear, &site, privilege) {
                 return Some(host + u64::from(site.retry));
             }
@@ -60,7 +64,7 @@ impl Translator {
         }
         let next = (linear | PAGE_MASK).wrapping_add(1);
         let [first, second] = [linear, next].map(|at| {
-            self.page(at, false, privilege)?;
+            self.page(at, false, privilege).ok()?;
             lookup(&self.context.cpu, at, site.write, privilege)
         });
         let (first, second) = (first?, second?);
@@ -99,22 +103,51 @@ impl Translator {
         self.blocks.get(block).entry(place, simd)
     }
 
-    /// Enters the page into the TLB; its host address at `linear`, where translated code may access it.
-    fn page(&mut self, linear: u64, write: bool, privilege: Privilege) -> Option<HostPtr> {
+    /// Enters the page into the TLB; its host address at `linear`, where translated code may access it, or else the translation if
+    /// there is one.
+    fn page(
+        &mut self,
+        linear: u64,
+        write: bool,
+        privilege: Privilege,
+    ) -> Result<HostPtr, Option<Translation>> {
         if !Cpu::canonical(linear) {
-            return None;
+            return Err(None);
         }
         let cpu = &mut self.context.cpu;
         if let Some(known) = lookup(cpu, linear, write, privilege) {
-            return Some(known);
+            return Ok(known);
         }
         let kind = if write {
             AccessKind::Write
         } else {
             AccessKind::Read
         };
-        cpu.translate(linear, kind, privilege).ok()?;
-        lookup(cpu, linear, write, privilege)
+        let t = cpu.translate(linear, kind, privilege).map_err(|_| None)?;
+        lookup(cpu, linear, write, privilege).ok_or(Some(t))
+    }
+
+    /// Host address of what a check is for, where it lies in a page with translated code but beside that. The page is entered into no
+    /// TLB, so that the next write to it comes here too. Whoever translates from it meanwhile waits for this CPU to leave.
+    fn beside_code(&mut self, linear: u64, site: &AccessSite, t: Translation) -> Option<u64> {
+        let cpu = &self.context.cpu;
+        let (gpa, len) = (
+            (t.gpa & !PAGE_MASK) | (linear & PAGE_MASK),
+            u64::from(site.span),
+        );
+        let tracker = cpu.ram.tracker();
+        let may = self.options.write_beside_code
+            && site.write
+            && room(linear) >= len
+            && !cpu.page_is_watched(linear)
+            && tracker.has_code(gpa);
+        let at = may.then(|| cpu.ram.ptr(gpa)).flatten()?;
+        tracker.add_writer(gpa, &cpu.peer);
+        if tracker.touched_code(gpa, len) {
+            return None;
+        }
+        self.counts.beside_code += 1;
+        Some(at.addr())
     }
 
     /// Where to go on with an access to two pages; what it is to access instead is left in `slow_linear`.
@@ -126,9 +159,9 @@ impl Translator {
         privilege: Privilege,
     ) -> Option<u64> {
         let site = access.site;
-        let first = self.page(linear, site.write, privilege)?;
+        let first = self.page(linear, site.write, privilege).ok()?;
         let next = (linear | PAGE_MASK).wrapping_add(1);
-        let second = self.page(next, site.write, privilege)?;
+        let second = self.page(next, site.write, privilege).ok()?;
         let behind = self.blocks.get(access.block).host + u64::from(site.done);
         if first.addr() + first.room() as u64 == second.addr() {
             self.context.slow_linear = first.addr();

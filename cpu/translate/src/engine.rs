@@ -35,6 +35,8 @@ pub struct TranslateOptions {
     pub borrow_registers: bool,
     /// Keep r10 and r11 in their registers while nothing else needs them.
     pub resident: bool,
+    /// Let translated code write to pages with translated code, beside that.
+    pub write_beside_code: bool,
     /// Count the blocks and instructions that run (costs six instructions a block) and the time spent in translated code.
     pub count: bool,
     /// Keep code where perf looks for names in a map; see [`crate::explain::PerfMap`].
@@ -59,6 +61,7 @@ impl TranslateOptions {
         Switch::new("share-checks", |o| &mut o.share_checks),
         Switch::new("borrow-registers", |o| &mut o.borrow_registers),
         Switch::new("resident", |o| &mut o.resident),
+        Switch::new("write-beside-code", |o| &mut o.write_beside_code),
     ];
 
     /// The same without an accelerator.
@@ -93,6 +96,7 @@ impl Default for TranslateOptions {
             extend: true,
             borrow_registers: true,
             resident: true,
+            write_beside_code: true,
             count: false,
             perf_map: false,
         }

@@ -668,6 +668,8 @@ fn general_feature(f: iced_x86::CpuidFeature) -> bool {
             | INTEL486
             | X64
             | CMOV
+            | BMI1
+            | BMI2
             | POPCNT
             | LZCNT
             | ADX

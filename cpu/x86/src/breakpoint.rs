@@ -49,7 +49,7 @@ impl Cpu {
 
     /// True where accesses to the page of this linear address have to be looked at one by one.
     #[inline]
-    pub(crate) fn page_is_watched(&self, linear: u64) -> bool {
+    pub fn page_is_watched(&self, linear: u64) -> bool {
         self.dr[7] & ENABLES != 0 && self.watches_page(linear)
     }
 

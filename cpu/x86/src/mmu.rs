@@ -233,7 +233,11 @@ impl Cpu {
         f: impl FnOnce(u64) -> (u64, R),
     ) -> Result<Option<R>, Exception> {
         self.check_canonical(linear, size as u64)?;
-        let last = self.wrap(linear.wrapping_add(size as u64 - 1));
+        // A fault names the first byte that could not be had.
+        let last = match size > room(linear) {
+            true => self.wrap((linear | PAGE_MASK).wrapping_add(1)),
+            false => linear,
+        };
         self.alone(|cpu| {
             // Devices are called outside, so they cannot be called here.
             let first = cpu.translate(linear, AccessKind::Write, privilege)?.gpa;
