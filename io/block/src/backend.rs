@@ -58,3 +58,13 @@ pub(crate) fn check_writable(backend: &impl BlockBackend) -> io::Result<()> {
     }
     Ok(())
 }
+
+/// Bytes that slices have room for.
+pub(crate) fn reads_len(slices: &[IoSliceMut<'_>]) -> u64 {
+    slices.iter().map(|slice| slice.len() as u64).sum()
+}
+
+/// Bytes in slices.
+pub(crate) fn writes_len(slices: &[IoSlice<'_>]) -> u64 {
+    slices.iter().map(|slice| slice.len() as u64).sum()
+}

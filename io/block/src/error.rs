@@ -48,6 +48,22 @@ pub enum BlockError {
         /// What it looks like.
         name: &'static str,
     },
+    /// A backing file that cannot be opened.
+    #[error("{}: its backing file cannot be used: {source}", path.display())]
+    Below {
+        /// The image above.
+        path: PathBuf,
+        /// What is wrong below.
+        source: Box<BlockError>,
+    },
+    /// An overlay that was made over something else.
+    #[error("{}: this overlay was made over {base}, not over the disk it is used with; name another overlay=FILE, or remove it", path.display())]
+    OtherBase {
+        /// The overlay.
+        path: PathBuf,
+        /// What its header names.
+        base: String,
+    },
     /// An option of `--disk` that makes no sense.
     #[error("{0}")]
     Usage(String),

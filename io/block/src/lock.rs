@@ -7,10 +7,17 @@
 
 use std::fs::File;
 use std::io;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
+
+/// How long a conflict is waited out: a process that was killed may not be gone yet, and one that was forked keeps all locks until it
+/// executes its program.
+const PATIENCE: Duration = Duration::from_millis(300);
+const PAUSE: Duration = Duration::from_millis(10);
 
 const PERMISSION: i64 = 100;
 const FORBIDDANCE: i64 = 200;
@@ -27,9 +34,15 @@ pub(crate) fn lock(file: &File, writable: bool) -> io::Result<bool> {
         true => CONSISTENT_READ | WRITE | RESIZE,
         false => CONSISTENT_READ,
     };
-    match claim(file, needed, WRITE | RESIZE) {
-        Err(Errno::EINVAL | Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::ENOSYS) => Ok(true),
-        result => Ok(result?),
+    let end = Instant::now() + PATIENCE;
+    loop {
+        match claim(file, needed, WRITE | RESIZE) {
+            Ok(false) if Instant::now() < end => thread::sleep(PAUSE),
+            Err(Errno::EINVAL | Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::ENOSYS) => {
+                return Ok(true);
+            }
+            result => return Ok(result?),
+        }
     }
 }
 

@@ -1,19 +1,15 @@
 //! A disk as the user asks for it, and how it is opened.
 
-use std::fs::{File, OpenOptions};
-use std::io::{Read, Seek, SeekFrom};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use rustix::fs::OFlags;
-
 use crate::backend::{BlockBackend, SECTOR};
 use crate::error::BlockError;
+use crate::file::HostFile;
 use crate::format::{Format, Look, look};
-use crate::lock::lock;
 use crate::raw::Raw;
+use crate::{overlay, qcow2};
 
 /// `FILE[,format=raw|qcow2][,ro][,overlay=FILE]`. A comma within a name is written twice.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,22 +37,21 @@ impl DiskSpec {
 
     /// Opens the image, locked against other virtual machines.
     pub fn open(&self) -> Result<Arc<dyn BlockBackend>, BlockError> {
-        let path = &self.path;
-        let mut file = open_file(path, !self.read_only)?;
-        let found = look_at(path, &mut file)?;
-        let len = length(path, &mut file)?;
-        match (self.format, found) {
-            (Some(Format::Raw), _) => Ok(Arc::new(Raw::new(file, len, self.read_only))),
-            (None, Look::Raw) => Ok(Arc::new(Raw::new(file, len, self.read_only).guarded())),
-            (Some(Format::Qcow2), _) | (None, Look::Qcow2) => Err(BlockError::Unsupported {
-                path: path.clone(),
-                name: "qcow2",
-            }),
-            (None, Look::Other(name)) => Err(BlockError::Unsupported {
-                path: path.clone(),
-                name,
-            }),
+        if let Some(overlay) = &self.overlay {
+            let disk = overlay::open(overlay, &self.path, self.format)?;
+            return Ok(Arc::new(disk));
         }
+        let file = HostFile::open(&self.path, !self.read_only)?;
+        let found = look(&file.head(SECTOR as usize)?);
+        Ok(match (self.format, found) {
+            (Some(Format::Raw), _) => Arc::new(Raw::new(file)),
+            (None, Look::Raw) => Arc::new(Raw::new(file).guarded()),
+            (Some(Format::Qcow2), _) | (None, Look::Qcow2) => Arc::new(qcow2::open(file)?),
+            (None, Look::Other(name)) => {
+                let path = self.path.clone();
+                return Err(BlockError::Unsupported { path, name });
+            }
+        })
     }
 }
 
@@ -80,10 +75,14 @@ impl FromStr for DiskSpec {
                 }
             }
         }
-        match spec.path.as_os_str().is_empty() {
-            true => Err(BlockError::Usage("a disk needs the name of a file".into())),
-            false => Ok(spec),
+        if spec.path.as_os_str().is_empty() {
+            return Err(BlockError::Usage("a disk needs the name of a file".into()));
         }
+        if spec.read_only && spec.overlay.is_some() {
+            let what = "a disk is either read-only (ro) or has an overlay";
+            return Err(BlockError::Usage(what.into()));
+        }
+        Ok(spec)
     }
 }
 
@@ -100,47 +99,4 @@ fn split(text: &str) -> Vec<String> {
         }
     }
     parts
-}
-
-/// Opens and locks a file or block device.
-fn open_file(path: &Path, writable: bool) -> Result<File, BlockError> {
-    // Without O_NONBLOCK, opening a FIFO waits for a writer.
-    let flags = (OFlags::NONBLOCK | OFlags::CLOEXEC).bits() as i32;
-    let result = OpenOptions::new()
-        .read(true)
-        .write(writable)
-        .custom_flags(flags)
-        .open(path);
-    let file = match result {
-        Err(source) if writable && is_read_only(&source) => {
-            let path = path.to_owned();
-            return Err(BlockError::NotWritable { path, source });
-        }
-        result => result.map_err(BlockError::io(path))?,
-    };
-    let kind = file.metadata().map_err(BlockError::io(path))?.file_type();
-    if !kind.is_file() && !kind.is_block_device() {
-        return Err(BlockError::NotADisk(path.to_owned()));
-    }
-    match lock(&file, writable).map_err(BlockError::io(path))? {
-        true => Ok(file),
-        false => Err(BlockError::InUse(path.to_owned())),
-    }
-}
-
-fn is_read_only(error: &std::io::Error) -> bool {
-    use std::io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem};
-    matches!(error.kind(), PermissionDenied | ReadOnlyFilesystem)
-}
-
-fn length(path: &Path, file: &mut File) -> Result<u64, BlockError> {
-    file.seek(SeekFrom::End(0)).map_err(BlockError::io(path))
-}
-
-fn look_at(path: &Path, file: &mut File) -> Result<Look, BlockError> {
-    let mut head = Vec::new();
-    file.take(SECTOR)
-        .read_to_end(&mut head)
-        .map_err(BlockError::io(path))?;
-    Ok(look(&head))
 }

@@ -1,0 +1,166 @@
+//! qcow2 images, through the crate `imago`.
+//!
+//! An image maps clusters (64 KiB, usually) of the disk to clusters of its file by two levels of tables, L1 and L2, and counts references
+//! to each cluster of the file. What is not mapped comes from the backing file, another image that is only read, or is zeros.
+//!
+//! **Order.** A write into a cluster that is mapped goes straight to the file. One that needs a new cluster takes one (its reference count
+//! in memory goes up), writes the data, and then enters the mapping into the L2 table in memory. [`BlockBackend::flush`] writes tables out in
+//! the order that keeps the file sound at every moment (counts before mappings where clusters were taken, the other way round where they were
+//! freed) and syncs. A process that is killed between leaves at worst clusters that are counted and not used ("leaked"), which
+//! `qemu-img check -r leaks` gives back.
+//!
+//! **Threads.** Reads and writes run in parallel; only writes that need new clusters of one L2 table (512 MiB of disk) wait for each other.
+//! What takes mappings away (discard) has the image for itself, since a request might be on its way to a cluster that it would free.
+
+mod chain;
+mod header;
+mod storage_unsafe;
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use imago::{FormatAccess, Mapping};
+
+use crate::backend::{BlockBackend, SECTOR, check_range, check_writable, reads_len, writes_len};
+use crate::file::HostFile;
+pub(crate) use chain::{Chain, create, create_over, open, open_over};
+pub use header::Header;
+use storage_unsafe::ImageFile;
+
+/// Zeros are written so many bytes at a time to an image that has no zero clusters.
+const ZEROS: &[u8] = &[0; 64 << 10];
+
+/// A qcow2 image and what is below it.
+pub struct Qcow2 {
+    image: RwLock<FormatAccess<ImageFile>>,
+    file: Arc<HostFile>,
+    header: Header,
+    backed: bool,
+}
+
+impl Qcow2 {
+    fn new(chain: Chain, header: Header) -> Qcow2 {
+        Qcow2 {
+            image: RwLock::new(chain.image),
+            file: chain.file,
+            header,
+            backed: chain.backing.is_some(),
+        }
+    }
+
+    fn shared(&self) -> RwLockReadGuard<'_, FormatAccess<ImageFile>> {
+        self.image.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn alone(&self) -> RwLockWriteGuard<'_, FormatAccess<ImageFile>> {
+        self.image.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Version 2 has no zero clusters: a mapping can only be taken away, and then the backing file shows.
+    fn has_zero_clusters(&self) -> bool {
+        self.header.version >= 3
+    }
+
+    /// Takes mappings away and gives their storage back to the host. With `zero`, edges that are no whole clusters become zeros
+    /// too.
+    fn unmap(&self, offset: u64, len: u64, zero: bool) -> io::Result<()> {
+        let mut image = self.alone();
+        let freed = self.clusters_within(&image, offset, len)?;
+        match (zero, self.has_zero_clusters()) {
+            (true, _) => image.discard_to_zero(offset, len)?,
+            (false, true) => image.discard_to_any(offset, len)?,
+            (false, false) => image.discard_to_backing(offset, len)?,
+        }
+        // The tables on disk may still name these clusters. Who follows them after a crash finds zeros, which is right.
+        for (offset, len) in freed {
+            self.file.punch_hole(offset, len)?;
+        }
+        Ok(())
+    }
+
+    /// Pieces of the file, by offset and length, that hold whole clusters of a range of the disk and nothing else.
+    fn clusters_within(
+        &self,
+        image: &FormatAccess<ImageFile>,
+        offset: u64,
+        len: u64,
+    ) -> io::Result<Vec<(u64, u64)>> {
+        let cluster = self.header.cluster_size;
+        let mut at = offset.next_multiple_of(cluster);
+        let end = (offset + len) / cluster * cluster;
+        let mut pieces = Vec::new();
+        while at < end {
+            let (mapping, len) = image.get_mapping(at, end - at)?;
+            if let Mapping::Raw {
+                offset,
+                writable: true,
+                ..
+            } = mapping
+            {
+                pieces.push((offset, len));
+            }
+            at += len.max(1);
+        }
+        Ok(pieces)
+    }
+
+    fn write_zeros(&self, mut offset: u64, len: u64) -> io::Result<()> {
+        let end = offset + len;
+        while offset < end {
+            let n = (end - offset).min(ZEROS.len() as u64);
+            self.shared().write(&ZEROS[..n as usize], offset)?;
+            offset += n;
+        }
+        Ok(())
+    }
+}
+
+impl BlockBackend for Qcow2 {
+    fn len(&self) -> u64 {
+        self.header.size / SECTOR * SECTOR
+    }
+
+    fn read_only(&self) -> bool {
+        !self.file.writable()
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [IoSliceMut<'_>]) -> io::Result<()> {
+        check_range(offset, reads_len(into), self.len())?;
+        let slices: Vec<_> = into.iter_mut().map(|s| IoSliceMut::new(s)).collect();
+        self.shared().readv(slices.into(), offset)
+    }
+
+    fn write_at(&self, offset: u64, from: &[IoSlice<'_>]) -> io::Result<()> {
+        check_writable(self)?;
+        check_range(offset, writes_len(from), self.len())?;
+        self.shared().writev(from.to_vec().into(), offset)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        if self.read_only() {
+            return Ok(());
+        }
+        let image = self.shared();
+        image.flush()?;
+        image.sync()
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        check_writable(self)?;
+        check_range(offset, len, self.len())?;
+        match self.backed && !self.has_zero_clusters() {
+            true => Ok(()),
+            false => self.unmap(offset, len, false),
+        }
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
+        check_writable(self)?;
+        check_range(offset, len, self.len())?;
+        match (self.has_zero_clusters(), may_unmap) {
+            (true, true) => self.unmap(offset, len, true),
+            (true, false) => self.shared().write_zeroes(offset, len),
+            (false, _) => self.write_zeros(offset, len),
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! A host file as the crate `imago` wants it.
+//!
+//! The crate has a driver for files of its own, but that one locks out all other requests during a sync, and reads beyond the end of a
+//! file as zeros, so that a truncated image would lose data silently. Here a read that starts beyond the cluster that the file ends in
+//! is an error (`qemu-img check` calls such an image corrupt too).
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use imago::io_buffers::{IoVector, IoVectorMut};
+use imago::storage::drivers::CommonStorageHelper;
+use imago::storage::{PreallocateMode, Storage};
+
+use crate::file::HostFile;
+
+/// The file of an image.
+#[derive(Debug)]
+pub(crate) struct ImageFile {
+    file: Arc<HostFile>,
+    /// Where it ends by now; it only grows.
+    end: AtomicU64,
+    /// Reads may go beyond the end up to a multiple of this.
+    grain: u64,
+    helper: CommonStorageHelper,
+}
+
+impl ImageFile {
+    /// `grain` is the cluster size of the image, or 512 for raw ones.
+    pub fn new(file: Arc<HostFile>, grain: u64) -> ImageFile {
+        ImageFile {
+            end: AtomicU64::new(file.len()),
+            file,
+            grain,
+            helper: CommonStorageHelper::default(),
+        }
+    }
+
+    fn grown(&self, end: u64) {
+        self.end.fetch_max(end, Ordering::Relaxed);
+    }
+
+    fn readable_end(&self) -> u64 {
+        self.end
+            .load(Ordering::Relaxed)
+            .saturating_add(self.grain - 1)
+            / self.grain
+            * self.grain
+    }
+}
+
+impl fmt::Display for ImageFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.file.path().display().fmt(f)
+    }
+}
+
+impl Storage for ImageFile {
+    fn size(&self) -> io::Result<u64> {
+        Ok(self.end.load(Ordering::Relaxed))
+    }
+
+    fn get_filename(&self) -> Option<PathBuf> {
+        Some(self.file.path().to_owned())
+    }
+
+    unsafe fn pure_readv(&self, bufv: IoVectorMut<'_>, offset: u64) -> io::Result<()> {
+        let end = offset.checked_add(bufv.len());
+        if end.is_none_or(|end| end > self.readable_end()) {
+            return Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                "the image refers to what is beyond the end of its file",
+            ));
+        }
+        self.file.read_at(offset, bufv.into_inner()).map(|_| ())
+    }
+
+    unsafe fn pure_writev(&self, bufv: IoVector<'_>, offset: u64) -> io::Result<()> {
+        let end = offset.saturating_add(bufv.len());
+        self.file.write_at(offset, bufv.into_inner())?;
+        self.grown(end);
+        Ok(())
+    }
+
+    unsafe fn pure_write_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
+        // Not a hole: the image must not run out of storage where it was given some.
+        self.file.write_zeroes(offset, length)?;
+        let end = offset.saturating_add(length);
+        if end > self.end.load(Ordering::Relaxed) {
+            self.file.write_at(end - 1, vec![io::IoSlice::new(&[0])])?;
+            self.grown(end);
+        }
+        Ok(())
+    }
+
+    unsafe fn pure_discard(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.file.punch_hole(offset, length).map(|_| ())
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync()
+    }
+
+    unsafe fn invalidate_cache(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn get_storage_helper(&self) -> &CommonStorageHelper {
+        &self.helper
+    }
+
+    fn resize(&self, new_size: u64, _mode: PreallocateMode) -> io::Result<()> {
+        self.file.set_len(new_size)?;
+        self.end.store(new_size, Ordering::Relaxed);
+        Ok(())
+    }
+}

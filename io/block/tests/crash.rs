@@ -1,0 +1,128 @@
+//! SIGKILL at any moment: what was flushed is there, and the image is sound.
+//!
+//! The test starts itself as a process that writes and flushes, and tells after each flush how far it is. `DOPPEL_CRASH_ROUNDS` says
+//! how often it is killed (`cargo xtask disks` sets it).
+
+mod support;
+
+use std::io::{BufRead, BufReader, IoSlice, Write};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use doppel_block::{BlockBackend, Format, create};
+use support::{Random, Scratch, check, has_qemu_img, open_path, read};
+
+const DISK: u64 = 64 << 20;
+const BLOCK: u64 = 4096;
+const ME: &str = "DOPPEL_CRASH_DISK";
+
+/// Write number `n` of the run `seed`: where, and whether it is a discard. Of a run's writes no two touch a block.
+fn place(seed: u64, n: u64) -> u64 {
+    // A walk over all blocks in an order of its own: the step is odd, their number a power of two.
+    let blocks = DISK / BLOCK;
+    let step = Random(seed).next() | 1;
+    (n.wrapping_mul(step) % blocks) * BLOCK
+}
+
+fn content(seed: u64, n: u64) -> Vec<u8> {
+    let mut random = Random(seed ^ (n << 20));
+    (0..BLOCK / 8)
+        .flat_map(|_| random.next().to_le_bytes())
+        .collect()
+}
+
+/// The process that is killed.
+fn write_until_killed(disk: &dyn BlockBackend, seed: u64) {
+    let mut random = Random(!seed);
+    let mut out = std::io::stdout();
+    for n in 0..DISK / BLOCK / 2 {
+        let bytes = content(seed, n);
+        disk.write_at(place(seed, n), &[IoSlice::new(&bytes)])
+            .unwrap();
+        // A discard of what this run does not write keeps the allocator busy.
+        if random.below(16) == 0 {
+            let far = place(seed, n + DISK / BLOCK / 2);
+            disk.discard(far / 65536 * 65536, 0).unwrap();
+            disk.write_zeroes(far, BLOCK, true).unwrap();
+        }
+        if random.below(4) == 0 {
+            disk.flush().unwrap();
+            writeln!(out, "flushed {n}").unwrap();
+            out.flush().unwrap();
+        }
+    }
+}
+
+#[test]
+fn what_was_flushed_survives_a_kill_and_the_image_is_sound() {
+    if let Ok(text) = std::env::var(ME) {
+        let (seed, options) = text.split_once(' ').unwrap();
+        let disk = support::open(options).unwrap();
+        return write_until_killed(&*disk, seed.parse().unwrap());
+    }
+    let rounds = std::env::var("DOPPEL_CRASH_ROUNDS").map_or(3, |n| n.parse().unwrap());
+    let scratch = Scratch::new();
+    let base = scratch.file("base", &vec![3; DISK as usize]);
+    let plain = scratch.path("disk.qcow2");
+    let over = scratch.path("over.qcow2");
+    create(&plain, Format::Qcow2, DISK).unwrap();
+    let mut flushed = 0;
+    for round in 0..rounds {
+        let overlay = format!(",overlay={}", over.display());
+        for (path, options, image) in [(&plain, "", &plain), (&base, &*overlay, &over)] {
+            flushed += kill_one(path, options, round);
+            if has_qemu_img() {
+                let state = check(image);
+                assert!(
+                    state == 0 || state == 3,
+                    "round {round}: check says {state}"
+                );
+            }
+        }
+    }
+    eprintln!("{flushed} writes were flushed before {} kills", 2 * rounds);
+    assert!(flushed > 10 * rounds, "{flushed}");
+}
+
+/// Starts a writer, kills it after some time, and looks for what it said was flushed. How many writes that was.
+fn kill_one(path: &Path, options: &str, round: u64) -> u64 {
+    let seed = 1000 + round;
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args([
+            "--exact",
+            "what_was_flushed_survives_a_kill_and_the_image_is_sound",
+        ])
+        .arg("--nocapture")
+        .env(ME, format!("{seed} {}{options}", path.display()))
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let killer = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(150 + Random(seed).below(300)));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    });
+    let mut last = None;
+    for line in lines.map_while(Result::ok) {
+        // The harness writes to the same pipe, and the last line may be cut off.
+        if let Some(n) = line
+            .rsplit_once("flushed ")
+            .and_then(|(_, n)| n.parse().ok())
+        {
+            last = Some(n);
+        }
+    }
+    killer.join().unwrap();
+    let disk = open_path(path, options).unwrap();
+    let count: u64 = last.map_or(0, |n: u64| n + 1);
+    for n in 0..count {
+        let found = read(&*disk, place(seed, n), BLOCK as usize);
+        assert!(
+            found == content(seed, n),
+            "round {round}: write {n} of {count} is lost"
+        );
+    }
+    count
+}

@@ -1,0 +1,129 @@
+//! Images that a stranger made: headers and tables with random damage are refused, or give errors or any bytes, and nothing
+//! crashes, hangs or grows without bound.
+//!
+//! `DOPPEL_DISK_FUZZ` says how many images (`cargo xtask disks` sets it).
+
+mod support;
+
+use std::fs;
+use std::io::{IoSlice, IoSliceMut};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use doppel_block::{BlockBackend, Format, create};
+use support::{Random, Scratch, has_qemu_img, open_path, qemu_img, write};
+
+const DISK: u64 = 1 << 20;
+
+/// An image with data, zeros, compressed clusters where there is `qemu-img`, and few clusters in all.
+fn images(scratch: &Scratch) -> Vec<Vec<u8>> {
+    let path = scratch.path("seed.qcow2");
+    create(&path, Format::Qcow2, DISK).unwrap();
+    let disk = open_path(&path, "").unwrap();
+    write(&*disk, 0, &[7; 200_000 / 512 * 512]);
+    disk.write_zeroes(300_000 / 512 * 512, 131_072, true)
+        .unwrap();
+    drop(disk);
+    let mut images = vec![fs::read(&path).unwrap()];
+    if has_qemu_img() {
+        for options in [
+            "-c",
+            "-o cluster_size=512",
+            "-o compat=0.10",
+            "-c -o cluster_size=4k",
+        ] {
+            let to = scratch.path("variant.qcow2");
+            qemu_img(&format!("convert -O qcow2 {options}"), &[&path, &to]);
+            images.push(fs::read(to).unwrap());
+        }
+    }
+    images
+}
+
+/// Bytes and numbers that a table has none of.
+fn damage(image: &mut Vec<u8>, random: &mut Random) {
+    for _ in 0..1 + random.below(6) {
+        let area = [104, 512, 65536, image.len() as u64][random.below(4) as usize];
+        let at = random.below(area.min(image.len() as u64 - 8)) as usize;
+        let aligned = at / 8 * 8;
+        let value = match random.below(6) {
+            0 => 0,
+            1 => u64::MAX,
+            2 => random.next(),
+            3 => 1 << random.below(64),
+            4 => random.below(64) << 9,
+            _ => (random.below(image.len() as u64) / 512 * 512) | (random.below(4) << 62),
+        };
+        match random.below(3) {
+            0 => image[at] ^= 1 << random.below(8),
+            1 => image[aligned..aligned + 8].copy_from_slice(&value.to_be_bytes()),
+            _ => image[aligned..aligned + 4].copy_from_slice(&(value as u32).to_be_bytes()),
+        }
+    }
+    if random.below(8) == 0 {
+        image.truncate(random.below(image.len() as u64) as usize);
+    }
+}
+
+fn use_it(disk: &dyn BlockBackend, random: &mut Random) {
+    for _ in 0..24 {
+        let len = disk.len();
+        let sectors = len / 512;
+        let count = 1 + random.below(300).min(sectors.saturating_sub(1));
+        let offset = random.below(sectors.saturating_sub(count)) * 512;
+        let mut bytes = vec![0x5a; (count * 512) as usize];
+        // Whatever comes of these is right.
+        let _ = match random.below(6) {
+            0 | 1 => disk.read_at(offset, &mut [IoSliceMut::new(&mut bytes)]),
+            2 | 3 => disk.write_at(offset, &[IoSlice::new(&bytes)]),
+            4 => disk.flush(),
+            _ => match random.below(2) {
+                0 => disk.discard(offset, count * 512),
+                _ => disk.write_zeroes(offset, count * 512, random.below(2) == 0),
+            },
+        };
+    }
+}
+
+fn resident_kib() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|l| l.starts_with("VmHWM:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+fn one(path: &Path, seed: &[u8], random: &mut Random) -> bool {
+    let mut image = seed.to_vec();
+    damage(&mut image, random);
+    fs::write(path, &image).unwrap();
+    let options = [",format=qcow2", ",format=qcow2,ro"][random.below(2) as usize];
+    let Ok(disk) = open_path(path, options) else {
+        return false;
+    };
+    use_it(&*disk, random);
+    true
+}
+
+#[test]
+fn damaged_images_neither_crash_nor_hang_nor_grow() {
+    let count = std::env::var("DOPPEL_DISK_FUZZ").map_or(600, |n| n.parse().unwrap());
+    let scratch = Scratch::new();
+    let seeds = images(&scratch);
+    let path = scratch.path("damaged.qcow2");
+    let before = resident_kib();
+    let (mut opened, mut slowest) = (0, Duration::ZERO);
+    for number in 0..count {
+        let mut random = Random(number);
+        let seed = &seeds[random.below(seeds.len() as u64) as usize];
+        let start = Instant::now();
+        eprint!("\r{number} ");
+        opened += u64::from(one(&path, seed, &mut random));
+        slowest = slowest.max(start.elapsed());
+    }
+    let grown = (resident_kib() - before) >> 10;
+    eprintln!(
+        "{count} images, {opened} opened, the slowest took {slowest:?}, memory grew by {grown} MiB"
+    );
+    assert!(opened > count / 10, "{opened}");
+    assert!(slowest < Duration::from_secs(20), "{slowest:?}");
+    assert!(grown < 512, "{grown} MiB");
+}

@@ -1,0 +1,106 @@
+//! What tests of disks share: a scratch folder, `qemu-img` where the host has it, random numbers, short calls.
+#![allow(dead_code, reason = "each test file uses what it needs")]
+
+use std::fs;
+use std::io::{IoSlice, IoSliceMut};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+
+use doppel_block::{BlockBackend, BlockError, DiskSpec};
+
+/// A folder that goes when the test ends.
+pub struct Scratch(pub tempfile::TempDir);
+
+impl Scratch {
+    pub fn new() -> Scratch {
+        Scratch(tempfile::tempdir().unwrap())
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    pub fn file(&self, name: &str, content: &[u8]) -> PathBuf {
+        let path = self.path(name);
+        fs::write(&path, content).unwrap();
+        path
+    }
+}
+
+pub fn open(text: &str) -> Result<Arc<dyn BlockBackend>, BlockError> {
+    text.parse::<DiskSpec>()?.open()
+}
+
+pub fn open_path(path: &Path, options: &str) -> Result<Arc<dyn BlockBackend>, BlockError> {
+    open(&format!("{}{options}", path.display()))
+}
+
+pub fn complaint(path: &Path, options: &str) -> String {
+    let error = open_path(path, options).err().expect("opened");
+    error.to_string()
+}
+
+pub fn read(disk: &dyn BlockBackend, offset: u64, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0xee; len];
+    disk.read_at(offset, &mut [IoSliceMut::new(&mut bytes)])
+        .unwrap();
+    bytes
+}
+
+pub fn write(disk: &dyn BlockBackend, offset: u64, bytes: &[u8]) {
+    disk.write_at(offset, &[IoSlice::new(bytes)]).unwrap();
+}
+
+/// `qemu-img`, if the host has it.
+pub fn has_qemu_img() -> bool {
+    let found = Command::new("qemu-img").arg("--version").output().is_ok();
+    if !found {
+        eprintln!("SKIPPED: qemu-img is not installed (Debian: qemu-utils)");
+    }
+    found
+}
+
+/// Runs `qemu-img` with words and then paths; what it printed.
+pub fn qemu_img(words: &str, paths: &[&Path]) -> String {
+    let mut command = Command::new("qemu-img");
+    let output = command
+        .args(words.split_whitespace())
+        .args(paths)
+        .output()
+        .unwrap();
+    let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+    let complaints = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success(),
+        "qemu-img {words}: {printed}{complaints}"
+    );
+    printed
+}
+
+/// What `qemu-img check` makes of an image: 0 is sound, 3 has leaked clusters, 2 is corrupt.
+pub fn check(path: &Path) -> i32 {
+    let output = Command::new("qemu-img")
+        .arg("check")
+        .arg(path)
+        .output()
+        .unwrap();
+    output.status.code().unwrap()
+}
+
+/// SplitMix64.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound.max(1)
+    }
+}
