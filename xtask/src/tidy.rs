@@ -31,6 +31,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("io/device", &["memory"]),
     ("io/pc", &["io/device", "memory"]),
     ("io/block", &[]),
+    ("io/bootdisk", &["io/block"]),
     (
         "machine",
         &[
@@ -42,6 +43,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "io/device",
             "io/pc",
             "io/block",
+            "io/bootdisk",
         ],
     ),
     ("cli", &["machine"]),

@@ -115,7 +115,6 @@ fn damaged_images_neither_crash_nor_hang_nor_grow() {
         let mut random = Random(number);
         let seed = &seeds[random.below(seeds.len() as u64) as usize];
         let start = Instant::now();
-        eprint!("\r{number} ");
         opened += u64::from(one(&path, seed, &mut random));
         slowest = slowest.max(start.elapsed());
     }

@@ -1,0 +1,104 @@
+//! ext2, ext3 and ext4, through the crate `ext4-view`, which also reads what is only in the journal yet: after a crash of the guest
+//! its files are as the guest's own kernel would find them.
+
+use std::error::Error;
+use std::io;
+
+use ext4_view::Ext4Read;
+
+use super::{FileSystem, too_long};
+use crate::partition::Partition;
+use crate::reader::Reader;
+
+const MAGIC_AT: u64 = 1024 + 56;
+const MAGIC: [u8; 2] = [0x53, 0xef];
+
+/// An ext4 file system.
+pub struct Ext4(ext4_view::Ext4);
+
+impl Ext4 {
+    /// None where there is no such file system.
+    pub fn open(reader: &Reader, partition: &Partition) -> Option<Result<Ext4, String>> {
+        if reader.bytes(partition.start + MAGIC_AT).ok()? != MAGIC {
+            return None;
+        }
+        let piece = Piece {
+            reader: reader.clone(),
+            start: partition.start,
+            len: partition.len,
+        };
+        let opened = ext4_view::Ext4::load(Box::new(piece));
+        Some(opened.map(Ext4).map_err(|e| e.to_string()))
+    }
+}
+
+struct Piece {
+    reader: Reader,
+    start: u64,
+    len: u64,
+}
+
+impl Ext4Read for Piece {
+    fn read(
+        &mut self,
+        start_byte: u64,
+        dst: &mut [u8],
+    ) -> Result<(), Box<dyn Error + Send + Sync + 'static>> {
+        let end = start_byte.checked_add(dst.len() as u64);
+        if end.is_none_or(|end| end > self.len) {
+            return Err("beyond the end of the partition".into());
+        }
+        Ok(self.reader.read(self.start + start_byte, dst)?)
+    }
+}
+
+impl FileSystem for Ext4 {
+    fn list(&self, path: &str, most: usize) -> io::Result<Vec<String>> {
+        let entries = self.0.read_dir(path).map_err(io::Error::other)?;
+        let names = entries.take(most).filter_map(|entry| {
+            let name = entry.ok()?.file_name().as_str().ok()?.to_owned();
+            (name != "." && name != "..").then_some(name)
+        });
+        Ok(names.collect())
+    }
+
+    fn read(&self, path: &str, limit: u64) -> io::Result<Vec<u8>> {
+        let mut file = self.0.open(path).map_err(io::Error::other)?;
+        let len = file.metadata().len();
+        if len > limit {
+            return Err(too_long(len, limit));
+        }
+        let mut bytes = vec![0; len as usize];
+        let mut done = 0;
+        while done < bytes.len() {
+            let n = file
+                .read_bytes(&mut bytes[done..])
+                .map_err(io::Error::other)?;
+            if n == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            done += n;
+        }
+        Ok(bytes)
+    }
+
+    fn exists(&self, path: &str) -> bool {
+        self.0.exists(path).unwrap_or(false)
+    }
+
+    fn uuid(&self) -> String {
+        let digits: String = self
+            .0
+            .uuid()
+            .as_bytes()
+            .iter()
+            .map(|b| format!("{b:02x}"))
+            .collect();
+        let groups = [0..8, 8..12, 12..16, 16..20, 20..32];
+        groups.map(|group| digits[group].to_owned()).join("-")
+    }
+
+    fn kind(&self) -> &'static str {
+        "ext4"
+    }
+}
