@@ -2,6 +2,7 @@
 
 use crate::size;
 use clap::{Args, Parser, Subcommand};
+use doppel_machine::block::DiskSpec;
 use doppel_machine::{Backing, EngineChoice, Switch, TranslateOptions};
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -51,15 +52,21 @@ pub struct Run {
     /// What guest memory is made of on the host: anonymous, huge (pages of 2 MiB where there are any) or memfd.
     #[arg(long, value_name = "WHAT", default_value = "anonymous", value_parser = parse_backing)]
     pub memory_backing: Backing,
-    /// Kernel: a bzImage, or an ELF file with a PVH entry. Without one, the default guest.
+    /// A disk: FILE[,format=raw|qcow2][,ro][,overlay=FILE]. Without --kernel, what is on the first is booted.
+    #[arg(long, value_name = "FILE", value_parser = str::parse::<DiskSpec>)]
+    pub disk: Vec<DiskSpec>,
+    /// Kernel: a bzImage, or an ELF file with a PVH entry. Without one and without a disk, the default guest.
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
-    /// Initial RAM disk; without --kernel it takes the place of the default guest's.
+    /// Initial RAM disk; without --kernel it takes the place of the disk's or the default guest's.
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
-    /// The kernel's command line, "console=ttyS0" unless given.
+    /// The kernel's command line: "console=ttyS0" unless given, or what the disk says.
     #[arg(long, value_name = "STRING")]
     pub cmdline: Option<String>,
+    /// Added to the kernel's command line, whatever it is.
+    #[arg(long, value_name = "STRING", default_value = "")]
+    pub append: String,
     /// Where the first serial port leads: stdio, none or file=PATH.
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     pub serial: Serial,

@@ -8,10 +8,11 @@ use crate::size;
 use crate::terminal::console::Console;
 use crate::terminal::{self, Raw};
 use anyhow::{Context, Result, bail};
+use doppel_machine::block::{BlockBackend, DiskSpec};
 use doppel_machine::explain::{Observers, Profile};
 use doppel_machine::{
-    Death, Ending, Machine, MachineConfig, SerialBackend, Stats, StopHandle, Switch,
-    TranslateOptions,
+    BootDisk, Death, Ending, KernelSource, Machine, MachineConfig, SerialBackend, Stats,
+    StopHandle, Switch, TranslateOptions,
 };
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -50,7 +51,8 @@ pub fn run_observed(
     }
     size::check(args.memory, size::of_host())?;
     let stats = args.stats.as_deref().map(StatsFile::create).transpose()?;
-    let boot = Boot::choose(args)?;
+    let disks = open_disks(args)?;
+    let boot = Boot::choose(args, &disks)?;
     let signals = Signals::block()?;
     let console = Console::open(&args.serial)?;
     let observers = Observers {
@@ -75,21 +77,38 @@ pub fn run_observed(
     Ok(report(&ending?, order.as_ref()))
 }
 
+/// The disks, open and locked for as long as the machine runs.
+fn open_disks(args: &Run) -> Result<Vec<Arc<dyn BlockBackend>>> {
+    let open = |spec: &DiskSpec| spec.open().context("--disk");
+    args.disk.iter().map(open).collect()
+}
+
 /// What is to be booted.
 struct Boot {
-    kernel: PathBuf,
+    kernel: KernelSource,
     initrd: Option<PathBuf>,
     cmdline: String,
 }
 
 impl Boot {
-    fn choose(args: &Run) -> Result<Boot> {
+    fn choose(args: &Run, disks: &[Arc<dyn BlockBackend>]) -> Result<Boot> {
         let given = args.cmdline.clone();
         if let Some(kernel) = &args.kernel {
             return Ok(Boot {
-                kernel: kernel.clone(),
+                kernel: kernel.into(),
                 initrd: args.initrd.clone(),
                 cmdline: given.unwrap_or_else(|| "console=ttyS0".to_owned()),
+            });
+        }
+        if let (Some(spec), Some(disk)) = (args.disk.first(), disks.first()) {
+            return Ok(Boot {
+                kernel: KernelSource::Disk(BootDisk {
+                    disk: disk.clone(),
+                    name: spec.path.clone(),
+                    cmdline: given,
+                }),
+                initrd: args.initrd.clone(),
+                cmdline: String::new(),
             });
         }
         let progress = |line: &str| eprintln!("doppel: {line}");
@@ -97,7 +116,7 @@ impl Boot {
             "the default guest could not be assembled; name a kernel of your own with --kernel FILE (and --initrd FILE)",
         )?;
         Ok(Boot {
-            kernel: guest.kernel,
+            kernel: guest.kernel.into(),
             initrd: Some(args.initrd.clone().unwrap_or(guest.initrd)),
             cmdline: given.unwrap_or_else(|| default_cmdline(&args.serial)),
         })
@@ -127,7 +146,9 @@ fn configuration(args: &Run, boot: Boot, console: &Console) -> MachineConfig {
         memory: args.memory,
         memory_backing: args.memory_backing,
         initrd: boot.initrd,
-        cmdline: boot.cmdline,
+        cmdline: format!("{} {}", boot.cmdline, args.append)
+            .trim()
+            .to_owned(),
         serial: SerialBackend { sink, source },
         no_reboot: args.no_reboot,
         debug_exit: args.debug_exit,

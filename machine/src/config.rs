@@ -6,6 +6,7 @@ use doppel_memory::Backing;
 use doppel_translate::TranslateOptions;
 use doppel_translate::explain::Observers;
 
+use crate::boot::KernelSource;
 use crate::engine::EngineChoice;
 use crate::serial::SerialBackend;
 
@@ -20,11 +21,11 @@ pub struct MachineConfig {
     pub memory: u64,
     /// What it is made of on the host.
     pub memory_backing: Backing,
-    /// bzImage or ELF with a PVH note.
-    pub kernel: PathBuf,
-    /// Initial RAM disk.
+    /// The kernel, or the disk that has one.
+    pub kernel: KernelSource,
+    /// Initial RAM disk; takes the place of the one on a boot disk.
     pub initrd: Option<PathBuf>,
-    /// Kernel command line.
+    /// Kernel command line; with a boot disk, what is added to the one that it has.
     pub cmdline: String,
     /// The other end of COM1.
     pub serial: SerialBackend,
@@ -42,7 +43,7 @@ pub struct MachineConfig {
 
 impl MachineConfig {
     /// A machine of one vCPU and 512 MiB that boots `kernel`, with nobody at its serial port.
-    pub fn new(kernel: impl Into<PathBuf>) -> Self {
+    pub fn new(kernel: impl Into<KernelSource>) -> Self {
         MachineConfig {
             engine: EngineChoice::Auto,
             cpus: 1,

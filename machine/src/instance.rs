@@ -8,7 +8,7 @@ use doppel_translate::{Translate, TranslateOptions};
 use doppel_x86::interpret::Interpret;
 use doppel_x86::{Activity, Cpu, CpuidModel, Engine};
 
-use crate::boot::{self, BootSource, Entry};
+use crate::boot::{self, BootError, BootFile, BootSource, Entry, KernelSource};
 use crate::config::MachineConfig;
 use crate::control::{Cause, Control};
 use crate::cpu_bus::CpuBus;
@@ -122,12 +122,24 @@ impl Instance {
 fn load(config: &MachineConfig, ram: &GuestRam) -> Result<Entry, MachineError> {
     let rsdp = acpi::place_tables(ram, config.cpus)?;
     smbios::place_tables(ram)?;
-    let source = BootSource {
-        kernel: config.kernel.clone(),
-        initrd: config.initrd.clone(),
-        cmdline: config.cmdline.clone(),
+    Ok(boot::load(ram, &boot_source(config)?, rsdp)?)
+}
+
+/// What is to be booted; a boot disk is read anew each time.
+fn boot_source(config: &MachineConfig) -> Result<BootSource, BootError> {
+    let source = match &config.kernel {
+        KernelSource::File(path) => BootSource {
+            kernel: path.into(),
+            initrd: None,
+            cmdline: config.cmdline.clone(),
+        },
+        KernelSource::Disk(disk) => disk.read(config.memory, &config.cmdline)?,
     };
-    Ok(boot::load(ram, &source, rsdp)?)
+    let given = config.initrd.as_ref().map(BootFile::from);
+    Ok(BootSource {
+        initrd: given.or(source.initrd),
+        ..source
+    })
 }
 
 /// The CPUs after reset, the first as the boot protocol wants it, with their TSCs in step.

@@ -36,10 +36,12 @@ mod smbios;
 mod stats;
 mod vcpu;
 
-pub use boot::BootError;
+pub use boot::{BootDisk, BootError, KernelSource};
 pub use config::MachineConfig;
 pub use control::StopHandle;
 pub use death::{Death, DeathCause};
+pub use doppel_block as block;
+pub use doppel_bootdisk as bootdisk;
 pub use doppel_device::{CharSink, CharSource, InputQueue, OutputQueue};
 pub use doppel_memory::Backing;
 pub use doppel_translate::{Switch, TranslateOptions, explain};

@@ -1,7 +1,7 @@
 //! Files that are loaded into guest RAM: kernels and initial RAM disks.
 //!
-//! Nothing in such a file is trusted: every read and every placement is checked. The host reads a file straight into guest RAM, so
-//! that its size costs no monitor memory and no second copy.
+//! Nothing in such a file is trusted: every read and every placement is checked. The host reads a file of its own straight into guest
+//! RAM, so that its size costs no monitor memory and no second copy; what comes from a disk of the guest is in memory already.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
@@ -13,17 +13,54 @@ use vm_memory::Bytes;
 
 use super::BootError;
 
+/// Where such a file is.
+#[derive(Clone, PartialEq, Eq)]
+pub enum BootFile {
+    /// On the host.
+    Host(PathBuf),
+    /// In memory, with a name for messages.
+    Memory(PathBuf, Vec<u8>),
+}
+
+impl Default for BootFile {
+    fn default() -> Self {
+        BootFile::Host(PathBuf::new())
+    }
+}
+
+impl<P: Into<PathBuf>> From<P> for BootFile {
+    fn from(path: P) -> Self {
+        BootFile::Host(path.into())
+    }
+}
+
 /// An open file of known size.
-#[derive(Debug)]
-pub struct Image {
-    file: File,
+pub struct Image<'a> {
+    content: Content<'a>,
     path: PathBuf,
     len: u64,
 }
 
-impl Image {
-    /// Opens a regular file for reading.
-    pub fn open(path: &Path) -> Result<Self, BootError> {
+enum Content<'a> {
+    File(File),
+    Bytes(&'a [u8]),
+}
+
+impl<'a> Image<'a> {
+    /// Opens a file for reading.
+    pub fn open(file: &'a BootFile) -> Result<Self, BootError> {
+        match file {
+            BootFile::Host(path) => Image::open_host(path),
+            BootFile::Memory(name, bytes) => Ok(Image {
+                content: Content::Bytes(bytes),
+                path: name.clone(),
+                len: bytes.len() as u64,
+            }),
+        }
+    }
+
+    /// Opens a regular file of the host.
+    fn open_host(path: &Path) -> Result<Self, BootError> {
         let io_error = |source| BootError::Io {
             path: path.to_owned(),
             source,
@@ -39,7 +76,7 @@ impl Image {
             return Err(BootError::NotAFile(path.to_owned()));
         }
         Ok(Image {
-            file,
+            content: Content::File(file),
             path: path.to_owned(),
             len: meta.len(),
         })
@@ -65,8 +102,14 @@ impl Image {
     /// Fills `out` from `offset`.
     pub fn read_at(&self, offset: u64, out: &mut [u8]) -> Result<(), BootError> {
         self.check(offset, out.len() as u64)?;
-        self.file
-            .read_exact_at(out, offset)
+        let file = match &self.content {
+            Content::File(file) => file,
+            Content::Bytes(bytes) => {
+                out.copy_from_slice(&bytes[offset as usize..][..out.len()]);
+                return Ok(());
+            }
+        };
+        file.read_exact_at(out, offset)
             .map_err(|source| match source.kind() {
                 // The file became shorter since it was opened.
                 io::ErrorKind::UnexpectedEof => self.truncated(),
@@ -87,8 +130,13 @@ impl Image {
         if !(ram.ranges().iter()).any(|r| r.start <= gpa && end <= r.end) {
             return Err(BootError::NoRam(gpa));
         }
+        let mut file = match &self.content {
+            Content::File(file) => file,
+            Content::Bytes(bytes) => {
+                return place(ram, gpa, &bytes[offset as usize..][..len as usize]);
+            }
+        };
         ram.populate(gpa, len);
-        let mut file = &self.file;
         let at = vm_memory::GuestAddress(gpa);
         file.seek(SeekFrom::Start(offset))
             .map_err(vm_memory::GuestMemoryError::IOError)

@@ -5,6 +5,7 @@
 //! in a CPU state ([`Entry`]). Every problem with a file is a [`BootError`] that names the file.
 
 mod bzimage;
+mod disk;
 mod entry;
 mod image;
 mod params;
@@ -13,11 +14,13 @@ mod pvh;
 use std::io;
 use std::path::PathBuf;
 
+use doppel_bootdisk::BootDiskError;
 use doppel_memory::GuestRam;
 
+pub use disk::{BootDisk, KernelSource};
 pub use entry::Entry;
 use image::Image;
-pub use image::place;
+pub use image::{BootFile, place};
 
 /// Why a kernel could not be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +58,14 @@ pub enum BootError {
         /// What it lacks.
         what: String,
     },
+    /// Nothing to boot on a disk.
+    #[error("{}: {source}", path.display())]
+    Disk {
+        /// The disk.
+        path: PathBuf,
+        /// What is missing.
+        source: BootDiskError,
+    },
     /// Not enough guest memory.
     #[error("{}: does not fit into guest memory: needs {need_mib} MiB, give the guest more with --memory", path.display())]
     TooBig {
@@ -83,12 +94,12 @@ pub enum BootError {
 }
 
 /// What to boot.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 pub struct BootSource {
     /// bzImage or ELF with a PVH note.
-    pub kernel: PathBuf,
+    pub kernel: BootFile,
     /// Initial RAM disk, passed as it is.
-    pub initrd: Option<PathBuf>,
+    pub initrd: Option<BootFile>,
     /// Kernel command line.
     pub cmdline: String,
 }
@@ -99,7 +110,7 @@ pub type RsdpAddress = u64;
 /// Loads everything into guest RAM and says how the boot CPU starts.
 pub fn load(ram: &GuestRam, source: &BootSource, rsdp: RsdpAddress) -> Result<Entry, BootError> {
     let kernel = Image::open(&source.kernel)?;
-    let initrd = source.initrd.as_deref().map(Image::open).transpose()?;
+    let initrd = source.initrd.as_ref().map(Image::open).transpose()?;
     let cmdline = source.cmdline.as_bytes();
     if cmdline.contains(&0) {
         return Err(BootError::CmdlineNul);
@@ -120,8 +131,8 @@ pub fn load(ram: &GuestRam, source: &BootSource, rsdp: RsdpAddress) -> Result<En
 /// Everything that a loader works with.
 pub(crate) struct Boot<'a> {
     pub ram: &'a GuestRam,
-    pub kernel: &'a Image,
-    pub initrd: Option<&'a Image>,
+    pub kernel: &'a Image<'a>,
+    pub initrd: Option<&'a Image<'a>>,
     pub cmdline: &'a [u8],
     pub rsdp: RsdpAddress,
 }

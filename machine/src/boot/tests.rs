@@ -92,11 +92,33 @@ fn boot(ram: &GuestRam, kernel: &[u8], initrd: Option<&[u8]>) -> Result<Entry, B
     let kernel = TempFile::new(kernel);
     let initrd = initrd.map(TempFile::new);
     let source = BootSource {
-        kernel: kernel.0.clone(),
-        initrd: initrd.as_ref().map(|f| f.0.clone()),
+        kernel: (&kernel.0).into(),
+        initrd: initrd.as_ref().map(|f| (&f.0).into()),
         cmdline: "console=ttyS0".into(),
     };
     load(ram, &source, 0xe0000)
+}
+
+/// A kernel that is in memory goes to the same place as one of the host.
+#[test]
+fn files_in_memory_are_loaded_like_files_of_the_host() {
+    let load = |kernel, initrd| {
+        let ram = GuestRam::new(64 * MIB).unwrap();
+        let source = BootSource {
+            kernel,
+            initrd: Some(initrd),
+            cmdline: "console=ttyS0".into(),
+        };
+        let entry = load(&ram, &source, 0xe0000).unwrap();
+        let bytes = bytes(&ram, MIB, 63 * MIB);
+        (format!("{entry:?}"), bytes)
+    };
+    for kernel in [bzimage(), elf()] {
+        let (a, b) = (TempFile::new(&kernel), TempFile::new(&[7; 5000]));
+        let memory = |bytes: &[u8]| BootFile::Memory("name".into(), bytes.to_vec());
+        let from_host = load((&a.0).into(), (&b.0).into());
+        assert!(from_host == load(memory(&kernel), memory(&[7; 5000])));
+    }
 }
 
 fn error(kernel: &[u8]) -> String {
@@ -195,7 +217,7 @@ fn files_that_are_no_kernel_are_named_so() {
     }
     let ram = GuestRam::new(64 * MIB).unwrap();
     let mut source = BootSource {
-        kernel: std::env::temp_dir(),
+        kernel: std::env::temp_dir().into(),
         ..BootSource::default()
     };
     let e = load(&ram, &source, 0).unwrap_err();
@@ -225,7 +247,7 @@ fn bzimages_that_cannot_be_entered_are_refused() {
     let kernel = TempFile::new(&bzimage());
     let ram = GuestRam::new(64 * MIB).unwrap();
     let source = BootSource {
-        kernel: kernel.0.clone(),
+        kernel: (&kernel.0).into(),
         ..long
     };
     let e = load(&ram, &source, 0).unwrap_err();
