@@ -1,5 +1,6 @@
 //! The command line.
 
+use crate::image::args::Image;
 use crate::size;
 use clap::{Args, Parser, Subcommand};
 use doppel_machine::block::DiskSpec;
@@ -33,6 +34,9 @@ pub enum Command {
     Explain(Explain),
     /// Assemble the default guest, or one of another Debian kernel, and print its files.
     Guest(Guest),
+    /// Make, show and copy images of disks; build one that boots Debian.
+    #[command(subcommand)]
+    Image(Image),
     /// Wait for the parent to die and give the terminal its settings back.
     #[command(hide = true, name = crate::terminal::WATCHDOG)]
     Watchdog,

@@ -4,6 +4,7 @@ pub mod args;
 pub mod assemble;
 pub mod explain;
 pub mod guest;
+pub mod image;
 pub mod run;
 pub mod signals;
 pub mod size;

@@ -31,6 +31,18 @@ fn a_new_image_is_empty_and_takes_no_room() {
 }
 
 #[test]
+fn new_images_of_one_size_are_equal_byte_for_byte() {
+    let scratch = Scratch::new();
+    let image = |name: &str| {
+        let path = scratch.path(name);
+        create(&path, Format::Qcow2, 64 * MIB).unwrap();
+        fs::read(path).unwrap()
+    };
+    let first = image("0");
+    (1..20).for_each(|n| assert!(image(&n.to_string()) == first, "{n}"));
+}
+
+#[test]
 fn a_discarded_range_gives_its_storage_back_to_the_host() {
     use std::os::unix::fs::MetadataExt;
     let scratch = Scratch::new();

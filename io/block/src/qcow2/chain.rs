@@ -5,7 +5,7 @@
 //! qcow2 may not name further files (see [`crate::Format`]).
 
 use std::fs;
-use std::io;
+use std::io::{self, IoSlice, IoSliceMut};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,6 +22,9 @@ use crate::file::HostFile;
 use crate::format::{Format, Look, look};
 
 type Driver = imago::qcow2::Qcow2<ImageFile>;
+
+/// Bytes at the start of a new image that its header has room in, a part of its first cluster.
+const HEAD_MAX: usize = 4096;
 
 /// Images one above the other. QEMU has no bound; nobody has so many.
 const DEPTH_MAX: usize = 64;
@@ -261,11 +264,19 @@ fn make(path: &Path, format: impl FnOnce(ImageFile) -> io::Result<()>) -> Result
     let file = Arc::new(HostFile::create(&work).map_err(|error| at(path, error))?);
     let storage = ImageFile::new(file.clone(), SECTOR);
     let result = format(storage)
+        .and_then(|()| sort_feature_names(&file))
         .and_then(|()| file.sync())
         .and_then(|()| fs::hard_link(&work, path))
         .map_err(BlockError::io(path));
     let _ = fs::remove_file(&work);
     result
+}
+
+fn sort_feature_names(file: &HostFile) -> io::Result<()> {
+    let mut head = vec![0; HEAD_MAX];
+    file.read_at(0, vec![IoSliceMut::new(&mut head)])?;
+    header::sort_feature_names(&mut head).map_err(io::Error::other)?;
+    file.write_at(0, vec![IoSlice::new(&head)])
 }
 
 /// The same error about the file that the user named.

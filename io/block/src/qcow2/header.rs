@@ -109,6 +109,30 @@ fn tables(head: &[u8], header: &Header, file_len: u64) -> Result<(), String> {
     Ok(())
 }
 
+/// The extension that names features, for messages of programs that do not know them.
+const FEATURE_NAMES: u64 = 0x6803_f857;
+const FEATURE_NAME_LEN: usize = 48;
+
+/// Puts the names of features, which `imago` writes in whatever order, into that of their numbers, so that equal images are equal byte for byte.
+/// `head` is the first cluster of a version 3 image.
+pub(crate) fn sort_feature_names(head: &mut [u8]) -> Result<(), String> {
+    let mut at = field(head, 100, 4)? as usize;
+    loop {
+        let (kind, len) = (field(head, at, 4)?, field(head, at + 4, 4)? as usize);
+        let data = head.get_mut(at + 8..at + 8 + len).ok_or(TRUNCATED)?;
+        match kind {
+            0 => return Ok(()),
+            FEATURE_NAMES => {
+                let mut names: Vec<_> = data.chunks(FEATURE_NAME_LEN).map(<[u8]>::to_vec).collect();
+                names.sort();
+                data.copy_from_slice(&names.concat());
+            }
+            _ => {}
+        }
+        at += 8 + len.next_multiple_of(8);
+    }
+}
+
 /// A big-endian number in the header.
 fn field(head: &[u8], at: usize, len: usize) -> Result<u64, String> {
     let bytes = head.get(at..at + len).ok_or(TRUNCATED)?;

@@ -1,0 +1,260 @@
+//! `doppel image`: disks that people have, made, shown and copied.
+//!
+//! [`build`] puts a distribution's packages on a disk that boots: mmdebstrap makes the system ([`debian`]), a tree holds it with owners
+//! and modes that an ordinary user could not give files ([`tree`]), e2fsprogs makes a file system of it ([`ext4`]), and that goes behind a
+//! partition table into the image. UUIDs follow from what goes in, times are no later than the release, and every order is that of
+//! the names, so that the same packages give the same image.
+
+pub mod args;
+mod debian;
+mod ext4;
+mod sources;
+mod tree;
+
+use anyhow::{Context, Result, bail};
+use args::{Build, Convert, Create, Image, Info};
+use doppel_machine::block::{self, BlockBackend, DiskSpec, Format};
+use doppel_machine::bootdisk::gpt::{self, Guid};
+use sha2::{Digest, Sha256};
+use std::fs::{self, File};
+use std::io::{IoSlice, IoSliceMut, Read};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+use tree::Tree;
+
+/// Does what was asked for.
+pub fn image(what: &Image) -> Result<()> {
+    match what {
+        Image::Build(args) => build(args),
+        Image::Create(args) => create(args),
+        Image::Info(args) => info(args),
+        Image::Convert(args) => convert(args),
+    }
+}
+
+/// Smallest disk for a Debian.
+const SIZE_MIN: u64 = 1 << 30;
+/// Bytes that are copied at a time, a cluster of a new qcow2 image.
+const PIECE: usize = 64 << 10;
+/// Days on which releases came out, in seconds: no file in an image is younger, unless SOURCE_DATE_EPOCH says otherwise.
+const RELEASES: &[(&str, u64)] = &[
+    ("bullseye", 1_628_899_200),
+    ("bookworm", 1_686_355_200),
+    ("trixie", 1_754_697_600),
+];
+
+/// The time that an image is from, in seconds since 1970.
+fn epoch(release: &str) -> Result<u64> {
+    if let Ok(text) = std::env::var("SOURCE_DATE_EPOCH") {
+        let what = "SOURCE_DATE_EPOCH is a number of seconds since 1970";
+        return text.parse().context(what);
+    }
+    let found = RELEASES.iter().find(|(name, _)| *name == release);
+    Ok(found.map_or(RELEASES[RELEASES.len() - 1].1, |(_, epoch)| *epoch))
+}
+
+fn build(args: &Build) -> Result<()> {
+    if args.output.exists() {
+        bail!(
+            "{} is there already; remove it or name another file",
+            args.output.display()
+        );
+    }
+    if args.size < SIZE_MIN || !args.size.is_multiple_of(gpt::ALIGNMENT) {
+        bail!("--size: a disk for Debian has whole MiB, and 1G at least");
+    }
+    let start = Instant::now();
+    let progress = |what: &str| eprintln!("doppel: {:4} s  {what}", start.elapsed().as_secs());
+    let release = match &args.system.release {
+        Some(release) => release.clone(),
+        None => sources::host_release()?,
+    };
+    let work = Work::new(&args.output)?;
+    progress(&format!("assembling Debian {release}"));
+    let mut tree = Tree::new(&work.0, epoch(&release)?);
+    debian::assemble(args, &release, &mut tree, &work.0, &progress)?;
+    debian::clean(&mut tree);
+    let identity = Identity::new(args, &release, &tree)?;
+    debian::furnish(&mut tree, args, &identity.file_system)?;
+    progress("making the file system");
+    let table = gpt::new_table(args.size, identity.disk, identity.partition);
+    let look = ext4::Look {
+        len: table.len,
+        uuid: &identity.file_system,
+        epoch: epoch(&release)?,
+    };
+    let file_system = work.0.join("file-system");
+    ext4::make(&tree, &file_system, &look, &work.0)?;
+    progress("writing the image");
+    let image = work.0.join("image");
+    let disk = new_disk(&image, format_of(&args.output), args.size)?;
+    write(&*disk, 0, &table.head)?;
+    copy(&mut File::open(&file_system)?, &*disk, table.start)?;
+    write(&*disk, args.size - table.tail.len() as u64, &table.tail)?;
+    finish(disk, &image, &args.output)?;
+    progress(&format!("{} is ready", args.output.display()));
+    eprintln!(
+        "doppel: boot it with: doppel run --disk {}",
+        args.output.display()
+    );
+    Ok(())
+}
+
+/// A folder for scratch files beside the image, which goes when it is dropped.
+struct Work(PathBuf);
+
+impl Work {
+    fn new(output: &Path) -> Result<Work> {
+        let name = output.file_name().context("OUT needs the name of a file")?;
+        let name = format!(".{}.partial-{}", name.to_string_lossy(), std::process::id());
+        let path = std::path::absolute(output)?.with_file_name(name);
+        fs::create_dir(&path).with_context(|| path.display().to_string())?;
+        Ok(Work(path))
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// The names that tell this disk from all others: they follow from what is on it.
+struct Identity {
+    disk: Guid,
+    partition: Guid,
+    file_system: String,
+}
+
+impl Identity {
+    fn new(args: &Build, release: &str, tree: &Tree) -> Result<Identity> {
+        let key = args.ssh_key.as_ref().map(fs::read).transpose()?;
+        let mut inputs = Sha256::new();
+        for input in [
+            release.as_bytes(),
+            args.hostname.as_bytes(),
+            &args.size.to_le_bytes(),
+            &key.unwrap_or_default(),
+            tree.text("var/lib/dpkg/status")?.as_bytes(),
+        ] {
+            inputs.update((input.len() as u64).to_le_bytes());
+            inputs.update(input);
+        }
+        let guid = |what: &str| uuid(inputs.clone().chain_update(what));
+        Ok(Identity {
+            disk: guid("disk"),
+            partition: guid("partition"),
+            file_system: guid("file system").to_string(),
+        })
+    }
+}
+
+/// A UUID of version 8 ("custom", RFC 9562) made of a hash.
+fn uuid(hash: Sha256) -> Guid {
+    let mut bytes = [0; 16];
+    bytes.copy_from_slice(&hash.finalize()[..16]);
+    // As it stands on disk, the third group is little-endian.
+    bytes[7] = bytes[7] & 0x0f | 0x80;
+    bytes[8] = bytes[8] & 0x3f | 0x80;
+    Guid(bytes)
+}
+
+fn format_of(path: &Path) -> Format {
+    let extension = path.extension().and_then(|e| e.to_str());
+    match extension {
+        Some("raw" | "img") => Format::Raw,
+        _ => Format::Qcow2,
+    }
+}
+
+type Disk = std::sync::Arc<dyn BlockBackend>;
+
+fn new_disk(path: &Path, format: Format, size: u64) -> Result<Disk> {
+    block::create(path, format, size)?;
+    let mut spec = DiskSpec::new(path);
+    spec.format = Some(format);
+    Ok(spec.open()?)
+}
+
+fn write(disk: &dyn BlockBackend, offset: u64, bytes: &[u8]) -> Result<()> {
+    let what = || format!("writing the image at {offset:#x}");
+    disk.write_at(offset, &[IoSlice::new(bytes)])
+        .with_context(what)
+}
+
+/// Copies what is not zeros.
+fn copy(from: &mut impl Read, to: &dyn BlockBackend, mut offset: u64) -> Result<()> {
+    let mut piece = vec![0; PIECE];
+    loop {
+        // Pieces end where clusters do.
+        let room = PIECE - offset as usize % PIECE;
+        let mut n = 0;
+        while n < room {
+            match from.read(&mut piece[n..room])? {
+                0 => break,
+                more => n += more,
+            }
+        }
+        if n == 0 {
+            return Ok(());
+        }
+        if piece[..n].iter().any(|byte| *byte != 0) {
+            write(to, offset, &piece[..n])?;
+        }
+        offset += n as u64;
+    }
+}
+
+/// Makes the image durable and gives it its name, if nobody has taken that meanwhile.
+fn finish(disk: Disk, image: &Path, output: &Path) -> Result<()> {
+    disk.flush().context("writing the image")?;
+    drop(disk);
+    fs::hard_link(image, output).with_context(|| output.display().to_string())
+}
+
+fn create(args: &Create) -> Result<()> {
+    if args.size == 0 {
+        bail!("a disk has one sector at least");
+    }
+    Ok(block::create(&args.path, args.format, args.size)?)
+}
+
+fn info(args: &Info) -> Result<()> {
+    let info = block::info(&args.path, args.format)?;
+    let mib = |bytes: u64| format!("{bytes} bytes ({:.1} MiB)", bytes as f64 / 1048576.0);
+    println!("format:      {}", info.format);
+    println!("disk:        {}", mib(info.disk_len));
+    println!("on the host: {}", mib(info.host_len));
+    if let Some(cluster) = info.cluster_size {
+        println!("clusters:    {cluster} bytes");
+    }
+    if let Some((name, format)) = info.backing {
+        let format = format.unwrap_or_else(|| "guessed".to_owned());
+        println!("stands on:   {name} (format: {format})");
+    }
+    Ok(())
+}
+
+fn convert(args: &Convert) -> Result<()> {
+    let mut from = DiskSpec::new(&args.from);
+    (from.format, from.read_only) = (args.from_format, true);
+    let from = from.open()?;
+    let work = Work::new(&args.to)?;
+    let image = work.0.join("image");
+    let to = new_disk(&image, args.format, from.len())?;
+    copy(&mut Reading(&*from, 0), &*to, 0)?;
+    finish(to, &image, &args.to)
+}
+
+/// A disk read from its start to its end.
+struct Reading<'a>(&'a dyn BlockBackend, u64);
+
+impl Read for Reading<'_> {
+    fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
+        let n = (self.0.len() - self.1).min(into.len() as u64) as usize;
+        self.0
+            .read_at(self.1, &mut [IoSliceMut::new(&mut into[..n])])?;
+        self.1 += n as u64;
+        Ok(n)
+    }
+}
