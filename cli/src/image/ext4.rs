@@ -111,8 +111,8 @@ fn fill(tree: &Tree, image: &Path, look: &Look, work: &Path) -> Result<()> {
 struct Commands {
     text: String,
     folder: Option<String>,
-    /// Names of each file that has several.
-    names: BTreeMap<String, u32>,
+    /// Further names of files that have several.
+    names: BTreeMap<String, Vec<String>>,
     attributes: PathBuf,
     count: u32,
 }
@@ -131,12 +131,11 @@ impl Commands {
     fn add(&mut self, path: &str, node: &Node) -> Result<()> {
         let (folder, name) = path.rsplit_once('/').unwrap_or(("", path));
         if let Kind::Hardlink(target) = &node.kind {
-            *self.names.entry(target.clone()).or_insert(1) += 1;
-            return self.line(&[
-                "ln",
-                &quoted(&format!("/{target}"))?,
-                &quoted(&format!("/{path}"))?,
-            ]);
+            self.names
+                .entry(target.clone())
+                .or_default()
+                .push(path.to_owned());
+            return Ok(());
         }
         if self.folder.as_deref() != Some(folder) {
             self.line(&["cd", &quoted(&format!("/{folder}"))?])?;
@@ -199,10 +198,14 @@ impl Commands {
         Ok(())
     }
 
-    /// debugfs does not count links by itself.
+    /// Further names, once all files are there. debugfs does not count them by itself.
     fn links(&mut self) -> Result<()> {
-        for (path, count) in std::mem::take(&mut self.names) {
+        for (path, names) in std::mem::take(&mut self.names) {
             let path = quoted(&format!("/{path}"))?;
+            for name in &names {
+                self.line(&["ln", &path, &quoted(&format!("/{name}"))?])?;
+            }
+            let count = names.len() + 1;
             self.line(&["sif", &path, "links_count", &count.to_string()])?;
         }
         Ok(())

@@ -258,3 +258,179 @@ impl Read for Reading<'_> {
         Ok(n)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UUID: &str = "01234567-89ab-8def-8123-456789abcdef";
+
+    /// A small system as a tar stream, in whatever order.
+    fn system(reverse: bool) -> Vec<u8> {
+        let mut members = vec![
+            ("./", b'5', 0o755, 0, ""),
+            ("./boot/", b'5', 0o755, 0, ""),
+            (
+                "./boot/vmlinuz-6.1.0-9-cloud-amd64",
+                b'0',
+                0o644,
+                0,
+                "the kernel",
+            ),
+            (
+                "./boot/initrd.img-6.1.0-9-cloud-amd64",
+                b'0',
+                0o600,
+                0,
+                "the RAM disk",
+            ),
+            ("./etc/", b'5', 0o755, 0, ""),
+            ("./etc/shadow", b'0', 0o640, 42, "root:*:1::::::"),
+            ("./etc/shadow-", b'0', 0o640, 42, "old"),
+            ("./etc/a \"quoted\" name", b'0', 0o644, 0, "x"),
+            ("./usr/", b'5', 0o755, 0, ""),
+            ("./usr/su", b'0', 0o4755, 0, "su"),
+            ("./var/lib/dpkg/status", b'0', 0o644, 0, "Package: base\n"),
+            ("./var/log/dpkg.log", b'0', 0o644, 0, "today"),
+            (
+                "./zlink",
+                b'2',
+                0o777,
+                0,
+                "boot/vmlinuz-6.1.0-9-cloud-amd64",
+            ),
+            ("./etc/hard", b'1', 0o4755, 0, "./usr/su"),
+            ("./dev/null", b'3', 0o666, 0, ""),
+        ];
+        if reverse {
+            members.reverse();
+        }
+        let mut archive = tar::Builder::new(Vec::new());
+        for (path, kind, mode, gid, content) in members {
+            let mut header = tar::Header::new_gnu();
+            header.set_entry_type(tar::EntryType::new(kind));
+            header.set_mode(mode);
+            header.set_uid(0);
+            header.set_gid(gid);
+            header.set_mtime(1_600_000_000);
+            header.set_device_major(1).unwrap();
+            header.set_device_minor(3).unwrap();
+            if matches!(kind, b'1' | b'2') {
+                header.set_size(0);
+                archive.append_link(&mut header, path, content).unwrap();
+            } else {
+                header.set_size(content.len() as u64);
+                archive
+                    .append_data(&mut header, path, content.as_bytes())
+                    .unwrap();
+            }
+        }
+        archive.into_inner().unwrap()
+    }
+
+    fn has_tools() -> bool {
+        let found = Path::new("/sbin/mke2fs").exists() && Path::new("/sbin/debugfs").exists();
+        if !found {
+            eprintln!("SKIPPED: e2fsprogs is not installed");
+        }
+        found
+    }
+
+    fn file_system(work: &Work, reverse: bool) -> PathBuf {
+        let store = work.0.join(format!("store-{reverse}"));
+        fs::create_dir(&store).unwrap();
+        let mut tree = Tree::new(&store, 1_650_000_000);
+        tree.read(&*system(reverse)).unwrap();
+        debian::clean(&mut tree);
+        tree.file("etc/fstab", 0o644, b"").unwrap();
+        let image = work.0.join(format!("image-{reverse}"));
+        let look = ext4::Look {
+            len: 32 << 20,
+            uuid: UUID,
+            epoch: 1_650_000_000,
+        };
+        ext4::make(&tree, &image, &look, &store).unwrap();
+        image
+    }
+
+    fn work(name: &str) -> Work {
+        Work::new(&std::env::temp_dir().join(name)).unwrap()
+    }
+
+    /// What `debugfs` says to a request.
+    fn debugfs(image: &Path, request: &str) -> String {
+        let mut command = std::process::Command::new("/sbin/debugfs");
+        let output = command.args(["-R", request]).arg(image).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    #[test]
+    fn a_file_system_has_owners_modes_links_and_times_and_depends_on_nothing_else() {
+        if !has_tools() {
+            return;
+        }
+        let work = work("doppel-image-file-system");
+        let image = file_system(&work, false);
+        let stat = |path: &str| debugfs(&image, &format!("stat {path}"));
+        let shadow = stat("/etc/shadow");
+        assert!(
+            shadow.contains("Mode:  0640") && shadow.contains("Group:    42"),
+            "{shadow}"
+        );
+        assert!(shadow.contains("mtime: 0x5f5e1000"), "{shadow}");
+        let su = stat("/etc/hard");
+        assert!(
+            su.contains("Mode:  04755") && su.contains("Links: 2"),
+            "{su}"
+        );
+        let names = debugfs(&image, "ls -p /etc");
+        assert!(
+            names.contains("a \"quoted\" name") && !names.contains("shadow-"),
+            "{names}"
+        );
+        assert!(!debugfs(&image, "ls -p /var/log").contains("dpkg.log"));
+        let other = file_system(&work, true);
+        assert!(
+            fs::read(image).unwrap() == fs::read(other).unwrap(),
+            "the order of the tar stream shows"
+        );
+    }
+
+    #[test]
+    fn what_is_built_is_found_by_the_boot_loader() {
+        if !has_tools() {
+            return;
+        }
+        let work = work("doppel-image-boot");
+        let file_system = file_system(&work, false);
+        let size = 40 << 20;
+        let table = gpt::new_table(size, Guid([1; 16]), Guid([2; 16]));
+        let disk = new_disk(&work.0.join("disk"), Format::Qcow2, size).unwrap();
+        write(&*disk, 0, &table.head).unwrap();
+        copy(&mut File::open(&file_system).unwrap(), &*disk, table.start).unwrap();
+        let found = doppel_machine::bootdisk::find(&disk, 1 << 20).unwrap();
+        assert_eq!(found.kernel, b"the kernel");
+        assert_eq!(found.initrd.as_deref(), Some(&b"the RAM disk"[..]));
+        assert_eq!(found.cmdline, format!("root=UUID={UUID} ro"));
+    }
+
+    #[test]
+    fn a_file_system_that_is_too_small_is_an_error_that_says_so() {
+        if !has_tools() {
+            return;
+        }
+        let work = work("doppel-image-small");
+        let mut tree = Tree::new(&work.0, 0);
+        let random: Vec<u8> = (0..12u32 << 20)
+            .map(|n| (n.wrapping_mul(n) >> 7) as u8)
+            .collect();
+        tree.file("big", 0o644, &random).unwrap();
+        let look = ext4::Look {
+            len: 8 << 20,
+            uuid: UUID,
+            epoch: 0,
+        };
+        let error = ext4::make(&tree, &work.0.join("image"), &look, &work.0).unwrap_err();
+        assert!(error.to_string().contains("--size"), "{error:#}");
+    }
+}

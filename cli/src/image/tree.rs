@@ -2,7 +2,7 @@
 //! that depends on nothing but the names.
 
 use anyhow::{Context, Result};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -62,7 +62,40 @@ impl Tree {
         }
         // What comes after the end, lest the writer dies of a closed pipe.
         io::copy(&mut archive.into_inner(), &mut io::sink())?;
+        self.order_links();
+        let paths = self.nodes.keys().filter_map(|path| path.rsplit_once('/'));
+        let folders: BTreeSet<String> = paths.map(|(folder, _)| folder.to_owned()).collect();
+        folders.iter().for_each(|folder| self.directory(folder));
         Ok(())
+    }
+
+    /// Of the names of a file, the first is the file and the others are links, whichever came first in the stream.
+    fn order_links(&mut self) {
+        let mut names: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for (path, node) in &self.nodes {
+            if let Kind::Hardlink(target) = &node.kind {
+                names.entry(target.clone()).or_default().push(path.clone());
+            }
+        }
+        for (target, mut paths) in names {
+            let Some(node) = self.nodes.get(&target).cloned() else {
+                continue;
+            };
+            paths.push(target);
+            paths.sort();
+            let first = paths.remove(0);
+            for path in paths {
+                let kind = Kind::Hardlink(first.clone());
+                self.nodes.insert(
+                    path,
+                    Node {
+                        kind,
+                        ..node.clone()
+                    },
+                );
+            }
+            self.nodes.insert(first, node);
+        }
     }
 
     fn add(&mut self, mut entry: tar::Entry<impl Read>) -> Result<()> {

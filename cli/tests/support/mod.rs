@@ -236,8 +236,8 @@ impl Boot {
         self
     }
 
-    /// The kernel and initramfs as files, to start whatever way.
-    fn prepare(self) -> (PathBuf, PathBuf, Scratch) {
+    /// The kernel and initramfs as files, to start whatever way; they last as long as the scratch directory.
+    pub fn prepare(self) -> (PathBuf, PathBuf, Scratch) {
         let mut initrd = fs::read(&self.guest.initrd).unwrap();
         initrd.extend(self.overlay.finish());
         let path = self.scratch.path("initrd");
