@@ -8,6 +8,7 @@
 //! lies inside the mapping of some [`GuestRam`], with the access that was asked for in bounds.
 
 mod access_unsafe;
+mod dma;
 mod large;
 mod mapping_unsafe;
 mod peer;
@@ -17,6 +18,7 @@ mod track;
 mod walk;
 
 pub use access_unsafe::{HostPtr, Word};
+pub use dma::{DmaBitmap, DmaSlice, GuestSlice, GuestView};
 pub use large::LargePages;
 pub use peer::{Asked, InGuest, MOST_CPUS, Peer, Requests};
 pub use ram::{Backing, GuestRam, HIGH_START, HOLE_START, RamError, VGA_HOLE};

@@ -11,8 +11,10 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr::NonNull;
+use std::sync::Arc;
 
-use crate::{Backing, HostPtr};
+use crate::dma::{DmaBitmap, DmaWatch};
+use crate::{Backing, GuestView, HostPtr};
 
 const HUGE_PAGE: usize = 2 << 20;
 const NAME: &std::ffi::CStr = c"doppel-guest-ram";
@@ -182,31 +184,32 @@ fn reserve(len: usize) -> io::Result<NonNull<u8>> {
     NonNull::new(p.cast()).ok_or_else(|| io::Error::other("mmap returned null"))
 }
 
-/// Wraps pieces of the mapping as `vm-memory` regions, for the crates of that family.
-///
-/// `(guest address, offset in the mapping, size)` each; the caller keeps `mapping` alive longer.
+/// Wraps pieces of the mapping as `vm-memory` regions, for the crates of that family: `(guest address, offset in the mapping, size)`
+/// each. The regions keep the mapping alive, and `watch` hears of every write through them.
 pub(crate) fn vm_memory_view(
-    mapping: &Mapping,
+    mapping: &Arc<Mapping>,
     pieces: &[(u64, usize, usize)],
-) -> Result<vm_memory::GuestMemoryMmap, String> {
+    watch: &DmaWatch,
+) -> Result<GuestView, String> {
     let mut regions = Vec::new();
     for &(guest, offset, size) in pieces {
         assert!(offset + size <= mapping.len);
-        // SAFETY: the range lies inside the mapping (asserted), which is readable and writable
-        // there, and `GuestRam` drops the view before the mapping (field order).
-        let region = unsafe {
-            vm_memory::MmapRegion::build_raw(
-                mapping.base.as_ptr().add(offset),
-                size,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_NORESERVE,
-            )
-        }
-        .map_err(|e| e.to_string())?;
+        let bitmap = DmaBitmap {
+            watch: watch.clone(),
+            start: guest,
+            _mapping: mapping.clone(),
+        };
+        let region = vm_memory::mmap::MmapRegionBuilder::new_with_bitmap(size, bitmap)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_NORESERVE);
+        // SAFETY: the range lies inside the mapping (asserted), which is readable and writable there, and lives as long as
+        // the region, which owns the bitmap.
+        let region = unsafe { region.with_raw_mmap_pointer(mapping.base.as_ptr().add(offset)) };
+        let region = region.build().map_err(|e| e.to_string())?;
         regions.push(
             vm_memory::GuestRegionMmap::new(region, vm_memory::GuestAddress(guest))
                 .ok_or("a region of guest RAM wraps around the address space")?,
         );
     }
-    vm_memory::GuestMemoryMmap::from_regions(regions).map_err(|e| e.to_string())
+    GuestView::from_regions(regions).map_err(|e| e.to_string())
 }

@@ -5,10 +5,12 @@
 
 use std::fs::File;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::dma::DmaWatch;
 use crate::mapping_unsafe::{Mapping, vm_memory_view};
-use crate::{HostPtr, PAGE_MASK, PAGE_SIZE, PageTracker, Word};
+use crate::{GuestView, HostPtr, PAGE_MASK, PAGE_SIZE, PageTracker, Word};
 
 /// Where RAM below 4 GiB ends at the latest.
 pub const HOLE_START: u64 = 0xc000_0000;
@@ -48,12 +50,12 @@ pub enum Backing {
 /// The guest's RAM, shared by every vCPU and device of a machine.
 #[derive(Debug)]
 pub struct GuestRam {
-    // Dropped before the mapping that it points into.
-    view: vm_memory::GuestMemoryMmap,
-    mapping: Mapping,
+    view: GuestView,
+    mapping: Arc<Mapping>,
     low: u64,
     high: u64,
-    tracker: PageTracker,
+    tracker: Arc<PageTracker>,
+    watch: DmaWatch,
     /// Batches that the host was asked for, a bit each.
     populated: Vec<AtomicU64>,
 }
@@ -81,17 +83,21 @@ impl GuestRam {
         }
         let mapping =
             Mapping::new(end as usize, &pieces, backing).map_err(|e| RamError::Host(size, e))?;
+        let mapping = Arc::new(mapping);
+        let tracker = Arc::new(PageTracker::new(end / PAGE_SIZE));
+        let watch = DmaWatch::new(tracker.clone());
         let view_pieces: Vec<_> = pieces
             .iter()
             .map(|&(at, len)| (at as u64, at, len))
             .collect();
-        let view = vm_memory_view(&mapping, &view_pieces).map_err(RamError::View)?;
+        let view = vm_memory_view(&mapping, &view_pieces, &watch).map_err(RamError::View)?;
         Ok(GuestRam {
             view,
             mapping,
             low,
             high,
-            tracker: PageTracker::new(end / PAGE_SIZE),
+            tracker,
+            watch,
             populated: zeroed(end.div_ceil(BATCH * 64)),
         })
     }
@@ -203,8 +209,14 @@ impl GuestRam {
         &self.tracker
     }
 
-    /// The same memory as `vm-memory` sees it, for boot loaders and virtqueues.
-    pub fn view(&self) -> &vm_memory::GuestMemoryMmap {
+    /// Says who is called after a device wrote to translated code through [`Self::view`]: kick the engines. The first call counts.
+    pub fn on_code_written(&self, call: impl Fn() + Send + Sync + 'static) {
+        self.watch.on_code(Box::new(call));
+    }
+
+    /// The same memory as `vm-memory` sees it, for boot loaders and devices. Writes are noted as those of
+    /// [`Self::write_from_device`].
+    pub fn view(&self) -> &GuestView {
         &self.view
     }
 
