@@ -1,6 +1,7 @@
 //! The command line.
 
 use crate::image::args::Image;
+use crate::devices::Devices;
 use crate::size;
 use clap::{Args, Parser, Subcommand};
 use doppel_machine::block::DiskSpec;
@@ -74,6 +75,8 @@ pub struct Run {
     /// Where the first serial port leads: stdio, none or file=PATH.
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     pub serial: Serial,
+    #[command(flatten)]
+    pub devices: Devices,
     /// End (with status 0) when the guest asks for a reboot, instead of rebooting it.
     #[arg(long)]
     pub no_reboot: bool,

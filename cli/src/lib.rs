@@ -2,6 +2,7 @@
 
 pub mod args;
 pub mod assemble;
+pub mod devices;
 pub mod explain;
 pub mod guest;
 pub mod image;

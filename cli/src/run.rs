@@ -150,6 +150,7 @@ fn configuration(args: &Run, boot: Boot, console: &Console) -> MachineConfig {
             .trim()
             .to_owned(),
         serial: SerialBackend { sink, source },
+        devices: args.devices.configurations(),
         no_reboot: args.no_reboot,
         debug_exit: args.debug_exit,
         translate: translate_options(args),

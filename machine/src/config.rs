@@ -9,6 +9,7 @@ use doppel_translate::explain::Observers;
 use crate::boot::KernelSource;
 use crate::engine::EngineChoice;
 use crate::serial::SerialBackend;
+use crate::virtio::DeviceConfig;
 
 /// Everything that a machine is made of. [`MachineConfig::new`] has the defaults.
 #[derive(Clone, Debug)]
@@ -29,6 +30,8 @@ pub struct MachineConfig {
     pub cmdline: String,
     /// The other end of COM1.
     pub serial: SerialBackend,
+    /// Virtio devices, in the order of their PCI slots from 1 on; 31 at most.
+    pub devices: Vec<DeviceConfig>,
     /// End instead of starting again when the guest resets the machine.
     pub no_reboot: bool,
     /// Offer the debug-exit port 0xf4.
@@ -53,6 +56,7 @@ impl MachineConfig {
             initrd: None,
             cmdline: String::new(),
             serial: SerialBackend::none(),
+            devices: Vec::new(),
             no_reboot: false,
             debug_exit: false,
             translate: TranslateOptions::default(),

@@ -78,6 +78,7 @@ impl Instance {
             control,
             serial,
             sleepers: &sleepers,
+            ram: &ram,
         })?;
         let vcpus = engines
             .into_iter()
@@ -105,6 +106,7 @@ impl Instance {
             let vcpus = start(scope, control, vcpus);
             let cause = control.wait();
             let vcpus = vcpus.into_iter().map(|v| join(v?)).collect::<Vec<_>>();
+            pc.virtio.stop();
             pc.timers.stop();
             join(timers)?;
             let vcpus = vcpus.into_iter().collect::<Result<Vec<_>, _>>()?;

@@ -35,6 +35,7 @@ mod serial;
 mod smbios;
 mod stats;
 mod vcpu;
+mod virtio;
 
 pub use boot::{BootDisk, BootError, KernelSource};
 pub use config::MachineConfig;
@@ -49,3 +50,4 @@ pub use engine::{EngineChoice, EngineError, EngineKind, Selection};
 pub use machine::{Ending, Machine, MachineError};
 pub use serial::SerialBackend;
 pub use stats::{Exits, Seconds, Stats};
+pub use virtio::DeviceConfig;

@@ -5,7 +5,7 @@ use std::sync::{Arc, Weak};
 use doppel_device::{
     Backed, Bus, BusDevice, BusError, HostClock, InterruptInput, Line, Pin, Region, Timers, Wired,
 };
-use doppel_memory::HOLE_START;
+use doppel_memory::{GuestRam, HOLE_START};
 use doppel_pc::{
     AcpiPm, AcpiPmConfig, ApicBus, CpuApic, DebugExit, Ecam, HostBridge, I8042, I8254, I8259,
     IoApic, Kick, LocalApicConfig, Mc146818, PciBus, PciConfigPorts, Port92, Uart16550,
@@ -20,6 +20,7 @@ use crate::machine::MachineError;
 use crate::panic_watch::PanicWatch;
 use crate::serial::SerialLink;
 use crate::vcpu::Sleepers;
+use crate::virtio::VirtioFunctions;
 
 const KEYBOARD_IRQ: u8 = 1;
 const DEBUG_EXIT: u16 = 0xf4;
@@ -38,6 +39,8 @@ pub struct PcParts<'a> {
     pub serial: &'a SerialLink,
     /// Counts HLTs.
     pub sleepers: &'a Sleepers,
+    /// The guest's memory, for devices that reach it.
+    pub ram: &'a Arc<GuestRam>,
 }
 
 /// The wired chips.
@@ -54,6 +57,8 @@ pub struct Pc {
     pub timers: Arc<Timers>,
     /// What reads along on the serial console.
     pub watch: Arc<PanicWatch>,
+    /// Devices with threads of their own.
+    pub virtio: VirtioFunctions,
 }
 
 impl Pc {
@@ -63,7 +68,7 @@ impl Pc {
             .map_err(|e| MachineError::Host("a timer cannot be made", e))?;
         let apics = new_apics(&parts, &timers);
         let pic = new_pic(&apics, &timers);
-        let pc = Pc {
+        let mut pc = Pc {
             ports: Arc::new(Bus::new()),
             memory: Arc::new(Bus::new()),
             watch: PanicWatch::new(
@@ -75,12 +80,14 @@ impl Pc {
             pic,
             apics,
             timers,
+            virtio: VirtioFunctions::default(),
         };
         pc.attach_interrupt_controllers()?;
         pc.attach_timers(&parts)?;
         pc.attach_serial(&parts)?;
         pc.attach_power(&parts)?;
-        pc.attach_pci(&parts)?;
+        let pci = pc.attach_pci(&parts)?;
+        pc.virtio = VirtioFunctions::plug_in(&pc, &pci, &parts.config.devices, parts.ram)?;
         Ok(pc)
     }
 
@@ -161,14 +168,15 @@ impl Pc {
         Ok(())
     }
 
-    fn attach_pci(&self, parts: &PcParts) -> Result<(), MachineError> {
+    fn attach_pci(&self, parts: &PcParts) -> Result<Arc<PciBus>, MachineError> {
         let bus = PciBus::new();
         bus.insert(0, 0, HostBridge::new())?;
         let ports = PciConfigPorts::new(bus.clone(), parts.control.clone());
         self.at_ports(&[(0xcf8, 8, 0)], &ports)?;
         let ecam = layout::ECAM;
         let window = Region::new(ecam.start, ecam.end - ecam.start);
-        Ok(self.memory.attach(window, Ecam::new(bus))?)
+        self.memory.attach(window, Ecam::new(bus.clone()))?;
+        Ok(bus)
     }
 }
 

@@ -13,8 +13,8 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use crate::dma::{DmaBitmap, DmaWatch};
-use crate::{Backing, GuestView, HostPtr};
+use crate::dma::DmaBitmap;
+use crate::{Backing, GuestView, HostPtr, PageTracker};
 
 const HUGE_PAGE: usize = 2 << 20;
 const NAME: &std::ffi::CStr = c"doppel-guest-ram";
@@ -185,17 +185,17 @@ fn reserve(len: usize) -> io::Result<NonNull<u8>> {
 }
 
 /// Wraps pieces of the mapping as `vm-memory` regions, for the crates of that family: `(guest address, offset in the mapping, size)`
-/// each. The regions keep the mapping alive, and `watch` hears of every write through them.
+/// each. The regions keep the mapping alive, and `tracker` hears of every write through them.
 pub(crate) fn vm_memory_view(
     mapping: &Arc<Mapping>,
     pieces: &[(u64, usize, usize)],
-    watch: &DmaWatch,
+    tracker: &Arc<PageTracker>,
 ) -> Result<GuestView, String> {
     let mut regions = Vec::new();
     for &(guest, offset, size) in pieces {
         assert!(offset + size <= mapping.len);
         let bitmap = DmaBitmap {
-            watch: watch.clone(),
+            tracker: tracker.clone(),
             start: guest,
             _mapping: mapping.clone(),
         };

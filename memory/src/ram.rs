@@ -8,7 +8,6 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::dma::DmaWatch;
 use crate::mapping_unsafe::{Mapping, vm_memory_view};
 use crate::{GuestView, HostPtr, PAGE_MASK, PAGE_SIZE, PageTracker, Word};
 
@@ -55,7 +54,6 @@ pub struct GuestRam {
     low: u64,
     high: u64,
     tracker: Arc<PageTracker>,
-    watch: DmaWatch,
     /// Batches that the host was asked for, a bit each.
     populated: Vec<AtomicU64>,
 }
@@ -85,19 +83,17 @@ impl GuestRam {
             Mapping::new(end as usize, &pieces, backing).map_err(|e| RamError::Host(size, e))?;
         let mapping = Arc::new(mapping);
         let tracker = Arc::new(PageTracker::new(end / PAGE_SIZE));
-        let watch = DmaWatch::new(tracker.clone());
         let view_pieces: Vec<_> = pieces
             .iter()
             .map(|&(at, len)| (at as u64, at, len))
             .collect();
-        let view = vm_memory_view(&mapping, &view_pieces, &watch).map_err(RamError::View)?;
+        let view = vm_memory_view(&mapping, &view_pieces, &tracker).map_err(RamError::View)?;
         Ok(GuestRam {
             view,
             mapping,
             low,
             high,
             tracker,
-            watch,
             populated: zeroed(end.div_ceil(BATCH * 64)),
         })
     }
@@ -198,7 +194,7 @@ impl GuestRam {
         }
     }
 
-    /// What a device has to call that wrote to RAM by itself (through [`Self::view`], or with a system call on a [`HostPtr`]), after
+    /// What a device has to call that wrote to RAM by itself (not through [`Self::view`], with a system call on a [`HostPtr`]), after
     /// the write and before it tells the guest of it. As [`Self::write_from_device`], but for the bytes.
     pub fn written_by_device(&self, gpa: u64, len: u64) {
         self.tracker.note_device_write(gpa, len);
@@ -207,11 +203,6 @@ impl GuestRam {
     /// What the pages hold (written pages, translated code).
     pub fn tracker(&self) -> &PageTracker {
         &self.tracker
-    }
-
-    /// Says who is called after a device wrote to translated code through [`Self::view`]: kick the engines. The first call counts.
-    pub fn on_code_written(&self, call: impl Fn() + Send + Sync + 'static) {
-        self.watch.on_code(Box::new(call));
     }
 
     /// The same memory as `vm-memory` sees it, for boot loaders and devices. Writes are noted as those of

@@ -30,8 +30,9 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("cpu/kvm", &["cpu/x86", "memory"]),
     ("io/device", &["memory"]),
     ("io/pc", &["io/device", "memory"]),
-    ("io/block", &[]),
+    ("io/block", &["memory"]),
     ("io/bootdisk", &["io/block"]),
+    ("io/virtio", &["io/block", "io/device", "memory"]),
     (
         "machine",
         &[
@@ -44,6 +45,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "io/pc",
             "io/block",
             "io/bootdisk",
+            "io/virtio",
         ],
     ),
     ("cli", &["machine"]),

@@ -14,9 +14,16 @@ ln -sf /proc/self/fd /dev/fd
 hostname doppel
 ip link set lo up
 
-# Load a driver for each device that asks for one.
-cat $(find /sys/devices -name modalias) 2>/dev/null | sort -u | while read -r alias; do
-    modprobe -q "$alias" 2>/dev/null
+# Load a driver for each device that asks for one; a driver may find further devices.
+drivers() {
+    cat $(find /sys/devices -name modalias) 2>/dev/null | sort -u
+}
+known=
+while asking=$(drivers) && [ "$asking" != "$known" ]; do
+    known=$asking
+    for alias in $asking; do
+        modprobe -q "$alias" 2>/dev/null
+    done
 done
 
 # /doppel/script, from an archive appended to this one, runs instead of a shell. Its exit status goes to the

@@ -183,6 +183,18 @@ impl ConfigSpace {
         }
     }
 
+    /// All 256 bytes, to be saved.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Takes back what [`ConfigSpace::bytes`] gave: of it, what a guest can write.
+    pub fn restore(&mut self, bytes: &[u8]) {
+        for (offset, byte) in bytes.iter().enumerate().take(SIZE) {
+            self.write(offset as u16, 1, u32::from(*byte));
+        }
+    }
+
     fn command(&self) -> u16 {
         self.read(COMMAND as u16, 2) as u16
     }

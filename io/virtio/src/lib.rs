@@ -1,0 +1,39 @@
+//! Split drivers: the half of a device driver that is in the monitor (virtio 1.2).
+//!
+//! The guest's half puts requests into rings in its memory and writes to a register to say so; this half takes them out, does the work and
+//! puts the answers back. Three seams keep the parts apart:
+//!
+//! - a *transport* ([`VirtioPci`]) has registers and interrupts and knows no device class;
+//! - a *device* ([`VirtioDevice`]) knows its requests and no register, and serves its [`Queue`]s in threads of its own;
+//! - a *back-end* (a disk image, a network) is behind a trait of the device and knows no virtio.
+//!
+//! The guest is hostile. Every chain is checked before a device sees it, every ring error stops the device until it is reset, and a reset
+//! may come at any moment. A write to guest memory cannot miss the tracker of pages (see `doppel_memory::GuestView`).
+//!
+//! docs/virtio.md tells more.
+
+mod chain;
+mod device;
+mod frontend;
+mod interrupt;
+mod notifier;
+mod pci;
+mod pci_common;
+mod pci_interrupt;
+mod queue;
+mod rng;
+#[doc(hidden)]
+pub mod testing;
+mod worker;
+
+pub use chain::{Buffers, Chain, SEGMENTS_MAX};
+pub use device::{Activation, DeviceState, VirtioDevice};
+pub use frontend::{
+    DRIVER_OK, EVENT_IDX, FEATURES_OK, FrontendState, NEEDS_RESET, Status, VERSION_1,
+};
+pub use interrupt::Interrupt;
+pub use notifier::{Notifier, wait_readable};
+pub use pci::{BAR_SIZE, PciState, PciWiring, VirtioPci};
+pub use queue::{Broken, Queue, QueueState};
+pub use rng::{Rng, RngState};
+pub use worker::{Stop, Worker};

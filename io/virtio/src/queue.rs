@@ -1,0 +1,188 @@
+//! A virtqueue as a device sees it (virtio 1.2, 2.7, split virtqueues).
+//!
+//! The rings are the crate `virtio-queue`'s; this is what it leaves open. A ring that makes no sense is an error, [`Broken`], after which the
+//! device stops and asks for a reset: nothing a driver writes there is followed further. Interrupts are sent only where the driver's
+//! `used_event` (or its flag, without VIRTIO_F_EVENT_IDX) asks for one.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use doppel_memory::GuestRam;
+use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{QueueOwnedT, QueueState as RingState, QueueT};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::{Chain, Interrupt, Notifier};
+
+/// The driver's rings make no sense.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Broken(pub &'static str);
+
+/// Where a queue's rings are, and how far the device got in them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueState {
+    /// The driver enabled it.
+    pub enabled: bool,
+    /// Number of descriptors, a power of two.
+    pub size: u16,
+    /// Guest physical address of the descriptors.
+    pub descriptors: u64,
+    /// Of the ring that the driver writes.
+    pub driver: u64,
+    /// Of the ring that the device writes.
+    pub device: u64,
+    /// Chains taken, modulo 2^16.
+    pub taken: u16,
+    /// Chains given back, modulo 2^16.
+    pub used: u16,
+}
+
+/// A queue that the driver enabled.
+pub struct Queue {
+    index: u16,
+    ring: virtio_queue::Queue,
+    ram: Arc<GuestRam>,
+    notifier: Arc<Notifier>,
+    interrupt: Arc<dyn Interrupt>,
+}
+
+impl Queue {
+    /// The queue `index` of a device, which the driver placed at `state`.
+    pub(crate) fn new(
+        index: u16,
+        state: &QueueState,
+        event_idx: bool,
+        ram: Arc<GuestRam>,
+        notifier: Arc<Notifier>,
+        interrupt: Arc<dyn Interrupt>,
+    ) -> Result<Self, Broken> {
+        let ring = virtio_queue::Queue::try_from(RingState {
+            max_size: state.size,
+            next_avail: state.taken,
+            next_used: state.used,
+            event_idx_enabled: event_idx,
+            size: state.size,
+            ready: true,
+            desc_table: state.descriptors,
+            avail_ring: state.driver,
+            used_ring: state.device,
+        })
+        .map_err(|_| Broken("a ring of an impossible size or alignment"))?;
+        // The crate takes a ring at address 0 for none.
+        if state.driver == 0 || !ring.is_valid(ram.view()) {
+            return Err(Broken("a ring outside of memory"));
+        }
+        Ok(Queue {
+            index,
+            ring,
+            ram,
+            notifier,
+            interrupt,
+        })
+    }
+
+    /// Which of the device's queues it is.
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// Number of descriptors.
+    pub fn size(&self) -> u16 {
+        self.ring.size()
+    }
+
+    /// What the driver's notifications raise.
+    pub fn notifier(&self) -> &Arc<Notifier> {
+        &self.notifier
+    }
+
+    /// Where the rings are, and how far the device got in them.
+    pub fn state(&self) -> QueueState {
+        QueueState {
+            enabled: true,
+            size: self.ring.size(),
+            descriptors: self.ring.desc_table(),
+            driver: self.ring.avail_ring(),
+            device: self.ring.used_ring(),
+            taken: self.ring.next_avail(),
+            used: self.ring.next_used(),
+        }
+    }
+
+    /// Notes how far somebody else got who served the rings.
+    pub fn set_progress(&mut self, taken: u16, used: u16) {
+        self.ring.set_next_avail(taken);
+        self.ring.set_next_used(used);
+    }
+
+    /// The next request, if there is one. `ram` is the memory that the queue was made with.
+    pub fn pop<'r>(&mut self, ram: &'r GuestRam) -> Result<Option<Chain<'r>>, Broken> {
+        let mut available = self
+            .ring
+            .iter(ram.view())
+            .map_err(|_| Broken("a ring with more requests than descriptors"))?;
+        let chain = available.next();
+        chain.map(|chain| Chain::parse(chain, ram)).transpose()
+    }
+
+    /// Puts the request that was taken last back, as if it had not been taken.
+    pub fn undo_pop(&mut self) {
+        self.ring.go_to_previous_position();
+    }
+
+    /// Gives a request back, with `written` bytes in its buffers.
+    pub fn push(&mut self, head: u16, written: u32) -> Result<(), Broken> {
+        self.ring
+            .add_used(self.ram.view(), head, written)
+            .map_err(|_| Broken("a request that there cannot be"))
+    }
+
+    /// Tells the driver of what was given back since the last call, if it wants to know.
+    pub fn announce(&mut self) -> Result<(), Broken> {
+        if self.wants_interrupt()? {
+            self.interrupt.queue(self.index);
+        }
+        Ok(())
+    }
+
+    fn wants_interrupt(&mut self) -> Result<bool, Broken> {
+        let view = self.ram.view();
+        let wanted = self.ring.needs_notification(view);
+        let wanted = wanted.map_err(|_| Broken("a ring outside of memory"))?;
+        if self.ring.event_idx_enabled() {
+            return Ok(wanted);
+        }
+        let flags: u16 = view
+            .load(GuestAddress(self.ring.avail_ring()), Ordering::Relaxed)
+            .map_err(|_| Broken("a ring outside of memory"))?;
+        Ok(u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+    }
+
+    /// Asks the driver not to notify, since the device looks by itself.
+    pub fn quiet(&mut self) -> Result<(), Broken> {
+        self.ring
+            .disable_notification(self.ram.view())
+            .map_err(|_| Broken("a ring outside of memory"))
+    }
+
+    /// Asks the driver to notify of the next request. True where one came meanwhile: look again.
+    pub fn listen(&mut self) -> Result<bool, Broken> {
+        self.ring
+            .enable_notification(self.ram.view())
+            .map_err(|_| Broken("a ring outside of memory"))
+    }
+
+    /// Has the device ask for a reset.
+    pub fn give_up(&self, broken: Broken) {
+        let why = format!("queue {}: {broken}", self.index);
+        self.interrupt.needs_reset(&why);
+    }
+}
+
+impl std::fmt::Debug for Queue {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Queue").field(&self.state()).finish()
+    }
+}

@@ -1,0 +1,79 @@
+//! Virtio devices: what the user asks for becomes functions on the PCI bus, in slots from 1 on in the order they were asked for.
+//!
+//! There is no firmware, so their BARs are placed here, one after another from the start of the PCI window; a guest may move them.
+
+use std::sync::Arc;
+
+use doppel_device::{Line, Pin};
+use doppel_memory::GuestRam;
+use doppel_pc::PciBus;
+use doppel_virtio::{BAR_SIZE, PciWiring, Rng, VirtioDevice, VirtioPci};
+
+use crate::layout;
+use crate::machine::MachineError;
+use crate::pc::Pc;
+
+/// A device that a machine is to have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DeviceConfig {
+    /// An entropy device, fed by the host's random number generator.
+    Rng,
+}
+
+impl DeviceConfig {
+    fn device(&self) -> Box<dyn VirtioDevice> {
+        match self {
+            DeviceConfig::Rng => Box::new(Rng::new()),
+        }
+    }
+}
+
+/// The functions of a machine, which run until they are stopped.
+#[derive(Default)]
+pub struct VirtioFunctions(Vec<Arc<VirtioPci>>);
+
+impl VirtioFunctions {
+    /// Makes them and plugs them in.
+    pub fn plug_in(
+        pc: &Pc,
+        pci: &PciBus,
+        devices: &[DeviceConfig],
+        ram: &Arc<GuestRam>,
+    ) -> Result<Self, MachineError> {
+        let refused = |e| MachineError::Host("a virtio device cannot be made", e);
+        let lines: Vec<_> = (0..4).map(|pin| pci_line(pc, pin)).collect();
+        let mut functions = VirtioFunctions::default();
+        for (n, config) in devices.iter().enumerate() {
+            let slot = n + 1;
+            let wiring = PciWiring {
+                ram: ram.clone(),
+                bus: Arc::downgrade(&pc.memory),
+                msi: pc.apics.clone(),
+                pin: pin_of(&lines, slot),
+            };
+            let function = VirtioPci::new(config.device(), wiring).map_err(refused)?;
+            let slot = u8::try_from(slot).unwrap_or(u8::MAX);
+            pci.insert(slot, 0, function.clone())?;
+            let window = layout::PCI_MMIO_LOW;
+            function.place((window.start + n as u64 * BAR_SIZE) as u32);
+            functions.0.push(function);
+        }
+        Ok(functions)
+    }
+
+    /// Ends the threads of all devices.
+    pub fn stop(&self) {
+        self.0.iter().for_each(|function| function.stop());
+    }
+}
+
+/// The interrupt line at which INTA of the devices `pin`, `pin + 4` and so on ends.
+fn pci_line(pc: &Pc, pin: u32) -> Arc<Line> {
+    Line::new(vec![(pc.apics.clone(), layout::pci_gsi(pin, 0))])
+}
+
+/// INTA of the device in `slot`.
+fn pin_of(lines: &[Arc<Line>], slot: usize) -> Pin {
+    lines[slot % lines.len()].pin()
+}
