@@ -130,6 +130,10 @@ impl Bus for CpuBus {
         taken
     }
 
+    fn spinning(&mut self) {
+        std::thread::yield_now();
+    }
+
     fn take_start(&mut self) -> Option<Start> {
         Some(match self.apic.take_start()? {
             doppel_pc::Start::Init => Start::Init,

@@ -17,6 +17,7 @@ use crate::engine::{EngineError, EngineKind};
 use crate::machine::MachineError;
 use crate::pc::{Pc, PcParts};
 use crate::serial::SerialLink;
+use crate::slice_unsafe::ask_for_short_slices;
 use crate::vcpu::{RunExits, Sleepers, Vcpu, VcpuTime};
 use crate::{acpi, smbios};
 
@@ -177,6 +178,7 @@ fn new_engine(
         EngineKind::Translate => {
             let options = TranslateOptions {
                 count: config.count,
+                yield_spins: config.translate.yield_spins && config.cpus > 1,
                 perf_map: config.observers.perf_map.is_some(),
                 ..config.translate
             };
@@ -197,11 +199,15 @@ fn start<'scope>(
     control: &'scope Control,
     vcpus: Vec<Vcpu<CpuBus>>,
 ) -> Vec<Started<'scope, Vcpu<CpuBus>>> {
+    let several = vcpus.len() > 1;
     let threads: Vec<_> = vcpus
         .into_iter()
         .map(|mut vcpu| {
             let name = format!("vcpu {}", vcpu.engine.cpu().id);
             spawn(scope, &name, control, move || {
+                if several {
+                    ask_for_short_slices();
+                }
                 vcpu.run();
                 vcpu
             })

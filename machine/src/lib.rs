@@ -32,6 +32,7 @@ mod machine;
 mod panic_watch;
 mod pc;
 mod serial;
+mod slice_unsafe;
 mod smbios;
 mod stats;
 mod vcpu;

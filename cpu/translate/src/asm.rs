@@ -23,6 +23,7 @@ pub(crate) enum Alu {
     Add = 0,
     Or = 1,
     And = 4,
+    Sub = 5,
     Cmp = 7,
 }
 
@@ -30,6 +31,7 @@ pub(crate) enum Alu {
 pub(crate) const CC_NE: u8 = 5;
 pub(crate) const CC_E: u8 = 4;
 pub(crate) const CC_A: u8 = 7;
+pub(crate) const CC_S: u8 = 8;
 
 /// Machine code under construction, to be placed at `base`.
 #[derive(Default)]

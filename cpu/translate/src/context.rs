@@ -105,6 +105,7 @@ displacement! {
     INSTRUCTIONS_RUN = instructions_run;
     TLB_LOOKUPS = tlb_lookups;
     JUMP_CACHE = jump_cache;
+    PAUSES_LEFT = cpu.pauses_left;
     TSC_OFFSET = cpu.tsc_offset;
     TSC_AUX = cpu.msr.tsc_aux;
     STAR = cpu.msr.star;

@@ -27,6 +27,8 @@ pub struct TranslateOptions {
     pub inline_system: bool,
     /// Emit REP MOVS and REP STOS as code where they stay within a page.
     pub inline_strings: bool,
+    /// Let a CPU that executes PAUSE again and again give the host's processor to another thread.
+    pub yield_spins: bool,
     /// Let blocks go on after a conditional branch that is not taken.
     pub extend: bool,
     /// Let accesses off one base share a TLB check.
@@ -57,6 +59,7 @@ impl TranslateOptions {
         Switch::new("flag-liveness", |o| &mut o.flag_liveness),
         Switch::new("inline-system", |o| &mut o.inline_system),
         Switch::new("inline-strings", |o| &mut o.inline_strings),
+        Switch::new("yield-spins", |o| &mut o.yield_spins),
         Switch::new("extend", |o| &mut o.extend),
         Switch::new("share-checks", |o| &mut o.share_checks),
         Switch::new("borrow-registers", |o| &mut o.borrow_registers),
@@ -92,6 +95,7 @@ impl Default for TranslateOptions {
             entry_flags: false,
             inline_system: true,
             inline_strings: true,
+            yield_spins: true,
             share_checks: true,
             extend: true,
             borrow_registers: true,

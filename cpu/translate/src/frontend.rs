@@ -35,6 +35,7 @@ pub(crate) struct Decoding {
     pub flag_liveness: bool,
     pub inline_system: bool,
     pub inline_strings: bool,
+    pub yield_spins: bool,
     /// Go on after a conditional branch forwards.
     pub extend: bool,
 }
@@ -48,6 +49,7 @@ impl Decoding {
             flag_liveness: options.flag_liveness,
             inline_system: options.inline_system,
             inline_strings: options.inline_strings,
+            yield_spins: options.yield_spins,
             extend: options.extend,
         }
     }
@@ -94,6 +96,8 @@ pub(crate) enum Class {
     /// To 64-bit code.
     Sysret,
     Serialize,
+    /// PAUSE, of which the monitor is told now and then.
+    Pause,
     Cli,
     Sti,
     /// STAC and CLAC: go on in the other mode's blocks.
@@ -142,6 +146,7 @@ impl Class {
                 | CallIndirect
                 | Return
                 | Rdtsc
+                | Pause
                 | SegmentBase { .. }
                 | Syscall
                 | Sysret
@@ -520,6 +525,7 @@ fn special(i: &Instruction, how: Decoding) -> Option<Class> {
         }
         Rdtsc => Class::Rdtsc,
         Serialize => Class::Serialize,
+        Pause if how.yield_spins => Class::Pause,
         In | Out | Insb | Insw | Insd | Outsb | Outsw | Outsd => Class::Interpret,
         Movsb | Movsw | Movsd | Movsq | Stosb | Stosw | Stosd | Stosq | Lodsb | Lodsw | Lodsd
         | Lodsq | Scasb | Scasw | Scasd | Scasq | Cmpsb | Cmpsw | Cmpsd | Cmpsq

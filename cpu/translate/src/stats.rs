@@ -72,6 +72,8 @@ impl Translator {
             ("mmio_accesses", cpu.mmio_accesses),
             ("msr_accesses", cpu.msr_accesses),
             ("code_writes", cpu.code_writes),
+            ("spin_yields", cpu.spin_yields),
+            ("split_locks", cpu.split_locks),
         ])
     }
 

@@ -38,6 +38,8 @@ pub trait Bus {
     fn interrupt_acknowledge(&mut self) -> Option<u8>;
     /// Takes a pending non-maskable interrupt.
     fn take_nmi(&mut self) -> bool;
+    /// The CPU waits in a loop: another thread of the host may have better use for the processor.
+    fn spinning(&mut self) {}
     /// Takes a pending INIT or start-up IPI. Engines do not: the machine does, between two runs.
     fn take_start(&mut self) -> Option<Start> {
         None

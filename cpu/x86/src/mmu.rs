@@ -233,6 +233,7 @@ impl Cpu {
         f: impl FnOnce(u64) -> (u64, R),
     ) -> Result<Option<R>, Exception> {
         self.check_canonical(linear, size as u64)?;
+        self.counters.split_locks += 1;
         // A fault names the first byte that could not be had.
         let last = match size > room(linear) {
             true => self.wrap((linear | PAGE_MASK).wrapping_add(1)),

@@ -301,6 +301,10 @@ pub struct Counters {
     pub halts: u64,
     pub page_crossings: u64,
     pub code_writes: u64,
+    /// Times that the host's processor was offered to others for a CPU that spins.
+    pub spin_yields: u64,
+    /// Locked accesses for which all other CPUs were stopped.
+    pub split_locks: u64,
 }
 
 /// Flushes of linear-address translations that happened and that a translator has yet to follow.
@@ -375,6 +379,8 @@ pub struct Cpu {
     pub tsc_origin: u64,
     /// PDPTE registers of PAE paging, read by the last CR3 load.
     pub pdpte: [u64; 4],
+    /// PAUSEs until the machine is told that the CPU spins.
+    pub pauses_left: i32,
     /// This CPU's number, its initial APIC ID.
     pub id: u32,
     pub fpu: FpuArea,
@@ -461,6 +467,7 @@ impl Cpu {
             tsc_hz: cpuid.tsc_hz(),
             tsc_origin: origin,
             pdpte: [0; 4],
+            pauses_left: 0,
             id,
             fpu: FpuArea::reset(),
             tlb: Default::default(),

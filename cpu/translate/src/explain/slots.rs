@@ -30,6 +30,7 @@ const SLOTS: &[(i32, i32, &str)] = &[
     (ctx::COPY_TO, 16, "copy_to"),
     (ctx::PINNED, 8, "pinned"),
     (ctx::INTERRUPT_WAITS, 4, "interrupt_waits"),
+    (ctx::PAUSES_LEFT, 4, "pauses_left"),
     (ctx::TSC_OFFSET, 8, "tsc_offset"),
     (ctx::TSC_AUX, 8, "tsc_aux"),
     (ctx::STAR, 8, "star"),

@@ -484,7 +484,8 @@ impl Work<'_> {
             Class::SegmentBase { segment, write } => self.segment_base(i, segment, write),
             Class::Syscall => self.syscall(i),
             Class::Sysret => self.sysret(i),
-            Class::Serialize => self.asm().raw(&[0x0f, 0xae, 0xf0]), // mfence
+            Class::Serialize => self.serialize(),
+            Class::Pause => self.pause(i),
             Class::Cli => self.cli(i),
             Class::Sti => self.sti(i),
             Class::AlignmentFlag => self.alignment_flag(i),

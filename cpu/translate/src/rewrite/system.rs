@@ -23,6 +23,20 @@ impl Work<'_> {
         self.asm().alu_gs_imm32(Alu::And, ctx::RFLAGS, !IF);
     }
 
+    /// A fence; and what others have written to the code before is followed, since that comes with a kick.
+    pub(super) fn serialize(&mut self) {
+        self.asm().raw(&[0x0f, 0xae, 0xf0]); // mfence
+        self.poll();
+    }
+
+    /// As it is, but for one in many.
+    pub(super) fn pause(&mut self, i: &GuestInstruction) {
+        self.before_check(i);
+        self.asm().alu_gs_imm32(Alu::Sub, ctx::PAUSES_LEFT, 1);
+        self.leave_if(CC_S, i);
+        self.asm().raw(&[0xf3, 0x90]);
+    }
+
     pub(super) fn sti(&mut self, i: &GuestInstruction) {
         self.before_check(i);
         self.leave_if_interrupt_waits(i);

@@ -14,7 +14,8 @@ use crate::{Bus, Cpu, Exception, Gpr, Rflags};
 pub(super) fn lookup(i: &Instruction) -> Option<Handler> {
     use Mnemonic::*;
     Some(match i.mnemonic() {
-        Nop | Pause | Endbr32 | Endbr64 | Reservednop | Prefetchw | Prefetcht0 | Prefetcht1
+        Pause => pause,
+        Nop | Endbr32 | Endbr64 | Reservednop | Prefetchw | Prefetcht0 | Prefetcht1
         | Prefetcht2 | Prefetchnta | Prefetchit0 | Prefetchit1 | Prefetchwt1 | Prefetch
         | Cldemote => nop,
         // No-ops while the shadow stack is off, which it always is.
@@ -33,6 +34,20 @@ pub(super) fn lookup(i: &Instruction) -> Option<Handler> {
 }
 
 fn nop(_: &mut Cpu, _: &mut dyn Bus, _: &Instruction) -> Step {
+    Ok(Flow::Next)
+}
+
+/// PAUSEs that a CPU may execute before the machine is told: some microseconds of a spin loop.
+const PAUSES: i32 = 50;
+
+/// A CPU that spins may wait for one that has no processor of the host: every so often it offers its own.
+fn pause(cpu: &mut Cpu, bus: &mut dyn Bus, _: &Instruction) -> Step {
+    cpu.pauses_left -= 1;
+    if cpu.pauses_left < 0 && cpu.peer.is_shared() {
+        cpu.pauses_left = PAUSES;
+        cpu.counters.spin_yields += 1;
+        cpu.outside(|| bus.spinning());
+    }
     Ok(Flow::Next)
 }
 

@@ -101,7 +101,7 @@ fn function(i: &Instruction, op: &mut Op) -> Option<Run> {
         M::Cdq => Some(spread_sign::<4>),
         M::Cwd => Some(spread_sign::<2>),
         M::Leave if i.op_count() == 0 && i.code() == iced_x86::Code::Leaveq => Some(leave),
-        M::Nop | M::Pause | M::Endbr64 => Some(nop),
+        M::Nop | M::Endbr64 => Some(nop),
         _ => conditional(i, op),
     }
 }
