@@ -134,6 +134,18 @@ impl Bus for CpuBus {
         std::thread::yield_now();
     }
 
+    fn wake(&mut self, id: u32) {
+        self.apic.wake(id);
+    }
+
+    fn take_wake(&mut self) -> bool {
+        self.apic.take_wake()
+    }
+
+    fn send_ipis(&mut self, ids: u128, first: u32, icr: u32) -> u64 {
+        self.apic.send_to(ids, first, icr)
+    }
+
     fn take_start(&mut self) -> Option<Start> {
         Some(match self.apic.take_start()? {
             doppel_pc::Start::Init => Start::Init,

@@ -31,6 +31,7 @@ mod layout;
 mod machine;
 mod panic_watch;
 mod pc;
+mod run_delay;
 mod serial;
 mod slice_unsafe;
 mod smbios;

@@ -7,10 +7,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use doppel_x86::{Bus, Engine, Exit, Rflags, Start};
+use doppel_x86::{Activity, Bus, Engine, Exit, Rflags, Start};
 
 use crate::control::{Cause, Control};
 use crate::doorbell::Doorbell;
+use crate::run_delay::RunDelay;
 
 /// What the vCPUs of a machine know of each other's sleep.
 pub struct Sleepers {
@@ -74,9 +75,12 @@ impl<B: Bus> Vcpu<B> {
     /// The body of the vCPU's thread: runs until the machine ends.
     pub fn run(&mut self) {
         self.doorbell.answer_here();
+        let mut delay = RunDelay::of_this_thread();
         while !self.control.is_ending() {
             self.doorbell.answer();
             self.follow_starts();
+            self.follow_wake();
+            self.tell_steal_time(&mut delay);
             let start = Instant::now();
             let exit = self.engine.run(&mut self.bus);
             self.time.running += start.elapsed();
@@ -102,15 +106,33 @@ impl<B: Bus> Vcpu<B> {
         }
     }
 
+    /// Ends a halt that another vCPU has asked to end.
+    fn follow_wake(&mut self) {
+        let halted = self.engine.cpu().activity == Activity::Halted;
+        if halted && self.bus.take_wake() {
+            self.engine.cpu_mut().activity = Activity::Active;
+        }
+    }
+
+    fn tell_steal_time(&mut self, delay: &mut RunDelay) {
+        let wanted = self.engine.cpu().msr.kvm_steal_time != 0;
+        if wanted && let Some(nanoseconds) = delay.now_and_then() {
+            let cpu = self.engine.cpu_mut();
+            cpu.tell_steal_time(&mut self.bus, nanoseconds);
+        }
+    }
+
     fn halt(&mut self) {
         self.exits.halted += 1;
         self.sleepers.halts.fetch_add(1, Ordering::Relaxed);
         let start = Instant::now();
+        self.engine.cpu_mut().mark_preempted(&mut self.bus);
         if self.engine.cpu().rflags.contains(Rflags::IF) {
             self.doorbell.sleep();
         } else {
             self.halt_for_good();
         }
+        self.engine.cpu_mut().mark_running();
         self.time.halted += start.elapsed();
     }
 

@@ -74,6 +74,8 @@ impl Translator {
             ("code_writes", cpu.code_writes),
             ("spin_yields", cpu.spin_yields),
             ("split_locks", cpu.split_locks),
+            ("hypercalls", cpu.hypercalls),
+            ("deferred_tlb_flushes", cpu.deferred_flushes),
         ])
     }
 

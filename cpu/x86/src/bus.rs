@@ -40,6 +40,17 @@ pub trait Bus {
     fn take_nmi(&mut self) -> bool;
     /// The CPU waits in a loop: another thread of the host may have better use for the processor.
     fn spinning(&mut self) {}
+    /// KVM_HC_KICK_CPU: the CPU with this APIC ID leaves its present halt or its next, whatever its interrupt flag.
+    fn wake(&mut self, _id: u32) {}
+    /// Takes a [`Bus::wake`] of this CPU. Engines do not: the machine does, when the CPU halts.
+    fn take_wake(&mut self) -> bool {
+        false
+    }
+    /// KVM_HC_SEND_IPI: an interrupt as the ICR describes it to the CPUs whose IDs have a bit set, the first of which stands for
+    /// `first`. Returns to how many it went.
+    fn send_ipis(&mut self, _ids: u128, _first: u32, _icr: u32) -> u64 {
+        0
+    }
     /// Takes a pending INIT or start-up IPI. Engines do not: the machine does, between two runs.
     fn take_start(&mut self) -> Option<Start> {
         None

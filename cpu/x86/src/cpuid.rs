@@ -147,8 +147,10 @@ mod feature {
     pub const LEAF6_EAX: u32 = bits(&[2]);
     /// Invariant TSC.
     pub const LEAF7_POWER_EDX: u32 = bits(&[8]);
-    /// CLOCKSOURCE, NOP_IO_DELAY, CLOCKSOURCE2, CLOCKSOURCE_STABLE.
-    pub const KVM_EAX: u32 = bits(&[0, 1, 3, 24]);
+    /// CLOCKSOURCE, NOP_IO_DELAY, CLOCKSOURCE2, STEAL_TIME, CLOCKSOURCE_STABLE.
+    pub const KVM_EAX: u32 = bits(&[0, 1, 3, 5, 24]);
+    /// PV_UNHALT, PV_TLB_FLUSH, PV_SEND_IPI, PV_SCHED_YIELD: where there are several CPUs.
+    pub const KVM_EAX_SEVERAL: u32 = bits(&[7, 9, 11, 13]);
 }
 use feature::Word;
 
@@ -421,8 +423,12 @@ impl CpuidModel {
             edx: u32::from_le_bytes(*b"M\0\0\0"),
         };
         self.add(HYPERVISOR_BASE, 0, name);
+        let several = match self.cpus {
+            1 => 0,
+            _ => feature::KVM_EAX_SEVERAL,
+        };
         let features = CpuidLeaf {
-            eax: feature::KVM_EAX,
+            eax: feature::KVM_EAX | several,
             ..CpuidLeaf::default()
         };
         self.add(HYPERVISOR_BASE + 1, 0, features);

@@ -14,6 +14,9 @@ const TSC_STABLE: u8 = 1;
 const NANOSECONDS: u64 = 1_000_000_000;
 
 const HC_VAPIC_POLL_IRQ: u64 = 1;
+const HC_KICK_CPU: u64 = 5;
+const HC_SEND_IPI: u64 = 10;
+const HC_SCHED_YIELD: u64 = 11;
 /// KVM_ENOSYS and KVM_EPERM, negated.
 const ENOSYS: u64 = -1000i64 as u64;
 const EPERM: u64 = -1i64 as u64;
@@ -121,13 +124,31 @@ impl Cpu {
         self.write_physical(bus, v, &page);
     }
 
-    /// VMCALL or VMMCALL: the number in RAX, the answer in RAX.
-    pub(crate) fn hypercall(&mut self) {
+    /// VMCALL or VMMCALL: the number in RAX, arguments in RBX, RCX, RDX and RSI, the answer in RAX.
+    pub(crate) fn hypercall(&mut self, bus: &mut dyn Bus) {
         let wide = self.mode() == CpuMode::Bits64;
         let mask = if wide { u64::MAX } else { 0xffff_ffff };
+        let [a, b, c, d] = [Gpr::Rbx, Gpr::Rcx, Gpr::Rdx, Gpr::Rsi].map(|r| self.reg(r) & mask);
+        self.counters.hypercalls += 1;
+        let several = self.cpuid.cpus() > 1;
         let answer = match self.reg(Gpr::Rax) & mask {
             _ if self.cpl != 0 => EPERM,
             HC_VAPIC_POLL_IRQ => 0,
+            // Flags, which are 0, and whom to wake.
+            HC_KICK_CPU if several => {
+                bus.wake(b as u32);
+                0
+            }
+            // Whom: a bit each from an ID on; in 32-bit code the halves of the mask are narrower.
+            HC_SEND_IPI if several => {
+                let bits = if wide { 64 } else { 32 };
+                let ids = u128::from(a) | u128::from(b) << bits;
+                bus.send_ipis(ids, c as u32, d as u32)
+            }
+            HC_SCHED_YIELD if several => {
+                self.outside(|| bus.spinning());
+                0
+            }
             _ => ENOSYS,
         };
         self.gpr[Gpr::Rax as usize] = answer & mask;
@@ -200,6 +221,37 @@ mod tests {
         let seconds = u64::from(cpu.ram.load::<u32>(AT + 4).unwrap());
         let now = arch_host::wall_clock_nanoseconds() / NANOSECONDS;
         assert!(seconds <= now && now - seconds < 60);
+    }
+
+    /// The answer to a hypercall, and what the machine heard of it.
+    fn call(cpu: &mut Cpu, number: u64, arguments: [u64; 4]) -> (i64, Vec<String>) {
+        let mut bus = TestBus::default();
+        cpu.gpr[Gpr::Rax as usize] = number;
+        let registers = [Gpr::Rbx, Gpr::Rcx, Gpr::Rdx, Gpr::Rsi];
+        for (r, v) in registers.into_iter().zip(arguments) {
+            cpu.gpr[r as usize] = v;
+        }
+        cpu.hypercall(&mut bus);
+        (cpu.reg(Gpr::Rax) as i64, bus.calls)
+    }
+
+    #[test]
+    fn hypercalls_reach_the_machine_from_the_kernel_only() {
+        let mut cpu = long_mode(AMD);
+        let alone = call(&mut cpu, HC_SEND_IPI, [1; 4]);
+        assert_eq!(alone, (ENOSYS as i64, vec![]), "there is one CPU");
+        cpu.cpuid = std::sync::Arc::new(crate::testing::model(AMD, 4));
+        let heard = |text: &str| vec![text.to_owned()];
+        let sent = heard("ipis 0x20000000000000001 from 3: 0xfd");
+        assert_eq!(call(&mut cpu, HC_SEND_IPI, [1, 2, 3, 0xfd]), (1, sent));
+        let woken = call(&mut cpu, HC_KICK_CPU, [0, 3, 0, 0]);
+        assert_eq!(woken, (0, heard("wake 3")));
+        let yielded = call(&mut cpu, HC_SCHED_YIELD, [0; 4]);
+        assert_eq!(yielded, (0, heard("spinning")));
+        assert_eq!(call(&mut cpu, 99, [0; 4]), (ENOSYS as i64, vec![]));
+        cpu.cpl = 3;
+        let denied = call(&mut cpu, HC_KICK_CPU, [0, 3, 0, 0]);
+        assert_eq!(denied, (EPERM as i64, vec![]));
     }
 
     #[test]

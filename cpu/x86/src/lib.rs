@@ -28,6 +28,7 @@ mod rights;
 mod segment;
 mod stack;
 mod state;
+mod steal_time;
 mod syscall;
 mod system;
 mod table;

@@ -17,6 +17,7 @@ const KVM_WALL_CLOCK_OLD: u32 = 0x11;
 const KVM_SYSTEM_TIME_OLD: u32 = 0x12;
 const KVM_WALL_CLOCK: u32 = 0x4b56_4d00;
 const KVM_SYSTEM_TIME: u32 = 0x4b56_4d01;
+const KVM_STEAL_TIME: u32 = 0x4b56_4d03;
 const PLATFORM_INFO: u32 = 0xce;
 const PAT: u32 = 0x277;
 const EFER: u32 = 0xc000_0080;
@@ -211,6 +212,7 @@ fn read_special(cpu: &Cpu, msr: u32) -> Option<u64> {
         GS_BASE => cpu.segment(Seg::Gs).base,
         KVM_SYSTEM_TIME | KVM_SYSTEM_TIME_OLD => cpu.msr.kvm_system_time,
         KVM_WALL_CLOCK | KVM_WALL_CLOCK_OLD => cpu.msr.kvm_wall_clock,
+        KVM_STEAL_TIME => cpu.msr.kvm_steal_time,
         // Bits 15:8: the TSC's ratio to a 100 MHz bus clock.
         PLATFORM_INFO if has(cpu, INTEL) => ((cpu.tsc_hz / 100_000_000) & 0xff) << 8,
         _ => return None,
@@ -262,6 +264,7 @@ fn write_special(cpu: &mut Cpu, bus: &mut dyn Bus, msr: u32, v: u64) -> Option<(
         GS_BASE if Cpu::canonical(v) => cpu.seg[Seg::Gs as usize].base = v,
         KVM_SYSTEM_TIME | KVM_SYSTEM_TIME_OLD => cpu.write_kvm_system_time(bus, v),
         KVM_WALL_CLOCK | KVM_WALL_CLOCK_OLD => cpu.write_kvm_wall_clock(bus, v),
+        KVM_STEAL_TIME => return cpu.write_steal_time_msr(v),
         PLATFORM_INFO if has(cpu, INTEL) => {}
         _ => return None,
     }

@@ -236,6 +236,8 @@ pub struct Msrs {
     pub xss: u64,
     pub kvm_system_time: u64,
     pub kvm_wall_clock: u64,
+    pub kvm_steal_time: u64,
+    pub kvm_pv_eoi: u64,
     pub mcg_status: u64,
     pub microcode: u64,
     pub hwcr: u64,
@@ -305,6 +307,9 @@ pub struct Counters {
     pub spin_yields: u64,
     /// Locked accesses for which all other CPUs were stopped.
     pub split_locks: u64,
+    /// Flushes that other CPUs asked for while this one was halted.
+    pub deferred_flushes: u64,
+    pub hypercalls: u64,
 }
 
 /// Flushes of linear-address translations that happened and that a translator has yet to follow.

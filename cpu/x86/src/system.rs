@@ -98,7 +98,7 @@ pub(crate) fn execute(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Opti
         // Guest memory is coherent with everything that looks at it.
         M::Invd | M::Wbinvd => next(privileged(cpu)),
         M::Vmcall | M::Vmmcall => {
-            cpu.hypercall();
+            cpu.hypercall(bus);
             Ok(Flow::Next)
         }
         _ => return None,

@@ -16,6 +16,7 @@ pub(crate) struct TestBus {
     pub interrupt: Option<u8>,
     pub cr8: u64,
     pub apic_base: u64,
+    pub calls: Vec<String>,
 }
 
 impl Bus for TestBus {
@@ -49,6 +50,17 @@ impl Bus for TestBus {
     }
     fn take_nmi(&mut self) -> bool {
         std::mem::take(&mut self.nmi)
+    }
+    fn spinning(&mut self) {
+        self.calls.push("spinning".to_owned());
+    }
+    fn wake(&mut self, id: u32) {
+        self.calls.push(format!("wake {id}"));
+    }
+    fn send_ipis(&mut self, ids: u128, first: u32, icr: u32) -> u64 {
+        self.calls
+            .push(format!("ipis {ids:#x} from {first}: {icr:#x}"));
+        1
     }
 }
 

@@ -6,14 +6,14 @@
 //! Locks: the I/O APIC's, then one local APIC's. What a register access means for others (an [`Effect`]) is carried out
 //! after the lock of the local APIC is given back, so that two vCPUs that interrupt each other never wait in a circle.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use doppel_device::{Alarm, BusDevice, Clock, InterruptInput, MsiTarget, Nanos, OnAlarm, Timers};
 
 use crate::{
-    Acknowledged, DeliveryMode, Effect, InterruptMessage, IoApic, LocalApic, LocalApicConfig,
-    Requests, Start,
+    Acknowledged, DeliveryMode, Destination, Effect, InterruptMessage, IoApic, LocalApic,
+    LocalApicConfig, Requests, Start,
 };
 
 /// Tells a vCPU's thread to look at [`CpuApic::requests`]: sets a flag, wakes it. Chips may be locked meanwhile, so it
@@ -28,6 +28,8 @@ struct Slot {
     state: Mutex<State>,
     requests: AtomicU32,
     page: AtomicU64,
+    /// The processor is to leave its halt.
+    woken: AtomicBool,
     clock: Arc<dyn Clock>,
     alarm: Alarm,
     kick: Kick,
@@ -44,6 +46,7 @@ impl Slot {
             state: Mutex::new(State { apic, armed: None }),
             requests: AtomicU32::new(0),
             page: AtomicU64::new(NO_PAGE),
+            woken: AtomicBool::new(false),
             clock: timers.clock().clone(),
             alarm: timers.alarm(this.clone()),
             kick,
@@ -76,6 +79,19 @@ impl Slot {
 impl OnAlarm for Slot {
     fn on_alarm(&self) {
         self.with(|apic, now| apic.advance(now));
+    }
+}
+
+impl Slot {
+    /// Takes a message that may be for it; true where it is.
+    fn accept(&self, message: InterruptMessage) -> bool {
+        self.with(|apic, _| {
+            let matches = apic.matches(message.destination);
+            if matches {
+                apic.accept(message.mode, message.vector, message.level_triggered);
+            }
+            matches
+        })
     }
 }
 
@@ -120,13 +136,21 @@ impl ApicBus {
             self.deliver_to_lowest(message);
             return;
         }
-        for slot in &self.slots {
-            slot.with(|apic, _| {
-                if apic.matches(message.destination) {
-                    apic.accept(message.mode, message.vector, message.level_triggered);
-                }
-            });
+        for slot in self.candidates(message.destination) {
+            slot.accept(message);
         }
+    }
+
+    /// Those that may match: a physical ID is also the place in the list.
+    fn candidates(&self, destination: Destination) -> &[Arc<Slot>] {
+        match destination {
+            Destination::Physical(id) => self.slot(id).map_or(&[], std::slice::from_ref),
+            _ => &self.slots,
+        }
+    }
+
+    fn slot(&self, id: u32) -> Option<&Arc<Slot>> {
+        self.slots.get(id as usize)
     }
 
     fn deliver_to_lowest(&self, message: InterruptMessage) {
@@ -262,6 +286,40 @@ impl CpuApic {
         waits.then(|| self.slot.with(|apic, _| apic.take_start()))?
     }
 
+    /// Makes the processor with this ID leave its present halt, or its next.
+    pub fn wake(&self, id: u32) {
+        if let Some(slot) = self.bus.slot(id) {
+            slot.woken.store(true, Ordering::SeqCst);
+            (slot.kick)();
+        }
+    }
+
+    /// Takes a [`Self::wake`] of this processor.
+    pub fn take_wake(&self) -> bool {
+        self.slot.woken.load(Ordering::SeqCst) && self.slot.woken.swap(false, Ordering::SeqCst)
+    }
+
+    /// Sends an interrupt, as the low half of an ICR describes it, to the processors whose bit is set; the lowest bit is that of
+    /// ID `first`. Returns how many took it.
+    pub fn send_to(&self, ids: u128, first: u32, icr: u32) -> u64 {
+        let Some(mode) = DeliveryMode::from_register(icr) else {
+            return 0;
+        };
+        let wanted = (0..u128::BITS).filter(|n| ids >> n & 1 != 0);
+        let mut taken = 0;
+        for id in wanted.filter_map(|n| first.checked_add(n)) {
+            let message = InterruptMessage {
+                destination: Destination::Physical(id),
+                mode,
+                vector: icr as u8,
+                level_triggered: false,
+            };
+            let slot = self.bus.slot(id);
+            taken += u64::from(slot.is_some_and(|s| s.accept(message)));
+        }
+        taken
+    }
+
     /// IA32_APIC_BASE bit 11, which CPUID.1:EDX bit 9 mirrors.
     pub fn is_enabled(&self) -> bool {
         self.slot.with(|apic, _| apic.is_enabled())
@@ -368,6 +426,22 @@ mod tests {
         rig.cpus[0].write(0x300, 4, 0xc_4608);
         assert_eq!(rig.cpus[1].take_start(), Some(Start::Startup(8)));
         assert_eq!(rig.cpus[0].take_start(), None);
+    }
+
+    #[test]
+    fn one_call_interrupts_many_and_one_wakes() {
+        let rig = rig(3);
+        assert_eq!(rig.cpus[0].send_to(1 | 1 << 1 | 1 << 90, 1, 0xfd), 2);
+        let takers: Vec<_> = rig.cpus.iter().map(|cpu| cpu.acknowledge()).collect();
+        let taken = Some(Acknowledged::Vector(0xfd));
+        assert_eq!(takers, [None, taken, taken]);
+        assert_eq!(rig.cpus[0].send_to(u128::MAX, u32::MAX, 0xfd), 0);
+        assert_eq!(rig.cpus[0].send_to(1, 0, 0x3fd), 0, "a reserved mode");
+        let kicks = rig.kicks.load(Ordering::SeqCst);
+        rig.cpus[0].wake(2);
+        rig.cpus[0].wake(77);
+        assert_eq!(rig.kicks.load(Ordering::SeqCst), kicks + 1);
+        assert!(rig.cpus[2].take_wake() && !rig.cpus[2].take_wake());
     }
 
     #[test]
