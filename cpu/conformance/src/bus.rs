@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use doppel_memory::GuestRam;
-use doppel_x86::Bus;
+use doppel_x86::{Bus, Kick};
 
 /// Writing a vector here raises that interrupt at once.
 pub const PORT_INTERRUPT: u16 = 0x80;
@@ -12,6 +12,8 @@ pub const PORT_INTERRUPT: u16 = 0x80;
 pub const PORT_NMI: u16 = 0x81;
 /// Any write here makes the device write [`TestBus::device_write`] into RAM.
 pub const PORT_DEVICE_WRITE: u16 = 0x82;
+/// A write of `CPU << 8 | vector` interrupts another CPU.
+pub const PORT_IPI: u16 = 0x84;
 /// A page of device memory: no RAM is there.
 pub const DEVICE_PAGE: u64 = 0xfed0_0000;
 
@@ -49,6 +51,8 @@ pub struct TestBus {
     pub device_stores: Vec<(u64, u8, u64)>,
     /// What [`PORT_DEVICE_WRITE`] writes: an address and bytes.
     pub device_write: (u64, Vec<u8>),
+    /// Every CPU of a crowd, by its number.
+    pub others: Vec<(Arc<Lines>, Arc<dyn Kick>)>,
     ram: Arc<GuestRam>,
 }
 
@@ -60,6 +64,7 @@ impl TestBus {
             written: Vec::new(),
             device_stores: Vec::new(),
             device_write: (0, Vec::new()),
+            others: Vec::new(),
             ram,
         }
     }
@@ -74,6 +79,12 @@ impl Bus for TestBus {
     fn port_write(&mut self, port: u16, _size: u8, value: u32) {
         match port {
             PORT_INTERRUPT => self.lines.interrupt(value as u8),
+            PORT_IPI => {
+                if let Some((lines, kick)) = self.others.get(value as usize >> 8) {
+                    lines.interrupt(value as u8);
+                    kick.kick();
+                }
+            }
             PORT_NMI => self.lines.nmi(),
             PORT_DEVICE_WRITE => {
                 let (gpa, bytes) = &self.device_write;
@@ -107,6 +118,9 @@ impl Bus for TestBus {
     fn interrupt_acknowledge(&mut self) -> Option<u8> {
         self.lines.pending.store(false, Ordering::SeqCst);
         self.lines.vector.lock().expect("not poisoned").take()
+    }
+    fn spinning(&mut self) {
+        std::thread::yield_now();
     }
     fn take_nmi(&mut self) -> bool {
         self.lines.nmi.swap(false, Ordering::SeqCst)

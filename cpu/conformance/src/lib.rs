@@ -7,6 +7,7 @@
 //! if that does not help.
 
 pub mod bus;
+mod crowd;
 pub mod engines;
 pub mod hostile;
 pub mod layout;
@@ -15,6 +16,7 @@ pub mod paging;
 mod watchdog;
 
 pub use bus::{Lines, TestBus};
+pub use crowd::{Crowd, each_crowd};
 pub use engines::{ENGINES, Row};
 pub use layout::*;
 pub use machine::{Action, Machine, Record};

@@ -83,7 +83,7 @@ pub struct Machine {
 impl Machine {
     /// A machine at CPL 0 with RIP at [`CODE`] and interrupts off.
     pub fn new(row: &Row) -> Self {
-        Self::with_model(row, CpuidModel::host(1))
+        Self::with_model(row, Arc::new(CpuidModel::host(1)))
     }
 
     /// The same, but CPUID names this vendor, whose system calls then are the rule.
@@ -105,19 +105,30 @@ impl Machine {
             }
         };
         let model = CpuidModel::from_host(&read, host.cpuid.xcr0(), host.tsc_hz, 1);
-        Self::with_model(row, model)
+        Self::with_model(row, Arc::new(model))
     }
 
-    fn with_model(row: &Row, model: CpuidModel) -> Self {
+    pub(crate) fn with_model(row: &Row, model: Arc<CpuidModel>) -> Self {
         let ram = Arc::new(GuestRam::new(RAM).expect("RAM for a guest"));
-        let mut machine = Machine {
-            engine: (row.make)(Cpu::with_model(0, ram.clone(), Arc::new(model))),
-            bus: TestBus::new(ram.clone()),
-            ram,
-        };
+        let machine = Self::cpu_on(row, Cpu::with_model(0, ram.clone(), model), ram);
         machine.write_page_tables();
         machine.write_descriptors();
         machine.write_handlers();
+        machine
+    }
+
+    /// Another CPU on the same RAM.
+    pub(crate) fn beside(&self, row: &Row, id: u32) -> Self {
+        let (ram, model) = (self.ram.clone(), self.cpu().cpuid.clone());
+        Self::cpu_on(row, Cpu::with_model(id, ram.clone(), model), ram)
+    }
+
+    fn cpu_on(row: &Row, cpu: Box<Cpu>, ram: Arc<GuestRam>) -> Self {
+        let mut machine = Machine {
+            engine: (row.make)(cpu),
+            bus: TestBus::new(ram.clone()),
+            ram,
+        };
         machine.set_registers();
         machine
     }
@@ -247,6 +258,10 @@ impl Machine {
     /// One call of the engine.
     pub fn run_once(&mut self) -> Exit {
         let _watchdog = Watchdog::new(self.kicker());
+        self.run_once_unwatched()
+    }
+
+    pub(crate) fn run_once_unwatched(&mut self) -> Exit {
         self.engine.run(&mut self.bus)
     }
 

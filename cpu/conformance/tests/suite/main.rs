@@ -10,6 +10,7 @@ mod paging;
 mod privilege;
 mod segments;
 mod self_modifying;
+mod several_cpus;
 mod strings;
 mod system_calls;
 mod translations;
