@@ -62,12 +62,12 @@ fn checksums(threads: u64) {
 }
 
 fn counters(threads: u64) {
-    const ROUNDS: u64 = 20_000;
+    let rounds = 40_000 / threads;
     let (atomic, locked) = (AtomicU64::new(0), Mutex::new(0u64));
     thread::scope(|s| {
         for _ in 0..threads {
             s.spawn(|| {
-                for n in 0..ROUNDS {
+                for n in 0..rounds {
                     atomic.fetch_add(1, Ordering::Relaxed);
                     if n % 8 == 0 {
                         *locked.lock().unwrap() += 1;
@@ -76,20 +76,20 @@ fn counters(threads: u64) {
             });
         }
     });
-    assert_eq!(atomic.into_inner(), threads * ROUNDS);
-    assert_eq!(locked.into_inner().unwrap(), threads * ROUNDS / 8);
+    assert_eq!(atomic.into_inner(), threads * rounds);
+    assert_eq!(locked.into_inner().unwrap(), threads * rounds.div_ceil(8));
 }
 
 /// A token goes round: each hand-over is a futex call to wait and one to wake.
 fn tokens(threads: u64) {
-    const ROUNDS: u64 = 300;
+    let rounds = 200 / threads;
     let (turn, changed) = (Mutex::new(0u64), Condvar::new());
     let barrier = Barrier::new(threads as usize);
     thread::scope(|s| {
         for me in 0..threads {
             let (turn, changed, barrier) = (&turn, &changed, &barrier);
             s.spawn(move || {
-                for _ in 0..ROUNDS {
+                for _ in 0..rounds {
                     let mut now = turn.lock().unwrap();
                     while *now % threads != me {
                         now = changed.wait(now).unwrap();
@@ -101,7 +101,7 @@ fn tokens(threads: u64) {
             });
         }
     });
-    assert_eq!(turn.into_inner().unwrap(), threads * ROUNDS);
+    assert_eq!(turn.into_inner().unwrap(), threads * rounds);
 }
 
 /// Each thread takes and gives back permissions of its own pages, which drops translations on all processors.
@@ -109,7 +109,7 @@ fn protections(threads: u64) {
     thread::scope(|s| {
         for me in 0..threads {
             s.spawn(move || {
-                for round in 0..150u64 {
+                for round in 0..200 / threads {
                     let len = 4 * PAGE;
                     let at = map(0, len, READ | WRITE, PRIVATE | ANONYMOUS, -1);
                     for page in 0..4 {
@@ -132,7 +132,7 @@ fn protections(threads: u64) {
 
 /// One thread puts fresh pages to one address; what the others read there is never older than what it has announced.
 fn remapped(threads: u64) {
-    const ROUNDS: u64 = 400;
+    let rounds = 100 / threads;
     let at = map(0, PAGE, READ | WRITE, PRIVATE | ANONYMOUS, -1);
     let announced = AtomicU64::new(0);
     thread::scope(|s| {
@@ -142,13 +142,13 @@ fn remapped(threads: u64) {
                 // A fresh page is 0 until it is written.
                 let seen = word(at).load(Ordering::Acquire);
                 assert!(seen == 0 || seen >= least, "{seen} after {least}");
-                if least == ROUNDS {
+                if least == rounds {
                     break;
                 }
                 thread::yield_now();
             });
         }
-        for round in 1..=ROUNDS {
+        for round in 1..=rounds {
             map(at, PAGE, READ | WRITE, PRIVATE | ANONYMOUS | FIXED, -1);
             word(at).store(round, Ordering::Release);
             announced.store(round, Ordering::Release);
@@ -161,7 +161,7 @@ fn remapped(threads: u64) {
 
 /// One thread writes `mov eax, n; ret` and announces n; the others call it and get n or later.
 fn code(threads: u64, write: usize, execute: usize) {
-    const ROUNDS: u32 = 3000;
+    let rounds = 400 / threads as u32;
     let announced = AtomicU32::new(0);
     let emit = |n: u32| {
         let mut bytes = [0xc3u8; 8];
@@ -179,15 +179,15 @@ fn code(threads: u64, write: usize, execute: usize) {
                 loop {
                     let least = announced.load(Ordering::Acquire);
                     let seen = function();
-                    assert!(seen >= least && seen <= ROUNDS, "{seen} after {least}");
+                    assert!(seen >= least && seen <= rounds, "{seen} after {least}");
                     calls += 1;
-                    if least == ROUNDS {
+                    if least == rounds {
                         return calls;
                     }
                 }
             });
         }
-        for n in 1..=ROUNDS {
+        for n in 1..=rounds {
             emit(n);
             announced.store(n, Ordering::Release);
             if n % 64 == 0 {

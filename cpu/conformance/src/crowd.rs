@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use doppel_x86::{CpuidModel, Exit, Gpr};
 
@@ -18,6 +19,9 @@ pub struct Crowd {
     /// By their number.
     pub cpus: Vec<Machine>,
 }
+
+/// How long a crowd may run: its CPUs wait for each other, perhaps on one processor that others want too.
+const LIMIT: Duration = Duration::from_secs(30);
 
 /// Bytes between the stacks.
 const STACK: u64 = 0x800;
@@ -62,7 +66,7 @@ impl Crowd {
 impl Machine {
     /// Runs to its stop; a HLT elsewhere waits for an interrupt.
     fn run_in_crowd(&mut self) {
-        let watchdog = Watchdog::new(self.kicker());
+        let watchdog = Watchdog::with_limit(self.kicker(), LIMIT);
         loop {
             let exit = self.run_once_unwatched();
             let rip = self.cpu().rip;

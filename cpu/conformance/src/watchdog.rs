@@ -19,11 +19,16 @@ pub struct Watchdog {
 impl Watchdog {
     /// Starts to watch.
     pub fn new(kicker: Arc<dyn Kick>) -> Self {
+        Self::with_limit(kicker, LIMIT)
+    }
+
+    /// The same for a guest that may run so long.
+    pub fn with_limit(kicker: Arc<dyn Kick>, limit: Duration) -> Self {
         let (running, stopped) = channel();
         let bitten = Arc::new(AtomicBool::new(false));
         let bites = bitten.clone();
         std::thread::spawn(move || {
-            let over = || stopped.recv_timeout(LIMIT) == Err(RecvTimeoutError::Disconnected);
+            let over = || stopped.recv_timeout(limit) == Err(RecvTimeoutError::Disconnected);
             if over() {
                 return;
             }

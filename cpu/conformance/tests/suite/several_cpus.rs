@@ -526,6 +526,47 @@ fn code_that_another_cpu_writes_is_never_older_than_what_it_announced() {
     changed_by_another(false, true);
 }
 
+/// One CPU writes a routine and again after the other has called it, in one fresh page after the other: what it may write without a
+/// check when the other translates is taken from it.
+#[test]
+fn who_may_write_to_a_page_loses_that_when_another_translates_from_it() {
+    const PAGES: u64 = 40;
+    each_crowd(2, |crowd| {
+        let routine = SPARE + 0x10_0000;
+        let writes = |a: &mut CodeAssembler| {
+            a.xor(r12d, r12d)?;
+            a.mov(rbp, routine)?;
+            rounds(a, PAGES, |a| {
+                for _ in 0..2 {
+                    a.inc(r12)?;
+                    emit(a, routine)?;
+                    a.mov(qword_ptr(rbp), rdx)?;
+                    a.mov(at(word(0)), r12)?;
+                    wait_for(a, word(1), r12)?;
+                }
+                a.add(rbp, 0x1000)
+            })
+        };
+        let calls = |a: &mut CodeAssembler| {
+            a.xor(r12d, r12d)?;
+            a.mov(rbp, routine)?;
+            rounds(a, PAGES, |a| {
+                for _ in 0..2 {
+                    a.inc(r12)?;
+                    wait_for(a, word(0), r12)?;
+                    a.call(rbp)?;
+                    a.cmp(rax, r12)?;
+                    count_if(a, |a, bad| a.jne(bad))?;
+                    a.mov(at(word(1)), r12)?;
+                }
+                a.add(rbp, 0x1000)
+            })
+        };
+        run_two(crowd, writes, calls);
+        assert_eq!(crowd.first().get(word(9)), 0);
+    });
+}
+
 #[test]
 fn cpus_that_write_code_for_each_other_both_go_on() {
     const TIMES: u64 = 200;
