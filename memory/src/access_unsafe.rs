@@ -148,9 +148,17 @@ impl HostPtr {
     /// True where guest memory holds these bytes.
     pub fn equals(self, bytes: &[u8]) -> bool {
         let p = self.check(bytes.len());
-        let mut expected = bytes.iter().enumerate();
-        // SAFETY: byte `n` is in bounds by `check`; volatile, since others may write there.
-        expected.all(|(n, b)| unsafe { std::ptr::read_volatile(p.add(n)) } == *b)
+        let (words, rest) = bytes.as_chunks::<8>();
+        // SAFETY: word `n` is in bounds by `check`; unaligned volatile reads as in `load`.
+        let word = |n: usize| unsafe { std::ptr::read_volatile(p.cast::<Packed<u64>>().add(n)).0 };
+        // SAFETY: byte `n` is in bounds by `check`.
+        let byte = |n: usize| unsafe { std::ptr::read_volatile(p.add(n)) };
+        let whole = 8 * words.len();
+        words
+            .iter()
+            .enumerate()
+            .all(|(n, w)| word(n) == u64::from_le_bytes(*w))
+            && rest.iter().enumerate().all(|(n, b)| byte(whole + n) == *b)
     }
 
     /// The pointer `offset` bytes further on; `offset` is at most the room.

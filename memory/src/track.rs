@@ -177,8 +177,10 @@ impl PageTracker {
         }
         let _changes = lock(&self.changes);
         by.code.add(gpa, bits);
-        self.peers.owners.add(gpa, by.bit());
-        self.set(gpa, CODE);
+        if self.peers.owners.get(gpa) & by.bit() == 0 {
+            self.peers.owners.add(gpa, by.bit());
+            self.set(gpa, CODE);
+        }
     }
 
     /// Sets which granules of the page still hold code of a CPU, after it threw blocks away.

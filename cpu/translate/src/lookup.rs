@@ -158,16 +158,18 @@ impl Translator {
         };
         let tracker = self.context.cpu.ram.tracker();
         let peer = &self.context.cpu.peer;
-        let new = |page: &u64| !tracker.has_code(*page) || tracker.is_writer(*page, peer);
-        let pages = [Some(key.gpa), second_page].into_iter().flatten();
-        let fresh: Vec<_> = pages.clone().filter(new).collect();
+        let mine = |page: u64| !tracker.has_code(page) || tracker.is_writer(page, peer);
+        let pages = [Some(key.gpa), second_page];
+        let fresh = pages.map(|page| page.filter(|p| mine(*p)));
         let id = self.blocks.insert(key, made, tracker, &mut self.cache);
         self.rewriter.recycle(translated);
         self.context.forms = self.blocks.forms();
-        fresh
-            .into_iter()
-            .for_each(|p| self.context.cpu.give_up_writing_to(p));
-        pages.for_each(|p| self.protect_elsewhere(p));
+        for page in fresh.into_iter().flatten() {
+            self.context.cpu.give_up_writing_to(page);
+        }
+        for page in pages.into_iter().flatten() {
+            self.protect_elsewhere(page);
+        }
         if !self.stands(guest, key.gpa, second_page) {
             self.throw_away(key.gpa, 1);
             return None;
