@@ -124,7 +124,7 @@ impl Instance {
 /// Writes tables, kernel and what goes with it into RAM.
 fn load(config: &MachineConfig, ram: &GuestRam) -> Result<Entry, MachineError> {
     let rsdp = acpi::place_tables(ram, config.cpus)?;
-    smbios::place_tables(ram)?;
+    smbios::place_tables(ram, config.cpus)?;
     Ok(boot::load(ram, &boot_source(config)?, rsdp)?)
 }
 
