@@ -39,6 +39,7 @@ const WITHOUT: [&str; TranslateOptions::SWITCHES.len()] = [
     "translate-no-flag-liveness",
     "translate-no-inline-system",
     "translate-no-inline-strings",
+    "translate-no-yield-spins",
     "translate-no-extend",
     "translate-no-share-checks",
     "translate-no-borrow-registers",

@@ -80,7 +80,7 @@ fn counted(n: u32, address: u64, size: u32, add: impl Fn(&mut CodeAssembler) -> 
             a.mov(rbx, address)?;
             rounds(a, COUNTS, &add)
         });
-        let sum = COUNTS * u64::from(n) & (u64::MAX >> (64 - 8 * size));
+        let sum = (COUNTS * u64::from(n)) & (u64::MAX >> (64 - 8 * size));
         let bytes: u64 = (0..size.into())
             .map(|n| u64::from(crowd.first().ram.load::<u8>(address + n).unwrap()) << (8 * n))
             .sum();
@@ -462,7 +462,7 @@ fn walks_set_no_bits_in_an_entry_that_was_taken_away() {
 
 // ---- code ----
 
-const MOV_EAX_RET: u64 = 0xc3_0000_0000_b8;
+const MOV_EAX_RET: u64 = 0xc300_0000_00b8;
 
 /// Puts `mov eax, r12d; ret` at an address in one store.
 fn emit(a: &mut CodeAssembler, routine: u64) -> Emitted {
