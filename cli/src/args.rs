@@ -1,7 +1,7 @@
 //! The command line.
 
-use crate::image::args::Image;
 use crate::devices::Devices;
+use crate::image::args::Image;
 use crate::size;
 use clap::{Args, Parser, Subcommand};
 use doppel_machine::block::DiskSpec;

@@ -260,6 +260,7 @@ mod tests {
                 flag_liveness: true,
                 inline_system: true,
                 inline_strings: true,
+                yield_spins: true,
                 extend: true,
             };
             every_encoding(|bytes| {
