@@ -1,6 +1,8 @@
-//! The project's own tasks: `tidy`, `test`, `boots`, `bench`, `fuzz`; `cargo xtask --help` says what each does.
+//! The project's own tasks: `tidy`, `test`, `boots`, `bench`, `fuzz`, `disks`, `debian`; `cargo xtask --help` says what each does.
 
 mod boots;
+mod console;
+mod debian;
 mod source;
 mod tidy;
 
@@ -30,6 +32,17 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Kill writers to disks and damage disks and images, many times.
+    Disks {
+        /// How often a writer is killed, for each kind of image.
+        #[arg(long, default_value_t = 50)]
+        rounds: u32,
+        /// Damaged images, and damaged disks.
+        #[arg(long, default_value_t = 20_000)]
+        damaged: u32,
+    },
+    /// Build a Debian, boot it from its disk, use it, kill it, and look at the image.
+    Debian(debian::Debian),
     /// Run a long differential campaign; the arguments go to the fuzz crate (try --help).
     #[command(disable_help_flag = true)]
     Fuzz {
@@ -49,6 +62,11 @@ fn main() -> Result<()> {
         Task::Bench { arguments } => {
             cargo("build", &["--release", "--package", "doppel"])?;
             run("doppel-bench", &arguments)
+        }
+        Task::Disks { rounds, damaged } => disks(rounds, damaged),
+        Task::Debian(args) => {
+            cargo("build", &["--release", "--package", "doppel"])?;
+            debian::debian(&root()?, &args)
         }
         Task::Fuzz { arguments } => run("doppel-fuzz", &arguments),
     }
@@ -96,6 +114,29 @@ fn test() -> Result<()> {
     }
     tidy()?;
     cargo("test", &["--release", "--workspace"])
+}
+
+/// The tests of disks that take their length from the environment.
+fn disks(rounds: u32, damaged: u32) -> Result<()> {
+    let tests = [
+        ("doppel-block", "crash", "what_was_flushed"),
+        ("doppel-block", "hostile", "damaged"),
+        ("doppel-bootdisk", "find", "damaged"),
+    ];
+    for (package, file, name) in tests {
+        let status = Command::new(cargo_program())
+            .args(["test", "--release", "--package", package, "--test", file])
+            .args([name, "--", "--nocapture"])
+            .env("DOPPEL_CRASH_ROUNDS", rounds.to_string())
+            .env("DOPPEL_DISK_FUZZ", damaged.to_string())
+            .current_dir(root()?)
+            .status()
+            .context("running cargo")?;
+        if !status.success() {
+            bail!("{package}, {file}: failed");
+        }
+    }
+    Ok(())
 }
 
 /// Whether the toolchain has a cargo subcommand; says so where it has not.
