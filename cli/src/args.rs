@@ -4,7 +4,6 @@ use crate::devices::Devices;
 use crate::image::args::Image;
 use crate::size;
 use clap::{Args, Parser, Subcommand};
-use doppel_machine::block::DiskSpec;
 use doppel_machine::{Backing, EngineChoice, Switch, TranslateOptions};
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -57,9 +56,6 @@ pub struct Run {
     /// What guest memory is made of on the host: anonymous, huge (pages of 2 MiB where there are any) or memfd.
     #[arg(long, value_name = "WHAT", default_value = "anonymous", value_parser = parse_backing)]
     pub memory_backing: Backing,
-    /// A disk: FILE[,format=raw|qcow2][,ro][,overlay=FILE]. Without --kernel, what is on the first is booted.
-    #[arg(long, value_name = "FILE", value_parser = str::parse::<DiskSpec>)]
-    pub disk: Vec<DiskSpec>,
     /// Kernel: a bzImage, or an ELF file with a PVH entry. Without one and without a disk, the default guest.
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,

@@ -61,7 +61,7 @@ pub fn run_observed(
     };
     let config = MachineConfig {
         observers,
-        ..configuration(args, boot, &console)
+        ..configuration(args, boot, &disks, &console)
     };
     let mut machine = Machine::new(config)?;
     eprintln!("doppel: {}", machine.engine());
@@ -80,7 +80,7 @@ pub fn run_observed(
 /// The disks, open and locked for as long as the machine runs.
 fn open_disks(args: &Run) -> Result<Vec<Arc<dyn BlockBackend>>> {
     let open = |spec: &DiskSpec| spec.open().context("--disk");
-    args.disk.iter().map(open).collect()
+    args.devices.disks().map(open).collect()
 }
 
 /// What is to be booted.
@@ -100,7 +100,7 @@ impl Boot {
                 cmdline: given.unwrap_or_else(|| "console=ttyS0".to_owned()),
             });
         }
-        if let (Some(spec), Some(disk)) = (args.disk.first(), disks.first()) {
+        if let (Some(spec), Some(disk)) = (args.devices.disks().next(), disks.first()) {
             return Ok(Boot {
                 kernel: KernelSource::Disk(BootDisk {
                     disk: disk.clone(),
@@ -138,7 +138,12 @@ fn default_cmdline(serial: &Serial) -> String {
     }
 }
 
-fn configuration(args: &Run, boot: Boot, console: &Console) -> MachineConfig {
+fn configuration(
+    args: &Run,
+    boot: Boot,
+    disks: &[Arc<dyn BlockBackend>],
+    console: &Console,
+) -> MachineConfig {
     let (source, sink) = console.ends();
     MachineConfig {
         engine: args.engine,
@@ -150,7 +155,7 @@ fn configuration(args: &Run, boot: Boot, console: &Console) -> MachineConfig {
             .trim()
             .to_owned(),
         serial: SerialBackend { sink, source },
-        devices: args.devices.configurations(),
+        devices: args.devices.configurations(disks),
         no_reboot: args.no_reboot,
         debug_exit: args.debug_exit,
         translate: translate_options(args),

@@ -87,7 +87,7 @@ impl Pc {
         pc.attach_serial(&parts)?;
         pc.attach_power(&parts)?;
         let pci = pc.attach_pci(&parts)?;
-        pc.virtio = VirtioFunctions::plug_in(&pc, &pci, &parts.config.devices, parts.ram)?;
+        pc.virtio = VirtioFunctions::plug_in(&pc, &pci, parts.config, parts.ram)?;
         Ok(pc)
     }
 

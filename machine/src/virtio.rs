@@ -2,29 +2,51 @@
 //!
 //! There is no firmware, so their BARs are placed here, one after another from the start of the PCI window; a guest may move them.
 
+use std::fmt;
 use std::sync::Arc;
 
+use doppel_block::BlockBackend;
 use doppel_device::{Line, Pin};
 use doppel_memory::GuestRam;
 use doppel_pc::PciBus;
-use doppel_virtio::{BAR_SIZE, PciWiring, Rng, VirtioDevice, VirtioPci};
+use doppel_virtio::{BAR_SIZE, Blk, PciWiring, Rng, VirtioDevice, VirtioPci};
 
+use crate::config::MachineConfig;
 use crate::layout;
 use crate::machine::MachineError;
 use crate::pc::Pc;
 
 /// A device that a machine is to have.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone)]
 #[non_exhaustive]
 pub enum DeviceConfig {
     /// An entropy device, fed by the host's random number generator.
     Rng,
+    /// A disk.
+    Disk {
+        /// What it is on the host.
+        backend: Arc<dyn BlockBackend>,
+        /// Its serial number; 20 bytes of it count.
+        serial: String,
+    },
 }
 
 impl DeviceConfig {
-    fn device(&self) -> Box<dyn VirtioDevice> {
+    fn device(&self, cpus: u32) -> Box<dyn VirtioDevice> {
         match self {
             DeviceConfig::Rng => Box::new(Rng::new()),
+            DeviceConfig::Disk { backend, serial } => {
+                Box::new(Blk::new(backend.clone(), serial, cpus))
+            }
+        }
+    }
+}
+
+impl fmt::Debug for DeviceConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DeviceConfig::Rng => f.write_str("Rng"),
+            DeviceConfig::Disk { serial, .. } => write!(f, "Disk({serial})"),
         }
     }
 }
@@ -38,13 +60,13 @@ impl VirtioFunctions {
     pub fn plug_in(
         pc: &Pc,
         pci: &PciBus,
-        devices: &[DeviceConfig],
+        config: &MachineConfig,
         ram: &Arc<GuestRam>,
     ) -> Result<Self, MachineError> {
         let refused = |e| MachineError::Host("a virtio device cannot be made", e);
         let lines: Vec<_> = (0..4).map(|pin| pci_line(pc, pin)).collect();
         let mut functions = VirtioFunctions::default();
-        for (n, config) in devices.iter().enumerate() {
+        for (n, device) in config.devices.iter().enumerate() {
             let slot = n + 1;
             let wiring = PciWiring {
                 ram: ram.clone(),
@@ -52,7 +74,7 @@ impl VirtioFunctions {
                 msi: pc.apics.clone(),
                 pin: pin_of(&lines, slot),
             };
-            let function = VirtioPci::new(config.device(), wiring).map_err(refused)?;
+            let function = VirtioPci::new(device.device(config.cpus), wiring).map_err(refused)?;
             let slot = u8::try_from(slot).unwrap_or(u8::MAX);
             pci.insert(slot, 0, function.clone())?;
             let window = layout::PCI_MMIO_LOW;

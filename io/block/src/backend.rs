@@ -2,6 +2,8 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 
+use doppel_memory::GuestSlice;
+
 /// Bytes in a sector, the unit in which disks tell their size.
 pub const SECTOR: u64 = 512;
 
@@ -28,6 +30,38 @@ pub trait BlockBackend: Send + Sync {
     /// Writes all of `from` at `offset` (bytes). It is durable only after a [`BlockBackend::flush`] that starts later.
     fn write_at(&self, offset: u64, from: &[IoSlice<'_>]) -> io::Result<()>;
 
+    /// Fills guest RAM from `offset`. The guest may change the bytes meanwhile, so a back-end that cannot hand their addresses to
+    /// the host's kernel copies them; this does.
+    fn read_to_guest(&self, offset: u64, into: &[GuestSlice<'_>]) -> io::Result<()> {
+        let mut buffer = vec![0; BOUNCE.min(guest_len(into) as usize)];
+        in_pieces(offset, into, |at, piece| {
+            let bytes = &mut buffer[..piece.len()];
+            self.read_at(at, &mut [IoSliceMut::new(bytes)])?;
+            piece.copy_from(bytes);
+            Ok(())
+        })
+    }
+
+    /// Fills guest RAM from `offset` if that needs no waiting for the host's disk; `None`, with the RAM in any state, if it does.
+    fn try_read_to_guest(&self, _offset: u64, _into: &[GuestSlice<'_>]) -> Option<io::Result<()>> {
+        None
+    }
+
+    /// Writes guest RAM at `offset`, as [`BlockBackend::write_at`] does.
+    fn write_from_guest(&self, offset: u64, from: &[GuestSlice<'_>]) -> io::Result<()> {
+        let mut buffer = vec![0; BOUNCE.min(guest_len(from) as usize)];
+        in_pieces(offset, from, |at, piece| {
+            let bytes = &mut buffer[..piece.len()];
+            piece.copy_to(bytes);
+            self.write_at(at, &[IoSlice::new(bytes)])
+        })
+    }
+
+    /// Whether [`BlockBackend::write_from_guest`] seldom waits, so that a thread that has other requests may call it.
+    fn writes_at_once(&self) -> bool {
+        false
+    }
+
     /// Makes all writes that are complete durable, against loss of power too.
     fn flush(&self) -> io::Result<()>;
 
@@ -37,6 +71,34 @@ pub trait BlockBackend: Send + Sync {
 
     /// Makes `len` bytes at `offset` zeros; `may_unmap` allows that their storage is given back.
     fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()>;
+}
+
+/// Guest RAM is copied so many bytes at a time.
+const BOUNCE: usize = 256 << 10;
+
+/// Bytes in pieces of guest RAM.
+pub(crate) fn guest_len(slices: &[GuestSlice<'_>]) -> u64 {
+    slices.iter().map(|slice| slice.len() as u64).sum()
+}
+
+/// Calls `each` with an offset and a piece of guest RAM of at most [`BOUNCE`] bytes.
+fn in_pieces(
+    mut offset: u64,
+    slices: &[GuestSlice<'_>],
+    mut each: impl FnMut(u64, GuestSlice<'_>) -> io::Result<()>,
+) -> io::Result<()> {
+    for slice in slices {
+        let mut rest = *slice;
+        while !rest.is_empty() {
+            let (piece, more) = rest
+                .split_at(rest.len().min(BOUNCE))
+                .map_err(|_| io::ErrorKind::InvalidInput)?;
+            each(offset, piece)?;
+            offset += piece.len() as u64;
+            rest = more;
+        }
+    }
+    Ok(())
 }
 
 /// An error unless `len` bytes at `offset` are on a disk of `size` bytes.

@@ -2,12 +2,15 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice, IoSliceMut, Seek, SeekFrom};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use doppel_memory::GuestSlice;
 use rustix::fs::{FallocateFlags, OFlags};
 use rustix::io::Errno;
 
+use crate::backend::guest_len;
 use crate::error::BlockError;
 use crate::lock::lock;
 
@@ -131,6 +134,36 @@ impl HostFile {
             offset += n as u64;
         }
         Ok(())
+    }
+
+    /// As [`HostFile::read_at`], into guest RAM. With `at_once` an error of kind `WouldBlock` where the host would wait for its disk.
+    pub fn read_to_guest(
+        &self,
+        offset: u64,
+        into: &[GuestSlice<'_>],
+        at_once: bool,
+    ) -> io::Result<u64> {
+        let done = doppel_memory::read_file_at(self.file.as_fd(), offset, into, at_once)?;
+        if done == guest_len(into) {
+            return Ok(done);
+        }
+        let mut skip = done as usize;
+        for slice in into {
+            if let Ok(rest) = slice.offset(skip.min(slice.len())) {
+                let zeros = vec![0u8; rest.len()];
+                rest.copy_from(&zeros);
+            }
+            skip = skip.saturating_sub(slice.len());
+        }
+        Ok(done)
+    }
+
+    /// As [`HostFile::write_at`], from guest RAM.
+    pub fn write_from_guest(&self, offset: u64, from: &[GuestSlice<'_>]) -> io::Result<()> {
+        match doppel_memory::write_file_at(self.file.as_fd(), offset, from)? {
+            n if n == guest_len(from) => Ok(()),
+            _ => Err(io::ErrorKind::WriteZero.into()),
+        }
     }
 
     /// Makes what was written durable.

@@ -2,10 +2,14 @@
 //!
 //! Files are sparse: what is discarded becomes a hole. A file that ends within a sector is read as if zeros filled that sector.
 
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 use std::sync::{Mutex, PoisonError};
 
-use crate::backend::{BlockBackend, SECTOR, check_range, check_writable, reads_len, writes_len};
+use doppel_memory::GuestSlice;
+
+use crate::backend::{
+    BlockBackend, SECTOR, check_range, check_writable, guest_len, reads_len, writes_len,
+};
 use crate::file::HostFile;
 use crate::format::{Look, look};
 
@@ -53,6 +57,23 @@ impl Raw {
         }
         self.file.write_at(offset, from.to_vec())
     }
+
+    fn read_guest(&self, offset: u64, into: &[GuestSlice<'_>], at_once: bool) -> io::Result<()> {
+        let len = guest_len(into);
+        check_range(offset, len, self.len())?;
+        let end = offset + self.file.read_to_guest(offset, into, at_once)?;
+        match end < (offset + len).min(self.file.len()) {
+            true => Err(ErrorKind::UnexpectedEof.into()),
+            false => Ok(()),
+        }
+    }
+}
+
+/// The bytes as they are now.
+fn copy_of(slice: &GuestSlice<'_>) -> Vec<u8> {
+    let mut bytes = vec![0; slice.len()];
+    slice.copy_to(&mut bytes);
+    bytes
 }
 
 impl BlockBackend for Raw {
@@ -83,6 +104,33 @@ impl BlockBackend for Raw {
             Some(guard) if offset < SECTOR && len > 0 => self.write_guarded(guard, offset, from),
             _ => self.file.write_at(offset, from.to_vec()),
         }
+    }
+
+    fn read_to_guest(&self, offset: u64, into: &[GuestSlice<'_>]) -> io::Result<()> {
+        self.read_guest(offset, into, false)
+    }
+
+    fn try_read_to_guest(&self, offset: u64, into: &[GuestSlice<'_>]) -> Option<io::Result<()>> {
+        match self.read_guest(offset, into, true) {
+            // A host that knows no such call, or would wait.
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Unsupported) => None,
+            result => Some(result),
+        }
+    }
+
+    fn write_from_guest(&self, offset: u64, from: &[GuestSlice<'_>]) -> io::Result<()> {
+        check_writable(self)?;
+        check_range(offset, guest_len(from), self.len())?;
+        if self.guard.is_some() && offset < SECTOR {
+            let bytes: Vec<_> = from.iter().flat_map(copy_of).collect();
+            return self.write_at(offset, &[IoSlice::new(&bytes)]);
+        }
+        self.file.write_from_guest(offset, from)
+    }
+
+    /// It goes to the host's cache.
+    fn writes_at_once(&self) -> bool {
+        true
     }
 
     fn flush(&self) -> io::Result<()> {

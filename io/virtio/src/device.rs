@@ -10,6 +10,7 @@ use std::sync::Arc;
 use doppel_memory::GuestRam;
 use serde::{Deserialize, Serialize};
 
+use crate::blk::BlkState;
 use crate::rng::RngState;
 use crate::{Interrupt, Queue};
 
@@ -67,4 +68,5 @@ pub trait VirtioDevice: Send {
 #[non_exhaustive]
 pub enum DeviceState {
     Rng(RngState),
+    Blk(BlkState),
 }

@@ -12,6 +12,8 @@
 //!
 //! docs/virtio.md tells more.
 
+mod blk;
+mod buffers_unsafe;
 mod chain;
 mod device;
 mod frontend;
@@ -26,7 +28,9 @@ mod rng;
 pub mod testing;
 mod worker;
 
-pub use chain::{Buffers, Chain, SEGMENTS_MAX};
+pub use blk::{BLK_QUEUES_MAX, Blk, BlkState};
+pub use buffers_unsafe::Buffers;
+pub use chain::{Chain, SEGMENTS_MAX};
 pub use device::{Activation, DeviceState, VirtioDevice};
 pub use frontend::{
     DRIVER_OK, EVENT_IDX, FEATURES_OK, FrontendState, NEEDS_RESET, Status, VERSION_1,

@@ -135,6 +135,10 @@ impl Rig {
     pub fn enable_queue(&self, index: u16, base: u64) -> DriverQueue {
         self.write(0x16, 2, index.into());
         let queue = DriverQueue::new(index, self.read(0x18, 2) as u16, base);
+        // Rings of an earlier life may be there.
+        for ring in [queue.avail(), queue.used()] {
+            self.ram.write_from_device(ring, &[0; 4]);
+        }
         self.place_queue(&queue);
         self.write(0x1c, 2, 1);
         queue

@@ -1,0 +1,175 @@
+//! The block device (virtio 1.2, 5.2): a disk, whatever is behind its [`BlockBackend`].
+//!
+//! Each queue has a thread that takes its requests. What the host has in its cache is done there and then; what would wait (a
+//! read that misses, a flush, a discard) goes to a pool of threads, so that a deep queue is a deep queue on the host too
+//! (`pool.rs`). Data goes between the host's file and the guest's RAM with no copy where the back-end can.
+//!
+//! A host that refuses something, a full disk included, makes an I/O error of the one request.
+
+mod config;
+mod pool;
+mod request;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use doppel_block::BlockBackend;
+use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_blk as bit;
+
+use crate::worker::Worker;
+use crate::{Activation, DeviceState, Queue, VirtioDevice};
+
+const QUEUE_SIZE: u16 = 256;
+/// More queues than this are of no use.
+pub const BLK_QUEUES_MAX: u16 = 8;
+/// Bytes of the serial number (virtio 1.2, 5.2.6.1).
+const SERIAL_LEN: usize = 20;
+
+/// What is saved of the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlkState {
+    /// 1.
+    pub version: u32,
+    /// The driver has writes cached.
+    pub writeback: bool,
+}
+
+const STATE_VERSION: u32 = 1;
+
+/// What the device's threads share.
+struct Disk {
+    backend: Arc<dyn BlockBackend>,
+    serial: [u8; SERIAL_LEN],
+    /// Writes are durable only after a flush; else each is followed by one.
+    writeback: AtomicBool,
+}
+
+/// The block device.
+pub struct Blk {
+    disk: Arc<Disk>,
+    queues: u16,
+    /// The driver can flush.
+    flushes: bool,
+    worker: Option<Worker<Vec<Queue>>>,
+}
+
+impl Blk {
+    /// A disk with a queue for each of so many processors, as far as that is of use. `serial` is cut after 20 bytes.
+    pub fn new(backend: Arc<dyn BlockBackend>, serial: &str, processors: u32) -> Self {
+        let mut bytes = [0; SERIAL_LEN];
+        for (to, from) in bytes.iter_mut().zip(serial.bytes()) {
+            *to = from;
+        }
+        let disk = Disk {
+            backend,
+            serial: bytes,
+            writeback: AtomicBool::new(true),
+        };
+        Blk {
+            disk: Arc::new(disk),
+            queues: processors.clamp(1, BLK_QUEUES_MAX.into()) as u16,
+            flushes: false,
+            worker: None,
+        }
+    }
+}
+
+impl VirtioDevice for Blk {
+    fn device_type(&self) -> u16 {
+        virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK as u16
+    }
+
+    fn features(&self) -> u64 {
+        let always = [
+            bit::VIRTIO_BLK_F_SEG_MAX,
+            bit::VIRTIO_BLK_F_BLK_SIZE,
+            bit::VIRTIO_BLK_F_TOPOLOGY,
+            bit::VIRTIO_BLK_F_FLUSH,
+            bit::VIRTIO_BLK_F_CONFIG_WCE,
+            bit::VIRTIO_BLK_F_MQ,
+        ];
+        let writable = [bit::VIRTIO_BLK_F_DISCARD, bit::VIRTIO_BLK_F_WRITE_ZEROES];
+        let more = match self.disk.backend.read_only() {
+            true => &[bit::VIRTIO_BLK_F_RO][..],
+            false => &writable[..],
+        };
+        always
+            .iter()
+            .chain(more)
+            .fold(0, |bits, bit| bits | 1 << bit)
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![QUEUE_SIZE; self.queues.into()]
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let bytes = config::bytes(
+            self.disk.backend.len(),
+            self.queues,
+            self.disk.writeback.load(Ordering::Relaxed),
+        );
+        let at = usize::try_from(offset).unwrap_or(usize::MAX);
+        let from = bytes.get(at..).unwrap_or_default();
+        data.iter_mut().zip(from).for_each(|(to, byte)| *to = *byte);
+    }
+
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        if let (config::WRITEBACK, [writeback]) = (offset, data)
+            && self.flushes
+        {
+            self.disk
+                .writeback
+                .store(*writeback != 0, Ordering::Relaxed);
+        }
+    }
+
+    fn activate(&mut self, activation: Activation) -> io::Result<()> {
+        let Activation {
+            features,
+            queues,
+            ram,
+            interrupt,
+        } = activation;
+        self.flushes = features & 1 << bit::VIRTIO_BLK_F_FLUSH != 0;
+        if !self.flushes {
+            // Virtio 1.2, 5.2.6.2: without FLUSH the device is write-through.
+            self.disk.writeback.store(false, Ordering::Relaxed);
+        }
+        let disk = self.disk.clone();
+        let worker = Worker::start("virtio-blk", interrupt, move |stop| {
+            pool::serve(queues, &disk, &ram, stop)
+        })?;
+        self.worker = Some(worker);
+        Ok(())
+    }
+
+    fn deactivate(&mut self) -> Vec<Queue> {
+        let queues = self.worker.take().and_then(Worker::stop);
+        queues.unwrap_or_default()
+    }
+
+    fn reset(&mut self) {
+        self.flushes = false;
+        self.disk.writeback.store(true, Ordering::Relaxed);
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Blk(BlkState {
+            version: STATE_VERSION,
+            writeback: self.disk.writeback.load(Ordering::Relaxed),
+        })
+    }
+
+    fn restore(&mut self, state: &DeviceState) -> bool {
+        let DeviceState::Blk(state) = state else {
+            return false;
+        };
+        self.disk
+            .writeback
+            .store(state.writeback, Ordering::Relaxed);
+        state.version == STATE_VERSION
+    }
+}
