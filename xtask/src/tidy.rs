@@ -33,6 +33,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("io/block", &["memory"]),
     ("io/bootdisk", &["io/block"]),
     ("io/virtio", &["io/block", "io/device", "memory"]),
+    ("io/net", &["io/device"]),
     (
         "machine",
         &[
