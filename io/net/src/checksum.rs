@@ -65,7 +65,7 @@ mod tests {
 
     #[test]
     fn it_is_the_sum_of_big_endian_words_whatever_the_cuts() {
-        let data: Vec<u8> = (0..1000u32).map(|n| (n * n >> 3) as u8 | 1).collect();
+        let data: Vec<u8> = (0..1000u32).map(|n| ((n * n) >> 3) as u8 | 1).collect();
         for len in (0..70).chain([999, 1000]) {
             assert_eq!(super::data(&data[..len]), plainly(&data[..len]), "{len}");
         }

@@ -12,9 +12,6 @@ use std::os::fd::BorrowedFd;
 
 use doppel_device::Nanos;
 
-/// The longest frame without its payload: Ethernet, and IP and TCP headers with all options.
-pub const HEADERS_MAX: usize = 14 + 60 + 60;
-
 /// The longest frame of any back-end, unfinished ones included: 64 KiB and an Ethernet header with a VLAN tag.
 pub const FRAME_MAX: usize = 65535 + 18;
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use doppel_device::HostClock;
-use doppel_net::{Accepts, Link, Offload, Received, UserConfig, UserNetwork};
+use doppel_net::{Accepts, Link, Offload, Received, Sent, UserConfig, UserNetwork};
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
 use smoltcp::phy::{ChecksumCapabilities, Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::socket::{icmp, tcp, udp};
@@ -30,6 +30,7 @@ pub const OFFLOADS: [Accepts; 2] = [
 pub struct Cable {
     pub link: Box<dyn Link>,
     pub received: VecDeque<(Offload, Vec<u8>)>,
+    refused: VecDeque<Vec<u8>>,
     pub from_guest: usize,
     pub largest: usize,
     /// Loses a frame in so many, each way.
@@ -45,7 +46,17 @@ impl Cable {
             .is_some_and(|n| self.count.is_multiple_of(n))
     }
 
+    fn push(&mut self) {
+        while let Some(frame) = self.refused.front() {
+            if self.link.send(Offload::default(), frame) == Sent::Full {
+                return;
+            }
+            self.refused.pop_front();
+        }
+    }
+
     pub fn pull(&mut self) {
+        self.push();
         let mut frames = Vec::new();
         let mut sink = |offload: Offload, parts: &[&[u8]]| frames.push((offload, parts.concat()));
         while self.link.receive(65553, &mut sink) == Received::Frame {}
@@ -73,7 +84,8 @@ impl TxToken for Outgoing<'_> {
         let result = f(&mut frame);
         self.0.from_guest += 1;
         if !self.0.lost() {
-            self.0.link.send(Offload::default(), &frame);
+            self.0.refused.push_back(frame);
+            self.0.push();
         }
         result
     }
@@ -127,6 +139,7 @@ impl Guest {
         let mut cable = Cable {
             link,
             received: VecDeque::new(),
+            refused: VecDeque::new(),
             from_guest: 0,
             largest: 0,
             loses_one_in: None,
@@ -138,7 +151,7 @@ impl Guest {
         let start = Instant::now();
         let mut interface = Interface::new(config, &mut cable, smoltcp::time::Instant::ZERO);
         interface.update_ip_addrs(|ips| ips.push(IpCidr::new(ip.into(), 24)).unwrap());
-        let gateway = Ipv4Address::from(GATEWAY);
+        let gateway = GATEWAY;
         interface
             .routes_mut()
             .add_default_ipv4_route(gateway)
@@ -181,7 +194,7 @@ impl Guest {
         let socket = self.sockets.get_mut::<tcp::Socket>(handle);
         let context = self.interface.context();
         socket
-            .connect(context, (Ipv4Address::from(*to.ip()), to.port()), port)
+            .connect(context, (*to.ip(), to.port()), port)
             .unwrap();
         handle
     }
@@ -228,7 +241,7 @@ pub fn ip_frame(
     ip.set_hop_limit(64);
     ip.set_next_header(protocol);
     ip.set_src_addr(Ipv4Address::new(10, 0, 2, 15));
-    ip.set_dst_addr(Ipv4Address::from(to));
+    ip.set_dst_addr(to);
     ip.fill_checksum();
     ip.payload_mut().copy_from_slice(payload);
     frame
