@@ -91,6 +91,9 @@ pub struct Verdict {
     pub failures: Vec<(EngineName, Vec<String>)>,
 }
 
+/// This process's program, libraries, heap and stack are above; what cases are given is below.
+const HOST_FROM: u64 = 0x5000_0000_0000;
+
 /// Everything that runs cases.
 pub struct Rig {
     native: Native,
@@ -101,6 +104,28 @@ pub struct Rig {
     pub catalogue: Catalogue,
     /// Compare the arithmetic flags at faults also where the translator does not keep those that a block is entered with.
     pub fault_flags: bool,
+}
+
+/// True where the case ends at an address that holds nothing in a guest, but something of this process: the bare processor
+/// would go on there.
+fn reaches_the_host(ending: &Ending) -> bool {
+    let &Ending::Exception {
+        address: Some(address),
+        ..
+    } = ending
+    else {
+        return false;
+    };
+    if address < HOST_FROM {
+        return false;
+    }
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let holds = |line: &str| {
+        let (from, to) = line.split_once(' ')?.0.split_once('-')?;
+        let at = |text| u64::from_str_radix(text, 16).ok();
+        Some((at(from)?..at(to)?).contains(&address))
+    };
+    maps.lines().any(|line| holds(line) == Some(true))
 }
 
 impl Rig {
@@ -145,6 +170,7 @@ impl Rig {
             partial_store: trace.stores_in_parts(),
         };
         verdict.codes = trace.codes;
+        verdict.discarded |= reaches_the_host(&interpreted.ending);
         if verdict.discarded {
             return Ok(verdict);
         }

@@ -9,6 +9,54 @@ use doppel_fuzz::state::State;
 /// What was wrong, seed, case, code.
 const PROGRAMS: &[(&str, u64, u64, &str)] = &[
     (
+        "FXRSTOR of a multiple of 4 with alignment checks",
+        1,
+        1,
+        "9c810c24000004009d41bc14102010490fae4c24000f0b",
+    ),
+    (
+        "FXSAVE of a multiple of 8 with alignment checks",
+        1,
+        1,
+        "9c810c24000004009d41bc18102010490fae4424000f0b",
+    ),
+    (
+        "FXRSTOR whose last bytes are not there",
+        1,
+        1,
+        "41bc102e2010490fae4c24000f0b",
+    ),
+    (
+        "FXSAVE whose last bytes are not there",
+        1,
+        1,
+        "41bc102e2010490fae4424000f0b",
+    ),
+    (
+        "FXSAVE across the end of memory",
+        1,
+        1,
+        "41bc002f2010490fae4424000f0b",
+    ),
+    (
+        "a masked broadcast across the canonical boundary with alignment checks",
+        1,
+        1,
+        "9c810c24000004009d49bcfeffffffff7f000062d17c595804240f0b",
+    ),
+    (
+        "an approximation that is flushed to zero",
+        20261125,
+        9712377,
+        "62527d2824d50f850d0000006487adda0be0ef62227d2c4cc10f0b",
+    ),
+    (
+        "a masked pair across the canonical boundary with alignment checks",
+        20261125,
+        7844385,
+        "41d3ae422a201048a9c6f1fbc23ed3050a1b200066ffb29e0020104c0bd3268f05cf22200081f855ccd50162e27d2c5a05f5182000e8060000009de901000000c3beea0f6010c5fa164e0041ba1a00000048bf5b57a3ffff7f000062260e06d784d7d3a75c000f0b",
+    ),
+    (
         "flags of a repeated comparison that faults",
         1,
         1241,

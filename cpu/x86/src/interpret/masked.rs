@@ -71,7 +71,15 @@ impl Elements {
         write: bool,
         fault: Exception,
     ) -> Result<u64, Exception> {
-        if !self.suppresses || fault == Exception::AC {
+        if !self.suppresses {
+            return Err(fault);
+        }
+        if fault == Exception::AC {
+            // Of elements that are repeated, or are pairs, the last byte is looked at first.
+            let pairs = mask_granularity(i) != i.memory_size().element_size();
+            if i.is_broadcast() || pairs {
+                linear_displaced(cpu, i, (self.count * self.size) as u64 - 1, 1, write)?;
+            }
             return Err(fault);
         }
         self.each().try_fold(0, |_, n| {

@@ -107,7 +107,18 @@ fn flushes(key: &Instruction) -> bool {
     suppresses
         || matches!(
             key.mnemonic(),
-            Vreducepd | Vreduceps | Vreducesd | Vreducess
+            Vreducepd
+                | Vreduceps
+                | Vreducesd
+                | Vreducess
+                | Vrcp14pd
+                | Vrcp14ps
+                | Vrcp14sd
+                | Vrcp14ss
+                | Vrsqrt14pd
+                | Vrsqrt14ps
+                | Vrsqrt14sd
+                | Vrsqrt14ss
         )
 }
 

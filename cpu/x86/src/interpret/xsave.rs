@@ -31,6 +31,8 @@ pub(super) fn lookup(i: &Instruction) -> Option<Handler> {
 const MXCSR: std::ops::Range<usize> = 24..32;
 const MXCSR_INITIAL: u32 = 0x1f80;
 const FXSAVE_END: usize = 416;
+/// Bytes that FXSAVE and FXRSTOR ask for.
+const FX_SIZE: usize = 512;
 /// XCOMP_BV's bit that says that the area is compacted.
 const COMPACTED: u64 = 1 << 63;
 
@@ -112,13 +114,14 @@ fn fast_fxsave(cpu: &Cpu) -> bool {
 fn fx_address(cpu: &Cpu, i: &Instruction, write: bool) -> Result<u64, Exception> {
     check_not_emulated(cpu)?;
     check_switched(cpu)?;
-    let at = linear(cpu, i, 512, write)?;
+    let at = linear(cpu, i, FX_SIZE, write)?;
     if at.is_multiple_of(16) {
         return Ok(at);
     }
-    // Either is allowed where the guest asks for alignment checks; processors take this one.
+    // Either is allowed where the guest asks for alignment checks; the processor looks at the first four bytes first.
+    let misaligned = !at.is_multiple_of(4);
     let checks = cpu.cpl == 3 && cpu.rflags.contains(Rflags::AC) && cpu.cr0.contains(Cr0::AM);
-    Err(if checks {
+    Err(if checks && misaligned {
         Exception::AC
     } else {
         Exception::gp(0)
@@ -131,6 +134,10 @@ fn fxsave(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     let image = legacy_image(&cpu.fpu, i, mask);
     let end = if fast_fxsave(cpu) { XMM } else { xmm_end(cpu) };
     let privilege = cpu.privilege();
+    // All 512 bytes have to be there, though the last are left alone.
+    for byte in [at, at + FX_SIZE as u64 - 1] {
+        cpu.check_writable(byte, 1, privilege)?;
+    }
     cpu.store_bytes(bus, at, privilege, &image[..end])?;
     Ok(Flow::Next)
 }
@@ -138,7 +145,7 @@ fn fxsave(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
 fn fxrstor(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     let at = fx_address(cpu, i, false)?;
     let (_, mask) = host_layout(cpu)?;
-    let mut image = [0; FXSAVE_END];
+    let mut image = [0; FX_SIZE];
     let privilege = cpu.privilege();
     cpu.load_bytes(bus, at, privilege, &mut image)?;
     check_mxcsr(image_mxcsr(&image), mask)?;
