@@ -77,6 +77,12 @@ impl Contestant {
     }
 }
 
+/// Whether a build of Doppel gives its guests a network card where nobody says otherwise. QEMU's guests here have none.
+pub fn knows_networks(program: &Path) -> Result<bool> {
+    let help = Command::new(program).args(["run", "--help"]).output()?;
+    Ok(String::from_utf8_lossy(&help.stdout).contains("--net "))
+}
+
 /// The kernel's command line; it hands words that it does not know to init, as environment.
 pub fn cmdline(order: &Order) -> String {
     let rows = order.rows.join(",");

@@ -174,6 +174,9 @@ fn contestants(args: &Args, workspace: &Path) -> Result<Vec<Contestant>> {
         let program = programs.get(n).unwrap_or(&programs[programs.len() - 1]);
         ensure!(program.is_file(), "{} is no program", program.display());
         let mut flags = vec!["--engine".to_owned(), args.engine.clone()];
+        if contestant::knows_networks(program)? {
+            flags.extend(["--net".to_owned(), "none".to_owned()]);
+        }
         if let Some(more) = args.doppel_args.get(n) {
             flags.extend(more.split_whitespace().map(str::to_owned));
         }

@@ -4,11 +4,19 @@ use std::sync::Arc;
 
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
-use doppel_machine::DeviceConfig;
 use doppel_machine::block::{BlockBackend, DiskSpec};
+use doppel_machine::{DeviceConfig, NetConfig};
 
 const RNG: &str = "rng";
 const DISK: &str = "disk";
+const NET: &str = "net";
+const NO_NET: &str = "none";
+
+const NET_HELP: &str = "\
+A network card, plugged into: user (a network of its own that reaches the host's, with \
+[,hostfwd=tcp|udp:[ADDRESS]:PORT-[ADDRESS]:PORT]... [,restrict] [,dns=ADDRESS[:PORT]]... [,mtu=N]), switch=NAME (shared with other \
+machines of yours), tap=NAME (a tap device); each with [,mac=MAC] [,at-once=on|off]; or none. \
+One that is plugged into \"user\" where nothing is said";
 
 /// The devices that were asked for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -19,6 +27,18 @@ pub struct Devices(Vec<Device>);
 enum Device {
     Rng,
     Disk(DiskSpec),
+    Net(NetConfig),
+}
+
+/// What `--net` takes.
+#[derive(Clone, Debug)]
+struct Card(Option<NetConfig>);
+
+fn card(text: &str) -> Result<Card, String> {
+    match text {
+        NO_NET => Ok(Card(None)),
+        _ => text.parse().map(|config| Card(Some(config))),
+    }
 }
 
 impl Devices {
@@ -39,6 +59,7 @@ impl Devices {
                 backend,
                 serial: format!("disk{n}"),
             }),
+            Device::Net(config) => Some(DeviceConfig::Net(config.clone())),
         };
         self.0.iter().filter_map(configuration).collect()
     }
@@ -63,6 +84,14 @@ impl Args for Devices {
                     .action(ArgAction::SetTrue)
                     .help("An entropy device, fed by the host's random number generator"),
             )
+            .arg(
+                Arg::new(NET)
+                    .long(NET)
+                    .value_name("NETWORK")
+                    .action(ArgAction::Append)
+                    .value_parser(card)
+                    .help(NET_HELP),
+            )
     }
 
     fn augment_args_for_update(command: Command) -> Command {
@@ -79,6 +108,13 @@ impl FromArgMatches for Devices {
         let disks = matches.get_many::<DiskSpec>(DISK).into_iter().flatten();
         let disks = disks.map(|spec| Device::Disk(spec.clone()));
         found.extend(matches.indices_of(DISK).into_iter().flatten().zip(disks));
+        let cards = matches.get_many::<Card>(NET).into_iter().flatten();
+        let places = matches.indices_of(NET).into_iter().flatten();
+        let asked = places.zip(cards);
+        found.extend(asked.filter_map(|(at, card)| Some((at, Device::Net(card.0.clone()?)))));
+        if !matches.contains_id(NET) {
+            found.push((usize::MAX, Device::Net(NetConfig::default())));
+        }
         found.sort_by_key(|(at, _)| *at);
         Ok(Devices(found.into_iter().map(|(_, d)| d).collect()))
     }

@@ -50,6 +50,7 @@ pub fn run_observed(
         check_readable(file)?;
     }
     size::check(args.memory, size::of_host())?;
+    raise_descriptor_limit();
     let stats = args.stats.as_deref().map(StatsFile::create).transpose()?;
     let disks = open_disks(args)?;
     let boot = Boot::choose(args, &disks)?;
@@ -81,6 +82,15 @@ pub fn run_observed(
 fn open_disks(args: &Run) -> Result<Vec<Arc<dyn BlockBackend>>> {
     let open = |spec: &DiskSpec| spec.open().context("--disk");
     args.devices.disks().map(open).collect()
+}
+
+/// A guest's connections are descriptors of ours. The usual limit is low for the sake of old programs only; where it stays, the guest has
+/// fewer connections.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    let _ = setrlimit(Resource::Nofile, limit);
 }
 
 /// What is to be booted.

@@ -19,6 +19,7 @@ use crate::pc::{Pc, PcParts};
 use crate::serial::SerialLink;
 use crate::slice_unsafe::ask_for_short_slices;
 use crate::vcpu::{RunExits, Sleepers, Vcpu, VcpuTime};
+use crate::virtio::Cards;
 use crate::{acpi, smbios};
 
 /// RAM with what is to be booted in it.
@@ -53,6 +54,8 @@ pub struct Over {
     pub vcpus: Vec<Vcpu<CpuBus>>,
     /// The last thing that its kernel printed is that it halts.
     pub announced_halt: bool,
+    /// What its network cards counted.
+    pub cards: Cards,
 }
 
 impl Instance {
@@ -117,6 +120,7 @@ impl Instance {
             cause,
             vcpus,
             announced_halt: pc.watch.announced_halt(),
+            cards: pc.virtio.cards.clone(),
         })
     }
 }

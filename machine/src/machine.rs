@@ -40,6 +40,9 @@ pub enum MachineError {
     /// So is the PCI bus.
     #[error(transparent)]
     Pci(#[from] doppel_pc::PciSlotTaken),
+    /// A network cannot be had.
+    #[error(transparent)]
+    Net(#[from] doppel_net::NetError),
     /// The host refused something.
     #[error("{0}: {1}")]
     Host(&'static str, std::io::Error),
@@ -166,6 +169,7 @@ impl Machine {
             self.stats
                 .add_vcpu(&counters, &v.bus.exits, &v.exits, &v.time);
         }
+        self.stats.add_cards(&over.cards);
         self.ending(&over)
     }
 

@@ -1,5 +1,6 @@
 //! What a machine counted, for `--stats`.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use doppel_x86::EngineStats;
@@ -7,6 +8,7 @@ use serde::Serialize;
 
 use crate::cpu_bus::BusExits;
 use crate::vcpu::{RunExits, VcpuTime};
+use crate::virtio::Cards;
 
 /// Everything that was counted from the machine's start to its end, over all reboots.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -27,6 +29,25 @@ pub struct Stats {
     pub exits: Exits,
     /// What the engine counted.
     pub counters: EngineStats,
+    /// What each network card counted.
+    pub net: Vec<NetStats>,
+}
+
+/// What a network card counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct NetStats {
+    /// Frames from the guest.
+    pub sent: u64,
+    /// Bytes in them.
+    pub sent_bytes: u64,
+    /// Frames to the guest.
+    pub received: u64,
+    /// Bytes in them.
+    pub received_bytes: u64,
+    /// Notifications that the vCPU dealt with itself.
+    pub at_once: u64,
+    /// Notifications that the card's thread dealt with.
+    pub handed_over: u64,
 }
 
 /// Wall-clock time in seconds; all but `wall` are sums over the vCPUs.
@@ -74,6 +95,23 @@ impl Stats {
         self.seconds.guest += seconds(time.running.saturating_sub(bus.time));
         self.seconds.devices += seconds(bus.time);
         self.seconds.halted += seconds(time.halted);
+    }
+
+    /// Adds what the network cards counted during one boot.
+    pub fn add_cards(&mut self, cards: &Cards) {
+        self.net.resize(cards.len(), NetStats::default());
+        for (sum, card) in self.net.iter_mut().zip(cards) {
+            for (sum, n) in [
+                (&mut sum.sent, &card.sent),
+                (&mut sum.sent_bytes, &card.sent_bytes),
+                (&mut sum.received, &card.received),
+                (&mut sum.received_bytes, &card.received_bytes),
+                (&mut sum.at_once, &card.at_once),
+                (&mut sum.handed_over, &card.handed_over),
+            ] {
+                *sum += n.load(Ordering::Relaxed);
+            }
+        }
     }
 }
 

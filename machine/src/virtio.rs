@@ -6,10 +6,11 @@ use std::fmt;
 use std::sync::Arc;
 
 use doppel_block::BlockBackend;
-use doppel_device::{Line, Pin};
+use doppel_device::{HostClock, Line, Pin};
 use doppel_memory::GuestRam;
+use doppel_net::{NetConfig, Port};
 use doppel_pc::PciBus;
-use doppel_virtio::{BAR_SIZE, Blk, PciWiring, Rng, VirtioDevice, VirtioPci};
+use doppel_virtio::{BAR_SIZE, Blk, Net, NetCounters, PciWiring, Rng, VirtioDevice, VirtioPci};
 
 use crate::config::MachineConfig;
 use crate::layout;
@@ -29,16 +30,24 @@ pub enum DeviceConfig {
         /// Its serial number; 20 bytes of it count.
         serial: String,
     },
+    /// A network card.
+    Net(NetConfig),
 }
 
 impl DeviceConfig {
-    fn device(&self, cpus: u32) -> Box<dyn VirtioDevice> {
-        match self {
+    /// The device; a network card's counters come to those of `cards`.
+    fn device(&self, cpus: u32, cards: &mut Cards) -> Result<Box<dyn VirtioDevice>, MachineError> {
+        Ok(match self {
             DeviceConfig::Rng => Box::new(Rng::new()),
             DeviceConfig::Disk { backend, serial } => {
                 Box::new(Blk::new(backend.clone(), serial, cpus))
             }
-        }
+            DeviceConfig::Net(config) => {
+                let card = card(config, cards.len() as u8)?;
+                cards.push(card.counters());
+                Box::new(card)
+            }
+        })
     }
 }
 
@@ -47,13 +56,30 @@ impl fmt::Debug for DeviceConfig {
         match self {
             DeviceConfig::Rng => f.write_str("Rng"),
             DeviceConfig::Disk { serial, .. } => write!(f, "Disk({serial})"),
+            DeviceConfig::Net(config) => write!(f, "Net({config:?})"),
         }
     }
 }
 
+/// A network card with its cable plugged in.
+fn card(config: &NetConfig, number: u8) -> Result<Net, MachineError> {
+    let clock = Arc::new(HostClock::new());
+    let (link, mac) = config.open(number, clock.clone())?;
+    let port = Port::new(link, clock)
+        .map_err(|e| MachineError::Host("a network card cannot be made", e))?;
+    Ok(Net::new(port, mac, config.mtu(), config.at_once))
+}
+
+/// What the network cards count.
+pub type Cards = Vec<Arc<NetCounters>>;
+
 /// The functions of a machine, which run until they are stopped.
 #[derive(Default)]
-pub struct VirtioFunctions(Vec<Arc<VirtioPci>>);
+pub struct VirtioFunctions {
+    functions: Vec<Arc<VirtioPci>>,
+    /// Of the network cards among them.
+    pub cards: Cards,
+}
 
 impl VirtioFunctions {
     /// Makes them and plugs them in.
@@ -74,19 +100,20 @@ impl VirtioFunctions {
                 msi: pc.apics.clone(),
                 pin: pin_of(&lines, slot),
             };
-            let function = VirtioPci::new(device.device(config.cpus), wiring).map_err(refused)?;
+            let device = device.device(config.cpus, &mut functions.cards)?;
+            let function = VirtioPci::new(device, wiring).map_err(refused)?;
             let slot = u8::try_from(slot).unwrap_or(u8::MAX);
             pci.insert(slot, 0, function.clone())?;
             let window = layout::PCI_MMIO_LOW;
             function.place((window.start + n as u64 * BAR_SIZE) as u32);
-            functions.0.push(function);
+            functions.functions.push(function);
         }
         Ok(functions)
     }
 
     /// Ends the threads of all devices.
     pub fn stop(&self) {
-        self.0.iter().for_each(|function| function.stop());
+        self.functions.iter().for_each(|function| function.stop());
     }
 }
 

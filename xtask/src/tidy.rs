@@ -32,7 +32,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("io/pc", &["io/device", "memory"]),
     ("io/block", &["memory"]),
     ("io/bootdisk", &["io/block"]),
-    ("io/virtio", &["io/block", "io/device", "memory"]),
+    ("io/virtio", &["io/block", "io/device", "io/net", "memory"]),
     ("io/net", &["io/device"]),
     (
         "machine",
@@ -47,6 +47,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "io/block",
             "io/bootdisk",
             "io/virtio",
+            "io/net",
         ],
     ),
     ("cli", &["machine"]),

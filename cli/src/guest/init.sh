@@ -26,6 +26,12 @@ while asking=$(drivers) && [ "$asking" != "$known" ]; do
     done
 done
 
+# A network card: ask for an address, without waiting for the answer.
+if [ -e /sys/class/net/eth0 ]; then
+    ip link set eth0 up
+    udhcpc -i eth0 -b -S -t 5 -T 1 -s /etc/udhcpc.sh >/dev/null 2>&1 &
+fi
+
 # /doppel/script, from an archive appended to this one, runs instead of a shell. Its exit status goes to the
 # debug-exit port as 16 + status; without that port the guest powers off.
 if [ -x /doppel/script ]; then

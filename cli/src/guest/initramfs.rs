@@ -7,6 +7,8 @@ use anyhow::Result;
 
 const INIT: &str = include_str!("init.sh");
 
+const UDHCPC: &str = include_str!("udhcpc.sh");
+
 const PROFILE: &str = "\
 export PS1='\\u@\\h:\\w\\$ '
 alias ll='ls -l'
@@ -58,7 +60,7 @@ const DIRECTORIES: &[&str] = &[
 
 /// A number that changes with what `build` writes.
 pub fn recipe() -> u32 {
-    let inputs = format!("1\n{INIT}\n{PROFILE}\n{MODULES:?}\n{DIRECTORIES:?}");
+    let inputs = format!("1\n{INIT}\n{UDHCPC}\n{PROFILE}\n{MODULES:?}\n{DIRECTORIES:?}");
     crc32fast::hash(inputs.as_bytes())
 }
 
@@ -74,6 +76,7 @@ pub fn build(busybox: &[u8], release: &str, available: Vec<Module>) -> Result<Ve
     archive.symlink("bin/sh", "busybox");
     archive.symlink("sbin/modprobe", "../bin/busybox");
     archive.file("sbin/debug-exit", 0o755, &debug_exit::program()?);
+    archive.file("etc/udhcpc.sh", 0o755, UDHCPC.as_bytes());
     archive.file("etc/profile", 0o644, PROFILE.as_bytes());
     archive.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\n");
     archive.file("etc/group", 0o644, b"root:x:0:\n");

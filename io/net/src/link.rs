@@ -106,6 +106,10 @@ pub trait Link: Send {
     fn send(&mut self, offload: Offload, frame: &[u8]) -> Sent;
     /// Gives the next frame for the guest to `sink`, if it has at most `room` bytes.
     fn receive(&mut self, room: usize, sink: Sink) -> Received;
+    /// A bound of the next frame's length, so that a device need not find buffers for more.
+    fn next_length(&self) -> usize {
+        FRAME_MAX
+    }
     /// Throws the frame away that was too long.
     fn discard(&mut self);
     /// Whether [`Link::receive`] may have something.

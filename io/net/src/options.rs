@@ -18,9 +18,8 @@ const MTU_MIN: u16 = 576;
 const MTU_MAX: u16 = 65520;
 
 const KINDS: &str = "user, switch=NAME, tap=NAME or none";
-const USER_OPTIONS: &str =
-    "hostfwd=tcp|udp:[ADDRESS]:PORT-[ADDRESS]:PORT, restrict, dns=ADDRESS[:PORT], mtu=N, mac=MAC";
-const OPTIONS: &str = "mac=MAC";
+const USER_OPTIONS: &str = "hostfwd=tcp|udp:[ADDRESS]:PORT-[ADDRESS]:PORT, restrict, dns=ADDRESS[:PORT], mtu=N, mac=MAC, at-once=on|off";
+const OPTIONS: &str = "mac=MAC, at-once=on|off";
 
 /// What a card is plugged into.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,6 +39,8 @@ pub struct NetConfig {
     pub network: Network,
     /// Its address, where somebody chose one.
     pub mac: Option<[u8; 6]>,
+    /// What the guest sends is dealt with by the vCPU itself where that is possible, not by the card's thread.
+    pub at_once: bool,
 }
 
 /// Why a back-end cannot be had.
@@ -59,6 +60,7 @@ impl Default for NetConfig {
         NetConfig {
             network: Network::User(UserConfig::default()),
             mac: None,
+            at_once: true,
         }
     }
 }
@@ -104,7 +106,10 @@ impl FromStr for NetConfig {
             Some(("tap", name)) if !name.is_empty() => Network::Tap(name.to_owned()),
             _ => return Err(format!("{kind:?} is no network: write {KINDS}")),
         };
-        let mut config = NetConfig { network, mac: None };
+        let mut config = NetConfig {
+            network,
+            ..NetConfig::default()
+        };
         for option in options.split(',').filter(|option| !option.is_empty()) {
             config.set(option)?;
         }
@@ -119,6 +124,10 @@ impl NetConfig {
             self.mac = Some(mac(value)?);
             return Ok(());
         }
+        if name == "at-once" {
+            self.at_once = switch(name, value)?;
+            return Ok(());
+        }
         let Network::User(user) = &mut self.network else {
             return Err(format!(
                 "{name:?} is no option of this network: it has {OPTIONS}"
@@ -126,7 +135,7 @@ impl NetConfig {
         };
         match name {
             "hostfwd" => user.forwards.push(forward(value)?),
-            "restrict" => user.restrict = switch(value)?,
+            "restrict" => user.restrict = switch(name, value)?,
             "dns" => user.dns.push(server(value)?),
             "mtu" => user.mtu = mtu(value)?,
             _ => {
@@ -139,11 +148,11 @@ impl NetConfig {
     }
 }
 
-fn switch(value: &str) -> Result<bool, String> {
+fn switch(name: &str, value: &str) -> Result<bool, String> {
     match value {
         "" | "on" | "yes" => Ok(true),
         "off" | "no" => Ok(false),
-        _ => Err(format!("restrict is on or off, not {value:?}")),
+        _ => Err(format!("{name} is on or off, not {value:?}")),
     }
 }
 

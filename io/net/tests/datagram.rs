@@ -17,7 +17,7 @@ use support::{GATEWAY, Guest, OFFLOADS};
 const DNS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
 
 fn endpoint(ip: Ipv4Addr, port: u16) -> IpEndpoint {
-    IpEndpoint::new(Ipv4Address::from(ip).into(), port)
+    IpEndpoint::new(ip.into(), port)
 }
 
 fn answer(guest: &mut Guest, handle: SocketHandle, what: &str) -> (Vec<u8>, IpEndpoint) {
@@ -127,9 +127,7 @@ fn ping(guest: &mut Guest, to: Ipv4Addr) -> (Icmpv4Message, u8) {
         seq_no: 1,
         data: b"0123456789",
     };
-    let bytes = socket
-        .send(request.buffer_len(), Ipv4Address::from(to).into())
-        .unwrap();
+    let bytes = socket.send(request.buffer_len(), to.into()).unwrap();
     request.emit(&mut Icmpv4Packet::new_unchecked(bytes), &Default::default());
     loop_for_icmp(guest)
 }
@@ -229,7 +227,7 @@ fn long_datagrams_travel_in_fragments_both_ways() {
         }
     }
     let packet = UdpPacket::new_checked(&whole[..]).unwrap();
-    let (from, to) = (Ipv4Address::from(GATEWAY), Ipv4Address::new(10, 0, 2, 15));
+    let (from, to) = (GATEWAY, Ipv4Address::new(10, 0, 2, 15));
     assert!(packet.verify_checksum(&from.into(), &to.into()));
     assert_eq!(packet.payload(), data.repeat(3));
 }

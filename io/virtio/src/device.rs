@@ -11,6 +11,7 @@ use doppel_memory::GuestRam;
 use serde::{Deserialize, Serialize};
 
 use crate::blk::BlkState;
+use crate::net::NetState;
 use crate::rng::RngState;
 use crate::{Interrupt, Queue};
 
@@ -67,6 +68,7 @@ pub trait VirtioDevice: Send {
 #[allow(missing_docs)]
 #[non_exhaustive]
 pub enum DeviceState {
+    Net(NetState),
     Rng(RngState),
     Blk(BlkState),
 }

@@ -18,6 +18,7 @@ mod chain;
 mod device;
 mod frontend;
 mod interrupt;
+mod net;
 mod notifier;
 mod pci;
 mod pci_common;
@@ -36,7 +37,8 @@ pub use frontend::{
     DRIVER_OK, EVENT_IDX, FEATURES_OK, FrontendState, NEEDS_RESET, Status, VERSION_1,
 };
 pub use interrupt::Interrupt;
-pub use notifier::{Notifier, wait_readable};
+pub use net::{Net, NetCounters, NetState};
+pub use notifier::{Notifier, OnNotify, wait_readable};
 pub use pci::{BAR_SIZE, PciState, PciWiring, VirtioPci};
 pub use queue::{Broken, Queue, QueueState};
 pub use rng::{Rng, RngState};

@@ -6,36 +6,75 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{PoisonError, RwLock, Weak};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 
+/// Who deals with notifications at once, in the thread that notifies.
+pub trait OnNotify: Send + Sync {
+    /// Queue `queue` was notified. False where the flag is to be raised, so that the thread that waits for it sees to it.
+    fn notified(&self, queue: u16) -> bool;
+}
+
+type Handler = (u16, Weak<dyn OnNotify>);
+
 /// A flag that threads can wait for.
-#[derive(Debug)]
-pub struct Notifier(OwnedFd);
+pub struct Notifier {
+    flag: OwnedFd,
+    handler: RwLock<Option<Handler>>,
+}
 
 impl Notifier {
     /// A flag that is down.
     pub fn new() -> io::Result<Self> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-        Ok(Notifier(eventfd(0, flags)?))
+        Ok(Notifier {
+            flag: eventfd(0, flags)?,
+            handler: RwLock::new(None),
+        })
+    }
+
+    /// Has `handler` deal with notifications, as those of queue `queue`, before the flag is raised; or nobody.
+    pub fn handle(&self, handler: Option<Handler>) {
+        let slot = self.handler.write();
+        *slot.unwrap_or_else(PoisonError::into_inner) = handler;
+    }
+
+    /// Notifies: has the handler see to it if there is one, else raises the flag.
+    pub fn notify(&self) {
+        let handler = self.handler.read();
+        let handler = handler.unwrap_or_else(PoisonError::into_inner);
+        let (queue, handler) = match &*handler {
+            Some((queue, handler)) => (*queue, handler.upgrade()),
+            None => (0, None),
+        };
+        if !handler.is_some_and(|handler| handler.notified(queue)) {
+            self.raise();
+        }
     }
 
     /// Raises the flag and wakes who waits.
-    pub fn notify(&self) {
+    pub fn raise(&self) {
         // It fails only where the counter is full, and then the flag is up.
-        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+        let _ = rustix::io::write(&self.flag, &1u64.to_ne_bytes());
     }
 
     /// Lowers the flag; says whether it was up.
     pub fn take(&self) -> bool {
-        rustix::io::read(&self.0, &mut [0; 8]).is_ok()
+        rustix::io::read(&self.flag, &mut [0; 8]).is_ok()
+    }
+}
+
+impl std::fmt::Debug for Notifier {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Notifier").field(&self.flag).finish()
     }
 }
 
 impl AsFd for Notifier {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.flag.as_fd()
     }
 }
 

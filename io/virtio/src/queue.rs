@@ -5,7 +5,7 @@
 //! `used_event` (or its flag, without VIRTIO_F_EVENT_IDX) asks for one.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use doppel_memory::GuestRam;
 use serde::{Deserialize, Serialize};
@@ -43,6 +43,8 @@ pub struct QueueState {
 pub struct Queue {
     index: u16,
     ring: virtio_queue::Queue,
+    /// Chains given back, modulo 2^16, when the driver was last told.
+    announced: u16,
     ram: Arc<GuestRam>,
     notifier: Arc<Notifier>,
     interrupt: Arc<dyn Interrupt>,
@@ -76,6 +78,7 @@ impl Queue {
         }
         Ok(Queue {
             index,
+            announced: ring.next_used(),
             ring,
             ram,
             notifier,
@@ -115,6 +118,7 @@ impl Queue {
     pub fn set_progress(&mut self, taken: u16, used: u16) {
         self.ring.set_next_avail(taken);
         self.ring.set_next_used(used);
+        self.announced = used;
     }
 
     /// The next request, if there is one. `ram` is the memory that the queue was made with.
@@ -139,6 +143,26 @@ impl Queue {
             .map_err(|_| Broken("a request that there cannot be"))
     }
 
+    /// Gives several requests back that are one to the driver: it sees all of them or none.
+    pub fn push_all(&mut self, requests: &[(u16, u32)]) -> Result<(), Broken> {
+        let Some(((last, written), others)) = requests.split_last() else {
+            return Ok(());
+        };
+        let first = self.ring.next_used();
+        for (n, (head, written)) in others.iter().enumerate() {
+            let slot = first.wrapping_add(n as u16) % self.ring.size();
+            let at = GuestAddress(self.ring.used_ring() + 4 + 8 * u64::from(slot));
+            let element = u64::from(*written) << 32 | u64::from(*head);
+            self.ram
+                .view()
+                .write_obj(element.to_le(), at)
+                .map_err(|_| Broken("a ring outside of memory"))?;
+        }
+        self.ring
+            .set_next_used(first.wrapping_add(others.len() as u16));
+        self.push(*last, *written)
+    }
+
     /// Tells the driver of what was given back since the last call, if it wants to know.
     pub fn announce(&mut self) -> Result<(), Broken> {
         if self.wants_interrupt()? {
@@ -148,16 +172,22 @@ impl Queue {
     }
 
     fn wants_interrupt(&mut self) -> Result<bool, Broken> {
-        let view = self.ram.view();
-        let wanted = self.ring.needs_notification(view);
-        let wanted = wanted.map_err(|_| Broken("a ring outside of memory"))?;
-        if self.ring.event_idx_enabled() {
-            return Ok(wanted);
-        }
-        let flags: u16 = view
-            .load(GuestAddress(self.ring.avail_ring()), Ordering::Relaxed)
-            .map_err(|_| Broken("a ring outside of memory"))?;
-        Ok(u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+        // What was given back is to be seen before the wish is looked at (virtio 1.2, 2.7.10).
+        fence(Ordering::SeqCst);
+        let at = match self.ring.event_idx_enabled() {
+            true => 4 + 2 * u64::from(self.ring.size()),
+            false => 0,
+        };
+        let at = GuestAddress(self.ring.avail_ring() + at);
+        let wish = self.ram.view().load::<u16>(at, Ordering::Relaxed);
+        let wish = wish.map_err(|_| Broken("a ring outside of memory"))?;
+        let used = self.ring.next_used();
+        let announced = std::mem::replace(&mut self.announced, used);
+        Ok(match self.ring.event_idx_enabled() {
+            // The entry that the driver waits for is among those given back meanwhile.
+            true => used.wrapping_sub(wish).wrapping_sub(1) < used.wrapping_sub(announced),
+            false => u32::from(wish) & VRING_AVAIL_F_NO_INTERRUPT == 0,
+        })
     }
 
     /// Asks the driver not to notify, since the device looks by itself.

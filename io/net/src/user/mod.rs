@@ -324,6 +324,14 @@ impl Link for UserNetwork {
         }
     }
 
+    fn next_length(&self) -> usize {
+        match (self.network.posted(), self.network.ready.front()) {
+            (Some((_, frame)), _) => frame.len(),
+            (None, Some(token)) => self.tcp.next_length(*token, self.network.mtu),
+            (None, None) => 0,
+        }
+    }
+
     fn discard(&mut self) {
         self.network.drop_posted();
     }

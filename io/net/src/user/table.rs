@@ -51,6 +51,13 @@ impl<T> Table<T> {
     }
 
     /// The flow that `token` was given for, if it is still there.
+    pub fn get(&self, token: Token) -> Option<&T> {
+        let slot = self.slots.get(token.index() as usize)?;
+        let same = Token::new(self.kind, token.index(), slot.generation) == token;
+        slot.value.as_ref().filter(|_| same)
+    }
+
+    /// The same, to change it.
     pub fn get_mut(&mut self, token: Token) -> Option<&mut T> {
         let slot = self.slots.get_mut(token.index() as usize)?;
         let same = Token::new(self.kind, token.index(), slot.generation) == token;

@@ -32,6 +32,8 @@ use crate::user::ring::Ring;
 
 /// What the guest may send before it hears from us, in bytes.
 pub const WINDOW: usize = 1 << 20;
+/// What is kept for a host that does not take it: what the guest may send, and what the unit of the window rounds off.
+const INBOX_MAX: usize = WINDOW + (1 << SHIFT);
 /// The shift of the windows that we announce.
 pub const SHIFT: u8 = 5;
 /// What is kept for the guest until it acknowledges it.
@@ -341,7 +343,7 @@ impl Connection {
         if self.inbox.is_empty() && self.writable && !data.is_empty() {
             sent = self.write(&[IoSlice::new(data)], data.len())?;
         }
-        let limit = if scarce { SHARE_WHEN_SCARCE } else { WINDOW };
+        let limit = if scarce { SHARE_WHEN_SCARCE } else { INBOX_MAX };
         let room = limit.saturating_sub(self.inbox.len());
         let kept = (data.len() - sent).min(room);
         if kept > 0 {

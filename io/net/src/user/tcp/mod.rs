@@ -16,12 +16,14 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use smoltcp::wire::IpProtocol;
 
-use crate::link::{Received, Sink};
+use crate::link::{FRAME_MAX, Received, Sink};
 use crate::user::network::{Network, Refusal};
 use crate::user::poller::{EventFlags, Kind, Token};
 use crate::user::table::Table;
+use crate::user::wire::ETHERNET;
 pub use connection::Flow;
 use connection::{Connection, Fate, State};
+use produce::SYN_FRAME;
 use segment::{ACK, Incoming, Outgoing, RST, SYN};
 
 /// Memory of all connections, beyond which each gets little.
@@ -181,9 +183,9 @@ impl Tcp {
     pub fn event(&mut self, network: &mut Network, token: Token, flags: EventFlags) {
         let readable = EventFlags::IN | EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR;
         let ended = EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR;
-        self.with(network, token, |connection, network| {
+        self.with(network, token, |connection, _| {
             if connection.state == State::Connecting {
-                return connected(connection, network, flags);
+                return look_for_host(connection, flags);
             }
             connection.readable |= flags.intersects(readable);
             connection.hung_up |= flags.intersects(ended);
@@ -218,6 +220,15 @@ impl Tcp {
             connection.queued = false;
         }
         received
+    }
+
+    /// A bound of the length of what [`Tcp::produce`] gives next, or of a datagram where it is not of a connection.
+    pub fn next_length(&self, token: Token, mtu: usize) -> usize {
+        match self.table.get(token) {
+            Some(connection) if !connection.has_data() => SYN_FRAME,
+            Some(_) => FRAME_MAX,
+            None => mtu + ETHERNET,
+        }
     }
 
     /// Time has passed.
@@ -308,7 +319,7 @@ fn prepare(socket: &OwnedFd) {
 }
 
 /// The host's connection is there, or is not.
-fn connected(connection: &mut Connection, network: &Network, flags: EventFlags) -> Fate {
+fn look_for_host(connection: &mut Connection, flags: EventFlags) -> Fate {
     if !flags.intersects(EventFlags::OUT | EventFlags::ERR | EventFlags::HUP) {
         return Fate::Lives;
     }
@@ -321,7 +332,6 @@ fn connected(connection: &mut Connection, network: &Network, flags: EventFlags) 
         Ok(Ok(())) => Fate::Lives,
         Ok(Err(error)) | Err(error) => {
             connection.refusal = Some(Refusal::from_errno(error));
-            let _ = network;
             Fate::ResetBoth
         }
     }

@@ -14,7 +14,7 @@ use crate::user::wire::IPV4;
 /// How much is read from a socket at once.
 const READ: usize = 256 << 10;
 /// The longest frame that is not data; with less room than that nothing is sent.
-const SYN_FRAME: usize = DATA_HEADERS + 8;
+pub const SYN_FRAME: usize = DATA_HEADERS + 8;
 /// The longest payload of an IP packet.
 const SEGMENT_MAX: usize = 65535 - IPV4 - HEADER;
 
@@ -56,6 +56,11 @@ impl Connection {
     /// What the guest's window has room for.
     fn allowed(&self) -> usize {
         (self.window as usize).saturating_sub(self.in_flight())
+    }
+
+    /// Whether the next frame may have data.
+    pub fn has_data(&self) -> bool {
+        self.state == State::Open && (self.unsent() > 0 || self.wants_data())
     }
 
     fn wants_data(&self) -> bool {
@@ -170,7 +175,11 @@ impl Connection {
         let shift = if self.scaled { SHIFT } else { 0 };
         let room = WINDOW.saturating_sub(self.inbox.len());
         let window = (room >> shift).min(u16::MAX.into());
-        self.edge = self.rcv.wrapping_add((window << shift) as u32);
+        let edge = self.rcv.wrapping_add((window << shift) as u32);
+        // What was once allowed stays so, though the window in units of its scale may say a few bytes less.
+        if super::segment::before(self.edge, edge) {
+            self.edge = edge;
+        }
         self.ack_due = false;
         self.emit(network, sequence, flags, window as u16, None, n, sink);
     }
