@@ -103,7 +103,7 @@ fn user_network_with(engine: &str, options: &str, flags: &str) -> Finished {
         .cmdline(&words)
         .flag(&net)
         .flag(flags)
-        .doppel(engine, MINUTE)
+        .doppel(engine, 4 * MINUTE)
 }
 
 #[test]

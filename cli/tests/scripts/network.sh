@@ -17,7 +17,7 @@ fail() {
 n=0
 until ip route | grep -q 'default via 10.0.2.2'; do
     n=$((n + 1))
-    [ $n -lt 200 ] || fail "no address"
+    [ $n -lt 600 ] || fail "no address"
     sleep 0.05
 done
 ip addr show eth0 | grep -q 'inet 10.0.2.15/24' || fail "another address"
