@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use doppel_device::Wired;
-use doppel_memory::PAGE_MASK;
+use doppel_memory::{GuestRam, PAGE_MASK};
 use doppel_pc::{Acknowledged, CpuApic, I8259, Requests};
 use doppel_x86::{Bus, Start};
 
@@ -31,6 +31,10 @@ pub struct CpuBus {
     memory: Arc<doppel_device::Bus>,
     pic: Arc<Wired<I8259>>,
     apic: CpuApic,
+    ram: Arc<GuestRam>,
+    /// Where the guest is told that an interrupt needs no EOI, and whether it was for the one in service.
+    pv_eoi: Option<u64>,
+    end_lent: bool,
     /// Time is measured, which costs more than many an access.
     timing: bool,
     /// What was counted.
@@ -39,12 +43,15 @@ pub struct CpuBus {
 
 impl CpuBus {
     /// For the vCPU that `apic` belongs to.
-    pub fn new(pc: &Pc, apic: CpuApic, timing: bool) -> Self {
+    pub fn new(pc: &Pc, apic: CpuApic, ram: Arc<GuestRam>, timing: bool) -> Self {
         CpuBus {
             ports: pc.ports.clone(),
             memory: pc.memory.clone(),
             pic: pc.pic.clone(),
             apic,
+            ram,
+            pv_eoi: None,
+            end_lent: false,
             timing,
             exits: BusExits::default(),
         }
@@ -60,10 +67,45 @@ impl CpuBus {
         result
     }
 
+    /// Tells the guest that the interrupt that it is about to take needs no EOI, where that is so.
+    fn lend_end(&mut self) {
+        let Some(word) = self.pv_eoi else { return };
+        let old: Option<u32> = self.ram.load(word);
+        if let Some(old) = old.filter(|_| self.apic.lend_end()) {
+            self.end_lent = true;
+            let told = old | PV_EOI_PENDING;
+            self.ram.write_from_device(word, &told.to_le_bytes());
+        }
+    }
+
+    /// Looks whether the guest has ended the interrupt meanwhile; from now on it has to tell.
+    fn settle_end(&mut self) {
+        if !std::mem::take(&mut self.end_lent) {
+            return;
+        }
+        let word = self.pv_eoi.unwrap_or(u64::MAX);
+        let flags: u32 = self.ram.load(word).unwrap_or(0);
+        let over = flags & PV_EOI_PENDING == 0;
+        if !over {
+            let told = flags & !PV_EOI_PENDING;
+            self.ram.write_from_device(word, &told.to_le_bytes());
+        }
+        self.apic.return_end(over);
+    }
+
+    fn settle_end_for(&mut self, gpa: u64) {
+        if self.end_lent && self.apic_offset(gpa).is_some() {
+            self.settle_end();
+        }
+    }
+
     fn apic_offset(&self, gpa: u64) -> Option<u64> {
         (self.apic.page() == Some(gpa & !PAGE_MASK)).then_some(gpa & PAGE_MASK)
     }
 }
+
+/// Bit 0 of the paravirtual EOI's word.
+const PV_EOI_PENDING: u32 = 1;
 
 impl Bus for CpuBus {
     fn port_read(&mut self, port: u16, size: u8) -> u32 {
@@ -78,6 +120,7 @@ impl Bus for CpuBus {
 
     fn mmio_read(&mut self, gpa: u64, size: u8) -> u64 {
         self.exits.mmio_read += 1;
+        self.settle_end_for(gpa);
         self.timed(|b| match b.apic_offset(gpa) {
             Some(offset) => b.apic.read(offset, size),
             None => b.memory.read(gpa, size),
@@ -86,6 +129,7 @@ impl Bus for CpuBus {
 
     fn mmio_write(&mut self, gpa: u64, size: u8, value: u64) {
         self.exits.mmio_write += 1;
+        self.settle_end_for(gpa);
         self.timed(|b| match b.apic_offset(gpa) {
             Some(offset) => b.apic.write(offset, size, value),
             None => b.memory.write(gpa, size, value),
@@ -94,11 +138,13 @@ impl Bus for CpuBus {
 
     fn apic_msr_read(&mut self, msr: u32) -> Option<u64> {
         self.exits.apic_msr += 1;
+        self.settle_end();
         self.timed(|b| b.apic.read_msr(msr))
     }
 
     fn apic_msr_write(&mut self, msr: u32, value: u64, tsc_now: u64) -> Option<()> {
         self.exits.apic_msr += 1;
+        self.settle_end();
         self.timed(|b| b.apic.write_msr(msr, value, tsc_now))
     }
 
@@ -111,15 +157,22 @@ impl Bus for CpuBus {
     }
 
     fn interrupt_pending(&mut self) -> bool {
+        if self.end_lent && self.apic.requests().contains(Requests::END) {
+            self.settle_end();
+        }
         let maskable = Requests::INTERRUPT | Requests::EXTERNAL;
         self.apic.requests().intersects(maskable)
     }
 
     fn interrupt_acknowledge(&mut self) -> Option<u8> {
-        let vector = self.timed(|b| match b.apic.acknowledge()? {
-            Acknowledged::Vector(vector) => Some(vector),
-            Acknowledged::External => Some(b.pic.with(|pic, _| pic.acknowledge())),
-        });
+        self.settle_end();
+        let vector = match self.timed(|b| b.apic.acknowledge())? {
+            Acknowledged::Vector(vector) => {
+                self.lend_end();
+                Some(vector)
+            }
+            Acknowledged::External => Some(self.timed(|b| b.pic.with(|pic, _| pic.acknowledge()))),
+        };
         self.exits.interrupt += u64::from(vector.is_some());
         vector
     }
@@ -132,6 +185,11 @@ impl Bus for CpuBus {
 
     fn spinning(&mut self) {
         std::thread::yield_now();
+    }
+
+    fn set_pv_eoi(&mut self, word: Option<u64>) {
+        self.settle_end();
+        self.pv_eoi = word;
     }
 
     fn wake(&mut self, id: u32) {
@@ -148,7 +206,10 @@ impl Bus for CpuBus {
 
     fn take_start(&mut self) -> Option<Start> {
         Some(match self.apic.take_start()? {
-            doppel_pc::Start::Init => Start::Init,
+            doppel_pc::Start::Init => {
+                (self.pv_eoi, self.end_lent) = (None, false);
+                Start::Init
+            }
             doppel_pc::Start::Startup(page) => Start::StartUp(page),
         })
     }

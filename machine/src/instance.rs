@@ -90,7 +90,7 @@ impl Instance {
             .zip(pc.cpu_apics())
             .map(|((engine, doorbell), apic)| Vcpu {
                 engine,
-                bus: CpuBus::new(&pc, apic, config.count),
+                bus: CpuBus::new(&pc, apic, ram.clone(), config.count),
                 doorbell,
                 control: control.clone(),
                 sleepers: sleepers.clone(),

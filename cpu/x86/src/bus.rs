@@ -40,6 +40,9 @@ pub trait Bus {
     fn take_nmi(&mut self) -> bool;
     /// The CPU waits in a loop: another thread of the host may have better use for the processor.
     fn spinning(&mut self) {}
+    /// KVM's paravirtual EOI: the machine may set bit 0 of the word at this physical address where an interrupt that it delivers needs
+    /// no EOI; the guest clears it instead. `None`: no more of that.
+    fn set_pv_eoi(&mut self, _word: Option<u64>) {}
     /// KVM_HC_KICK_CPU: the CPU with this APIC ID leaves its present halt or its next, whatever its interrupt flag.
     fn wake(&mut self, _id: u32) {}
     /// Takes a [`Bus::wake`] of this CPU. Engines do not: the machine does, when the CPU halts.

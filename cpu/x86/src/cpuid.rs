@@ -147,8 +147,8 @@ mod feature {
     pub const LEAF6_EAX: u32 = bits(&[2]);
     /// Invariant TSC.
     pub const LEAF7_POWER_EDX: u32 = bits(&[8]);
-    /// CLOCKSOURCE, NOP_IO_DELAY, CLOCKSOURCE2, STEAL_TIME, CLOCKSOURCE_STABLE.
-    pub const KVM_EAX: u32 = bits(&[0, 1, 3, 5, 24]);
+    /// CLOCKSOURCE, NOP_IO_DELAY, CLOCKSOURCE2, STEAL_TIME, PV_EOI, CLOCKSOURCE_STABLE.
+    pub const KVM_EAX: u32 = bits(&[0, 1, 3, 5, 6, 24]);
     /// PV_UNHALT, PV_TLB_FLUSH, PV_SEND_IPI, PV_SCHED_YIELD: where there are several CPUs.
     pub const KVM_EAX_SEVERAL: u32 = bits(&[7, 9, 11, 13]);
 }

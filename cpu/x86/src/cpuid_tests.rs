@@ -186,8 +186,8 @@ fn the_hypervisor_is_kvm() {
         (name.as_slice(), l.eax),
         (b"KVMKVMKVM\0\0\0".as_slice(), 0x4000_0010)
     );
-    assert_eq!(cpu.cpuid(0x4000_0001, 0).eax, 0x0100_002b);
-    assert_eq!(cpu_of(AMD, 2, 0).cpuid(0x4000_0001, 0).eax, 0x0100_2aab);
+    assert_eq!(cpu.cpuid(0x4000_0001, 0).eax, 0x0100_006b);
+    assert_eq!(cpu_of(AMD, 2, 0).cpuid(0x4000_0001, 0).eax, 0x0100_2aeb);
 }
 
 #[test]

@@ -90,6 +90,7 @@ impl Cpu {
         self.interrupt_shadow = false;
         self.mov_ss_shadow = false;
         self.nmi_blocked = false;
+        self.msr.kvm_pv_eoi = 0;
         self.flush_tlb(true);
         self.activity = if self.id == 0 {
             Activity::Active

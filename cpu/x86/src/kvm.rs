@@ -124,6 +124,17 @@ impl Cpu {
         self.write_physical(bus, v, &page);
     }
 
+    /// WRMSR to the paravirtual EOI's MSR; `None` is #GP(0).
+    pub(crate) fn write_kvm_pv_eoi(&mut self, bus: &mut dyn Bus, v: u64) -> Option<()> {
+        const RESERVED: u64 = 2;
+        if v & RESERVED != 0 {
+            return None;
+        }
+        self.msr.kvm_pv_eoi = v;
+        bus.set_pv_eoi((v & ENABLE != 0).then_some(v & !3));
+        Some(())
+    }
+
     /// VMCALL or VMMCALL: the number in RAX, arguments in RBX, RCX, RDX and RSI, the answer in RAX.
     pub(crate) fn hypercall(&mut self, bus: &mut dyn Bus) {
         let wide = self.mode() == CpuMode::Bits64;

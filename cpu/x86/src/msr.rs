@@ -17,6 +17,7 @@ const KVM_WALL_CLOCK_OLD: u32 = 0x11;
 const KVM_SYSTEM_TIME_OLD: u32 = 0x12;
 const KVM_WALL_CLOCK: u32 = 0x4b56_4d00;
 const KVM_SYSTEM_TIME: u32 = 0x4b56_4d01;
+const KVM_PV_EOI: u32 = 0x4b56_4d04;
 const KVM_STEAL_TIME: u32 = 0x4b56_4d03;
 const PLATFORM_INFO: u32 = 0xce;
 const PAT: u32 = 0x277;
@@ -213,6 +214,7 @@ fn read_special(cpu: &Cpu, msr: u32) -> Option<u64> {
         KVM_SYSTEM_TIME | KVM_SYSTEM_TIME_OLD => cpu.msr.kvm_system_time,
         KVM_WALL_CLOCK | KVM_WALL_CLOCK_OLD => cpu.msr.kvm_wall_clock,
         KVM_STEAL_TIME => cpu.msr.kvm_steal_time,
+        KVM_PV_EOI => cpu.msr.kvm_pv_eoi,
         // Bits 15:8: the TSC's ratio to a 100 MHz bus clock.
         PLATFORM_INFO if has(cpu, INTEL) => ((cpu.tsc_hz / 100_000_000) & 0xff) << 8,
         _ => return None,
@@ -265,6 +267,7 @@ fn write_special(cpu: &mut Cpu, bus: &mut dyn Bus, msr: u32, v: u64) -> Option<(
         KVM_SYSTEM_TIME | KVM_SYSTEM_TIME_OLD => cpu.write_kvm_system_time(bus, v),
         KVM_WALL_CLOCK | KVM_WALL_CLOCK_OLD => cpu.write_kvm_wall_clock(bus, v),
         KVM_STEAL_TIME => return cpu.write_steal_time_msr(v),
+        KVM_PV_EOI => return cpu.write_kvm_pv_eoi(bus, v),
         PLATFORM_INFO if has(cpu, INTEL) => {}
         _ => return None,
     }

@@ -275,6 +275,16 @@ impl CpuApic {
         self.slot.with(|apic, _| apic.acknowledge())
     }
 
+    /// See [`LocalApic::lend_end`].
+    pub fn lend_end(&self) -> bool {
+        self.slot.with(|apic, _| apic.lend_end())
+    }
+
+    /// See [`LocalApic::return_end`].
+    pub fn return_end(&self, over: bool) {
+        self.slot.with(|apic, _| apic.return_end(over));
+    }
+
     /// The processor takes a pending NMI.
     pub fn take_nmi(&self) -> bool {
         self.requests().contains(Requests::NMI) && self.slot.with(|apic, _| apic.take_nmi())
@@ -426,6 +436,33 @@ mod tests {
         rig.cpus[0].write(0x300, 4, 0xc_4608);
         assert_eq!(rig.cpus[1].take_start(), Some(Start::Startup(8)));
         assert_eq!(rig.cpus[0].take_start(), None);
+    }
+
+    #[test]
+    fn an_end_that_was_lent_is_asked_for_when_something_waits() {
+        let rig = rig(2);
+        let (a, b) = (&rig.cpus[0], &rig.cpus[1]);
+        for over in [true, false] {
+            b.send_to(1, 0, 0x51);
+            assert_eq!(a.acknowledge(), Some(Acknowledged::Vector(0x51)));
+            assert!(a.lend_end() && a.requests().is_empty());
+            let kicks = rig.kicks.load(Ordering::SeqCst);
+            b.send_to(1, 0, 0x41);
+            assert_eq!(a.requests(), Requests::END);
+            assert_eq!(rig.kicks.load(Ordering::SeqCst), kicks + 1);
+            a.return_end(over);
+            if !over {
+                assert!(
+                    a.requests().is_empty(),
+                    "a lower one waits for the register"
+                );
+                a.write(0xb0, 4, 0);
+            }
+            assert_eq!(a.acknowledge(), Some(Acknowledged::Vector(0x41)));
+            a.write(0xb0, 4, 0);
+            a.return_end(true);
+        }
+        assert!(!a.lend_end(), "nothing is in service");
     }
 
     #[test]

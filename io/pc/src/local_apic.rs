@@ -77,6 +77,8 @@ bitflags::bitflags! {
         const NMI = 1 << 2;
         /// INIT or start-up: see [`LocalApic::take_start`].
         const START = 1 << 3;
+        /// Something waits, and nobody knows whether the interrupt in service is over: see [`LocalApic::lend_end`].
+        const END = 1 << 4;
     }
 }
 
@@ -148,6 +150,8 @@ pub struct LocalApic {
     init: bool,
     startup: Option<u8>,
     waits_for_startup: bool,
+    /// The guest ends the interrupt in service without telling.
+    end_lent: bool,
 }
 
 impl LocalApic {
@@ -176,6 +180,7 @@ impl LocalApic {
             init: false,
             startup: None,
             waits_for_startup: !config.bootstrap,
+            end_lent: false,
         };
         apic.reset_registers();
         apic
@@ -194,6 +199,7 @@ impl LocalApic {
         }
         self.timer.reset();
         self.external = false;
+        self.end_lent = false;
     }
 
     /// The APIC ID.
@@ -254,6 +260,8 @@ impl LocalApic {
         requests.set(Requests::EXTERNAL, self.external_request());
         requests.set(Requests::NMI, self.nmi);
         requests.set(Requests::START, self.init || self.startup.is_some());
+        let waits = self.irr.highest().is_some();
+        requests.set(Requests::END, self.end_lent && waits);
         requests
     }
 
@@ -267,6 +275,24 @@ impl LocalApic {
         self.irr.remove(vector);
         self.isr.insert(vector);
         Some(Acknowledged::Vector(vector))
+    }
+
+    /// Lets the guest end the interrupt in service without telling (KVM's paravirtual EOI): true where nobody else has to know of it
+    /// and nothing waits for it. [`Self::return_end`] must follow before the end matters: on [`Requests::END`], and before any access to
+    /// a register.
+    pub fn lend_end(&mut self) -> bool {
+        let alone = self.irr.highest().is_none();
+        let edge = self.isr.highest().is_some_and(|v| !self.tmr.contains(v));
+        self.end_lent = alone && edge;
+        self.end_lent
+    }
+
+    /// The interrupt in service is over, or will be ended by the register.
+    pub fn return_end(&mut self, over: bool) {
+        if std::mem::take(&mut self.end_lent) && over {
+            // Edge triggered: its end has no effect on others.
+            self.end_of_interrupt();
+        }
     }
 
     /// The processor takes a pending NMI.
