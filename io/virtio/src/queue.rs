@@ -121,14 +121,18 @@ impl Queue {
         self.announced = used;
     }
 
-    /// The next request, if there is one. `ram` is the memory that the queue was made with.
+    /// The next request, if there is one. One that is broken stays where it is. `ram` is the memory that the queue was made with.
     pub fn pop<'r>(&mut self, ram: &'r GuestRam) -> Result<Option<Chain<'r>>, Broken> {
         let mut available = self
             .ring
             .iter(ram.view())
             .map_err(|_| Broken("a ring with more requests than descriptors"))?;
         let chain = available.next();
-        chain.map(|chain| Chain::parse(chain, ram)).transpose()
+        let parsed = chain.map(|chain| Chain::parse(chain, ram)).transpose();
+        if parsed.is_err() {
+            self.ring.go_to_previous_position();
+        }
+        parsed
     }
 
     /// Puts the request that was taken last back, as if it had not been taken.

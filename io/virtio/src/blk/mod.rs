@@ -15,11 +15,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use doppel_block::BlockBackend;
+use doppel_memory::GuestRam;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk as bit;
 
 use crate::worker::Worker;
-use crate::{Activation, DeviceState, Queue, VirtioDevice};
+use crate::{Activation, DeviceState, OnNotify, Queue, VirtioDevice};
+use pool::{Slot, lock};
 
 const QUEUE_SIZE: u16 = 256;
 /// More queues than this are of no use.
@@ -52,7 +54,30 @@ pub struct Blk {
     queues: u16,
     /// The driver can flush.
     flushes: bool,
-    worker: Option<Worker<Vec<Queue>>>,
+    active: Option<Active>,
+    /// By queue, from the first activation on; what a notification looks at.
+    slots: Vec<Arc<Slot>>,
+}
+
+/// What is there while the driver drives the device.
+struct Active {
+    worker: Worker<()>,
+    slots: Vec<Arc<Slot>>,
+    /// Whom the queues' notifiers ask.
+    _handlers: Vec<Arc<dyn OnNotify>>,
+}
+
+/// Has the vCPU that notifies serve what needs no waiting.
+struct AtOnce {
+    slot: Arc<Slot>,
+    disk: Arc<Disk>,
+    ram: Arc<GuestRam>,
+}
+
+impl OnNotify for AtOnce {
+    fn notified(&self, _queue: u16) -> bool {
+        pool::serve_at_once(&self.slot, &self.disk, &self.ram)
+    }
 }
 
 impl Blk {
@@ -67,11 +92,13 @@ impl Blk {
             serial: bytes,
             writeback: AtomicBool::new(true),
         };
+        let queues = processors.clamp(1, BLK_QUEUES_MAX.into()) as u16;
         Blk {
             disk: Arc::new(disk),
-            queues: processors.clamp(1, BLK_QUEUES_MAX.into()) as u16,
+            queues,
             flushes: false,
-            worker: None,
+            active: None,
+            slots: (0..queues).map(|_| Arc::default()).collect(),
         }
     }
 }
@@ -138,17 +165,41 @@ impl VirtioDevice for Blk {
             // Virtio 1.2, 5.2.6.2: without FLUSH the device is write-through.
             self.disk.writeback.store(false, Ordering::Relaxed);
         }
-        let disk = self.disk.clone();
+        let (mut slots, mut handlers) = (Vec::new(), Vec::new());
+        for queue in queues {
+            let slot = self.slots[usize::from(queue.index())].clone();
+            let at_once: Arc<dyn OnNotify> = Arc::new(AtOnce {
+                slot: slot.clone(),
+                disk: self.disk.clone(),
+                ram: ram.clone(),
+            });
+            let handler = (queue.index(), Arc::downgrade(&at_once));
+            queue.notifier().handle(Some(handler));
+            handlers.push(at_once);
+            *lock(&slot) = Some(queue);
+            slots.push(slot);
+        }
+        let (served, disk) = (slots.clone(), self.disk.clone());
         let worker = Worker::start("virtio-blk", interrupt, move |stop| {
-            pool::serve(queues, &disk, &ram, stop)
+            pool::serve(&served, &disk, &ram, stop);
         })?;
-        self.worker = Some(worker);
+        self.active = Some(Active {
+            worker,
+            slots,
+            _handlers: handlers,
+        });
         Ok(())
     }
 
     fn deactivate(&mut self) -> Vec<Queue> {
-        let queues = self.worker.take().and_then(Worker::stop);
-        queues.unwrap_or_default()
+        let Some(active) = self.active.take() else {
+            return Vec::new();
+        };
+        active.worker.stop();
+        let queues = active.slots.iter().filter_map(|slot| lock(slot).take());
+        queues
+            .inspect(|queue| queue.notifier().handle(None))
+            .collect()
     }
 
     fn reset(&mut self) {

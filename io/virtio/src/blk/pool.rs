@@ -16,21 +16,27 @@ use std::thread::{self, Scope};
 use doppel_memory::GuestRam;
 
 use super::Disk;
-use super::request::{Done, Request};
+use super::request::{Done, HEADER_LEN, Request};
 use crate::worker::Stop;
 use crate::{Broken, Queue, wait_readable};
 
 /// More than this waits in line: as many as a disk of today does at once.
 const THREADS_MAX: usize = 16;
+/// A vCPU does no more requests at one notification,
+const AT_ONCE_MAX: usize = 8;
+/// and these bytes, headers not counted; for more, another processor is worth its wake-up.
+const AT_ONCE_BYTES: usize = 128 << 10;
 
-/// Serves the queues until it is told to stop; gives them back.
-pub fn serve(queues: Vec<Queue>, disk: &Arc<Disk>, ram: &Arc<GuestRam>, stop: &Stop) -> Vec<Queue> {
-    let queues: Vec<_> = queues.into_iter().map(Mutex::new).collect();
+/// A queue while the device is active.
+pub type Slot = Mutex<Option<Queue>>;
+
+/// Serves the queues until it is told to stop; they stay in their slots.
+pub fn serve(queues: &[Arc<Slot>], disk: &Disk, ram: &GuestRam, stop: &Stop) {
     let pool = Pool::default();
     thread::scope(|scope| {
         let server = Server {
             scope,
-            queues: &queues,
+            queues,
             pool: &pool,
             disk,
             ram,
@@ -40,14 +46,61 @@ pub fn serve(queues: Vec<Queue>, disk: &Arc<Disk>, ram: &Arc<GuestRam>, stop: &S
         // The rest of the list is done before the threads end.
         pool.close();
     });
-    let unlocked = |q: Mutex<Queue>| q.into_inner().unwrap_or_else(PoisonError::into_inner);
-    queues.into_iter().map(unlocked).collect()
 }
+
+/// What the vCPU that notifies does itself: requests that need no waiting, as long as they are few and short. True where none is
+/// left.
+pub fn serve_at_once(slot: &Slot, disk: &Disk, ram: &GuestRam) -> bool {
+    // Where the queue's thread is at work it finds the requests itself, but it may be about to sleep.
+    let Ok(mut slot) = slot.try_lock() else {
+        return false;
+    };
+    let Some(queue) = slot.as_mut() else {
+        return false;
+    };
+    // What is broken is for the queue's thread to find again.
+    at_once(queue, disk, ram).unwrap_or(false)
+}
+
+fn at_once(queue: &mut Queue, disk: &Disk, ram: &GuestRam) -> Result<bool, Broken> {
+    let mut room = AT_ONCE_BYTES + HEADER_LEN + 1;
+    for _ in 0..AT_ONCE_MAX {
+        let Some(chain) = queue.pop(ram)? else {
+            if queue.listen()? {
+                continue;
+            }
+            return Ok(true);
+        };
+        let left = room.checked_sub(chain.readable.len() + chain.writable.len());
+        let request = left.and_then(|_| Request::parse(chain).ok());
+        let done = request.map(|request| request.try_now(disk));
+        room = left.unwrap_or(0);
+        match done {
+            Some(Ok((head, written))) => {
+                queue.push(head, written)?;
+                queue.announce()?;
+            }
+            _ => {
+                queue.undo_pop();
+                return Ok(false);
+            }
+        }
+    }
+    Ok(false)
+}
+
+/// The queue of a slot, if it is active.
+pub fn lock(slot: &Slot) -> MutexGuard<'_, Option<Queue>> {
+    slot.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// There is always a queue while its threads run.
+const GONE: Broken = Broken("a queue that is gone");
 
 #[derive(Clone, Copy)]
 struct Server<'scope, 'env> {
     scope: &'scope Scope<'scope, 'env>,
-    queues: &'env [Mutex<Queue>],
+    queues: &'env [Arc<Slot>],
     pool: &'env Pool<'env>,
     disk: &'env Disk,
     ram: &'env GuestRam,
@@ -71,44 +124,44 @@ impl<'scope, 'env> Server<'scope, 'env> {
                 // A panic comes out of the scope.
                 Ok(other) => drop(other.join()),
                 // No thread to be had: the queue waits for the next chance, which is the device's next life.
-                Err(_) => self
-                    .queue(n + 1)
-                    .give_up(Broken("the host has no thread for it")),
+                Err(_) => self.give_up(n + 1, Broken("the host has no thread for it")),
             }
         }
     }
 
-    fn queue(&self, n: usize) -> MutexGuard<'env, Queue> {
-        self.queues[n]
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+    fn give_up(&self, n: usize, broken: Broken) {
+        if let Some(queue) = lock(&self.queues[n]).as_ref() {
+            queue.give_up(broken);
+        }
     }
 
     fn serve_queue(self, n: usize) {
-        let notifier = self.queue(n).notifier().clone();
+        let notifier = lock(&self.queues[n]).as_ref().map(|q| q.notifier().clone());
+        let Some(notifier) = notifier else { return };
         while !self.stop.is_wanted() {
             if wait_readable(&[self.stop.as_fd(), notifier.as_fd()]).is_err() {
                 return;
             }
             notifier.take();
             if let Err(broken) = self.drain(n) {
-                return self.queue(n).give_up(broken);
+                return self.give_up(n, broken);
             }
         }
     }
 
     /// Takes all requests that there are.
     fn drain(&self, n: usize) -> Result<(), Broken> {
-        self.queue(n).quiet()?;
         while !self.stop.is_wanted() {
-            let chain = {
-                let mut queue = self.queue(n);
-                match queue.pop(self.ram)? {
-                    Some(chain) => chain,
-                    None if queue.listen()? => continue,
-                    None => break,
+            let mut slot = lock(&self.queues[n]);
+            let queue = slot.as_mut().ok_or(GONE)?;
+            let Some(chain) = queue.pop(self.ram)? else {
+                if queue.listen()? {
+                    continue;
                 }
+                break;
             };
+            queue.quiet()?;
+            drop(slot);
             match Request::parse(chain)?.try_now(self.disk) {
                 Ok(done) => self.give_back(n, done)?,
                 Err(request) => self.hand_over(n, request),
@@ -118,7 +171,8 @@ impl<'scope, 'env> Server<'scope, 'env> {
     }
 
     fn give_back(&self, n: usize, (head, written): Done) -> Result<(), Broken> {
-        let mut queue = self.queue(n);
+        let mut slot = lock(&self.queues[n]);
+        let queue = slot.as_mut().ok_or(GONE)?;
         queue.push(head, written)?;
         queue.announce()
     }
@@ -150,7 +204,7 @@ impl<'scope, 'env> Server<'scope, 'env> {
 
     fn do_one(&self, n: usize, request: Request<'env>) {
         if let Err(broken) = self.give_back(n, request.carry_out(self.disk)) {
-            self.queue(n).give_up(broken);
+            self.give_up(n, broken);
         }
     }
 }

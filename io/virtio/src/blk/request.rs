@@ -10,7 +10,8 @@ use super::Disk;
 use super::config::{DISCARD_SECTORS_MAX, RANGES_MAX, ZEROES_SECTORS_MAX};
 use crate::{Broken, Buffers, Chain};
 
-const HEADER_LEN: usize = 16;
+/// Bytes of a request's header.
+pub const HEADER_LEN: usize = 16;
 /// Bytes of a range to discard: sector, number of sectors, flags.
 const RANGE_LEN: usize = 16;
 
