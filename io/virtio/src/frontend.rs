@@ -392,7 +392,8 @@ impl Frontend {
     pub fn restore(&mut self, state: &FrontendState) -> bool {
         let fits = state.version == STATE_VERSION
             && state.device_type == self.device_type()
-            && state.queues.len() == self.queues.len();
+            && state.queues.len() == self.queues.len()
+            && self.sizes.iter().zip(&state.queues).all(size_is_possible);
         self.reset();
         if !fits || !self.device.restore(&state.device) {
             return false;
@@ -417,6 +418,10 @@ impl Drop for Frontend {
     fn drop(&mut self) {
         self.deactivate();
     }
+}
+
+fn size_is_possible((max, queue): (&u16, &QueueState)) -> bool {
+    queue.size.is_power_of_two() && queue.size <= *max
 }
 
 fn half(features: u64, select: u32) -> u32 {

@@ -17,6 +17,8 @@ mod buffers_unsafe;
 mod chain;
 mod device;
 mod frontend;
+#[doc(hidden)]
+pub mod hostile;
 mod interrupt;
 mod net;
 mod notifier;
