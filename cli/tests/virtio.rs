@@ -64,7 +64,7 @@ fn disks(words: &str) {
         File::create(path).unwrap().set_len(len).unwrap();
     }
     let content: Vec<u8> = (0..3_000_000u32 / 512 * 512)
-        .map(|n| (n * 31 >> 3) as u8)
+        .map(|n| ((n * 31) >> 3) as u8)
         .collect();
     fs::write(&fixed, &content).unwrap();
     let flags = format!(
