@@ -30,6 +30,8 @@ pub struct Debian {
 /// A boot is slower than this only where something is wrong.
 const BOOT: Duration = Duration::from_secs(180);
 const STEP: Duration = Duration::from_secs(120);
+/// Makes the shell at the console one that only answers.
+const QUIET: &str = "stty -echo; PS1=; bind \"set enable-bracketed-paste off\"";
 /// The root file system in the image.
 const OFFSET: &str = "?offset=1048576";
 
@@ -198,9 +200,10 @@ impl Lab {
 
     /// Looks around in a fresh guest and ends it.
     fn use_it(&self, console: &mut Console) -> Result<()> {
-        console.shell("stty -echo; PS1=; systemctl is-system-running --wait", STEP)?;
-        let failed = console.shell("systemctl --failed --no-legend --plain | cat", STEP)?;
-        ensure!(failed.trim().is_empty(), "failed units: {failed}");
+        console.shell(QUIET, STEP)?;
+        console.shell("systemctl is-system-running --wait", STEP)?;
+        let failed = "systemctl --failed --no-legend --plain | cat";
+        console.shell(&format!("{failed}; test -z \"$({failed})\""), STEP)?;
         console.shell(
             "dd if=/dev/urandom of=/root/data bs=1M count=8 status=none; sync",
             STEP,
@@ -216,13 +219,15 @@ impl Lab {
         let disk = self.disk("upgrade.qcow2")?;
         let mut console = self.start("doppel", &disk)?;
         console.until("# ", BOOT)?;
-        let upgrade = "stty -echo; PS1=; cd /boot; for f in vmlinuz initrd.img; do cp $f-$(uname -r) $f-99.0.0-new; done; \
+        let upgrade = "cd /boot; for f in vmlinuz initrd.img; do cp $f-$(uname -r) $f-99.0.0-new; done; \
                        echo 'quiet upgraded=yes' > /etc/kernel/cmdline; sync";
+        console.shell(QUIET, STEP)?;
         console.shell(&format!("mkdir -p /etc/kernel; {upgrade}"), STEP)?;
         console.send("reboot")?;
         console.until("automatic login", BOOT)?;
         console.until("# ", BOOT)?;
-        console.shell("stty -echo; PS1=; grep upgraded=yes /proc/cmdline", STEP)?;
+        console.shell(QUIET, STEP)?;
+        console.shell("grep upgraded=yes /proc/cmdline", STEP)?;
         console.send("poweroff")?;
         console.end(STEP)?;
         self.look(&disk)?;
@@ -237,7 +242,7 @@ impl Lab {
         for round in 1..=args.kills {
             let mut console = self.start(&args.killed, &disk)?;
             console.until("# ", BOOT)?;
-            console.shell("stty -echo; PS1=; cd /root", STEP)?;
+            console.shell(&format!("{QUIET}; cd /root"), STEP)?;
             if written > 0 {
                 console
                     .shell(&format!("sh -c '{VERIFY}' - {written}"), STEP)
