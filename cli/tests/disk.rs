@@ -80,6 +80,26 @@ fn the_disk_is_read_again_at_each_boot() {
     assert_eq!(machine.child.wait().unwrap().code(), Some(PASSED));
 }
 
+#[test]
+fn a_disk_in_use_is_refused_and_one_below_overlays_is_shared() {
+    let scratch = Scratch::new();
+    let Some(disk) = disk(&scratch, "echo first boot; sleep 60") else {
+        return;
+    };
+    let name = disk.display().to_string();
+    let overlay = |n| format!("{name},overlay={}", scratch.path(n).display());
+    let mut first = Running::start(&mut doppel(&overlay("a"), &[]));
+    first.until("first boot", 1);
+    run(&mut doppel(&name, &[]), MINUTE)
+        .expect(1)
+        .says("in use by another virtual machine");
+    let mut second = Running::start(&mut doppel(&overlay("b"), &[]));
+    second.until("first boot", 1);
+    run(&mut doppel(&overlay("a"), &[]), MINUTE)
+        .expect(1)
+        .says("in use by another virtual machine");
+}
+
 /// Changes text on a raw disk behind the guest's back.
 fn replace(disk: &Path, from: &str, to: &str) {
     let bytes = fs::read(disk).unwrap();

@@ -47,7 +47,8 @@ pub fn assemble(
     let sources = sources::choose(args.sources.as_deref(), release)?;
     let mut child = start(args, release, work)?;
     let mut stdin = child.stdin.take().context("no stdin")?;
-    stdin.write_all(sources.as_bytes())?;
+    // Where it ends before it has read them, it says why.
+    let _ = stdin.write_all(sources.as_bytes());
     drop(stdin);
     let stdout = child.stdout.take().context("no stdout")?;
     let stderr = child.stderr.take().context("no stderr")?;

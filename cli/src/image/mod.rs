@@ -209,7 +209,7 @@ fn copy(from: &mut impl Read, to: &dyn BlockBackend, mut offset: u64) -> Result<
 fn finish(disk: Disk, image: &Path, output: &Path) -> Result<()> {
     disk.flush().context("writing the image")?;
     drop(disk);
-    fs::hard_link(image, output).with_context(|| output.display().to_string())
+    block::settle(image, output).with_context(|| output.display().to_string())
 }
 
 fn create(args: &Create) -> Result<()> {

@@ -1,7 +1,11 @@
 //! New images, what images are, and copies of them.
 
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+
+use rustix::fs::{CWD, RenameFlags};
+use rustix::io::Errno;
 
 use crate::error::BlockError;
 use crate::file::HostFile;
@@ -25,6 +29,18 @@ pub fn create(path: &Path, format: Format, size: u64) -> Result<(), BlockError> 
             let file = HostFile::create(path)?;
             file.set_len(size).map_err(BlockError::io(path))
         }
+    }
+}
+
+/// Gives the file `from` the name `to`, if no file has that.
+pub fn settle(from: &Path, to: &Path) -> io::Result<()> {
+    match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        // A file system that knows no such call, NFS for one.
+        Err(Errno::INVAL | Errno::NOSYS) => {
+            std::fs::hard_link(from, to)?;
+            std::fs::remove_file(from)
+        }
+        result => Ok(result?),
     }
 }
 

@@ -19,7 +19,7 @@ mod raw;
 mod spec;
 
 pub use backend::{BlockBackend, SECTOR};
-pub use create::{Info, create, info};
+pub use create::{Info, create, info, settle};
 pub use error::BlockError;
 pub use format::Format;
 pub use qcow2::Qcow2;

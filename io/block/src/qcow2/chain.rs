@@ -17,6 +17,7 @@ use super::Qcow2;
 use super::header::{self, Header};
 use super::storage_unsafe::ImageFile;
 use crate::backend::SECTOR;
+use crate::create::settle;
 use crate::error::BlockError;
 use crate::file::HostFile;
 use crate::format::{Format, Look, look};
@@ -266,9 +267,11 @@ fn make(path: &Path, format: impl FnOnce(ImageFile) -> io::Result<()>) -> Result
     let result = format(storage)
         .and_then(|()| sort_feature_names(&file))
         .and_then(|()| file.sync())
-        .and_then(|()| fs::hard_link(&work, path))
+        .and_then(|()| settle(&work, path))
         .map_err(BlockError::io(path));
-    let _ = fs::remove_file(&work);
+    if result.is_err() {
+        let _ = fs::remove_file(&work);
+    }
     result
 }
 
