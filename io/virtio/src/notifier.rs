@@ -3,6 +3,9 @@
 //! The vCPU that writes to a notification register makes one system call and goes on. With VIRTIO_F_EVENT_IDX a driver notifies
 //! only a device that ran dry, so a busy queue costs no such writes. An eventfd can be waited for beside other
 //! descriptors, and handed to another process.
+//!
+//! A device may put a handler before the eventfd, which deals with a notification in the vCPU's own thread: to wake another one
+//! takes longer than a short frame does.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -43,13 +46,16 @@ impl Notifier {
 
     /// Notifies: has the handler see to it if there is one, else raises the flag.
     pub fn notify(&self) {
-        let handler = self.handler.read();
-        let handler = handler.unwrap_or_else(PoisonError::into_inner);
-        let (queue, handler) = match &*handler {
-            Some((queue, handler)) => (*queue, handler.upgrade()),
-            None => (0, None),
+        let handler = {
+            let slot = self.handler.read();
+            let slot = slot.unwrap_or_else(PoisonError::into_inner);
+            slot.as_ref().map(|(queue, of)| (*queue, of.upgrade()))
         };
-        if !handler.is_some_and(|handler| handler.notified(queue)) {
+        let done = match handler {
+            Some((queue, Some(handler))) => handler.notified(queue),
+            _ => false,
+        };
+        if !done {
             self.raise();
         }
     }
