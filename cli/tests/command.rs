@@ -54,10 +54,12 @@ fn an_engine_that_cannot_be_had_is_refused_with_a_reason() {
 }
 
 #[test]
-fn several_processors_are_refused() {
-    doppel(&["run", "--kernel", DOPPEL, "--cpus", "2"])
-        .expect(1)
-        .says("runs 1");
+fn an_impossible_number_of_processors_is_refused() {
+    for cpus in ["0", "65"] {
+        doppel(&["run", "--kernel", DOPPEL, "--cpus", cpus])
+            .expect(1)
+            .says("give --cpus 1 to 64");
+    }
 }
 
 #[test]

@@ -399,12 +399,18 @@ mod tests {
         let t = Arc::new(PageTracker::new(16));
         let cpus = [t.join(), t.join(), t.join()];
         let answers = AtomicU64::new(0);
+        let start = std::sync::Barrier::new(cpus.len());
         std::thread::scope(|scope| {
             for (n, me) in cpus.iter().enumerate() {
-                let (t, answers) = (&t, &answers);
+                let (t, answers, start) = (&t, &answers, &start);
                 scope.spawn(move || {
+                    start.wait();
                     me.enter();
                     for round in 0..ROUNDS {
+                        if round % 64 == 0 {
+                            // A busy host would let one after the other run to its end.
+                            std::thread::yield_now();
+                        }
                         let page = (round + n as u64) % 16 * 4096;
                         if round % 3 == 0 {
                             t.add_writer(page, me);
