@@ -69,6 +69,23 @@ fn a_discarded_range_gives_its_storage_back_to_the_host() {
 }
 
 #[test]
+fn requests_without_bytes_do_nothing() {
+    let scratch = Scratch::new();
+    let path = scratch.path("disk.qcow2");
+    create(&path, Format::Qcow2, MIB).unwrap();
+    let disk = open_path(&path, "").unwrap();
+    for offset in [0, 512, MIB] {
+        disk.read_at(offset, &mut []).unwrap();
+        let empty = &mut [IoSliceMut::new(&mut []), IoSliceMut::new(&mut [])];
+        disk.read_at(offset, empty).unwrap();
+        disk.write_at(offset, &[IoSlice::new(&[])]).unwrap();
+        disk.discard(offset, 0).unwrap();
+        disk.write_zeroes(offset, 0, true).unwrap();
+        disk.write_zeroes(offset, 0, false).unwrap();
+    }
+}
+
+#[test]
 fn an_overlay_is_made_once_and_belongs_to_its_disk() {
     let scratch = Scratch::new();
     let base = scratch.file("base", &[7; 1 << 20]);

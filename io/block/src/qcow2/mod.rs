@@ -126,14 +126,21 @@ impl BlockBackend for Qcow2 {
 
     fn read_at(&self, offset: u64, into: &mut [IoSliceMut<'_>]) -> io::Result<()> {
         check_range(offset, reads_len(into), self.len())?;
-        let slices: Vec<_> = into.iter_mut().map(|s| IoSliceMut::new(s)).collect();
+        // The crate does not expect slices that are empty.
+        let slices = into.iter_mut().filter(|slice| !slice.is_empty());
+        let slices: Vec<_> = slices.map(|slice| IoSliceMut::new(slice)).collect();
         self.shared().readv(slices.into(), offset)
     }
 
     fn write_at(&self, offset: u64, from: &[IoSlice<'_>]) -> io::Result<()> {
         check_writable(self)?;
         check_range(offset, writes_len(from), self.len())?;
-        self.shared().writev(from.to_vec().into(), offset)
+        let slices: Vec<_> = from
+            .iter()
+            .filter(|slice| !slice.is_empty())
+            .copied()
+            .collect();
+        self.shared().writev(slices.into(), offset)
     }
 
     fn flush(&self) -> io::Result<()> {
