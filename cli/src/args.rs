@@ -1,10 +1,10 @@
 //! The command line.
 
-use crate::devices::Devices;
+use crate::devices::{Devices, parse_transport};
 use crate::image::args::Image;
 use crate::size;
 use clap::{Args, Parser, Subcommand};
-use doppel_machine::{Backing, EngineChoice, Switch, TranslateOptions};
+use doppel_machine::{Backing, EngineChoice, Switch, TranslateOptions, VirtioTransport};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -73,6 +73,9 @@ pub struct Run {
     pub serial: Serial,
     #[command(flatten)]
     pub devices: Devices,
+    /// How the guest reaches its virtio devices: pci, or mmio for a guest without PCI.
+    #[arg(long, value_name = "HOW", default_value = "pci", value_parser = parse_transport)]
+    pub virtio: VirtioTransport,
     /// End (with status 0) when the guest asks for a reboot, instead of rebooting it.
     #[arg(long)]
     pub no_reboot: bool,

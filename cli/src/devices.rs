@@ -5,7 +5,7 @@ use std::sync::Arc;
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
 use doppel_machine::block::{BlockBackend, DiskSpec};
-use doppel_machine::{DeviceConfig, NetConfig};
+use doppel_machine::{DeviceConfig, NetConfig, VirtioTransport};
 
 const RNG: &str = "rng";
 const DISK: &str = "disk";
@@ -17,6 +17,15 @@ A network card, plugged into: user (a network of its own that reaches the host's
 [,hostfwd=tcp|udp:[ADDRESS]:PORT-[ADDRESS]:PORT]... [,restrict] [,dns=ADDRESS[:PORT]]... [,mtu=N]), switch=NAME (shared with other \
 machines of yours), tap=NAME (a tap device); each with [,mac=MAC] [,at-once=on|off]; or none. \
 One that is plugged into \"user\" where nothing is said";
+
+/// What `--virtio` says.
+pub fn parse_transport(text: &str) -> Result<VirtioTransport, String> {
+    match text {
+        "pci" => Ok(VirtioTransport::Pci),
+        "mmio" => Ok(VirtioTransport::Mmio),
+        _ => Err("write pci or mmio".to_owned()),
+    }
+}
 
 /// The devices that were asked for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

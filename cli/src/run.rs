@@ -166,6 +166,7 @@ fn configuration(
             .to_owned(),
         serial: SerialBackend { sink, source },
         devices: args.devices.configurations(disks),
+        virtio: args.virtio,
         no_reboot: args.no_reboot,
         debug_exit: args.debug_exit,
         translate: translate_options(args),

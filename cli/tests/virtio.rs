@@ -57,7 +57,7 @@ fn sha256(path: &std::path::Path) -> String {
 }
 
 /// Runs the tour of disks with more words on the kernel's command line.
-fn disks(words: &str) {
+fn disks(words: &str, transport: &str) {
     let scratch = Scratch::new();
     let [work, sparse, fixed] = ["work", "sparse", "fixed"].map(|name| scratch.path(name));
     for (path, len) in [(&work, 64 << 20), (&sparse, 2 << 30)] {
@@ -68,7 +68,7 @@ fn disks(words: &str) {
         .collect();
     fs::write(&fixed, &content).unwrap();
     let flags = format!(
-        "--disk {},format=raw --rng --disk {},format=raw --disk {},format=raw,ro",
+        "--virtio {transport} --disk {},format=raw --rng --disk {},format=raw --disk {},format=raw,ro",
         work.display(),
         sparse.display(),
         fixed.display()
@@ -88,12 +88,17 @@ fn disks(words: &str) {
 
 #[test]
 fn a_disk_is_formatted_mounted_written_discarded_and_the_host_sees_the_same() {
-    disks("");
+    disks("", "pci");
 }
 
 #[test]
 fn disks_work_without_messages_too() {
-    disks("pci=nomsi");
+    disks("pci=nomsi", "pci");
+}
+
+#[test]
+fn disks_work_without_pci_too() {
+    disks("pci=off", "mmio");
 }
 
 #[test]

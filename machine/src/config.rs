@@ -9,7 +9,7 @@ use doppel_translate::explain::Observers;
 use crate::boot::KernelSource;
 use crate::engine::EngineChoice;
 use crate::serial::SerialBackend;
-use crate::virtio::DeviceConfig;
+use crate::virtio::{DeviceConfig, VirtioTransport};
 
 /// Everything that a machine is made of. [`MachineConfig::new`] has the defaults.
 #[derive(Clone, Debug)]
@@ -32,6 +32,8 @@ pub struct MachineConfig {
     pub serial: SerialBackend,
     /// Virtio devices, in the order of their PCI slots from 1 on; 31 at most.
     pub devices: Vec<DeviceConfig>,
+    /// How the guest reaches them.
+    pub virtio: VirtioTransport,
     /// End instead of starting again when the guest resets the machine.
     pub no_reboot: bool,
     /// Offer the debug-exit port 0xf4.
@@ -57,6 +59,7 @@ impl MachineConfig {
             cmdline: String::new(),
             serial: SerialBackend::none(),
             devices: Vec::new(),
+            virtio: VirtioTransport::default(),
             no_reboot: false,
             debug_exit: false,
             translate: TranslateOptions::default(),

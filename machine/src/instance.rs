@@ -19,7 +19,7 @@ use crate::pc::{Pc, PcParts};
 use crate::serial::SerialLink;
 use crate::slice_unsafe::ask_for_short_slices;
 use crate::vcpu::{RunExits, Sleepers, Vcpu, VcpuTime};
-use crate::virtio::Cards;
+use crate::virtio::{Cards, VirtioTransport};
 use crate::{acpi, smbios};
 
 /// RAM with what is to be booted in it.
@@ -127,7 +127,11 @@ impl Instance {
 
 /// Writes tables, kernel and what goes with it into RAM.
 fn load(config: &MachineConfig, ram: &GuestRam) -> Result<Entry, MachineError> {
-    let rsdp = acpi::place_tables(ram, config.cpus)?;
+    let virtio_mmio = match config.virtio {
+        VirtioTransport::Pci => 0,
+        VirtioTransport::Mmio => config.devices.len() as u32,
+    };
+    let rsdp = acpi::place_tables(ram, config.cpus, virtio_mmio)?;
     smbios::place_tables(ram, config.cpus)?;
     Ok(boot::load(ram, &boot_source(config)?, rsdp)?)
 }

@@ -17,6 +17,8 @@ pub const ECAM: Range<u64> = 0xe000_0000..0xf000_0000;
 pub const PCI_MMIO_HIGH: Range<u64> = 0xf000_0000..0xfec0_0000;
 /// I/O APIC.
 pub const IO_APIC: u64 = 0xfec0_0000;
+/// Pages of virtio devices without PCI.
+pub const VIRTIO_MMIO: Range<u64> = 0xfed0_0000..0xfee0_0000;
 /// Local APIC after reset.
 pub const LOCAL_APIC: u64 = 0xfee0_0000;
 /// ID of the I/O APIC; CPUs have those from 0 on, which may be the same since the buses of old are gone.
@@ -63,4 +65,9 @@ pub const PIT_GSI: u32 = 2;
 /// I/O APIC input of a PCI interrupt pin (0 is INTA), spread over the four inputs from 16 on.
 pub const fn pci_gsi(device: u32, pin: u32) -> u32 {
     16 + (device + pin) % 4
+}
+
+/// I/O APIC input of virtio device `n` without PCI: the eight from 16 on, in turn.
+pub const fn virtio_gsi(n: u32) -> u32 {
+    16 + n % 8
 }

@@ -53,4 +53,4 @@ pub use engine::{EngineChoice, EngineError, EngineKind, Selection};
 pub use machine::{Ending, Machine, MachineError};
 pub use serial::SerialBackend;
 pub use stats::{Exits, NetStats, Seconds, Stats};
-pub use virtio::DeviceConfig;
+pub use virtio::{DeviceConfig, VirtioTransport};

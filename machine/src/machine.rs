@@ -34,6 +34,9 @@ pub enum MachineError {
     /// Kernel or initial RAM disk cannot be loaded.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// More virtio devices than there are slots.
+    #[error("{0} virtio devices are not possible: there are 31 slots")]
+    Devices(usize),
     /// The wiring is wrong.
     #[error("two devices at one address: {0}")]
     Bus(#[from] doppel_device::BusError),

@@ -20,7 +20,7 @@ use crate::machine::MachineError;
 use crate::panic_watch::PanicWatch;
 use crate::serial::SerialLink;
 use crate::vcpu::Sleepers;
-use crate::virtio::VirtioFunctions;
+use crate::virtio::VirtioDevices;
 
 const KEYBOARD_IRQ: u8 = 1;
 const DEBUG_EXIT: u16 = 0xf4;
@@ -58,7 +58,7 @@ pub struct Pc {
     /// What reads along on the serial console.
     pub watch: Arc<PanicWatch>,
     /// Devices with threads of their own.
-    pub virtio: VirtioFunctions,
+    pub virtio: VirtioDevices,
 }
 
 impl Pc {
@@ -80,14 +80,14 @@ impl Pc {
             pic,
             apics,
             timers,
-            virtio: VirtioFunctions::default(),
+            virtio: VirtioDevices::default(),
         };
         pc.attach_interrupt_controllers()?;
         pc.attach_timers(&parts)?;
         pc.attach_serial(&parts)?;
         pc.attach_power(&parts)?;
         let pci = pc.attach_pci(&parts)?;
-        pc.virtio = VirtioFunctions::plug_in(&pc, &pci, parts.config, parts.ram)?;
+        pc.virtio = VirtioDevices::plug_in(&pc, &pci, parts.config, parts.ram)?;
         Ok(pc)
     }
 

@@ -1,16 +1,19 @@
-//! Virtio devices: what the user asks for becomes functions on the PCI bus, in slots from 1 on in the order they were asked for.
+//! Virtio devices: what the user asks for becomes functions on the PCI bus, in slots from 1 on in the order they were asked for, or
+//! pages of registers that the DSDT names.
 //!
-//! There is no firmware, so their BARs are placed here, one after another from the start of the PCI window; a guest may move them.
+//! There is no firmware, so BARs are placed here, one after another from the start of the PCI window; a guest may move them.
 
 use std::fmt;
 use std::sync::Arc;
 
 use doppel_block::BlockBackend;
-use doppel_device::{HostClock, Line, Pin};
+use doppel_device::{HostClock, Line, Region};
 use doppel_memory::GuestRam;
 use doppel_net::{NetConfig, Port};
 use doppel_pc::PciBus;
-use doppel_virtio::{BAR_SIZE, Blk, Net, NetCounters, PciWiring, Rng, VirtioDevice, VirtioPci};
+use doppel_virtio::{
+    BAR_SIZE, Blk, MMIO_SIZE, Net, NetCounters, PciWiring, Rng, VirtioDevice, VirtioMmio, VirtioPci,
+};
 
 use crate::config::MachineConfig;
 use crate::layout;
@@ -73,15 +76,34 @@ fn card(config: &NetConfig, number: u8) -> Result<Net, MachineError> {
 /// What the network cards count.
 pub type Cards = Vec<Arc<NetCounters>>;
 
-/// The functions of a machine, which run until they are stopped.
+/// How a guest reaches its virtio devices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum VirtioTransport {
+    /// Functions on the PCI bus.
+    #[default]
+    Pci,
+    /// A page of registers each, named in the DSDT.
+    Mmio,
+}
+
+/// As many as there are slots beside the host bridge's; without PCI it is the same.
+const DEVICES_MAX: usize = 31;
+
+/// A device behind its registers.
+enum Plugged {
+    Pci(Arc<VirtioPci>),
+    Mmio(Arc<VirtioMmio>),
+}
+
+/// The devices of a machine, whose threads run until they are stopped.
 #[derive(Default)]
-pub struct VirtioFunctions {
-    functions: Vec<Arc<VirtioPci>>,
+pub struct VirtioDevices {
+    plugged: Vec<Plugged>,
     /// Of the network cards among them.
     pub cards: Cards,
 }
 
-impl VirtioFunctions {
+impl VirtioDevices {
     /// Makes them and plugs them in.
     pub fn plug_in(
         pc: &Pc,
@@ -89,40 +111,78 @@ impl VirtioFunctions {
         config: &MachineConfig,
         ram: &Arc<GuestRam>,
     ) -> Result<Self, MachineError> {
-        let refused = |e| MachineError::Host("a virtio device cannot be made", e);
-        let lines: Vec<_> = (0..4).map(|pin| pci_line(pc, pin)).collect();
-        let mut functions = VirtioFunctions::default();
-        for (n, device) in config.devices.iter().enumerate() {
-            let slot = n + 1;
-            let wiring = PciWiring {
-                ram: ram.clone(),
-                bus: Arc::downgrade(&pc.memory),
-                msi: pc.apics.clone(),
-                pin: pin_of(&lines, slot),
-            };
-            let device = device.device(config.cpus, &mut functions.cards)?;
-            let function = VirtioPci::new(device, wiring).map_err(refused)?;
-            let slot = u8::try_from(slot).unwrap_or(u8::MAX);
-            pci.insert(slot, 0, function.clone())?;
-            let window = layout::PCI_MMIO_LOW;
-            function.place((window.start + n as u64 * BAR_SIZE) as u32);
-            functions.functions.push(function);
+        if config.devices.len() > DEVICES_MAX {
+            return Err(MachineError::Devices(config.devices.len()));
         }
-        Ok(functions)
+        let mut cards = Cards::new();
+        let made = config.devices.iter();
+        let made = made.map(|d| d.device(config.cpus, &mut cards));
+        let made = made.collect::<Result<Vec<_>, _>>()?;
+        let plugged = match config.virtio {
+            VirtioTransport::Pci => on_pci(pc, pci, made, ram)?,
+            VirtioTransport::Mmio => in_memory(pc, made, ram)?,
+        };
+        Ok(VirtioDevices { plugged, cards })
     }
 
     /// Ends the threads of all devices.
     pub fn stop(&self) {
-        self.functions.iter().for_each(|function| function.stop());
+        for device in &self.plugged {
+            match device {
+                Plugged::Pci(function) => function.stop(),
+                Plugged::Mmio(page) => page.stop(),
+            }
+        }
     }
 }
 
-/// The interrupt line at which INTA of the devices `pin`, `pin + 4` and so on ends.
-fn pci_line(pc: &Pc, pin: u32) -> Arc<Line> {
-    Line::new(vec![(pc.apics.clone(), layout::pci_gsi(pin, 0))])
+fn refused(e: std::io::Error) -> MachineError {
+    MachineError::Host("a virtio device cannot be made", e)
 }
 
-/// INTA of the device in `slot`.
-fn pin_of(lines: &[Arc<Line>], slot: usize) -> Pin {
-    lines[slot % lines.len()].pin()
+fn on_pci(
+    pc: &Pc,
+    pci: &PciBus,
+    devices: Vec<Box<dyn VirtioDevice>>,
+    ram: &Arc<GuestRam>,
+) -> Result<Vec<Plugged>, MachineError> {
+    let lines: Vec<_> = (0..4).map(|n| line(pc, layout::pci_gsi(n, 0))).collect();
+    let mut plugged = Vec::new();
+    for (n, device) in devices.into_iter().enumerate() {
+        let slot = n + 1;
+        let wiring = PciWiring {
+            ram: ram.clone(),
+            bus: Arc::downgrade(&pc.memory),
+            msi: pc.apics.clone(),
+            pin: lines[slot % lines.len()].pin(),
+        };
+        let function = VirtioPci::new(device, wiring).map_err(refused)?;
+        pci.insert(slot as u8, 0, function.clone())?;
+        let window = layout::PCI_MMIO_LOW;
+        function.place((window.start + n as u64 * BAR_SIZE) as u32);
+        plugged.push(Plugged::Pci(function));
+    }
+    Ok(plugged)
+}
+
+fn in_memory(
+    pc: &Pc,
+    devices: Vec<Box<dyn VirtioDevice>>,
+    ram: &Arc<GuestRam>,
+) -> Result<Vec<Plugged>, MachineError> {
+    let lines: Vec<_> = (0..8).map(|n| line(pc, layout::virtio_gsi(n))).collect();
+    let mut plugged = Vec::new();
+    for (n, device) in devices.into_iter().enumerate() {
+        let pin = lines[n % lines.len()].pin();
+        let page = VirtioMmio::new(device, ram.clone(), pin).map_err(refused)?;
+        let at = layout::VIRTIO_MMIO.start + n as u64 * MMIO_SIZE;
+        pc.memory.attach(Region::new(at, MMIO_SIZE), page.clone())?;
+        plugged.push(Plugged::Mmio(page));
+    }
+    Ok(plugged)
+}
+
+/// A line to an input of the I/O APIC, which several devices may share.
+fn line(pc: &Pc, gsi: u32) -> Arc<Line> {
+    Line::new(vec![(pc.apics.clone(), gsi)])
 }

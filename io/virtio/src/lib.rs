@@ -3,7 +3,7 @@
 //! The guest's half puts requests into rings in its memory and writes to a register to say so; this half takes them out, does the work and
 //! puts the answers back. Three seams keep the parts apart:
 //!
-//! - a *transport* ([`VirtioPci`]) has registers and interrupts and knows no device class;
+//! - a *transport* ([`VirtioPci`], [`VirtioMmio`]) has registers and interrupts and knows no device class;
 //! - a *device* ([`VirtioDevice`]) knows its requests and no register, and serves its [`Queue`]s in threads of its own;
 //! - a *back-end* (a disk image, a network) is behind a trait of the device and knows no virtio.
 //!
@@ -20,6 +20,7 @@ mod frontend;
 #[doc(hidden)]
 pub mod hostile;
 mod interrupt;
+mod mmio;
 mod net;
 mod notifier;
 mod pci;
@@ -39,6 +40,7 @@ pub use frontend::{
     DRIVER_OK, EVENT_IDX, FEATURES_OK, FrontendState, NEEDS_RESET, Status, VERSION_1,
 };
 pub use interrupt::Interrupt;
+pub use mmio::{MMIO_SIZE, MmioState, VirtioMmio};
 pub use net::{Net, NetCounters, NetState};
 pub use notifier::{Notifier, OnNotify, wait_readable};
 pub use pci::{BAR_SIZE, PciState, PciWiring, VirtioPci};

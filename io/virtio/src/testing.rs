@@ -228,7 +228,8 @@ pub struct DriverQueue {
 }
 
 impl DriverQueue {
-    fn new(index: u16, size: u16, base: u64) -> Self {
+    /// A queue of so many descriptors, from `base` on.
+    pub fn new(index: u16, size: u16, base: u64) -> Self {
         DriverQueue {
             index,
             size,

@@ -8,12 +8,13 @@ use acpi_tables::aml::{
     Method, Name, PackageBuilder, ResourceTemplate, Return, Scope,
 };
 use acpi_tables::sdt::Sdt;
+use doppel_virtio::MMIO_SIZE;
 
 use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, bytes};
 use crate::layout;
 
-/// The table for `cpus` CPUs.
-pub fn dsdt(cpus: u32) -> Sdt {
+/// The table for `cpus` CPUs and `virtio_mmio` virtio devices without PCI.
+pub fn dsdt(cpus: u32, virtio_mmio: u32) -> Sdt {
     // Revision 2: integers have 64 bits.
     let mut t = Sdt::new(*b"DSDT", 36, 2, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     t.append_slice(&bytes(&soft_off()));
@@ -23,6 +24,9 @@ pub fn dsdt(cpus: u32) -> Sdt {
     devices.extend(rtc());
     for id in 0..cpus {
         devices.extend(cpu(id));
+    }
+    for n in 0..virtio_mmio {
+        devices.extend(virtio(n));
     }
     t.append_slice(&Scope::raw("\\_SB_".into(), devices));
     t
@@ -137,6 +141,23 @@ fn cpu(id: u32) -> Vec<u8> {
         vec![
             &Name::new("_HID".into(), &"ACPI0007"),
             &Name::new("_UID".into(), &id),
+        ],
+    )
+}
+
+/// A virtio device as a page of registers, by the name that Linux's virtio_mmio answers to.
+fn virtio(n: u32) -> Vec<u8> {
+    let page = layout::VIRTIO_MMIO.start as u32 + n * MMIO_SIZE as u32;
+    let resources = crs(vec![
+        &Memory32Fixed::new(true, page, MMIO_SIZE as u32),
+        &Interrupt::new(true, false, false, true, layout::virtio_gsi(n)),
+    ]);
+    device(
+        &format!("V{n:03X}"),
+        vec![
+            &Name::new("_HID".into(), &"LNRO0005"),
+            &Name::new("_UID".into(), &n),
+            &resources,
         ],
     )
 }

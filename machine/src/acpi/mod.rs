@@ -22,8 +22,8 @@ const CPUS_MAX: u32 = 0x1000;
 /// The FACS must be 64-byte aligned; the others follow suit.
 const ALIGN: u64 = 64;
 
-/// Writes all tables for a machine of `cpus` CPUs; returns the address of the RSDP.
-pub fn place_tables(ram: &GuestRam, cpus: u32) -> Result<u64, BootError> {
+/// Writes all tables for a machine of `cpus` CPUs and `virtio_mmio` virtio devices without PCI; returns the address of the RSDP.
+pub fn place_tables(ram: &GuestRam, cpus: u32, virtio_mmio: u32) -> Result<u64, BootError> {
     if cpus > CPUS_MAX {
         return Err(BootError::TablesTooLong);
     }
@@ -33,7 +33,7 @@ pub fn place_tables(ram: &GuestRam, cpus: u32) -> Result<u64, BootError> {
         next: rsdp + ALIGN,
     };
     let facs = writer.put(&tables::facs())?;
-    let dsdt = writer.put(&dsdt::dsdt(cpus))?;
+    let dsdt = writer.put(&dsdt::dsdt(cpus, virtio_mmio))?;
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(writer.put(&tables::fadt(facs as u32, dsdt as u32))?);
     xsdt.add_entry(writer.put(&tables::madt(cpus))?);
@@ -91,7 +91,7 @@ mod tests {
     /// Follows the pointers as a guest does.
     fn tables(cpus: u32) -> Vec<Vec<u8>> {
         let ram = GuestRam::new(1 << 20).unwrap();
-        let rsdp = place_tables(&ram, cpus).unwrap();
+        let rsdp = place_tables(&ram, cpus, 0).unwrap();
         let r = read(&ram, rsdp, 36);
         assert_eq!(&r[..8], b"RSD PTR ");
         assert_eq!((sum(&r[..20]), sum(&r)), (0, 0));
@@ -142,7 +142,7 @@ mod tests {
     fn more_cpus_than_the_area_describes_are_refused() {
         let ram = GuestRam::new(1 << 20).unwrap();
         for cpus in [0x1000, 0x1001, u32::MAX] {
-            let e = place_tables(&ram, cpus).unwrap_err();
+            let e = place_tables(&ram, cpus, 0).unwrap_err();
             assert!(matches!(e, BootError::TablesTooLong));
         }
     }
