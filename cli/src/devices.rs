@@ -147,8 +147,10 @@ mod tests {
     #[test]
     fn devices_keep_their_order() {
         let disk = |name: &str| Device::Disk(DiskSpec::new(name));
-        assert_eq!(devices(""), Devices(vec![]));
-        let all = devices("--disk a --rng --disk b");
+        let card = Device::Net(NetConfig::default());
+        assert_eq!(devices(""), Devices(vec![card]));
+        assert_eq!(devices("--net none"), Devices(vec![]));
+        let all = devices("--disk a --net none --rng --disk b");
         assert_eq!(all, Devices(vec![disk("a"), Device::Rng, disk("b")]));
         let names: Vec<_> = all.disks().map(|spec| spec.path.clone()).collect();
         assert_eq!(names, ["a", "b"].map(std::path::PathBuf::from));
