@@ -43,8 +43,13 @@ const WITHOUT: [&str; TranslateOptions::SWITCHES.len()] = [
     "translate-no-extend",
     "translate-no-share-checks",
     "translate-no-borrow-registers",
+    "translate-no-hold",
     "translate-no-resident",
     "translate-no-write-beside-code",
+    "translate-no-rorx",
+    "translate-no-fuse",
+    "translate-no-victims",
+    "translate-no-huge-code",
 ];
 
 /// The translator's sets of options: the defaults; and, all with exact flags at faults, each switch off, all off, and a

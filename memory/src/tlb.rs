@@ -10,6 +10,8 @@
 //! for which the permission was granted by a walk with the accessed (and for `write_tag` the dirty) bit set.
 //! `write_tag` is valid only where the RAM page is marked dirty and holds no translated code.
 //! Invalid tags: no address in slot `i` can match `!(i << 12)`, because its index bits differ.
+//! Where two pages that are used in turn fall into one slot, translated code would ask for each of them again and again, so the entry that was
+//! driven out of a slot is kept beside it as its *victim*; code that finds no match lets the two change places where the victim matches.
 //! Cost of a flush: an operating system flushes often and fills little in between, so each TLB lists the slots that it filled, and a
 //! flush goes over the list instead of the table.
 
@@ -57,6 +59,11 @@ impl TlbEntry {
         self.host != 0
     }
 
+    /// True for an entry of this linear page.
+    fn is_of(&self, page: u64) -> bool {
+        self.read_tag == page || self.write_tag == page
+    }
+
     fn is_global(&self) -> bool {
         self.gpa & 1 != 0
     }
@@ -72,11 +79,13 @@ impl TlbEntry {
     }
 }
 
-/// A direct-mapped TLB of [`TLB_ENTRIES`] entries.
+/// A direct-mapped TLB of [`TLB_ENTRIES`] entries, and as many victims.
 #[repr(C, align(64))]
 #[derive(Debug)]
 pub struct Tlb {
     entries: [TlbEntry; TLB_ENTRIES],
+    /// What was driven out of each slot last; not of the page that is there.
+    victims: [TlbEntry; TLB_ENTRIES],
     /// Of translations that are not global, and of global ones.
     filled: [FilledSlots; 2],
 }
@@ -121,13 +130,16 @@ impl FilledSlots {
 
 impl Default for Tlb {
     fn default() -> Self {
-        let mut slot = 0;
-        let entries = [(); TLB_ENTRIES].map(|()| {
-            slot += 1;
-            TlbEntry::invalid(slot - 1)
-        });
+        let empty = || {
+            let mut slot = 0;
+            [(); TLB_ENTRIES].map(|()| {
+                slot += 1;
+                TlbEntry::invalid(slot - 1)
+            })
+        };
         Tlb {
-            entries,
+            entries: empty(),
+            victims: empty(),
             filled: [const { FilledSlots::new() }; 2],
         }
     }
@@ -139,6 +151,9 @@ fn slot_of(linear: u64) -> usize {
 }
 
 impl Tlb {
+    /// Offset of the victims from the entries.
+    pub const VICTIMS: usize = std::mem::offset_of!(Tlb, victims);
+
     /// The host address of a read of `size` bytes, where it is known and within one page.
     #[inline]
     pub fn lookup_read(&self, linear: u64, size: usize) -> Option<HostPtr> {
@@ -178,6 +193,12 @@ impl Tlb {
         e.host = host.addr();
         e.gpa = gpa | u64::from(t.global);
         let old = std::mem::replace(&mut self.entries[slot], e);
+        if self.victims[slot].is_of(page) {
+            self.victims[slot] = TlbEntry::invalid(slot);
+        }
+        if old.is_valid() && !old.is_of(page) {
+            self.victims[slot] = old;
+        }
         if !old.is_valid() || old.is_global() != t.global {
             self.filled[usize::from(t.global)].add(slot);
         }
@@ -195,10 +216,16 @@ impl Tlb {
     }
 
     fn flush_of_kind(&mut self, global: bool) {
-        let Tlb { entries, filled } = self;
+        let Tlb {
+            entries,
+            victims,
+            filled,
+        } = self;
         filled[usize::from(global)].drain(|slot| {
-            if entries[slot].is_global() == global {
-                entries[slot] = TlbEntry::invalid(slot);
+            for e in [&mut entries[slot], &mut victims[slot]] {
+                if e.is_valid() && e.is_global() == global {
+                    *e = TlbEntry::invalid(slot);
+                }
             }
         });
     }
@@ -207,16 +234,22 @@ impl Tlb {
     pub fn flush_page(&mut self, linear: u64) {
         let slot = slot_of(linear);
         self.entries[slot] = TlbEntry::invalid(slot);
+        self.victims[slot] = TlbEntry::invalid(slot);
     }
 
     /// Takes write permission from every entry of a guest physical page (it now holds translated code).
     pub fn protect(&mut self, gpa: u64) {
-        let Tlb { entries, filled } = self;
+        let Tlb {
+            entries,
+            victims,
+            filled,
+        } = self;
         for filled in filled {
             filled.for_each(|slot| {
-                let e = &mut entries[slot];
-                if e.gpa & !1 == gpa & !PAGE_MASK {
-                    e.write_tag = TlbEntry::invalid(slot).write_tag;
+                for e in [&mut entries[slot], &mut victims[slot]] {
+                    if e.gpa & !1 == gpa & !PAGE_MASK {
+                        e.write_tag = TlbEntry::invalid(slot).write_tag;
+                    }
                 }
             });
         }
@@ -303,6 +336,45 @@ mod tests {
         tlb.fill(0x1000, &translation(0x1000, false), ALL, &ram, &cpu);
         tlb.flush_non_global();
         assert!(tlb.lookup_read(0x1000, 8).is_none());
+    }
+
+    /// What a slot and its victim hold, by the tags for reads.
+    fn pages(tlb: &Tlb, linear: u64) -> [Option<u64>; 2] {
+        let slot = slot_of(linear);
+        [tlb.entries[slot], tlb.victims[slot]].map(|e| e.is_valid().then_some(e.read_tag))
+    }
+
+    #[test]
+    fn what_is_driven_out_is_the_victim() {
+        const STEP: u64 = (TLB_ENTRIES as u64) << 12;
+        let ram = GuestRam::new(1 << 20).unwrap();
+        let (mut tlb, peer) = (Tlb::default(), ram.tracker().join());
+        let fill = |tlb: &mut Tlb, n: u64, global| {
+            let t = translation(0x1000 * (n + 1), global);
+            tlb.fill(0x3000 + n * STEP, &t, ALL, &ram, &peer);
+        };
+        let at = |n: u64| Some(0x3000 + n * STEP);
+        fill(&mut tlb, 0, true);
+        fill(&mut tlb, 0, true);
+        assert_eq!(pages(&tlb, 0x3000), [at(0), None], "not of its own page");
+        fill(&mut tlb, 1, false);
+        assert_eq!(pages(&tlb, 0x3000), [at(1), at(0)]);
+        fill(&mut tlb, 0, true);
+        assert_eq!(pages(&tlb, 0x3000), [at(0), at(1)]);
+        tlb.flush_non_global();
+        assert_eq!(pages(&tlb, 0x3000), [at(0), None]);
+        fill(&mut tlb, 2, false);
+        ram.tracker().mark_dirty(0x1000);
+        tlb.flush_of_kind(true);
+        assert_eq!(pages(&tlb, 0x3000), [at(2), None], "a victim is flushed");
+        fill(&mut tlb, 0, true);
+        fill(&mut tlb, 1, true);
+        let writable = |tlb: &Tlb| tlb.victims[slot_of(0x3000)].write_tag == 0x3000;
+        assert!(writable(&tlb));
+        tlb.protect(0x1000);
+        assert!(!writable(&tlb));
+        tlb.flush_page(0x3000);
+        assert_eq!(pages(&tlb, 0x3000), [None, None]);
     }
 
     #[test]

@@ -160,6 +160,10 @@ impl Asm {
     pub fn load_indexed(&mut self, reg: Reg, index: Reg, disp: i32) {
         self.gs_indexed(0x8b, reg, index, disp);
     }
+    /// `mov gs:[index + disp], reg`.
+    pub fn store_indexed(&mut self, index: Reg, disp: i32, reg: Reg) {
+        self.gs_indexed(0x89, reg, index, disp);
+    }
     /// `cmp reg, gs:[index * 8 + disp]`.
     pub fn cmp_indexed8(&mut self, reg: Reg, index: Reg, disp: i32) {
         self.gs_indexed8(true, 0x3b, reg, index, disp);
@@ -393,6 +397,12 @@ impl Asm {
     pub fn shr32(&mut self, reg: Reg, n: u8) {
         self.raw(&[Self::rex(false, 0, 0, reg), 0xc1, 0xe8 | (reg & 7), n]);
     }
+    /// `rorx dst, src, n`: no flag changes. It is of BMI2.
+    pub fn rorx32(&mut self, dst: Reg, src: Reg, n: u8) {
+        let registers = !(dst >> 3) << 7 | 1 << 6 | (!(src >> 3) & 1) << 5;
+        let modrm = 0xc0 | (dst & 7) << 3 | (src & 7);
+        self.raw(&[0xc4, registers | 3, 0x7b, 0xf0, modrm, n]);
+    }
     pub fn shl32(&mut self, reg: Reg, n: u8) {
         self.raw(&[Self::rex(false, 0, 0, reg), 0xc1, 0xe0 | (reg & 7), n]);
     }
@@ -434,16 +444,6 @@ impl Asm {
     pub fn jmp_to(&mut self, target: u64) {
         let f = self.jmp();
         self.bind_to(f, target);
-    }
-    /// A NOP, so that a displacement that starts `before` bytes on is aligned to 4, so that it can be patched atomically.
-    pub fn align_displacement(&mut self, before: usize) {
-        let beyond = (self.base as usize + self.pos() + before) % 4;
-        self.raw(match beyond {
-            0 => &[],
-            1 => &[0x0f, 0x1f, 0x00],
-            2 => &[0x66, 0x90],
-            _ => &[0x90],
-        });
     }
     /// Lets the jump go to the current position.
     pub fn bind(&mut self, f: Fixup) {

@@ -599,7 +599,7 @@ mod tests {
 
     impl Rig {
         fn new() -> Rig {
-            let cache = CodeCache::new(1 << 20, false).unwrap();
+            let cache = CodeCache::new(1 << 20, false, false).unwrap();
             let tracker = PageTracker::new(64);
             Rig {
                 blocks: Blocks::new(cache.range().start, tracker.join()),

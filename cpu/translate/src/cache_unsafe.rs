@@ -4,7 +4,7 @@
 //! Idea: two mappings of the same memory; code runs at its address in the executable one, and the translator
 //! writes through the other.
 //! Invariant: only bytes that the translator emitted stand in the cache; it is filled from the bottom and emptied
-//! as a whole when it is full. A displacement is patched with one aligned 4-byte store.
+//! as a whole when it is full. One thread translates, patches and executes, so a displacement may stand anywhere.
 //! Behind the executable mapping lie *slots*, ordinary data that cannot be executed: host addresses that code jumps through. A link
 //! that may have to be cut often goes through a slot, since writing code that runs costs the processor a flush of its pipeline.
 //! Cost: both mappings share the host's page cache; a part beyond the code costs nothing, but for at most two batches.
@@ -19,6 +19,10 @@ use crate::mirror_unsafe::mirrored;
 pub(crate) struct CodeCache {
     write: *mut u8,
     execute: *mut u8,
+    /// What the executable mapping and the slots lie in.
+    reserved: (*mut u8, usize),
+    /// Ask the host for huge pages.
+    huge: bool,
     len: usize,
     used: usize,
     slots_used: usize,
@@ -33,8 +37,8 @@ unsafe impl Send for CodeCache {}
 
 impl CodeCache {
     /// With `for_perf`, memory that perf takes for anonymous.
-    pub fn new(len: usize, for_perf: bool) -> io::Result<Self> {
-        let execute = reserve(len + slots_len(len))?;
+    pub fn new(len: usize, for_perf: bool, huge: bool) -> io::Result<Self> {
+        let (execute, reserved) = reserve_aligned(len + slots_len(len))?;
         let write = match for_perf {
             true => mirrored(execute, len)?,
             false => map_twice(execute, len)?,
@@ -47,6 +51,8 @@ impl CodeCache {
         Ok(CodeCache {
             write,
             execute,
+            reserved,
+            huge,
             len,
             used: 0,
             slots_used: 0,
@@ -112,10 +118,32 @@ impl CodeCache {
 
     /// Has the host give both mappings their memory up to some way beyond `end`, so that it need not page by page.
     fn populate(&mut self, end: usize) {
+        while self.huge && end > self.populated && self.populate_huge() {}
         if end <= self.populated {
             return;
         }
         let to = (end.next_multiple_of(BATCH) + BATCH).min(self.len);
+        self.populate_to(to);
+    }
+
+    /// The same with one huge page, if the host has one.
+    fn populate_huge(&mut self) -> bool {
+        let (at, to) = (self.populated, self.populated + HUGE_PAGE);
+        if !at.is_multiple_of(HUGE_PAGE) || to > self.len {
+            return false;
+        }
+        // SAFETY: within both mappings, and nothing stands there yet. The host makes a huge page of a stretch that has one page.
+        let made = unsafe {
+            self.write.add(at).write_volatile(0);
+            libc::madvise(self.execute.add(at).cast(), HUGE_PAGE, MADV_COLLAPSE)
+        };
+        if made == 0 {
+            self.populate_to(to);
+        }
+        made == 0
+    }
+
+    fn populate_to(&mut self, to: usize) {
         for (mapping, advice) in [
             (self.write, libc::MADV_POPULATE_WRITE),
             (self.execute, libc::MADV_POPULATE_READ),
@@ -156,25 +184,23 @@ impl CodeCache {
     /// Where the displacement that stands at host address `at` leads.
     pub fn target(&self, at: u64) -> u64 {
         let offset = (at - self.execute as u64) as usize;
-        assert!(offset + 4 <= self.used && at.is_multiple_of(4));
-        // SAFETY: in bounds (asserted) and aligned; only `patch` writes there, on this thread.
-        let rel = unsafe { self.write.add(offset).cast::<u32>().read() };
+        assert!(offset + 4 <= self.used);
+        // SAFETY: in bounds (asserted); only `patch` writes there, on this thread.
+        let rel = unsafe { self.write.add(offset).cast::<u32>().read_unaligned() };
         (at + 4).wrapping_add_signed(i64::from(rel as i32))
     }
 
     /// Sets the displacement that stands at host address `at` so that it leads to `target`.
     pub fn patch(&mut self, at: u64, target: u64) {
         let offset = (at - self.execute as u64) as usize;
-        assert!(offset + 4 <= self.used && at.is_multiple_of(4));
+        assert!(offset + 4 <= self.used);
         let rel = target.wrapping_sub(at + 4) as i32;
-        // SAFETY: in bounds (asserted) and aligned, so that a processor that executes there sees the
-        // old or the new displacement, both of which lead to valid code.
+        // SAFETY: in bounds (asserted). The thread that executes the code is the one that is here, so nobody sees half of it.
         unsafe {
-            (*self
-                .write
+            self.write
                 .add(offset)
-                .cast::<std::sync::atomic::AtomicU32>())
-            .store(rel as u32, std::sync::atomic::Ordering::Release)
+                .cast::<u32>()
+                .write_unaligned(rel as u32)
         };
     }
 }
@@ -184,13 +210,19 @@ impl Drop for CodeCache {
         // SAFETY: we own both mappings, and no code runs in them once their owner goes.
         unsafe {
             libc::munmap(self.write.cast(), self.len);
-            libc::munmap(self.execute.cast(), self.len + slots_len(self.len));
+            libc::munmap(self.reserved.0.cast(), self.reserved.1);
         }
     }
 }
 
 /// So much memory is asked of the host at a time.
 const BATCH: usize = 64 << 10;
+
+/// Bytes of a huge page.
+const HUGE_PAGE: usize = 2 << 20;
+
+/// Linux 6.1 and later: makes huge pages of a stretch at once, whatever the settings for huge pages in shared memory are.
+const MADV_COLLAPSE: i32 = 25;
 
 /// Code bytes for which there is one slot.
 const BYTES_A_SLOT: usize = 32;
@@ -213,6 +245,16 @@ fn reserve(len: usize) -> io::Result<*mut u8> {
     // SAFETY: a new mapping at an address of the kernel's choice touches nothing of ours.
     let p = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_NONE, flags, -1, 0) };
     mapped(p)
+}
+
+/// The same at a multiple of [`HUGE_PAGE`]; and what has to be given back.
+fn reserve_aligned(len: usize) -> io::Result<(*mut u8, (*mut u8, usize))> {
+    let all = len + HUGE_PAGE;
+    let begin = reserve(all)?;
+    let skip = begin.align_offset(HUGE_PAGE);
+    assert!(skip < HUGE_PAGE);
+    // SAFETY: within the reservation.
+    Ok((unsafe { begin.add(skip) }, (begin, all)))
 }
 
 /// Maps over a part of a reservation.

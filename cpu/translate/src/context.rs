@@ -10,6 +10,7 @@ use doppel_memory::{TLB_ENTRIES, Tlb, TlbEntry};
 use doppel_x86::{Cpu, Segment};
 
 use crate::jump_cache::{JumpCache, JumpEntry};
+use crate::rewrite::hold::SLOTS;
 
 /// See [`Context::bounce`].
 #[repr(C, align(64))]
@@ -25,6 +26,8 @@ pub(crate) struct Context {
     pub spill: [u64; 5],
     /// The guest's value of a register that a block has borrowed (see `rewrite::pin`).
     pub pinned: u64,
+    /// Host addresses that a block comes back to (see `rewrite::hold`).
+    pub held: [u64; SLOTS],
     /// Linear address of the guest page that executes, for position-independent blocks.
     pub page_base: u64,
     /// Loaded through at each back edge; a kick makes it point where no memory is.
@@ -68,6 +71,8 @@ pub(crate) struct Context {
     pub blocks_run: u64,
     pub instructions_run: u64,
     pub tlb_lookups: u64,
+    /// How often a TLB entry changed places with its victim.
+    pub victims_recalled: u64,
     pub jump_cache: [JumpCache; 3],
 }
 
@@ -81,6 +86,7 @@ displacement! {
     FLAGS = flags;
     SPILL = spill;
     PINNED = pinned;
+    HELD = held;
     PAGE_BASE = page_base;
     POLL = poll;
     JUMP_MASK = jump_mask;
@@ -104,6 +110,7 @@ displacement! {
     BLOCKS_RUN = blocks_run;
     INSTRUCTIONS_RUN = instructions_run;
     TLB_LOOKUPS = tlb_lookups;
+    VICTIMS_RECALLED = victims_recalled;
     JUMP_CACHE = jump_cache;
     PAUSES_LEFT = cpu.pauses_left;
     TSC_OFFSET = cpu.tsc_offset;

@@ -35,10 +35,20 @@ pub struct TranslateOptions {
     pub share_checks: bool,
     /// Let a block borrow a register for the base that it keeps coming back to.
     pub borrow_registers: bool,
+    /// Let a block keep the bases in memory that it comes back to.
+    pub hold: bool,
     /// Keep r10 and r11 in their registers while nothing else needs them.
     pub resident: bool,
     /// Let translated code write to pages with translated code, beside that.
     pub write_beside_code: bool,
+    /// Shift addresses with BMI2's RORX where the processor has it.
+    pub rorx: bool,
+    /// Keep a comparison beside the branch on it, for the processor makes one operation of the two.
+    pub fuse: bool,
+    /// Look for what was driven out of a TLB slot in its victim.
+    pub victims: bool,
+    /// Keep the code cache in huge pages where the host has them.
+    pub huge_code: bool,
     /// Count the blocks and instructions that run (costs six instructions a block) and the time spent in translated code.
     pub count: bool,
     /// Keep code where perf looks for names in a map; see [`crate::explain::PerfMap`].
@@ -63,8 +73,13 @@ impl TranslateOptions {
         Switch::new("extend", |o| &mut o.extend),
         Switch::new("share-checks", |o| &mut o.share_checks),
         Switch::new("borrow-registers", |o| &mut o.borrow_registers),
+        Switch::new("hold", |o| &mut o.hold),
         Switch::new("resident", |o| &mut o.resident),
         Switch::new("write-beside-code", |o| &mut o.write_beside_code),
+        Switch::new("rorx", |o| &mut o.rorx),
+        Switch::new("fuse", |o| &mut o.fuse),
+        Switch::new("victims", |o| &mut o.victims),
+        Switch::new("huge-code", |o| &mut o.huge_code),
     ];
 
     /// The same without an accelerator.
@@ -99,8 +114,13 @@ impl Default for TranslateOptions {
             share_checks: true,
             extend: true,
             borrow_registers: true,
+            hold: true,
             resident: true,
             write_beside_code: true,
+            rorx: std::is_x86_feature_detected!("bmi2"),
+            fuse: true,
+            victims: true,
+            huge_code: true,
             count: false,
             perf_map: false,
         }

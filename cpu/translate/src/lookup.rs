@@ -147,6 +147,7 @@ impl Translator {
         self.counts.translations += 1;
         self.counts.unencodable += u64::from(translated.unencodable);
         self.counts.pins += u64::from(translated.pins);
+        self.counts.holds += u64::from(translated.holds);
         self.counts.shared_checks += u64::from(translated.shared);
         self.counts.translated_instructions += guest.instructions.len() as u64;
         let made = Made {

@@ -15,12 +15,13 @@
 
 use std::collections::BTreeMap;
 
-use doppel_memory::{Privilege, TLB_ENTRY_SHIFT, TlbEntry};
+use doppel_memory::{Privilege, TLB_ENTRY_SHIFT, Tlb, TlbEntry};
 
 use crate::asm::*;
 use crate::context as ctx;
+use crate::engine::TranslateOptions;
 use crate::jump_cache::{FIRST_INDEX_MASK, SECOND_FACTOR, SECOND_SHIFT};
-use crate::rewrite::TLB_INDEX_MASK;
+use crate::rewrite::{TLB_INDEX_MASK, check_len};
 
 /// Exit numbers that are not indices of the exit table.
 pub(crate) const EXIT_FAULT: u32 = u32::MAX;
@@ -48,8 +49,29 @@ pub(crate) struct Thunks {
     pub lookup: [u64; 3],
 }
 
+/// What the thunks depend on.
+#[derive(Clone, Copy)]
+pub(crate) struct How {
+    pub xsaveopt: bool,
+    /// Victims of the TLB are looked at.
+    pub victims: bool,
+    /// Bytes of a check.
+    pub check_len: usize,
+}
+
+impl How {
+    pub fn new(options: &TranslateOptions, xsaveopt: bool) -> Self {
+        How {
+            xsaveopt,
+            victims: options.victims,
+            check_len: check_len(options.rorx),
+        }
+    }
+}
+
 /// Assembles the thunks for a cache that begins at `base`.
-pub(crate) fn assemble(asm: &mut Asm, base: u64, xsaveopt: bool) -> Thunks {
+pub(crate) fn assemble(asm: &mut Asm, base: u64, how: How) -> Thunks {
+    let xsaveopt = how.xsaveopt;
     asm.reset(base);
     let enter = base;
     for r in CALLEE_SAVED {
@@ -88,6 +110,7 @@ pub(crate) fn assemble(asm: &mut Asm, base: u64, xsaveopt: bool) -> Thunks {
                             alone,
                         },
                         ask,
+                        how,
                     );
                     at
                 })
@@ -155,8 +178,31 @@ fn restore_slow_saved(asm: &mut Asm) {
     }
 }
 
+/// Where the page at RAX is the victim of its slot, that becomes the entry, and the entry the victim; the check is done again.
+fn recall_victim(asm: &mut Asm, tlb: i32, tag: i32, check_len: usize) {
+    let victims = Tlb::VICTIMS as i32;
+    asm.mov32(RCX, RAX);
+    asm.shr32(RCX, (12 - TLB_ENTRY_SHIFT) as u8);
+    asm.alu_imm32(Alu::And, RCX, TLB_INDEX_MASK);
+    asm.cmp_indexed(RAX, RCX, tag + victims);
+    let no = asm.jcc(CC_NE);
+    for at in (0..1 << TLB_ENTRY_SHIFT).step_by(8) {
+        asm.load_indexed(RAX, RCX, tlb + at);
+        asm.load_indexed(RDX, RCX, tlb + victims + at);
+        asm.store_indexed(RCX, tlb + at, RDX);
+        asm.store_indexed(RCX, tlb + victims + at, RAX);
+    }
+    asm.load(RAX, ctx::VICTIMS_RECALLED);
+    asm.lea(RAX, RAX, 1);
+    asm.store(ctx::VICTIMS_RECALLED, RAX);
+    restore_slow_saved(asm);
+    asm.lea(S1, S1, -(check_len as i32));
+    asm.jmp_reg(S1);
+    asm.bind(no);
+}
+
 /// An access whose two pages are both in the TLB goes on without the monitor.
-fn crossing(asm: &mut Asm, check: Check, ask: usize) {
+fn crossing(asm: &mut Asm, check: Check, ask: usize, how: How) {
     let tlb = ctx::tlb(check.privilege);
     let tag = tlb + TlbEntry::tag(check.write) as i32;
     let host = tlb + TlbEntry::HOST as i32;
@@ -167,6 +213,9 @@ fn crossing(asm: &mut Asm, check: Check, ask: usize) {
     asm.mov(RAX, S0);
     asm.alu_imm64(Alu::And, RAX, -4096);
     let mut out = Vec::new();
+    if how.victims {
+        recall_victim(asm, tlb, tag, how.check_len);
+    }
     for page in [RDX, RCX] {
         asm.mov32(RCX, RAX);
         asm.shr32(RCX, (12 - TLB_ENTRY_SHIFT) as u8);

@@ -22,7 +22,7 @@ use crate::frontend::{GuestBlock, Simd};
 use crate::recipes::Lost;
 use crate::rewrite::{Base, Rewriter};
 use crate::stats::Counts;
-use crate::thunk::{self, EXIT_ACCESS, EXIT_FAULT, EXIT_INDIRECT, Thunks};
+use crate::thunk::{self, EXIT_ACCESS, EXIT_FAULT, EXIT_INDIRECT, How, Thunks};
 
 /// What [`crate::Translate`] owns; generated code calls back into it.
 pub(crate) struct Translator {
@@ -66,10 +66,11 @@ pub(crate) const CACHE_MARGIN: usize = 64 << 10;
 impl Translator {
     pub fn new(cpu: Box<Cpu>, options: TranslateOptions) -> Result<Self, TranslateError> {
         let size = options.cache_size.clamp(4 * CACHE_MARGIN, 1 << 30);
-        let mut cache =
-            CodeCache::new(size, options.perf_map).map_err(|e| TranslateError::Cache(size, e))?;
+        let mut cache = CodeCache::new(size, options.perf_map, options.huge_code)
+            .map_err(|e| TranslateError::Cache(size, e))?;
         let mut asm = Asm::default();
-        let thunks = thunk::assemble(&mut asm, cache.cursor(), host_features().1);
+        let how = How::new(&options, host_features().1);
+        let thunks = thunk::assemble(&mut asm, cache.cursor(), how);
         cache.append(&asm.bytes);
         cache.pin();
         let peer = cpu.peer.clone();

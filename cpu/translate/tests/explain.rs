@@ -27,9 +27,12 @@ fn explain(bytes: &[u8], user: bool) -> String {
         address,
         user,
     };
-    sample
-        .explain(&TranslateOptions::default(), &Symbols::default())
-        .unwrap()
+    // As on a processor with BMI2, whatever this one is.
+    let options = TranslateOptions {
+        rorx: true,
+        ..TranslateOptions::default()
+    };
+    sample.explain(&options, &Symbols::default()).unwrap()
 }
 
 fn golden(name: &str, text: &str) {
@@ -75,6 +78,19 @@ fn accesses_off_one_base_share_a_check() {
         a.add(qword_ptr(rdi + 24), rax)?;
         a.pop(rbx)?;
         a.pop(rbp)?;
+        a.ret()
+    });
+}
+
+#[test]
+fn bases_that_code_comes_back_to_are_kept() {
+    user("kept", |a| {
+        for (to, base) in [(rax, rdi), (rcx, rsi), (rdx, rbx)] {
+            a.mov(to, qword_ptr(base))?;
+        }
+        for (to, base) in [(rax, rdi), (rcx, rsi), (rdx, rbx)] {
+            a.add(to, qword_ptr(base + 8))?;
+        }
         a.ret()
     });
 }

@@ -15,7 +15,7 @@ use crate::blocks::Form;
 use crate::engine::TranslateOptions;
 use crate::frontend::{Decoding, GuestBlock, GuestInstruction, Simd, decode};
 use crate::rewrite::{AccessSite, Base, ExitSite, FirstSites, Rewriter, Setting, Translated};
-use crate::thunk;
+use crate::thunk::{self, How};
 
 /// Where the code is translated for: any place will do that leaves the thunks within reach.
 const HOST: u64 = 0x1000_0000;
@@ -97,7 +97,7 @@ impl Dissected {
     /// `None` where the bytes hold no whole instruction.
     pub fn new(origin: &Origin<'_>, options: &TranslateOptions) -> Option<Self> {
         let guest = origin.decode(options)?;
-        let thunks = thunk::assemble(&mut Asm::default(), THUNKS, false);
+        let thunks = thunk::assemble(&mut Asm::default(), THUNKS, How::new(options, false));
         let setting = Setting {
             base: origin.base,
             form: origin.form,

@@ -12,7 +12,7 @@ use crate::blocks::Form;
 use crate::context as ctx;
 use crate::flags::FlagSet;
 use crate::frontend::{Class, GuestInstruction};
-use crate::rewrite::AccessSite;
+use crate::rewrite::{AccessSite, hold};
 
 /// What a run tells of an exit's link, by its number.
 pub(crate) type Links<'a> = &'a dyn Fn(usize) -> &'static str;
@@ -116,14 +116,16 @@ impl View<'_> {
     ) -> Option<(usize, String)> {
         let host = self.host(h);
         let back = |by: usize| h.saturating_sub(by).max(range.start);
+        if (ctx::HELD..ctx::HELD + 8 * hold::SLOTS as i32)
+            .contains(&host.slot().unwrap_or_default())
+        {
+            return Some((h, held(host).to_owned()));
+        }
         if let Some(site) = self.site_at(host.at) {
             return Some((h, self.check(n, site)));
         }
         if self.is_copy(i, host) {
             return Some((h, "as it is".to_owned()));
-        }
-        if self.aligns(h) {
-            return Some((h, "aligns the jump for patching".to_owned()));
         }
         if host.decoded.mnemonic() == Mnemonic::Lahf {
             return Some((back(1), self.flags_saved(n)));
@@ -155,14 +157,6 @@ impl View<'_> {
         let from = usize::from(i.offset - self.block.guest.start);
         let guest = &self.block.guest.bytes[from..from + i.decoded.len()];
         matches!(i.class, Class::Copy | Class::Lea) && self.block.bytes_of(h) == guest
-    }
-
-    /// True for a NOP before a jump that can be linked.
-    fn aligns(&self, h: usize) -> bool {
-        let next = self.block.host.get(h + 1);
-        let exit = next.and_then(|next| self.block.exit_of(next));
-        let patched = exit.is_some_and(|(_, e)| e.patch.is_some());
-        patched && self.host(h).decoded.mnemonic() == Mnemonic::Nop
     }
 
     /// Why the page's linear address is loaded.
@@ -382,6 +376,13 @@ impl View<'_> {
             notes.push("loads the guest's vector registers".to_owned());
         }
         notes
+    }
+}
+
+fn held(h: &Host) -> &'static str {
+    match h.decoded.op0_kind() {
+        OpKind::Memory => "kept: code comes back to this base",
+        _ => "comes back to a base that was checked before",
     }
 }
 

@@ -3,6 +3,14 @@
 use super::rebuild::LINEAR;
 use super::*;
 
+/// How far an address is shifted right so that the page's number stands where the mask keeps it.
+const TO_TLB_INDEX: u8 = (12 - TLB_ENTRY_SHIFT) as u8;
+
+/// Bytes of a check, with RORX or without.
+pub(crate) const fn check_len(rorx: bool) -> usize {
+    if rorx { 42 } else { 43 }
+}
+
 impl Work<'_> {
     /// `dst` = linear address of an offset from the block's page.
     pub(super) fn guest_address(&mut self, dst: Reg, offset: i64) {
@@ -118,15 +126,18 @@ impl Work<'_> {
     /// Where the instruction's own memory access finds its bytes: a register and a displacement. The flags may be destroyed.
     pub(super) fn operand(&mut self, i: &GuestInstruction, size: u8, write: bool) -> (Reg, i32) {
         let reference = i.reference.filter(|_| self.s.options.share_checks);
-        if let Some(known) = reference.and_then(|r| self.known(&r)) {
+        let known = reference.and_then(|r| self.known(&r).or_else(|| self.recall(&r)));
+        if let Some(known) = known {
             self.out.shared += 1;
             return known;
         }
         self.before_check(i);
-        let plan = reference.and_then(|r| {
+        let normal = reference.filter(|_| self.s.form == Form::Normal);
+        let hold = normal.and_then(|r| self.plan_hold(&r));
+        let plan = normal.and_then(|r| {
             let rest = &self.block.instructions[self.at..];
-            let stretch = self.pinned_stretch().or_else(|| share::plan(rest))?;
-            (self.s.form == Form::Normal).then_some((r, stretch))
+            let held = self.pinned_stretch().or(hold.map(|plan| plan.stretch));
+            Some((r, held.or_else(|| share::plan(rest))?))
         });
         let Some((r, stretch)) = plan else {
             self.own_address(i, 0);
@@ -140,10 +151,15 @@ impl Work<'_> {
             size,
             write,
         };
-        self.check_stretch(i, (stretch.high - stretch.low) as u16, stretch.write, part);
+        let held = self.pinned_stretch().is_some() || hold.is_some();
+        let size = (stretch.high - stretch.low) as u16;
+        self.check_stretch(i, size, stretch.write, part, held);
         let run = Run::new(&r, stretch);
         self.run = Some(run);
         self.begin_pin(run);
+        if let Some(plan) = hold {
+            self.begin_hold(run, plan);
+        }
         (S0, from as i32)
     }
 
@@ -174,16 +190,17 @@ impl Work<'_> {
             size: size as u8,
             write,
         };
-        self.check_stretch(i, size, write, own);
+        self.check_stretch(i, size, write, own, false);
     }
 
-    /// The same for a stretch of which the instruction accesses a part.
+    /// The same for a stretch of which the instruction accesses a part; `held` where its address is kept for others.
     pub(super) fn check_stretch(
         &mut self,
         i: &GuestInstruction,
         size: u16,
         write: bool,
         own: Part,
+        held: bool,
     ) {
         self.run = None;
         let tlb = ctx::tlb(self.s.privilege);
@@ -196,17 +213,23 @@ impl Work<'_> {
             a.store(ctx::TLB_LOOKUPS, S1);
         }
         let retry = self.asm().pos() as u32;
+        let rorx = self.s.options.rorx;
         let a = self.asm();
-        a.mov32(S1, S0);
-        a.shr32(S1, (12 - TLB_ENTRY_SHIFT) as u8);
+        let begin = a.pos();
+        if rorx {
+            a.rorx32(S1, S0, TO_TLB_INDEX);
+        } else {
+            a.mov32(S1, S0);
+            a.shr32(S1, TO_TLB_INDEX);
+        }
         a.alu_imm32(Alu::And, S1, TLB_INDEX_MASK);
         a.xor_indexed(S0, S1, tag);
         a.alu_imm64(Alu::Cmp, S0, 4096 - i32::from(size));
         let from = a.jcc(CC_A);
         a.add_indexed(S0, S1, tlb + TlbEntry::HOST as i32);
+        debug_assert_eq!(a.pos() - begin, check_len(rorx));
         let site = self.first.access + self.out.accesses.len() as u32;
         // What is held for others must not be a copy of bytes in two pages: something may be written in between.
-        let held = self.pin.is_some_and(|pin| pin.begins_at(self.at));
         let whole = own.from == 0 && u16::from(own.size) == size && own.write == write;
         let alone = whole && !held;
         // An exit that the slow path of a shared check takes once it is linked.
@@ -254,7 +277,6 @@ impl Work<'_> {
 
     /// A jump to what follows, which linking makes one to the careful form.
     fn careful_gate(&mut self, n: usize, pinned: Option<Pinned>) {
-        self.asm().align_displacement(1);
         let gate = self.asm().jmp();
         if pinned.is_none() {
             self.out.exits[n].patch = Some(gate.0 as u32);
@@ -263,7 +285,6 @@ impl Work<'_> {
             let open = self.asm().pos() as u32;
             self.pinned = pinned;
             self.unpin();
-            self.asm().align_displacement(1);
             let on = self.asm().jmp();
             self.asm().bind(on);
             self.out.exits[n].patch = Some(on.0 as u32);

@@ -29,12 +29,13 @@ impl Work<'_> {
 
     pub(super) fn conditional(&mut self, i: &GuestInstruction) {
         let target = i.decoded.near_branch64() as i64;
-        self.poll_if_backward(i, target);
+        if !self.has_polled() {
+            self.poll_if_backward(i, target);
+        }
         self.before_own(i);
         if i.class == Class::Conditional {
             // iced-x86 counts conditions in the order of their encoding, from 1.
             let cc = i.decoded.condition_code() as u8 - 1;
-            self.asm().align_displacement(2);
             let taken = self.asm().jcc(cc);
             self.exit(target, taken);
         } else {
@@ -57,7 +58,6 @@ impl Work<'_> {
         self.r.asm.raw(opcode);
         self.asm().raw(&[2, 0xeb, 0]); // to the next but one; jmp short to the end
         let short = self.asm().pos();
-        self.asm().align_displacement(1);
         let taken = self.asm().jmp();
         self.exit(target, taken);
         let skip = (self.asm().pos() - short) as u8;
@@ -69,7 +69,6 @@ impl Work<'_> {
         match self.turn(target) {
             Some(turned) => self.slot_exit(turned),
             None => {
-                self.asm().align_displacement(1);
                 let jump = self.asm().jmp();
                 self.exit(target, jump);
             }
@@ -171,7 +170,6 @@ impl Work<'_> {
                 Stub::GiveBack(n, pinned) => {
                     self.pinned = Some(pinned);
                     self.unpin();
-                    self.asm().align_displacement(1);
                     let on = self.asm().jmp();
                     self.out.exits[n].patch = Some(on.0 as u32);
                     self.asm().bind(on);

@@ -13,6 +13,8 @@ mod address;
 mod branch;
 mod control;
 pub(crate) mod counter;
+mod fuse;
+pub(crate) mod hold;
 mod lost;
 mod memory;
 mod patch;
@@ -37,11 +39,13 @@ use crate::flags::{ALL, FlagPlace, FlagSet};
 use crate::frontend::{Class, GuestBlock, GuestInstruction};
 use crate::recipe::Recipe;
 use crate::thunk::{Check, Thunks, load_simd};
+pub(crate) use address::check_len;
 pub(crate) use branch::BranchSite;
 pub(crate) use lost::{Chained, IN_PLACE, RecipeId};
 pub(crate) use share::{Reference, constant_move, reference};
 pub(crate) use sites::{AccessSite, Boundary, ExitSite, FirstSites, Part, Translated};
 
+use hold::Held;
 use pin::{Pin, Pinned};
 use resident::Resident;
 use share::Run;
@@ -179,8 +183,10 @@ impl Rewriter {
             run: None,
             pin: None,
             pinned: None,
+            held: Vec::new(),
             resident: Default::default(),
             at: 0,
+            polled: None,
             stubs: buffers.stubs,
             slot_stubs: buffers.slot_stubs,
         };
@@ -209,10 +215,14 @@ struct Work<'a> {
     /// Which base is to be held in a register of its own, and the one that is (see `pin`).
     pin: Option<Pin>,
     pinned: Option<Pinned>,
+    /// Bases that are kept in memory (see `hold`).
+    held: Vec<Held>,
     /// Of S0 and S1.
     resident: [Resident; 2],
     /// Which instruction is being translated.
     at: usize,
+    /// The branch whose poll is done (see `fuse`).
+    polled: Option<usize>,
     /// Jumps to the exit stubs, which are emitted last.
     stubs: Vec<(Fixup, Stub)>,
     /// Exits through slots whose code to leave is still to be emitted.
@@ -287,9 +297,11 @@ impl Work<'_> {
                 self.end_residence();
             }
             self.boundary(i);
+            self.poll_early();
             self.instruction(i);
             self.run = self.run.take().and_then(|run| run.after(i));
             self.follow_pin(i);
+            self.follow_held(i);
             self.follow_lost(i);
         }
         self.end_residence();

@@ -38,7 +38,7 @@ impl Pin {
 pub(super) struct Pinned {
     pub register: Reg,
     pub run: Run,
-    last: usize,
+    pub last: usize,
 }
 
 impl Work<'_> {

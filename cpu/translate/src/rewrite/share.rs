@@ -235,7 +235,7 @@ pub(crate) fn constant_move(i: &GuestInstruction) -> (u16, i64) {
 }
 
 /// True where the translation of an instruction leaves S0 as the address of its own access, or alone.
-fn leaves_s0(i: &GuestInstruction) -> bool {
+pub(super) fn leaves_s0(i: &GuestInstruction) -> bool {
     match i.class {
         Class::Copy => i.uses & 1 << S0 == 0,
         Class::Lea => super::copied_lea(&i.decoded) && i.uses & 1 << S0 == 0,

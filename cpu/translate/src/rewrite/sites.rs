@@ -87,6 +87,8 @@ pub(crate) struct Translated {
     pub unencodable: u32,
     /// Registers borrowed for a base.
     pub pins: u32,
+    /// Bases kept in memory.
+    pub holds: u32,
     /// Accesses that needed no check of their own.
     pub shared: u32,
     /// Where the last instruction's code ends and the stubs begin.

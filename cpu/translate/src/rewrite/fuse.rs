@@ -1,0 +1,48 @@
+//! Comparisons beside their branches.
+//!
+//! Problem: the processor makes one operation of a comparison and the conditional branch right behind it, but the poll of a branch
+//! backwards would stand between the two.
+//! Idea: it stands before the comparison, as a part of that instruction.
+//! Invariant: a kick finds the state of the comparison's beginning, and the monitor starts there again.
+//! Cost: none.
+
+use iced_x86::Mnemonic;
+
+use super::*;
+
+/// True where the processor takes an instruction and a conditional branch together.
+fn fuses(i: &GuestInstruction) -> bool {
+    use Mnemonic::*;
+    let sets = matches!(
+        i.decoded.mnemonic(),
+        Cmp | Test | And | Add | Sub | Inc | Dec
+    );
+    sets && matches!(i.class, Class::Copy | Class::Memory { write: false, .. })
+}
+
+impl Work<'_> {
+    /// The instruction being translated, if it fuses with the branch behind it.
+    fn fused_branch(&self) -> Option<&GuestInstruction> {
+        let code = &self.block.instructions;
+        let next = code.get(self.at + 1)?;
+        let both = next.class == Class::Conditional && fuses(&code[self.at]);
+        (both && self.s.options.fuse).then_some(next)
+    }
+
+    /// Polls for the branch that follows, where that is to stand right behind this instruction.
+    pub(super) fn poll_early(&mut self) {
+        let Some(branch) = self.fused_branch() else {
+            return;
+        };
+        if branch.decoded.near_branch64() <= u64::from(branch.offset) {
+            self.end_residence();
+            self.poll();
+            self.polled = Some(self.at + 1);
+        }
+    }
+
+    /// True where the poll of this branch was done before.
+    pub(super) fn has_polled(&self) -> bool {
+        self.polled == Some(self.at)
+    }
+}
