@@ -57,23 +57,9 @@ fn stack_or_branch(i: &Instruction) -> Option<Facts> {
         Pop_r64 => (Class::Pop, NONE, Some(First::Written)),
         Call_rel32_64 => (Class::Call, NONE, None),
         Retnq => (Class::Return, NONE, None),
-        Jmp_rel8_64 | Jmp_rel32_64 => {
-            return Some(Facts {
-                class: Class::Jump,
-                flags: NONE,
-                uses: 0,
-                writes: 0,
-                simd: false,
-            });
-        }
+        Jmp_rel8_64 | Jmp_rel32_64 => return Some(facts(Class::Jump, NONE, 0, 0)),
         _ if i.is_jcc_short_or_near() && i.op0_kind() == OpKind::NearBranch64 => {
-            return Some(Facts {
-                class: Class::Conditional,
-                flags: condition(i)?,
-                uses: 0,
-                writes: 0,
-                simd: false,
-            });
+            return Some(facts(Class::Conditional, condition(i)?, 0, 0));
         }
         _ => return None,
     };
@@ -83,13 +69,17 @@ fn stack_or_branch(i: &Instruction) -> Option<Facts> {
     } else {
         0
     };
-    Some(Facts {
+    Some(facts(class, flags, RSP | operand, RSP | written))
+}
+
+fn facts(class: Class, flags: FlagUse, uses: u16, writes: u16) -> Facts {
+    Facts {
         class,
         flags,
-        uses: RSP | operand,
-        writes: RSP | written,
+        uses,
+        writes,
         simd: false,
-    })
+    }
 }
 
 fn computation(i: &Instruction) -> Option<Facts> {
@@ -122,13 +112,7 @@ fn computation(i: &Instruction) -> Option<Facts> {
             write,
         },
     };
-    Some(Facts {
-        class,
-        flags,
-        uses,
-        writes,
-        simd: false,
-    })
+    Some(facts(class, flags, uses, writes))
 }
 
 /// What becomes of the first operand and of the flags.
@@ -144,24 +128,17 @@ fn effect(i: &Instruction) -> Option<(First, FlagUse)> {
         Shl | Shr | Sar => (First::Written, shift(i)?),
         Nop if i.op_count() == 0 => (First::Read, NONE),
         Endbr64 => (First::Read, NONE),
-        _ if i.is_cmovcc() || i.is_setcc() => (First::Written, condition(i)?),
+        _ if is_cmovcc(i.mnemonic()) || is_setcc(i.mnemonic()) => (First::Written, condition(i)?),
         _ => return None,
     })
 }
 
-trait Conditional {
-    fn is_cmovcc(&self) -> bool;
-    fn is_setcc(&self) -> bool;
+fn is_cmovcc(m: Mnemonic) -> bool {
+    (Mnemonic::Cmova..=Mnemonic::Cmovs).contains(&m)
 }
 
-impl Conditional for Instruction {
-    fn is_cmovcc(&self) -> bool {
-        self.mnemonic() >= Mnemonic::Cmova && self.mnemonic() <= Mnemonic::Cmovs
-    }
-
-    fn is_setcc(&self) -> bool {
-        self.mnemonic() >= Mnemonic::Seta && self.mnemonic() <= Mnemonic::Sets
-    }
+fn is_setcc(m: Mnemonic) -> bool {
+    (Mnemonic::Seta..=Mnemonic::Sets).contains(&m)
 }
 
 /// Shifts by a constant that is not zero.
