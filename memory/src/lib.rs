@@ -14,6 +14,7 @@ mod large;
 mod mapping_unsafe;
 mod peer;
 mod ram;
+mod survey;
 mod tlb;
 mod track;
 mod walk;
@@ -24,6 +25,7 @@ pub use dma_unsafe::{read_file_at, write_file_at};
 pub use large::LargePages;
 pub use peer::{Asked, InGuest, MOST_CPUS, Peer, Requests};
 pub use ram::{Backing, GuestRam, HIGH_START, HOLE_START, RamError, VGA_HOLE};
+pub use survey::{Leaf, REGION_PAGES, REGION_SHIFT, Survey};
 pub use tlb::{INVALID_TAG_XOR, TLB_ENTRIES, TLB_ENTRY_SHIFT, Tlb, TlbEntry};
 pub use track::{CodeGranules, PageTracker};
 pub use walk::{

@@ -67,6 +67,8 @@ pub struct Peer {
     nudge: OnceLock<Nudge>,
     /// What it has translated, where it translates.
     pub(crate) code: Granules,
+    /// What of that the processor executes as it is.
+    pub(crate) claimed: Granules,
 }
 
 impl std::fmt::Debug for Peer {
@@ -167,6 +169,7 @@ impl Peer {
         Peer {
             bit,
             code: Granules::new(peers.owners.pages()),
+            claimed: Granules::new(peers.owners.pages()),
             peers,
             in_guest: AtomicBool::new(false),
             any: AtomicBool::new(false),

@@ -221,6 +221,15 @@ impl GuestRam {
         self.mapping.file()
     }
 
+    /// Where a byte of RAM lies in [`Self::file`].
+    pub fn file_offset(&self, gpa: u64) -> Option<u64> {
+        let in_file = match gpa < HIGH_START {
+            true => gpa,
+            false => self.low + (gpa - HIGH_START),
+        };
+        self.is_ram(gpa).then_some(in_file)
+    }
+
     /// Host address of guest physical address 0; `host = base + gpa` for all RAM.
     pub fn host_base(&self) -> u64 {
         self.mapping.base().as_ptr() as u64

@@ -183,8 +183,22 @@ impl PageTracker {
         }
     }
 
-    /// Sets which granules of the page still hold code of a CPU, after it threw blocks away.
+    /// Notes that the processor itself executes the page as code of a CPU: all of it counts as translated until [`Self::release_code`].
+    /// [`Self::protect`] is to follow.
+    pub fn claim_code(&self, gpa: u64, by: &Peer) {
+        by.claimed.add(gpa, CodeGranules::MAX);
+        self.add_code(gpa, PAGE_SIZE, by);
+    }
+
+    /// Ends a claim; `granules` of the page still hold translated code.
+    pub fn release_code(&self, gpa: u64, granules: CodeGranules, by: &Peer) {
+        by.claimed.remove(gpa, CodeGranules::MAX);
+        self.set_code(gpa, granules, by);
+    }
+
+    /// Sets which granules of the page still hold code of a CPU, after it threw blocks away. Those it has claimed do.
     pub fn set_code(&self, gpa: u64, granules: CodeGranules, by: &Peer) {
+        let granules = granules | by.claimed.get(gpa);
         let _changes = lock(&self.changes);
         by.code.set(gpa, granules);
         if granules != 0 {

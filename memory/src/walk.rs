@@ -120,14 +120,14 @@ pub struct PageFault {
     pub error_code: u32,
 }
 
-const P: u64 = 1;
-const RW: u64 = 1 << 1;
-const US: u64 = 1 << 2;
-const A: u64 = 1 << 5;
-const D: u64 = 1 << 6;
-const PS: u64 = 1 << 7;
+pub(crate) const P: u64 = 1;
+pub(crate) const RW: u64 = 1 << 1;
+pub(crate) const US: u64 = 1 << 2;
+pub(crate) const A: u64 = 1 << 5;
+pub(crate) const D: u64 = 1 << 6;
+pub(crate) const PS: u64 = 1 << 7;
 const G: u64 = 1 << 8;
-const XD: u64 = 1 << 63;
+pub(crate) const XD: u64 = 1 << 63;
 
 const PF_P: u32 = 1;
 const PF_W: u32 = 1 << 1;
@@ -135,7 +135,7 @@ const PF_U: u32 = 1 << 2;
 const PF_RSVD: u32 = 1 << 3;
 const PF_ID: u32 = 1 << 4;
 
-struct Format {
+pub(crate) struct Format {
     entry_size: u64,
     index_bits: u32,
     /// Levels whose entries may map a page (bit per level; 1 is the page table).
@@ -147,7 +147,7 @@ const FORMAT_32: Format = Format {
     index_bits: 10,
     large: 0b100,
 };
-const FORMAT_64: Format = Format {
+pub(crate) const FORMAT_64: Format = Format {
     entry_size: 8,
     index_bits: 9,
     large: 0b1100,
@@ -190,13 +190,13 @@ pub fn probe(ram: &GuestRam, p: &Paging, linear: u64) -> Option<Translation> {
     .ok()
 }
 
-struct Walk<'a> {
-    ram: &'a GuestRam,
-    p: &'a Paging,
-    linear: u64,
+pub(crate) struct Walk<'a> {
+    pub ram: &'a GuestRam,
+    pub p: &'a Paging,
+    pub linear: u64,
     /// `None` only looks.
-    kind: Option<AccessKind>,
-    privilege: Privilege,
+    pub kind: Option<AccessKind>,
+    pub privilege: Privilege,
 }
 
 /// Why a walk ends early.
@@ -309,7 +309,7 @@ impl Walk<'_> {
         Ok(t)
     }
 
-    fn load(&self, f: &Format, at: u64) -> u64 {
+    pub(crate) fn load(&self, f: &Format, at: u64) -> u64 {
         // What is not RAM reads as all ones, as an open bus does.
         if f.entry_size == 4 {
             u64::from(self.ram.load::<u32>(at).unwrap_or(u32::MAX))
@@ -348,7 +348,7 @@ impl Walk<'_> {
     }
 
     /// The bits that must be zero in an entry of this level.
-    fn reserved(&self, f: &Format, level: u32, leaf: bool) -> u64 {
+    pub(crate) fn reserved(&self, f: &Format, level: u32, leaf: bool) -> u64 {
         if f.entry_size == 4 {
             return if leaf && level == 2 {
                 self.pse36_reserved()
@@ -378,7 +378,7 @@ impl Walk<'_> {
         0x3f_e000 & !(((1 << high_bits) - 1) << 13)
     }
 
-    fn address_mask(&self) -> u64 {
+    pub(crate) fn address_mask(&self) -> u64 {
         ((1u64 << self.p.physical_bits) - 1) & !PAGE_MASK & 0x000f_ffff_ffff_f000
     }
 

@@ -73,6 +73,8 @@ pub(crate) struct Context {
     pub tlb_lookups: u64,
     /// How often a TLB entry changed places with its victim.
     pub victims_recalled: u64,
+    /// SYSRETs executed by translated code.
+    pub user_entries: u64,
     pub jump_cache: [JumpCache; 3],
 }
 
@@ -111,6 +113,7 @@ displacement! {
     INSTRUCTIONS_RUN = instructions_run;
     TLB_LOOKUPS = tlb_lookups;
     VICTIMS_RECALLED = victims_recalled;
+    USER_ENTRIES = user_entries;
     JUMP_CACHE = jump_cache;
     PAUSES_LEFT = cpu.pauses_left;
     TSC_OFFSET = cpu.tsc_offset;

@@ -1,8 +1,8 @@
 //! The owned context: allocated once, at one address for the life of the engine, and shared with kickers.
 
 use std::ptr::NonNull;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use doppel_x86::{Cpu, Kick};
 
@@ -17,6 +17,8 @@ pub(crate) struct ContextBox {
 struct Shared {
     at: NonNull<Context>,
     kicked: AtomicBool,
+    /// Who executes user code by other means, and has to be called as well.
+    user_code: OnceLock<Arc<dyn Kick>>,
 }
 
 // SAFETY: kickers only use the atomics; everything else is reached through the one `ContextBox`.
@@ -53,6 +55,7 @@ impl ContextBox {
             shared: Arc::new(Shared {
                 at,
                 kicked: AtomicBool::new(false),
+                user_code: OnceLock::new(),
             }),
         }
     }
@@ -71,6 +74,11 @@ impl ContextBox {
         }
     }
 
+    /// Calls this one too, from now on, whenever the engine is called out of translated code.
+    pub fn call_also(&self, user_code: Arc<dyn Kick>) {
+        let _ = self.shared.user_code.set(user_code);
+    }
+
     /// Takes a kick, and lets back edges pass again.
     pub fn take_kick(&mut self) -> bool {
         if !self.is_kicked() {
@@ -86,6 +94,19 @@ impl ContextBox {
     /// True while a kick waits to be taken.
     pub fn is_kicked(&self) -> bool {
         self.poll.load(Ordering::SeqCst) != &raw const self.poll_target as u64
+    }
+
+    /// The CPU, and whether a kick waits to be taken.
+    pub fn cpu_and_call(&mut self) -> (&mut Cpu, impl Fn() -> bool + use<>) {
+        let shared = self.shared.clone();
+        let called = move || {
+            let context = shared.at.as_ptr();
+            // SAFETY: the context lives as long as `shared`; the field is atomic, and the address of another is only compared with.
+            unsafe {
+                (*context).poll.load(Ordering::SeqCst) != &raw const (*context).poll_target as u64
+            }
+        };
+        (&mut self.cpu, called)
     }
 
     pub fn as_ptr(&self) -> *mut Context {
@@ -128,6 +149,9 @@ impl Shared {
         unsafe {
             (*context).jump_mask.store(0, Ordering::SeqCst);
             (*context).poll.store(NOWHERE, Ordering::SeqCst);
+        }
+        if let Some(user_code) = self.user_code.get() {
+            user_code.kick();
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use doppel_memory::probe;
-use doppel_x86::{Bus, Cpu, Engine, EngineStats, Exit, Kick};
+use doppel_x86::{Bus, Cpu, Engine, EngineStats, Exit, Kick, UserCode};
 use iced_x86::{Decoder, DecoderOptions, FlowControl, IntelFormatter};
 
 use crate::enter_unsafe::{ThreadSetup, host_features};
@@ -164,6 +164,14 @@ impl Translate {
         })
     }
 
+    /// Leaves user code to somebody else as they say.
+    pub fn leaving_user_code_to(mut self, user_code: Box<dyn UserCode>) -> Self {
+        self.t.context.call_also(user_code.kicker());
+        self.t.context.cpu.given_up.wanted = true;
+        self.t.user_code = Some(user_code);
+        self
+    }
+
     /// Tells `observers` of the blocks from now on.
     pub fn observed(mut self, observers: Observers) -> Self {
         self.t.begin_observing(observers);
@@ -197,7 +205,11 @@ impl Engine for Translate {
     }
 
     fn stats(&self) -> EngineStats {
-        self.t.stats()
+        let mut stats = self.t.stats();
+        if let Some(user_code) = &self.t.user_code {
+            stats.extend(user_code.stats());
+        }
+        stats
     }
 
     fn trace(&self) -> Vec<String> {

@@ -278,7 +278,10 @@ impl Translator {
     }
 
     /// Throws the blocks away that were made from any of these bytes.
-    fn throw_away(&mut self, gpa: u64, len: u64) {
+    pub fn throw_away(&mut self, gpa: u64, len: u64) {
+        if let Some(user_code) = &mut self.user_code {
+            user_code.written(&self.context.cpu, gpa & !PAGE_MASK);
+        }
         let tracker = self.context.cpu.ram.tracker();
         let gone = self.blocks.invalidate(gpa, len, &mut self.cache, tracker);
         for block in gone {
@@ -297,6 +300,9 @@ impl Translator {
 
     fn follow_flushes(&mut self) {
         let flushed = std::mem::take(&mut self.context.cpu.flushed);
+        if let Some(user_code) = &mut self.user_code {
+            user_code.flushed(&flushed);
+        }
         let lost = self.code_pages.flush(&flushed);
         if lost.user {
             self.empty_jump_caches(0..1);
@@ -306,6 +312,12 @@ impl Translator {
             self.empty_jump_caches(1..3);
             self.blocks.unlink_cross_page(false, &mut self.cache);
         }
+    }
+
+    /// Has every entry into user code come by the loop.
+    pub fn forget_user_jumps(&mut self) {
+        self.empty_jump_caches(0..1);
+        self.blocks.unlink_cross_page(true, &mut self.cache);
     }
 
     fn empty_jump_caches(&mut self, which: std::ops::Range<usize>) {

@@ -7,7 +7,9 @@
 use std::time::Instant;
 
 use doppel_memory::{InGuest, PAGE_MASK, Privilege};
-use doppel_x86::{Activity, Bus, Cpu, Exit, Gpr, Outcome, Rflags, event, interpret};
+use doppel_x86::{
+    Activity, Bus, Cpu, Exit, Gpr, Left, Outcome, Rflags, UserCode, event, exception, interpret,
+};
 
 use crate::asm::Asm;
 use crate::blocks::{BlockId, Blocks};
@@ -42,6 +44,8 @@ pub(crate) struct Translator {
     pub counts: Counts,
     recent: Recent,
     pub observers: Observers,
+    /// Who executes user code that is left to it.
+    pub user_code: Option<Box<dyn UserCode>>,
 }
 
 /// Where translated code was entered lately.
@@ -90,6 +94,7 @@ impl Translator {
             counts: Counts::default(),
             recent: Recent::default(),
             observers: Observers::default(),
+            user_code: None,
         })
     }
 
@@ -102,6 +107,7 @@ impl Translator {
             if kicked {
                 self.counts.kicks += 1;
                 self.link_from = None;
+                self.interrupted();
                 return Exit::Kicked;
             }
             let cpu = &mut self.context.cpu;
@@ -117,6 +123,9 @@ impl Translator {
                 Activity::Shutdown => return Exit::Shutdown,
                 Activity::Halted | Activity::WaitForSipi => return Exit::Halted,
             }
+            if self.run_user_code(bus) {
+                continue;
+            }
             match self.find_translation() {
                 // They may take the block away, and came while other CPUs were waited for.
                 Some(_) if self.context.cpu.peer.has_requests() => {}
@@ -131,6 +140,44 @@ impl Translator {
         let r = &self.recent;
         let first = r.entered.saturating_sub(Recent::SIZE);
         (first..r.entered).map(|n| r.rip[n % Recent::SIZE])
+    }
+
+    /// Asks whether the user code that was interrupted is to be left to somebody else.
+    fn interrupted(&mut self) {
+        let Some(user_code) = &mut self.user_code else {
+            return;
+        };
+        let cpu = &self.context.cpu;
+        if cpu.cpl != 3 {
+            return;
+        }
+        let events = cpu.counters.exceptions.iter().sum::<u64>() + cpu.counters.interrupts;
+        if user_code.interrupted(cpu, self.context.user_entries + events) {
+            self.forget_user_jumps();
+        }
+    }
+
+    /// Has user code run by who it is left to; false where it is left to nobody.
+    fn run_user_code(&mut self, bus: &mut dyn Bus) -> bool {
+        let Some(user_code) = &mut self.user_code else {
+            return false;
+        };
+        if self.context.cpu.cpl != 3 || !user_code.takes(&self.context.cpu) {
+            return false;
+        }
+        self.link_from = None;
+        let (cpu, called) = self.context.cpu_and_call();
+        match user_code.run(cpu, &called) {
+            Left::Interpret => self.step(bus),
+            Left::Raise(e) => {
+                let rip = cpu.rip;
+                let _: Outcome = exception::raise(cpu, bus, e, rip);
+            }
+            Left::Called => {}
+            Left::Writes(page) => self.throw_away(page, 0),
+            Left::Declined => return false,
+        }
+        true
     }
 
     /// Interprets one instruction.

@@ -30,7 +30,7 @@ fn xgetbv0() -> u64 {
 
 /// The host's time-stamp counter.
 #[inline]
-pub(crate) fn tsc() -> u64 {
+pub fn tsc() -> u64 {
     // SAFETY: RDTSC is available to user programs on Linux unless they forbid it to themselves.
     unsafe { core::arch::x86_64::_rdtsc() }
 }

@@ -37,7 +37,9 @@ mod task;
 mod testing;
 mod transfer;
 mod tsc;
+mod user_code;
 
+pub use arch_host::tsc as host_tsc;
 pub use bus::{Bus, EmptyBus, Start};
 pub use cpuid::{APIC_BUS_HZ, CpuidLeaf, CpuidModel, Vendor, XCR0_MASK};
 pub use engine::{Engine, EngineStats, Exit, Kick, Outcome};
@@ -48,3 +50,4 @@ pub use state::{
     Seg, Segment,
 };
 pub use tsc::{TscFrequency, TscMeasurement};
+pub use user_code::{GivenUp, Left, UserCode};

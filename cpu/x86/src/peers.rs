@@ -40,6 +40,7 @@ impl Cpu {
     pub fn give_up_writing(&mut self, requests: &Requests) {
         if requests.protect_all {
             self.tlb.iter_mut().for_each(|tlb| tlb.flush());
+            self.given_up.all();
         }
         for page in &requests.protect {
             self.give_up_writing_to(*page);
@@ -51,6 +52,7 @@ impl Cpu {
         for tlb in &mut self.tlb {
             tlb.protect(gpa & !PAGE_MASK);
         }
+        self.given_up.page(gpa & !PAGE_MASK);
         self.ram.tracker().remove_writer(gpa, &self.peer);
     }
 

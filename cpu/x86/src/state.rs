@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use crate::interpret::{CodeCache, HostUnit};
-use crate::{CpuidModel, arch_host, msr};
+use crate::{CpuidModel, GivenUp, arch_host, msr};
 use bitflags::bitflags;
 use doppel_memory::{GuestRam, LargePages, PAGE_MASK, Paging, PagingMode, Peer, Privilege, Tlb};
 
@@ -406,6 +406,8 @@ pub struct Cpu {
     pub large_pages: LargePages,
     /// What was flushed since a translator last looked: it keeps linear addresses of code itself.
     pub flushed: Flushed,
+    /// Permissions to write that were taken away since somebody last looked.
+    pub given_up: GivenUp,
     pub ram: Arc<GuestRam>,
     /// This CPU as the others that share the RAM see it.
     pub peer: Arc<Peer>,
@@ -484,6 +486,7 @@ impl Cpu {
             cpuid,
             large_pages: LargePages::default(),
             flushed: Flushed::default(),
+            given_up: GivenUp::default(),
             peer: ram.tracker().join(),
             ram,
         });

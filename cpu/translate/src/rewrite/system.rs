@@ -122,6 +122,7 @@ impl Work<'_> {
         let a = self.asm();
         a.bind(masked);
         a.store(ctx::RFLAGS, S0);
+        a.alu_gs_imm32(Alu::Add, ctx::USER_ENTRIES, 1);
         self.set_arithmetic_flags();
         self.asm().lea(RSP, RSP, 8);
     }
@@ -263,6 +264,7 @@ impl Work<'_> {
         a.alu_imm32(Alu::And, S0, SYSRET_FLAGS & !RF);
         a.alu_imm32(Alu::Or, S0, 2);
         a.store(ctx::RFLAGS, S0);
+        a.alu_gs_imm32(Alu::Add, ctx::USER_ENTRIES, 1);
         self.set_arithmetic_flags();
         let a = self.asm();
         a.load32(S0, ctx::STAR + 4);
