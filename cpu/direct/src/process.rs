@@ -1,0 +1,191 @@
+//! A process with the stub in it, told what to do through its exchange area.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Signal, pidfd_send_signal};
+
+use crate::arch_stub::{
+    CALL_SIZE, CALLS, COUNT, DONE, KEY, MOST_CALLS, RESUMED, SPIN, THEN, THEN_RESUME, THEN_STOP,
+};
+use crate::change::Call;
+use crate::exchange::{Exchange, Turn};
+
+/// So long a process may take for what it does at once unless the host is in trouble.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
+
+/// One process.
+#[derive(Debug)]
+pub(crate) struct Process {
+    pub exchange: Exchange,
+    pub pidfd: OwnedFd,
+    pub pid: u32,
+    /// What the word says in its turn: its thread number, or 1 until it has one.
+    pub owner: u32,
+    key: [u64; 2],
+    /// The process is known to be in the stub, waiting.
+    proven: bool,
+    /// It was moved to the bench for the proof.
+    benched: bool,
+    dead: bool,
+}
+
+/// What became of calls.
+#[derive(Debug)]
+pub(crate) enum Called {
+    /// All succeeded.
+    Done,
+    /// The call with this number in the list failed, and those after it were not made.
+    Failed(usize, io::Error),
+    /// The process is dead.
+    Dead,
+}
+
+impl Process {
+    /// A process that is about to take its first turn. It has never run guest code.
+    pub fn new(exchange: Exchange, pidfd: OwnedFd, pid: u32, owner: u32) -> Process {
+        Process {
+            exchange,
+            pidfd,
+            pid,
+            owner,
+            key: [0; 2],
+            proven: true,
+            benched: false,
+            dead: false,
+        }
+    }
+
+    /// From now on, calls need this key.
+    pub fn lock(&mut self, key: [u64; 2]) {
+        self.key = key;
+    }
+
+    /// Ends it for good.
+    pub fn kill(&mut self) {
+        self.dead = true;
+        // A process that is gone already is what was wanted.
+        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+    }
+
+    /// Whether the kernel says that it ended.
+    pub fn has_ended(&self) -> bool {
+        ended(self.pidfd.as_fd())
+    }
+
+    /// Has it execute calls and come back. At most [`MOST_CALLS`].
+    pub fn call(&mut self, calls: &[Call]) -> Called {
+        if !self.start(calls, THEN_STOP) || !self.wait_patiently() {
+            return Called::Dead;
+        }
+        self.called(calls.len())
+    }
+
+    /// What became of the calls of a list of `count`, in the monitor's turn.
+    pub fn called(&mut self, count: usize) -> Called {
+        let done = self.exchange.load32(DONE) as usize;
+        if done == count {
+            return Called::Done;
+        }
+        let result = self.result(done.min(MOST_CALLS - 1)) as i64;
+        if done > count || !(-4095..0).contains(&result) {
+            self.kill();
+            return Called::Dead;
+        }
+        Called::Failed(done, io::Error::from_raw_os_error(-result as i32))
+    }
+
+    /// The result of a call of the last list.
+    pub fn result(&self, n: usize) -> u64 {
+        self.exchange.load64(CALLS + CALL_SIZE * n + CALL_SIZE - 8)
+    }
+
+    /// Has it execute calls and then go to the guest with the frame in the exchange area. False where it is dead.
+    pub fn resume(&mut self, calls: &[Call]) -> bool {
+        self.exchange.store32(RESUMED, 0);
+        self.start(calls, THEN_RESUME)
+    }
+
+    /// Gives it the turn with a list of calls, and the key to make them if there are any.
+    fn start(&mut self, calls: &[Call], then: u32) -> bool {
+        assert!(calls.len() <= MOST_CALLS);
+        if self.dead || (!calls.is_empty() && !self.prove()) {
+            return false;
+        }
+        for (n, call) in calls.iter().enumerate() {
+            for (m, word) in call.iter().enumerate() {
+                self.exchange.store64(CALLS + CALL_SIZE * n + 8 * m, *word);
+            }
+        }
+        if !calls.is_empty() {
+            self.exchange.store64(KEY[0], self.key[0]);
+            self.exchange.store64(KEY[1], self.key[1]);
+        }
+        self.exchange.store32(COUNT, calls.len() as u32);
+        self.exchange.store32(THEN, then);
+        self.proven &= then == THEN_STOP;
+        let benched = std::mem::take(&mut self.benched);
+        if self.exchange.give(self.owner, benched).is_err() {
+            self.kill();
+        }
+        !self.dead
+    }
+
+    fn prove(&mut self) -> bool {
+        if !self.proven {
+            self.proven = self.exchange.prove(PATIENCE);
+            self.benched = self.proven;
+        }
+        if !self.proven {
+            self.kill();
+        }
+        self.proven
+    }
+
+    /// Waits for the monitor's turn, a while. `None` where it has not come yet.
+    pub fn wait(&mut self, spin: u32) -> Option<bool> {
+        match self.exchange.wait(self.owner, spin) {
+            Turn::Monitor { proven } => {
+                self.proven |= proven;
+                Some(true)
+            }
+            Turn::NotYet if !self.has_ended() => None,
+            Turn::NotYet | Turn::Dead => {
+                self.kill();
+                Some(false)
+            }
+        }
+    }
+
+    /// Waits for the monitor's turn after something that takes no time. False where the process is dead.
+    pub fn wait_patiently(&mut self) -> bool {
+        let start = Instant::now();
+        loop {
+            match self.wait(0) {
+                Some(alive) => return alive,
+                None if start.elapsed() > PATIENCE => {
+                    self.kill();
+                    return false;
+                }
+                None => {}
+            }
+        }
+    }
+
+    /// How many rounds the stub spins before it sleeps.
+    pub fn spin(&self, rounds: u32) {
+        self.exchange.store32(SPIN, rounds);
+    }
+}
+
+/// Whether the process behind a pidfd ended.
+pub(crate) fn ended(pidfd: std::os::fd::BorrowedFd<'_>) -> bool {
+    let mut fds = [PollFd::from_borrowed_fd(pidfd, PollFlags::IN)];
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    poll(&mut fds, Some(&now)).is_ok_and(|n| n > 0)
+}
