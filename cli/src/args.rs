@@ -4,7 +4,9 @@ use crate::devices::{Devices, parse_transport};
 use crate::image::args::Image;
 use crate::size;
 use clap::{Args, Parser, Subcommand};
-use doppel_machine::{Backing, EngineChoice, Switch, TranslateOptions, VirtioTransport};
+use doppel_machine::{
+    Backing, DirectOptions, EngineChoice, Switch, TranslateOptions, VirtioTransport,
+};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -42,7 +44,7 @@ pub enum Command {
     Watchdog,
 }
 
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct Run {
     /// What executes the guest's instructions: interpret, translate, direct, kvm, or auto, the fastest that works here.
     #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = str::parse::<EngineChoice>)]
@@ -53,9 +55,10 @@ pub struct Run {
     /// Size of the guest's memory, with suffix K, M, G or T; only what the guest touches costs host memory.
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = size::parse)]
     pub memory: u64,
-    /// What guest memory is made of on the host: anonymous, huge (pages of 2 MiB where there are any) or memfd.
-    #[arg(long, value_name = "WHAT", default_value = "anonymous", value_parser = parse_backing)]
-    pub memory_backing: Backing,
+    /// What guest memory is made of on the host: anonymous, huge (pages of 2 MiB where there are any) or memfd (what direct needs);
+    /// by default what serves the engine best.
+    #[arg(long, value_name = "WHAT", value_parser = parse_backing)]
+    pub memory_backing: Option<Backing>,
     /// Kernel: a bzImage, or an ELF file with a PVH entry. Without one and without a disk, the default guest.
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
@@ -88,6 +91,9 @@ pub struct Run {
     /// Translate only the first N blocks and interpret the others, to find a bad translation by halving.
     #[arg(long, value_name = "N")]
     pub translate_limit: Option<u64>,
+    /// When the engine direct has the processor run user code: where that is faster, or always (for tests).
+    #[arg(long, value_name = "WHEN", default_value = "faster", value_parser = parse_direct)]
+    pub direct: DirectOptions,
     /// Bound of the translated code that is kept, with suffix K, M or G: from 256K to 1G.
     #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = code_cache)]
     pub code_cache: u64,
@@ -102,7 +108,7 @@ pub struct Run {
 }
 
 /// Without --bytes it takes the options of `run`, runs the guest likewise, and shows blocks when it has ended.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct Explain {
     /// Show the N blocks that executed the most instructions; 10 unless something else is asked for.
     #[arg(long, value_name = "N")]
@@ -193,7 +199,7 @@ fn seconds(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| "write a number of seconds".to_owned())
 }
 
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct Guest {
     /// The Debian package that has the kernel.
     #[arg(long, default_value = crate::guest::KERNEL_PACKAGE)]
@@ -212,6 +218,14 @@ fn parse_backing(text: &str) -> Result<Backing, String> {
         "huge" => Ok(Backing::HugePages),
         "memfd" => Ok(Backing::Memfd),
         _ => Err("write anonymous, huge or memfd".to_owned()),
+    }
+}
+
+fn parse_direct(text: &str) -> Result<DirectOptions, String> {
+    match text {
+        "faster" => Ok(DirectOptions::default()),
+        "always" => Ok(DirectOptions { always: true }),
+        _ => Err("write faster or always".to_owned()),
     }
 }
 
@@ -264,7 +278,7 @@ mod tests {
         let run = run("").unwrap();
         assert_eq!(run.engine, EngineChoice::Auto);
         assert_eq!((run.cpus, run.memory), (1, 512 << 20));
-        assert_eq!(run.memory_backing, Backing::Anonymous);
+        assert_eq!(run.memory_backing, None);
         assert_eq!(run.serial, Serial::Stdio);
         assert!(run.kernel.is_none() && !run.no_reboot && !run.debug_exit);
     }

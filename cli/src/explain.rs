@@ -31,12 +31,20 @@ pub fn explain(args: &Explain) -> Result<u8> {
 }
 
 fn explain_run(args: &Explain, mut symbols: Symbols, output: Output<'_>) -> Result<u8> {
-    only_translate(&args.run, "explain")?;
+    only_translated(
+        &args.run,
+        &[EngineChoice::Auto, EngineChoice::Translate],
+        "explain",
+    )?;
+    let run = Run {
+        engine: EngineChoice::Translate,
+        ..args.run.clone()
+    };
     if let Some(at) = &args.at {
         place(at, &symbols)?;
     }
     let profile = Arc::new(Profile::default());
-    let status = run::run_observed(&args.run, Some(profile.clone()), args.seconds)?;
+    let status = run::run_observed(&run, Some(profile.clone()), args.seconds)?;
     symbols.set_slide(profile.slide(&symbols));
     let selection = match &args.at {
         Some(at) => Selection::At(place(at, &symbols)?),
@@ -59,10 +67,10 @@ fn place(text: &str, symbols: &Symbols) -> Result<u64> {
         .map_err(|why| anyhow::anyhow!("--at: {text} is no symbol of --symbols FILE; {why}"))
 }
 
-fn only_translate(args: &Run, what: &str) -> Result<()> {
-    match args.engine {
-        EngineChoice::Auto | EngineChoice::Translate => Ok(()),
-        _ => bail!("{what} is about translated code: take --engine translate"),
+fn only_translated(args: &Run, engines: &[EngineChoice], what: &str) -> Result<()> {
+    match engines.contains(&args.engine) {
+        true => Ok(()),
+        false => bail!("{what} is about translated code: take --engine translate"),
     }
 }
 
@@ -80,7 +88,12 @@ pub fn perf_map(args: &Run) -> Result<Option<PerfMap>> {
     if !args.perf_map {
         return Ok(None);
     }
-    only_translate(args, "--perf-map")?;
+    let engines = [
+        EngineChoice::Auto,
+        EngineChoice::Translate,
+        EngineChoice::Direct,
+    ];
+    only_translated(args, &engines, "--perf-map")?;
     let path = PathBuf::from(format!("/tmp/perf-{}.map", std::process::id()));
     let map = PerfMap::create(&path, symbols(args)?)
         .with_context(|| format!("--perf-map: {} cannot be written", path.display()))?;

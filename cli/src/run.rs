@@ -170,6 +170,7 @@ fn configuration(
         no_reboot: args.no_reboot,
         debug_exit: args.debug_exit,
         translate: translate_options(args),
+        direct: args.direct,
         count: args.stats.is_some(),
         ..MachineConfig::new(boot.kernel)
     }

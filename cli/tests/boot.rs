@@ -77,6 +77,25 @@ fn the_cloud_kernel_boots_and_works_translated() {
 }
 
 #[test]
+fn the_cloud_kernel_boots_and_works_with_user_code_executed_directly() {
+    for flags in ["--direct always", "--direct faster"] {
+        let boot = system(CLOUD).flag(flags);
+        boot.doppel("direct", 3 * MINUTES)
+            .expect(PASSED)
+            .says("step: done");
+    }
+}
+
+#[test]
+fn an_interpreter_a_compiler_threads_and_vectors_work_executed_directly() {
+    for flags in ["--direct always", "--cpus 2"] {
+        let boot = languages(CLOUD).flag(flags);
+        let finished = boot.doppel("direct", 3 * MINUTES).expect(PASSED);
+        finished.says("threads: passed").says("vectors: passed");
+    }
+}
+
+#[test]
 fn the_cloud_kernel_boots_and_works_interpreted() {
     system(CLOUD)
         .doppel("interpret", 10 * MINUTES)

@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use anyhow::Result;
-use doppel_memory::{GuestRam, PAGE_SIZE};
+use doppel_direct::{Direct, DirectHost, DirectOptions};
+use doppel_memory::{Backing, GuestRam, PAGE_SIZE};
 use doppel_translate::{Translate, TranslateOptions};
 use doppel_x86::{
     Activity, Bus, Cpu, CpuidModel, Cr0, Cr4, Dtr, Efer, EmptyBus, Engine, Exit, Gpr, Kick, Rflags,
@@ -140,7 +141,7 @@ fn gate(cpu: &Cpu, vector: u64, handler: u64, dpl: u64) {
 
 /// A CPU in 64-bit user mode, as Linux sets one up.
 pub fn cpu(model: &Arc<CpuidModel>) -> Result<Box<Cpu>> {
-    let ram = Arc::new(GuestRam::new(RAM)?);
+    let ram = Arc::new(GuestRam::with_backing(RAM, Backing::Memfd)?);
     let mut cpu = Cpu::with_model(0, ram, model.clone());
     write_page_tables(&cpu);
     write_kernel(&cpu);
@@ -347,7 +348,15 @@ impl Translated {
         layout: XsaveLayout,
         options: TranslateOptions,
     ) -> Result<Self> {
-        let engine = Translate::new(cpu(model)?, options)?;
+        Self::with(Translate::new(cpu(model)?, options)?, layout)
+    }
+
+    /// The same, with user code executed directly.
+    pub fn directly(model: &Arc<CpuidModel>, layout: XsaveLayout) -> Result<Self> {
+        Self::with(direct(cpu(model)?)?, layout)
+    }
+
+    fn with(engine: Translate, layout: XsaveLayout) -> Result<Self> {
         let watchdog = Watchdog::new(engine.kicker());
         Ok(Translated {
             engine,
@@ -387,11 +396,20 @@ impl Translated {
     }
 }
 
+fn direct(mut cpu: Box<Cpu>) -> Result<Translate> {
+    cpu.tsc_offset = 0;
+    let host = Arc::new(DirectHost::new(&cpu.ram)?);
+    let direct = Direct::new(host, &cpu, DirectOptions { always: true });
+    let engine = Translate::new(cpu, TranslateOptions::default())?;
+    Ok(engine.leaving_user_code_to(Box::new(direct)))
+}
+
 /// Which engine runs a guest of [`run_code`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     Interpret,
     Translate,
+    Direct,
 }
 
 /// The CPU when the code of [`run_code`] has halted, or raised the exception that it was to end in.
@@ -456,6 +474,7 @@ pub fn run_code(
     let mut engine: Box<dyn Engine> = match kind {
         Kind::Interpret => Box::new(Interpret::new(cpu)),
         Kind::Translate => Box::new(Translate::new(cpu, TranslateOptions::default())?),
+        Kind::Direct => Box::new(direct(cpu)?),
     };
     let watchdog = Watchdog::new(engine.kicker());
     watchdog.start();

@@ -52,7 +52,10 @@ const WITHOUT: [&str; TranslateOptions::SWITCHES.len()] = [
     "translate-no-huge-code",
 ];
 
-/// The translator's sets of options: the defaults; and, all with exact flags at faults, each switch off, all off, and a
+/// The translator with its defaults, and user code on the processor itself.
+const DIRECT: &str = "direct";
+
+/// The translator's sets of options: the defaults, also with direct execution; and, all with exact flags at faults, each switch off, all off, and a
 /// cache that is often full.
 pub fn variants() -> Vec<(&'static str, TranslateOptions)> {
     let default = TranslateOptions {
@@ -73,6 +76,7 @@ pub fn variants() -> Vec<(&'static str, TranslateOptions)> {
         .fold(d, |o, s| o.without(s));
     let fixed = [
         ("translate", default),
+        (DIRECT, default),
         ("translate-entry-flags", d),
         ("translate-plain", plain),
         ("translate-small-cache", small),
@@ -210,9 +214,13 @@ impl Rig {
             .iter_mut()
             .find(|(n, ..)| *n == name)
             .ok_or_else(|| anyhow::anyhow!("there is no engine {name}"))?;
-        let exact = self.fault_flags || !place.1.flag_liveness || place.1.entry_flags;
+        let directly = name == DIRECT;
+        let exact = directly || self.fault_flags || !place.1.flag_liveness || place.1.entry_flags;
         if place.2.is_none() {
-            place.2 = Some(Translated::new(&self.model, self.layout, place.1)?);
+            place.2 = Some(match directly {
+                true => Translated::directly(&self.model, self.layout)?,
+                false => Translated::new(&self.model, self.layout, place.1)?,
+            });
         }
         place
             .2

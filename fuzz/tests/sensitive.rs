@@ -89,7 +89,7 @@ fn guest_with(
     let end: &[u8] = if cpl == 0 { &[0xf4] } else { &UD2 };
     let code = assemble(f, end);
     let _alone = exclusive();
-    for kind in [Kind::Interpret, Kind::Translate] {
+    for kind in [Kind::Interpret, Kind::Translate, Kind::Direct] {
         let all = |cpu: &mut Cpu| {
             own_segment(cpu);
             cpu.gpr[Gpr::Rdi as usize] = DATA.base;

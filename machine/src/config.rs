@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use doppel_direct::DirectOptions;
 use doppel_memory::Backing;
 use doppel_translate::TranslateOptions;
 use doppel_translate::explain::Observers;
@@ -20,8 +21,8 @@ pub struct MachineConfig {
     pub cpus: u32,
     /// Bytes of guest RAM, whole pages.
     pub memory: u64,
-    /// What it is made of on the host.
-    pub memory_backing: Backing,
+    /// What it is made of on the host; by default what serves the engine best.
+    pub memory_backing: Option<Backing>,
     /// The kernel, or the disk that has one.
     pub kernel: KernelSource,
     /// Initial RAM disk; takes the place of the one on a boot disk.
@@ -40,6 +41,8 @@ pub struct MachineConfig {
     pub debug_exit: bool,
     /// How to translate; `count` and `perf_map` follow from what else is asked for.
     pub translate: TranslateOptions,
+    /// How to execute directly.
+    pub direct: DirectOptions,
     /// Count what the engine runs and measure the time in devices, which costs a little.
     pub count: bool,
     /// Who is told of the blocks that are translated.
@@ -53,7 +56,7 @@ impl MachineConfig {
             engine: EngineChoice::Auto,
             cpus: 1,
             memory: 512 << 20,
-            memory_backing: Backing::default(),
+            memory_backing: None,
             kernel: kernel.into(),
             initrd: None,
             cmdline: String::new(),
@@ -63,6 +66,7 @@ impl MachineConfig {
             no_reboot: false,
             debug_exit: false,
             translate: TranslateOptions::default(),
+            direct: DirectOptions::default(),
             count: false,
             observers: Observers::default(),
         }

@@ -4,6 +4,7 @@ use std::fmt;
 use std::io::ErrorKind;
 use std::str::FromStr;
 
+use doppel_memory::Backing;
 use raw_cpuid::CpuId;
 
 /// What the user asks for.
@@ -49,6 +50,19 @@ pub enum EngineKind {
     Interpret,
     /// Same-ISA binary translation.
     Translate,
+    /// The same, and direct execution of user code where that is faster.
+    Direct,
+}
+
+impl EngineKind {
+    /// What guest RAM is made of where the user does not say.
+    pub fn usual_backing(self) -> Backing {
+        match self {
+            // The children map it too.
+            EngineKind::Direct => Backing::Memfd,
+            EngineKind::Interpret | EngineKind::Translate => Backing::Anonymous,
+        }
+    }
 }
 
 impl fmt::Display for EngineKind {
@@ -56,6 +70,7 @@ impl fmt::Display for EngineKind {
         f.write_str(match self {
             EngineKind::Interpret => "interpret",
             EngineKind::Translate => "translate",
+            EngineKind::Direct => "direct",
         })
     }
 }
@@ -90,15 +105,23 @@ pub struct EngineError {
 pub struct Host {
     /// Why translation does not work here, if it does not.
     pub translate: Result<(), String>,
+    /// Why direct execution does not work here, if it does not.
+    pub direct: Result<(), String>,
     /// Why /dev/kvm cannot be used, if it cannot.
     pub kvm: Result<(), String>,
 }
 
 impl Host {
-    /// This host.
-    pub fn probe() -> Self {
+    /// This host, for a guest whose RAM is made of this.
+    pub fn probe(backing: Option<Backing>) -> Self {
+        let shared = matches!(backing, None | Some(Backing::Memfd));
+        let direct = match shared {
+            true => doppel_direct::supported().map_err(|e| e.to_string()),
+            false => Err("guest memory has to be --memory-backing memfd".to_owned()),
+        };
         Host {
             translate: doppel_translate::supported().map_err(|e| e.to_string()),
+            direct,
             kvm: probe_kvm(),
         }
     }
@@ -152,7 +175,10 @@ pub fn select(choice: EngineChoice, host: &Host) -> Result<Selection, EngineErro
             Ok(()) => named(EngineKind::Translate),
             Err(reason) => refused("translate", reason),
         },
-        EngineChoice::Direct => refused("direct", NOT_BUILT),
+        EngineChoice::Direct => match (&host.translate, &host.direct) {
+            (Ok(()), Ok(())) => named(EngineKind::Direct),
+            (Err(reason), _) | (_, Err(reason)) => refused("direct", reason),
+        },
         EngineChoice::Kvm => match &host.kvm {
             Ok(()) => refused("kvm", NOT_BUILT),
             Err(reason) => refused("kvm", &format!("{NOT_BUILT}, and /dev/kvm: {reason}")),
@@ -165,12 +191,16 @@ fn select_auto(host: &Host) -> Selection {
         Ok(()) => "/dev/kvm is there, but kvm is not built into this version".to_owned(),
         Err(reason) => format!("no usable /dev/kvm: {reason}"),
     };
-    match &host.translate {
-        Ok(()) => Selection {
-            engine: EngineKind::Translate,
+    match (&host.translate, &host.direct) {
+        (Ok(()), Ok(())) => Selection {
+            engine: EngineKind::Direct,
             reason: no_kvm,
         },
-        Err(reason) => Selection {
+        (Ok(()), Err(reason)) => Selection {
+            engine: EngineKind::Translate,
+            reason: format!("{no_kvm}; no direct execution: {reason}"),
+        },
+        (Err(reason), _) => Selection {
             engine: EngineKind::Interpret,
             reason: format!("{no_kvm}; no translation: {reason}"),
         },
@@ -181,9 +211,12 @@ fn select_auto(host: &Host) -> Selection {
 mod tests {
     use super::*;
 
-    fn host(translate: Result<(), &str>, kvm: Result<(), &str>) -> Host {
+    type Offer<'a> = Result<(), &'a str>;
+
+    fn host(translate: Offer<'_>, direct: Offer<'_>, kvm: Offer<'_>) -> Host {
         Host {
             translate: translate.map_err(str::to_owned),
+            direct: direct.map_err(str::to_owned),
             kvm: kvm.map_err(str::to_owned),
         }
     }
@@ -192,11 +225,15 @@ mod tests {
     fn auto_takes_the_fastest_that_works_and_says_why() {
         for (host, line) in [
             (
-                host(Ok(()), Err("there is none")),
-                "engine: translate (no usable /dev/kvm: there is none)",
+                host(Ok(()), Ok(()), Err("there is none")),
+                "engine: direct (no usable /dev/kvm: there is none)",
             ),
             (
-                host(Err("no FSGSBASE"), Err("no permission")),
+                host(Ok(()), Err("no seccomp"), Err("there is none")),
+                "engine: translate (no usable /dev/kvm: there is none; no direct execution: no seccomp)",
+            ),
+            (
+                host(Err("no FSGSBASE"), Ok(()), Err("no permission")),
                 "engine: interpret (no usable /dev/kvm: no permission; no translation: no FSGSBASE)",
             ),
         ] {
@@ -207,13 +244,16 @@ mod tests {
 
     #[test]
     fn what_does_not_exist_is_refused_with_a_reason() {
-        let host = host(Err("no XSAVE"), Err("no permission"));
+        let host = host(Err("no XSAVE"), Ok(()), Err("no permission"));
         let refusal = |choice| select(choice, &host).unwrap_err().to_string();
         assert_eq!(
             refusal(EngineChoice::Translate),
             "engine translate cannot be used: no XSAVE"
         );
-        assert!(refusal(EngineChoice::Direct).contains("not built"));
+        assert_eq!(
+            refusal(EngineChoice::Direct),
+            "engine direct cannot be used: no XSAVE"
+        );
         assert!(refusal(EngineChoice::Kvm).contains("no permission"));
         assert!(select(EngineChoice::Interpret, &host).is_ok());
     }

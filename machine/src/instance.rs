@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::thread::{self, Scope, ScopedJoinHandle};
 
+use doppel_direct::{Direct, DirectHost};
 use doppel_memory::GuestRam;
 use doppel_translate::{Translate, TranslateOptions};
 use doppel_x86::interpret::Interpret;
@@ -30,8 +31,9 @@ pub struct Loaded {
 
 impl Loaded {
     /// Makes RAM and loads kernel, tables and what goes with them.
-    pub fn new(config: &MachineConfig) -> Result<Self, MachineError> {
-        let ram = GuestRam::with_backing(config.memory, config.memory_backing)?;
+    pub fn new(config: &MachineConfig, engine: EngineKind) -> Result<Self, MachineError> {
+        let backing = config.memory_backing.unwrap_or(engine.usual_backing());
+        let ram = GuestRam::with_backing(config.memory, backing)?;
         let entry = load(config, &ram)?;
         Ok(Loaded {
             ram: Arc::new(ram),
@@ -69,9 +71,10 @@ impl Instance {
         serial: &SerialLink,
     ) -> Result<Self, MachineError> {
         let Loaded { ram, entry } = loaded;
+        let engines = Engines::new(config, engine, &ram)?;
         let engines = new_cpus(config.cpus, &ram, model, &entry)
             .into_iter()
-            .map(|cpu| new_engine(config, engine, cpu))
+            .map(|cpu| engines.engine(cpu))
             .collect::<Result<Vec<_>, _>>()?;
         let sleepers = Sleepers::new(config.cpus);
         let doorbells: Vec<_> = engines.iter().map(|e| Doorbell::new(e.kicker())).collect();
@@ -176,26 +179,60 @@ fn new_cpus(
     cpus
 }
 
-fn new_engine(
-    config: &MachineConfig,
+/// What makes the engines of a machine.
+struct Engines<'a> {
+    config: &'a MachineConfig,
     kind: EngineKind,
-    cpu: Box<Cpu>,
-) -> Result<Box<dyn Engine>, EngineError> {
-    match kind {
-        EngineKind::Interpret => Ok(Box::new(Interpret::new(cpu))),
-        EngineKind::Translate => {
-            let options = TranslateOptions {
-                count: config.count,
-                yield_spins: config.translate.yield_spins && config.cpus > 1,
-                perf_map: config.observers.perf_map.is_some(),
-                ..config.translate
-            };
-            let engine = Translate::new(cpu, options).map_err(|e| EngineError {
-                engine: "translate",
-                reason: e.to_string(),
-            })?;
-            Ok(Box::new(engine.observed(config.observers.clone())))
+    /// What the engines share that execute user code directly.
+    direct: Option<Arc<DirectHost>>,
+}
+
+impl<'a> Engines<'a> {
+    fn new(
+        config: &'a MachineConfig,
+        kind: EngineKind,
+        ram: &GuestRam,
+    ) -> Result<Self, EngineError> {
+        let direct = match kind {
+            EngineKind::Direct => Some(Arc::new(DirectHost::new(ram).map_err(refused)?)),
+            EngineKind::Interpret | EngineKind::Translate => None,
+        };
+        Ok(Engines {
+            config,
+            kind,
+            direct,
+        })
+    }
+
+    fn engine(&self, mut cpu: Box<Cpu>) -> Result<Box<dyn Engine>, EngineError> {
+        if self.kind == EngineKind::Interpret {
+            return Ok(Box::new(Interpret::new(cpu)));
         }
+        let config = self.config;
+        let options = TranslateOptions {
+            count: config.count,
+            yield_spins: config.translate.yield_spins && config.cpus > 1,
+            perf_map: config.observers.perf_map.is_some(),
+            ..config.translate
+        };
+        let direct = self.direct.as_ref().map(|host| {
+            // The processor reads the host's TSC.
+            cpu.tsc_offset = 0;
+            Direct::new(host.clone(), &cpu, config.direct)
+        });
+        let engine = Translate::new(cpu, options).map_err(refused)?;
+        let engine = engine.observed(config.observers.clone());
+        Ok(Box::new(match direct {
+            Some(direct) => engine.leaving_user_code_to(Box::new(direct)),
+            None => engine,
+        }))
+    }
+}
+
+fn refused(e: impl std::error::Error) -> EngineError {
+    EngineError {
+        engine: "asked for",
+        reason: e.to_string(),
     }
 }
 

@@ -46,6 +46,7 @@ pub use death::{Death, DeathCause};
 pub use doppel_block as block;
 pub use doppel_bootdisk as bootdisk;
 pub use doppel_device::{CharSink, CharSource, InputQueue, OutputQueue};
+pub use doppel_direct::DirectOptions;
 pub use doppel_memory::Backing;
 pub use doppel_net::NetConfig;
 pub use doppel_translate::{Switch, TranslateOptions, explain};

@@ -90,9 +90,9 @@ impl Machine {
             return Err(MachineError::Cpus(config.cpus));
         }
         let tsc = TscMeasurement::start();
-        let selection = engine::select(config.engine, &Host::probe())?;
+        let selection = engine::select(config.engine, &Host::probe(config.memory_backing))?;
         // Loading lasts longer than the measurement.
-        let loaded = Loaded::new(&config)?;
+        let loaded = Loaded::new(&config, selection.engine)?;
         let control = Arc::new(Control::default());
         let serial = Arc::new(SerialLink::default());
         let model = Arc::new(CpuidModel::host_at(tsc.finish(), config.cpus));
@@ -160,7 +160,7 @@ impl Machine {
     fn instance(&self) -> Result<Instance, MachineError> {
         let engine = self.selection.engine;
         let (control, serial) = (&self.control, &self.serial);
-        let loaded = Loaded::new(&self.config)?;
+        let loaded = Loaded::new(&self.config, engine)?;
         Instance::new(&self.config, loaded, engine, &self.model, control, serial)
     }
 

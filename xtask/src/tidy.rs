@@ -51,7 +51,10 @@ const ARROWS: &[(&str, &[&str])] = &[
         ],
     ),
     ("cli", &["machine"]),
-    ("fuzz", &["memory", "cpu/x86", "cpu/translate"]),
+    (
+        "fuzz",
+        &["memory", "cpu/x86", "cpu/translate", "cpu/direct"],
+    ),
     ("bench", &["cli"]),
     ("bench/guest", &[]),
     ("xtask", &[]),

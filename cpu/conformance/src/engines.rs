@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use doppel_direct::{Direct, DirectHost, DirectOptions};
 use doppel_translate::explain::Observers;
 use doppel_translate::{Translate, TranslateOptions};
 use doppel_x86::interpret::Interpret;
@@ -41,6 +42,23 @@ fn translate_observed(cpu: Box<Cpu>) -> Box<dyn Engine> {
     }
 }
 
+/// User code on the processor from its first instruction on; translated, and said aloud, where the host does not let it.
+fn direct(mut cpu: Box<Cpu>) -> Box<dyn Engine> {
+    let host = match DirectHost::new(&cpu.ram) {
+        Ok(host) => Arc::new(host),
+        Err(e) => {
+            eprintln!("SKIPPED: this host has no direct execution: {e}");
+            return translate(cpu, TranslateOptions::default());
+        }
+    };
+    cpu.tsc_offset = 0;
+    let direct = Direct::new(host, &cpu, DirectOptions { always: true });
+    match Translate::new(cpu, TranslateOptions::default()) {
+        Ok(engine) => Box::new(engine.leaving_user_code_to(Box::new(direct))),
+        Err(e) => panic!("the translator does not run on this host: {e}"),
+    }
+}
+
 macro_rules! translate_with {
     ($name:literal $(, $field:ident: $value:expr)*) => {
         Row {
@@ -60,6 +78,10 @@ pub const ENGINES: &[Row] = &[
     Row {
         name: "interpret",
         make: interpret,
+    },
+    Row {
+        name: "direct",
+        make: direct,
     },
     translate_with!("translate"),
     translate_with!("translate, link off", link: false),

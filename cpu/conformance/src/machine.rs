@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use doppel_memory::{GuestRam, Word};
+use doppel_memory::{Backing, GuestRam, Word};
 use doppel_x86::{
     Activity, Cpu, CpuidLeaf, CpuidModel, Cr0, Cr4, Dtr, Efer, Engine, Exit, Gpr, Kick, Rflags,
     Seg, Segment,
@@ -109,7 +109,7 @@ impl Machine {
     }
 
     pub(crate) fn with_model(row: &Row, model: Arc<CpuidModel>) -> Self {
-        let ram = Arc::new(GuestRam::new(RAM).expect("RAM for a guest"));
+        let ram = Arc::new(GuestRam::with_backing(RAM, Backing::Memfd).expect("RAM for a guest"));
         let machine = Self::cpu_on(row, Cpu::with_model(0, ram.clone(), model), ram);
         machine.write_page_tables();
         machine.write_descriptors();

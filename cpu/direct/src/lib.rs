@@ -1,21 +1,39 @@
-//! Direct execution: child processes in which the processor itself runs a guest's user code.
+//! Direct execution: the processor itself runs the guest's user code (docs/direct.md).
+//!
+//! Problem: translated user code is one and a half to five times slower than the processor could be, and without hardware
+//! virtualization or a module in the host's kernel nothing stands between a process and its own page tables.
+//! Idea: a *child* process of the host for each guest address space holds nothing but guest pages, mapped where the guest's page tables have
+//! them. Its host page tables are the guest's shadow page tables; every system call and every fault stops it.
+//!
+//! Reading order: `changes` and `shadow` (what is mapped), `policy` (when it pays), `state`, `user` (what happens at each stop), then `child` and
+//! what is below it (how a process becomes a sandbox), `hazard` (what must not be executed).
 
 mod arch_stub;
 mod change;
+mod changes;
 mod child;
 mod elf;
 mod exchange;
 mod filter;
 mod frame;
+mod hazard;
+mod host;
 mod kick_unsafe;
+mod pin;
+mod policy;
 mod process;
+mod shadow;
 mod state;
+mod transfer;
+mod user;
 mod zygote;
 
 pub use change::Change;
 pub use child::{Child, Entry, Stop};
+pub use host::{DirectHost, supported};
 pub use kick_unsafe::KickFlag;
 pub use state::{CODE_32, CODE_64, STACK, UserState};
+pub use user::{Direct, DirectOptions};
 pub use zygote::{MOST_CHILDREN, Zygote};
 
 /// Why user code cannot be run in a child.
@@ -66,6 +84,9 @@ pub enum DirectError {
         "the host has no memory for a page of guest RAM, or the memory failed; give the machine less with --memory"
     )]
     Memory,
+    /// Guest RAM is memory of the monitor alone.
+    #[error("guest memory cannot be mapped in another process: --memory-backing memfd")]
+    NotShared,
     /// The child is dead.
     #[error("the process for user code died")]
     Gone,

@@ -165,17 +165,21 @@ impl Translator {
         if self.context.cpu.cpl != 3 || !user_code.takes(&self.context.cpu) {
             return false;
         }
-        self.link_from = None;
         let (cpu, called) = self.context.cpu_and_call();
-        match user_code.run(cpu, &called) {
+        let left = user_code.run(cpu, &called);
+        if left == Left::Declined {
+            return false;
+        }
+        self.link_from = None;
+        let cpu = &mut self.context.cpu;
+        match left {
             Left::Interpret => self.step(bus),
             Left::Raise(e) => {
                 let rip = cpu.rip;
                 let _: Outcome = exception::raise(cpu, bus, e, rip);
             }
-            Left::Called => {}
+            Left::Called | Left::Declined => {}
             Left::Writes(page) => self.throw_away(page, 0),
-            Left::Declined => return false,
         }
         true
     }

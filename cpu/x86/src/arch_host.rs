@@ -14,7 +14,7 @@ pub(crate) fn cpuid(leaf: u32, subleaf: u32) -> CpuidLeaf {
 }
 
 /// The host's XCR0, or 0 where its operating system has no XSAVE.
-pub(crate) fn xcr0() -> u64 {
+pub fn xcr0() -> u64 {
     if !std::arch::is_x86_feature_detected!("xsave") {
         return 0;
     }

@@ -39,7 +39,7 @@ mod transfer;
 mod tsc;
 mod user_code;
 
-pub use arch_host::tsc as host_tsc;
+pub use arch_host::{tsc as host_tsc, xcr0 as host_xcr0};
 pub use bus::{Bus, EmptyBus, Start};
 pub use cpuid::{APIC_BUS_HZ, CpuidLeaf, CpuidModel, Vendor, XCR0_MASK};
 pub use engine::{Engine, EngineStats, Exit, Kick, Outcome};

@@ -20,7 +20,7 @@ pub enum Left {
     Called,
     /// The page (guest physical) is to be written and was executed: [`UserCode::written`] has to be told.
     Writes(u64),
-    /// The address space is not left to the other for now.
+    /// The engine is to execute what is at RIP, and to come by again when it leaves the page.
     Declined,
 }
 

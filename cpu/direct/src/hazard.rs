@@ -1,0 +1,305 @@
+//! Instructions that neither trap in user mode nor behave there as in the guest: what must not be executed directly.
+//!
+//! Popek and Goldberg's theorem wants every sensitive instruction to trap; on x86 some do not, and tell user code of the host. A page that holds one
+//! is not made executable. Two kinds of them:
+//!
+//! * *Telling* ones, three bytes or so that hardly occur by chance (CPUID, RDTSCP, RDPID, XGETBV …): an instruction may begin at any byte, so every byte of the
+//!   page counts as the beginning of one.
+//! * *Common* ones, whose two bytes are in every other page as part of a displacement (`0f 00`, `0f 02`, `0f 03`: LSL, VERW and the like, which tell of
+//!   descriptors that all 64-bit Linux systems have alike, and of the number of the processor): they count where decoding leads to them. x86 code decoded from a wrong
+//!   byte falls into step within some instructions, so it is decoded from many bytes before; most starts lead to an instruction that is one, and
+//!   hardly any to one that is none.
+//!
+//! What goes on in the next page is looked at where both pages are executable ([`is_sensitive_across`]).
+//!
+//! Limit: code that jumps into the middle of its own instructions can execute a common one unnoticed. It learns a few bits about descriptors that it
+//! could guess, and the number of the host's processor.
+//!
+//! Not here, for they trap or are the same in the guest: RDTSC (the guest's TSC is the host's), CPUID where the host makes it fault, the stores of descriptor
+//! tables where host and guest have UMIP, PUSHF and POPF (user code changes and sees the same bits), reads of selectors (equal by condition), RDPMC,
+//! far transfers and loads of selectors (a load that does not fault is looked at when user code stops).
+
+use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic};
+
+/// Which of them count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hazards {
+    /// CPUID does not fault.
+    pub cpuid: bool,
+    /// The host's XCR0 is not what guests are offered, so XGETBV shows it and XSAVE stores by it.
+    pub xsave: bool,
+    /// SGDT, SIDT, SLDT, STR and SMSW: not where both host and guest have UMIP, since their kernels answer alike then.
+    pub tables: bool,
+}
+
+/// What a byte 0x0f may begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Found {
+    Nothing,
+    Telling,
+    Common,
+}
+use Found::{Common, Nothing, Telling};
+
+/// True where the page holds code that must not be executed.
+pub fn is_sensitive(page: &[u8], hazards: Hazards) -> bool {
+    memchr::memchr_iter(0x0f, page).any(|at| is_sensitive_at(page, at, hazards))
+}
+
+/// Bytes of a page that matter to [`is_sensitive_across`]: so many at its end, and at its beginning.
+pub const AROUND: (usize, usize) = (64, 32);
+
+/// True where such code begins at the end of a page and goes on at the beginning of another, or begins there.
+pub fn is_sensitive_across(
+    end: &[u8; AROUND.0],
+    beginning: &[u8; AROUND.1],
+    hazards: Hazards,
+) -> bool {
+    /// Where the last bytes are that such an instruction needs: opcode and ModRM.
+    const OPCODE: usize = 2;
+    let code: Vec<u8> = end.iter().chain(beginning).copied().collect();
+    // Those that begin behind the border have little before them in their page.
+    let around = end.len() - OPCODE..end.len() + STARTS.1;
+    let mut at = around.filter(|at| code[*at] == 0x0f);
+    at.any(|at| is_sensitive_at(&code, at, hazards))
+}
+
+fn is_sensitive_at(code: &[u8], at: usize, hazards: Hazards) -> bool {
+    match found(code, at, hazards) {
+        Nothing => false,
+        Telling => true,
+        Common => leads_to(code, at, hazards),
+    }
+}
+
+fn when(condition: bool, found: Found) -> Found {
+    if condition { found } else { Nothing }
+}
+
+fn found(page: &[u8], at: usize, h: Hazards) -> Found {
+    let byte = |n: usize| page.get(at + n).copied();
+    let Some(opcode) = byte(1) else {
+        return Nothing;
+    };
+    let has_operand = matches!(opcode, 0x00 | 0x01 | 0xae | 0xc7);
+    let modrm = match byte(2) {
+        Some(modrm) => modrm,
+        None if has_operand => return Nothing,
+        None => 0,
+    };
+    let (reg, memory) = (modrm >> 3 & 7, modrm < 0xc0);
+    match opcode {
+        // SLDT, STR; VERR, VERW.
+        0x00 => when(matches!(reg, 4 | 5) || (h.tables && reg < 2), Common),
+        0x01 => group_7(modrm, h),
+        // LAR, LSL.
+        0x02 | 0x03 => Common,
+        // SYSENTER: afterwards nobody knows where it was.
+        0x34 => Common,
+        0xa2 => when(h.cpuid, Telling),
+        // XSAVE, XSAVEOPT.
+        0xae => when(h.xsave && memory && matches!(reg, 4 | 6), Telling),
+        // XSAVEC; RDPID.
+        0xc7 if memory => when(h.xsave && reg == 4, Telling),
+        0xc7 => when(reg == 7 && may_have_f3(page, at), Telling),
+        _ => Nothing,
+    }
+}
+
+/// SGDT, SIDT, SMSW, and instructions without operands.
+fn group_7(modrm: u8, h: Hazards) -> Found {
+    const XGETBV: u8 = 0xd0;
+    /// VMCALL, VMMCALL, RDPKRU, WRPKRU, RDTSCP, RDPRU.
+    const OTHERS: [u8; 6] = [0xc1, 0xd9, 0xee, 0xef, 0xf9, 0xfd];
+    let reg = modrm >> 3 & 7;
+    match modrm {
+        XGETBV => when(h.xsave, Telling),
+        byte if OTHERS.contains(&byte) => Telling,
+        _ => when(h.tables && (reg == 4 || (modrm < 0xc0 && reg < 2)), Common),
+    }
+}
+
+/// Whether a prefix F3 may stand before the opcode, with others in between.
+fn may_have_f3(page: &[u8], at: usize) -> bool {
+    for byte in page[..at].iter().rev() {
+        match byte {
+            0xf3 => return true,
+            0x40..=0x4f | 0x66 | 0x67 | 0xf2 | 0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65 | 0xf0 => {}
+            _ => return false,
+        }
+    }
+    true
+}
+
+/// How far before an instruction decoding starts: from the first so many bytes before it to the second.
+const STARTS: (usize, usize) = (48, 12);
+/// Of so many starts one has to lead there.
+const ONE_IN: usize = 2;
+
+/// True where decoding the code before leads to a common one at the byte.
+fn leads_to(page: &[u8], at: usize, hazards: Hazards) -> bool {
+    let Some(last) = at.checked_sub(STARTS.1) else {
+        // Little is known of what comes before; perhaps nothing does.
+        let hits = (0..=at).filter(|start| decodes_to(page, *start, at, hazards));
+        return decodes_to(page, 0, at, hazards) || 2 * hits.count() > at + 1;
+    };
+    let starts = at.saturating_sub(STARTS.0)..=last;
+    let count = starts.clone().count();
+    let hits = starts.filter(|start| decodes_to(page, *start, at, hazards));
+    hits.count() * ONE_IN >= count
+}
+
+fn decodes_to(page: &[u8], start: usize, at: usize, hazards: Hazards) -> bool {
+    const MOST_BYTES: usize = 15;
+    let end = page.len().min(at + MOST_BYTES);
+    let mut decoder = Decoder::with_ip(64, &page[start..end], 0, DecoderOptions::NO_INVALID_CHECK);
+    let mut instruction = Instruction::default();
+    loop {
+        let begin = start + decoder.position();
+        if begin > at || !decoder.can_decode() {
+            return false;
+        }
+        decoder.decode_out(&mut instruction);
+        if start + decoder.position() <= at {
+            continue;
+        }
+        return is_common(instruction.mnemonic(), hazards);
+    }
+}
+
+fn is_common(mnemonic: Mnemonic, hazards: Hazards) -> bool {
+    use Mnemonic::{Lar, Lsl, Sgdt, Sidt, Sldt, Smsw, Str, Sysenter, Verr, Verw};
+    match mnemonic {
+        Lar | Lsl | Sysenter | Verr | Verw => true,
+        Sgdt | Sidt | Sldt | Smsw | Str => hazards.tables,
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALL: Hazards = Hazards {
+        cpuid: true,
+        xsave: true,
+        tables: true,
+    };
+    const NONE: Hazards = Hazards {
+        cpuid: false,
+        xsave: false,
+        tables: false,
+    };
+
+    /// Code of a usual density, without any of them.
+    const BEFORE: &[u8] = &[
+        0x48, 0x89, 0xe5, // mov rbp, rsp
+        0x48, 0x8b, 0x47, 0x10, // mov rax, [rdi + 16]
+        0x83, 0xf8, 0x05, // cmp eax, 5
+        0x0f, 0x84, 0x10, 0x0f, 0x00, 0x00, // je, with 0f 00 in its displacement
+        0xe8, 0x12, 0x0f, 0x02, 0x00, // call
+        0x41, 0xc7, 0x44, 0x24, 0x08, 0x0f, 0x03, 0, 0, // mov dword [r12 + 8], 0x30f
+    ];
+
+    fn page(code: &[u8], at: usize) -> Vec<u8> {
+        let mut page: Vec<u8> = BEFORE.iter().copied().cycle().take(4096).collect();
+        // In step with what comes before.
+        let at = at / BEFORE.len() * BEFORE.len();
+        page[at..].fill(0x90);
+        page[at..at + code.len()].copy_from_slice(code);
+        page
+    }
+
+    const CODES: &[&[u8]] = &[
+        &[0x0f, 0xa2],                         // cpuid
+        &[0x0f, 0x01, 0xf9],                   // rdtscp
+        &[0xf3, 0x0f, 0xc7, 0xf8],             // rdpid rax
+        &[0xf3, 0x48, 0x0f, 0xc7, 0xff],       // rdpid rdi
+        &[0x0f, 0x03, 0xc1],                   // lsl eax, ecx
+        &[0x66, 0x0f, 0x02, 0x07],             // lar ax, [rdi]
+        &[0x0f, 0x00, 0xe1],                   // verr cx
+        &[0x0f, 0x00, 0x2f],                   // verw [rdi]
+        &[0x0f, 0x01, 0x07],                   // sgdt [rdi]
+        &[0x0f, 0x01, 0x4d, 0xf0],             // sidt [rbp - 16]
+        &[0x0f, 0x00, 0xc0],                   // sldt eax
+        &[0x0f, 0x00, 0xc8],                   // str eax
+        &[0x0f, 0x01, 0xe0],                   // smsw eax
+        &[0x0f, 0x34],                         // sysenter
+        &[0x0f, 0x01, 0xd0],                   // xgetbv
+        &[0x0f, 0xae, 0x27],                   // xsave [rdi]
+        &[0x0f, 0xae, 0x37],                   // xsaveopt [rdi]
+        &[0x48, 0x0f, 0xc7, 0x64, 0x24, 0x40], // xsavec64 [rsp + 64]
+        &[0x0f, 0x01, 0xee],                   // rdpkru
+        &[0x0f, 0x01, 0xc1],                   // vmcall
+    ];
+
+    #[test]
+    fn every_one_of_them_is_found_wherever_it_stands() {
+        for code in CODES {
+            for at in [0, 40, 777, 2000, 4060] {
+                assert!(is_sensitive(&page(code, at), ALL), "{code:x?} at {at}");
+            }
+        }
+    }
+
+    #[test]
+    fn one_that_goes_on_in_the_next_page_is_found() {
+        for code in CODES {
+            let opcode = code.iter().position(|b| *b == 0x0f).unwrap();
+            let needed = if matches!(code[opcode + 1], 0x02 | 0x03 | 0x34 | 0xa2) {
+                2
+            } else {
+                3
+            };
+            for cut in opcode + 1..opcode + needed {
+                let before: Vec<u8> = BEFORE
+                    .iter()
+                    .copied()
+                    .cycle()
+                    .take(BEFORE.len() * 4)
+                    .collect();
+                let whole = [&before[before.len() - AROUND.0 + cut..], code, &[0x90; 32]].concat();
+                let (end, beginning) = whole.split_at(AROUND.0);
+                let (end, beginning) = (
+                    end.try_into().unwrap(),
+                    beginning[..AROUND.1].try_into().unwrap(),
+                );
+                assert!(
+                    is_sensitive_across(end, beginning, ALL),
+                    "{code:x?} cut at {cut}"
+                );
+            }
+        }
+        let end = [0x90; AROUND.0];
+        assert!(!is_sensitive_across(&end, &[0x90; AROUND.1], ALL));
+    }
+
+    #[test]
+    fn others_are_not() {
+        let codes: &[&[u8]] = &[
+            &[0x90],
+            &[0x0f, 0x31],             // rdtsc
+            &[0x0f, 0x05],             // syscall
+            &[0x0f, 0x0b],             // ud2
+            &[0x0f, 0xaf, 0xc1],       // imul
+            &[0x0f, 0x84, 1, 2, 3, 4], // je
+            &[0x0f, 0xc7, 0x0f],       // cmpxchg8b
+            &[0x0f, 0xc7, 0xf8],       // rdseed
+            &[0x0f, 0xae, 0xf8],       // sfence
+            &[0x0f, 0xae, 0x3f],       // clflush
+            &[0x0f, 0x01, 0x17],       // lgdt, which traps
+            &[0x0f, 0x01, 0xd6],       // xtest
+        ];
+        for code in codes {
+            assert!(!is_sensitive(&page(code, 2000), ALL), "{code:x?}");
+        }
+        for code in [
+            &[0x0f, 0xa2, 0x90][..],
+            &[0x0f, 0x01, 0xd0],
+            &[0x0f, 0xae, 0x27],
+            &[0x0f, 0x01, 0x07],
+        ] {
+            assert!(!is_sensitive(&page(code, 100), NONE));
+        }
+    }
+}

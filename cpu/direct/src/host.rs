@@ -1,0 +1,76 @@
+//! What the vCPUs of a machine share: the zygote of their children, and what is known of the host.
+
+use doppel_memory::GuestRam;
+use doppel_x86::{CpuidModel, host_xcr0};
+
+use crate::hazard::Hazards;
+use crate::{Child, DirectError, Zygote};
+
+/// Mappings that a process can have, unless the host says otherwise.
+const USUAL_MAPPINGS: usize = 65_530;
+/// Left over for what a change may split.
+const MAPPINGS_MARGIN: usize = 1_000;
+
+/// What the vCPUs of a machine share.
+#[derive(Debug)]
+pub struct DirectHost {
+    zygote: Zygote,
+    hazards: Hazards,
+    umip: bool,
+    most_mappings: usize,
+}
+
+impl DirectHost {
+    /// For a machine with this RAM.
+    pub fn new(ram: &GuestRam) -> Result<Self, DirectError> {
+        let file = ram.file().ok_or(DirectError::NotShared)?;
+        let zygote = Zygote::new(file, ram.size())?;
+        let hazards = Hazards {
+            cpuid: !zygote.cpuid_faults(),
+            xsave: host_xcr0() != CpuidModel::host(1).xcr0(),
+            tables: true,
+        };
+        let features = raw_cpuid::CpuId::new().get_extended_feature_info();
+        Ok(DirectHost {
+            zygote,
+            hazards,
+            umip: features.is_some_and(|f| f.has_umip()),
+            most_mappings: most_mappings(),
+        })
+    }
+
+    /// A child with nothing mapped.
+    pub(crate) fn spawn(&self) -> Result<Child, DirectError> {
+        self.zygote.spawn()
+    }
+
+    pub(crate) fn reserved(&self) -> std::ops::Range<u64> {
+        self.zygote.reserved()
+    }
+
+    /// What must not be executed on behalf of a guest that has UMIP in force, or has not.
+    pub(crate) fn hazards(&self, umip: bool) -> Hazards {
+        Hazards {
+            tables: !(umip && self.umip),
+            ..self.hazards
+        }
+    }
+
+    /// Mappings in a child from which on all are removed.
+    pub(crate) fn most_mappings(&self) -> usize {
+        self.most_mappings
+    }
+}
+
+fn most_mappings() -> usize {
+    let text = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap_or_default();
+    let most = text.trim().parse().unwrap_or(USUAL_MAPPINGS);
+    most.saturating_sub(MAPPINGS_MARGIN).max(MAPPINGS_MARGIN)
+}
+
+/// Whether user code can be executed directly on this host.
+pub fn supported() -> Result<(), DirectError> {
+    let ram = GuestRam::with_backing(1 << 20, doppel_memory::Backing::Memfd);
+    let ram = ram.map_err(|e| DirectError::Host("memfd_create", std::io::Error::other(e)))?;
+    DirectHost::new(&ram).map(drop)
+}

@@ -1,0 +1,227 @@
+//! When user code is left to the processor, and when not.
+//!
+//! Problem: direct execution runs at native speed, but each time that user code is left (a system call, a page fault, an interrupt) costs some
+//! microseconds more than under translation. Which is cheaper depends on how long user code runs in between, and only trying tells.
+//! Idea: two tests. *In*: a timer interrupt finds user code running, and since the last one did so in the same address space, the kernel was
+//! entered so rarely that a stretch of user code was long ([`Times::stretch`]) on average. *Out*: an address space has an account. Each stretch
+//! pays in half its length (up to a bound, for the host may have had other things to do), each stop takes out its price; when the account is overdrawn, the address space is translated again, and for
+//! twice as long as the last time before it is tried once more.
+//! Invariant: what is lost to trying is at most the overdraft in the time until the next try, whatever the guest does.
+//! Cost: one reading of the TSC per stop.
+
+/// The prices, in TSC ticks.
+#[derive(Clone, Copy, Debug)]
+pub struct Times {
+    /// Mean length of a stretch of user code from which on it pays to try.
+    pub stretch: u64,
+    /// What a stop costs more than under translation.
+    pub stop: i64,
+    /// The account of an address space that is tried.
+    pub advance: i64,
+    /// How much of a stretch counts: a longer one may have been a wait for the host's processor.
+    pub longest: u64,
+    /// What an account holds at most.
+    pub most: i64,
+    /// The first time away, and the longest.
+    pub away: (u64, u64),
+    /// Two looks at user code count as one stretch of looks if no further apart.
+    pub apart: (u64, u64),
+}
+
+impl Times {
+    /// For a TSC of this frequency.
+    pub fn new(tsc_hz: u64) -> Self {
+        let us = (tsc_hz / 1_000_000).max(1);
+        Times {
+            stretch: 40 * us,
+            stop: 12 * us as i64,
+            advance: 1500 * us as i64,
+            longest: 300 * us,
+            most: 3000 * us as i64,
+            away: (15_000 * us, 1_000_000 * us),
+            apart: (1_500 * us, 20_000 * us),
+        }
+    }
+
+    /// As if direct execution cost nothing.
+    pub fn free() -> Self {
+        Times {
+            stretch: 0,
+            stop: 0,
+            advance: 1,
+            longest: 1,
+            most: 1,
+            away: (0, 0),
+            apart: (0, u64::MAX),
+        }
+    }
+}
+
+/// A look at user code when it was interrupted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Look {
+    /// Which address space.
+    pub root: u64,
+    /// When.
+    pub tsc: u64,
+    /// How often user code had been entered by then.
+    pub entries: u64,
+}
+
+/// The test on the way in, for one CPU.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Scout(Look);
+
+impl Scout {
+    /// Whether it pays to try, as far as this look and the one before can tell.
+    pub fn promising(&mut self, times: &Times, look: Look) -> bool {
+        let since = look.tsc.saturating_sub(self.0.tsc);
+        let same = look.root == self.0.root && since <= times.apart.1;
+        if same && since < times.apart.0 {
+            return false;
+        }
+        let before = std::mem::replace(&mut self.0, look);
+        same && since / (look.entries.saturating_sub(before.entries) + 1) >= times.stretch
+    }
+}
+
+/// The account of one address space.
+#[derive(Clone, Copy, Debug)]
+pub struct Account {
+    /// `None` while it is translated.
+    credit: Option<i64>,
+    /// How long it is translated the next time, and until when it is now.
+    away: u64,
+    until: u64,
+}
+
+impl Account {
+    /// Of an address space that is translated.
+    pub fn new(times: &Times) -> Self {
+        Account {
+            credit: None,
+            away: times.away.0,
+            until: 0,
+        }
+    }
+
+    /// True while it is executed directly.
+    pub fn is_direct(&self) -> bool {
+        self.credit.is_some()
+    }
+
+    /// Executes it directly from now on, unless that was tried in vain too lately.
+    pub fn open(&mut self, times: &Times, now: u64) -> bool {
+        if now < self.until || self.is_direct() {
+            return false;
+        }
+        self.credit = Some(times.advance);
+        true
+    }
+
+    /// A stretch of user code ended with a stop. False where the address space is translated from now on.
+    pub fn stopped(&mut self, times: &Times, stretch: u64, now: u64) -> bool {
+        let Some(credit) = self.credit else {
+            return false;
+        };
+        let gain = (stretch.min(times.longest) / 2) as i64;
+        let credit = credit
+            .saturating_add(gain)
+            .saturating_sub(times.stop)
+            .min(times.most);
+        self.credit = Some(credit);
+        if credit >= times.most {
+            self.away = times.away.0;
+        }
+        if credit < 0 {
+            self.close(times, now);
+        }
+        credit >= 0
+    }
+
+    /// Has it translated for a time, which doubles with each time.
+    pub fn close(&mut self, times: &Times, now: u64) {
+        self.credit = None;
+        self.until = now + self.away;
+        self.away = (self.away * 2).min(times.away.1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn times() -> Times {
+        Times::new(1_000_000_000)
+    }
+    const MS: u64 = 1_000_000;
+
+    #[test]
+    fn long_stretches_are_promising_and_short_ones_are_not() {
+        let times = times();
+        for (entries, promising) in [(0, true), (50, true), (1000, false)] {
+            let mut scout = Scout::default();
+            let at = |n: u64, root| Look {
+                root,
+                tsc: MS * 100 + n * 4 * MS,
+                entries: n * entries,
+            };
+            assert!(
+                !scout.promising(&times, at(0, 1)),
+                "nothing to compare with"
+            );
+            assert_eq!(scout.promising(&times, at(1, 1)), promising);
+            assert!(!scout.promising(&times, at(2, 2)), "another address space");
+            assert!(!scout.promising(&times, at(12, 2)), "long ago");
+        }
+    }
+
+    #[test]
+    fn looks_that_follow_at_once_change_nothing() {
+        let times = times();
+        let mut scout = Scout::default();
+        let look = |tsc, entries| Look {
+            root: 1,
+            tsc,
+            entries,
+        };
+        scout.promising(&times, look(100 * MS, 0));
+        assert!(!scout.promising(&times, look(101 * MS, 500)));
+        assert!(!scout.promising(&times, look(104 * MS, 600)));
+    }
+
+    #[test]
+    fn an_account_that_is_overdrawn_is_closed_for_longer_and_longer() {
+        let times = times();
+        let (mut account, mut now) = (Account::new(&times), 0);
+        let mut lost = Vec::new();
+        for _ in 0..4 {
+            assert!(account.open(&times, now));
+            let mut stops = 0;
+            while account.stopped(&times, 1000, now) {
+                stops += 1;
+            }
+            lost.push(stops);
+            assert!(!account.open(&times, now + times.away.0 / 2));
+            now = account.until;
+        }
+        assert!(lost.iter().all(|n| *n < 200), "{lost:?}");
+        assert_eq!(account.away, times.away.0 * 16);
+    }
+
+    #[test]
+    fn an_account_that_pays_stays_open() {
+        let times = times();
+        let mut account = Account::new(&times);
+        account.open(&times, 0);
+        account.away *= 8;
+        for _ in 0..1000 {
+            assert!(account.stopped(&times, 50_000, 0));
+        }
+        assert_eq!(
+            account.away, times.away.0,
+            "what was tried in vain is forgotten"
+        );
+        assert!(account.is_direct());
+    }
+}

@@ -1,0 +1,693 @@
+//! User code of one vCPU, executed by children: the shadow page tables of its address spaces, and what happens at each stop.
+//!
+//! Problem: the processor executes user code under the host kernel's rules, in a process whose mappings stand in for the guest's page tables. Each trap has to
+//! become what the guest would have seen.
+//! Idea: a trap never becomes an exception here. Either it means that the shadow lacks a page, then that is mapped and the code goes on; or the
+//! instruction at RIP is left to the interpreter, which raises whatever it raises, by the one implementation there is.
+//! Invariants:
+//! * user code runs in a child only where its whole state is what the child's can be ([`eligible`]);
+//! * a page is executable in a child only while this CPU has claimed it as code ([`doppel_memory::PageTracker::claim_code`]) and no sensitive instruction
+//!   was found in it, and never while it may be written there;
+//! * what is asked of this CPU (permissions to give up, flushes) reaches a child before its next instruction, since it runs only within [`Direct::run`].
+//!
+//! Cost: see docs/direct.md.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use doppel_memory::{
+    AccessKind, CodeGranules, HIGH_START, Leaf, PAGE_MASK, PAGE_SIZE, Paging, Privilege,
+    REGION_PAGES, REGION_SHIFT, Survey, walk,
+};
+use doppel_x86::{
+    Cpu, CpuMode, Cr0, Cr4, EngineStats, Exception, Flushed, Kick, Left, Rflags, Seg, Segment,
+    UserCode, host_tsc,
+};
+use rustc_hash::FxHashMap;
+
+use crate::changes::Changes;
+use crate::pin::Pin;
+use crate::policy::{Account, Look, Scout, Times};
+use crate::shadow::{Entry, Revoked, Shadow};
+use crate::state::{self, UserState};
+use crate::transfer;
+use crate::{Child, DirectError, DirectHost, KickFlag, Stop, hazard};
+
+/// Linear addresses that user code of a process can have.
+const END_OF_USER: u64 = 0x7fff_ffff_f000;
+/// Address spaces with a child, for one vCPU.
+const MOST_SPACES: usize = 32;
+/// Mappings that one page fault makes at most: at first, and where faults follow each other.
+const MAPPINGS: (usize, usize) = (8, 64);
+/// Pages before the faulting one that are mapped along with it.
+const PAGES_BEFORE: usize = 16;
+/// Times that a page changes between written and executed before it is executed no more.
+const MOST_TURNS: u32 = 20;
+
+/// What is known of a page that is claimed as code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    Harmless,
+    Sensitive,
+}
+
+/// An address space of the guest.
+struct Space {
+    shadow: Shadow,
+    account: Account,
+    child: Option<Child>,
+    /// What is to be changed in the child.
+    changes: Changes,
+    /// The guest has flushed since the shadow was looked through.
+    stale: bool,
+    /// Host mappings that the child can have, about.
+    mappings: usize,
+    used: u64,
+    /// Where the child was put last.
+    processor: Option<Option<usize>>,
+}
+
+/// What is counted.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counts {
+    runs: u64,
+    ticks: u64,
+    system_calls: u64,
+    page_faults: u64,
+    other_traps: u64,
+    calls: u64,
+    sensitive: u64,
+    gone: u64,
+    pages_mapped: u64,
+    revisions: u64,
+    opened: u64,
+    closed: u64,
+    emptied: u64,
+}
+
+/// How user code is executed directly.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DirectOptions {
+    /// Always, whether that is faster or not: for tests.
+    pub always: bool,
+}
+
+/// Direct execution for one vCPU.
+pub struct Direct {
+    host: Arc<DirectHost>,
+    options: DirectOptions,
+    times: Times,
+    scout: Scout,
+    spaces: BTreeMap<u64, Space>,
+    claims: FxHashMap<u64, Verdict>,
+    /// CR4.UMIP when they were looked at.
+    umip: bool,
+    /// How often pages that were executed were written.
+    turns: FxHashMap<u64, u32>,
+    /// Guest physical pages that may be in some shadow, a bit each.
+    mapped: Vec<u64>,
+    user: Box<UserState>,
+    kicker: Arc<Kicker>,
+    /// Mappings that the next page fault may make.
+    ambition: usize,
+    pin: Pin,
+    /// Children that could not be had.
+    failures: u32,
+    counts: Counts,
+    tsc_hz: u64,
+}
+
+impl Direct {
+    /// For one vCPU with this CPU's RAM.
+    pub fn new(host: Arc<DirectHost>, cpu: &Cpu, options: DirectOptions) -> Self {
+        let pages = match cpu.ram.size() {
+            size if size > doppel_memory::HOLE_START => {
+                HIGH_START + size - doppel_memory::HOLE_START
+            }
+            size => size,
+        } / PAGE_SIZE;
+        Direct {
+            host,
+            options,
+            times: match options.always {
+                true => Times::free(),
+                false => Times::new(cpu.tsc_hz),
+            },
+            scout: Scout::default(),
+            spaces: BTreeMap::new(),
+            claims: FxHashMap::default(),
+            umip: false,
+            turns: FxHashMap::default(),
+            mapped: vec![0; pages.div_ceil(64) as usize],
+            user: Box::new(UserState::new(0)),
+            kicker: Arc::default(),
+            ambition: MAPPINGS.0,
+            pin: Pin::default(),
+            failures: 0,
+            counts: Counts::default(),
+            tsc_hz: cpu.tsc_hz,
+        }
+    }
+
+    /// A child for the current address space, where it has none yet.
+    fn give_child(&mut self, root: u64) -> Result<(), DirectError> {
+        if self.spaces.get(&root).is_some_and(|s| s.child.is_some()) {
+            return Ok(());
+        }
+        let with_child = self.spaces.iter().filter(|(_, s)| s.child.is_some());
+        let child = if with_child.clone().count() < MOST_SPACES {
+            self.host.spawn()?
+        } else {
+            let oldest = with_child.min_by_key(|(_, s)| s.used).map(|(r, _)| *r);
+            let oldest = oldest.and_then(|r| self.spaces.get_mut(&r));
+            match oldest.and_then(Space::give_up_child) {
+                Some(child) => child,
+                None => self.host.spawn()?,
+            }
+        };
+        if let Some(space) = self.spaces.get_mut(&root) {
+            space.child = Some(child);
+            space.processor = None;
+            space.empty();
+        }
+        Ok(())
+    }
+
+    /// Runs the child until it stops, with all changes made.
+    fn run_child(&mut self, cpu: &mut Cpu, root: u64) -> Result<(Stop, u64), DirectError> {
+        self.give_child(root)?;
+        let Direct {
+            spaces,
+            user,
+            kicker,
+            counts,
+            ..
+        } = self;
+        let space = spaces.get_mut(&root).ok_or(DirectError::Gone)?;
+        if space.mappings > self.host.most_mappings() {
+            counts.emptied += 1;
+            space.empty();
+        }
+        if std::mem::take(&mut space.stale) {
+            counts.revisions += 1;
+            space
+                .shadow
+                .revise(&cpu.ram, &cpu.paging(), &mut space.changes);
+        }
+        space.mappings += space.changes.list().len();
+        space.used = counts.runs;
+        counts.runs += 1;
+        transfer::load(user, cpu);
+        let child = space.child.as_mut().ok_or(DirectError::Gone)?;
+        let processor = self.pin.here();
+        if space.processor != Some(processor) {
+            space.processor = Some(processor);
+            self.pin.place(child.pid(), processor);
+        }
+        let began = host_tsc();
+        let stop = child.run(user, space.changes.list(), &kicker.0);
+        let stretch = host_tsc() - began;
+        counts.ticks += stretch;
+        space.changes.clear();
+        match stop {
+            Ok(Stop::Gone { .. }) | Err(_) => {
+                counts.gone += 1;
+                space.child = None;
+                space.empty();
+            }
+            Ok(_) => transfer::store(user, cpu),
+        }
+        Ok((stop?, stretch))
+    }
+
+    /// Does what the stop asks for; `None` where user code goes on at once.
+    fn stopped(&mut self, cpu: &mut Cpu, root: u64, stop: Stop) -> Option<Left> {
+        match stop {
+            Stop::Kicked => {
+                self.counts.calls += 1;
+                Some(Left::Called)
+            }
+            Stop::SystemCall(_) => {
+                self.counts.system_calls += 1;
+                Some(Left::Interpret)
+            }
+            Stop::Trap {
+                vector: 14,
+                error,
+                address,
+            } => {
+                self.counts.page_faults += 1;
+                self.fault(cpu, root, address, error)
+            }
+            Stop::Trap { vector, .. } => {
+                self.counts.other_traps += 1;
+                let step = transfer::single_step(cpu, vector);
+                Some(step.map_or(Left::Interpret, Left::Raise))
+            }
+            Stop::Gone { lost: false } => Some(Left::Called),
+            // What user code has done since it was entered is done, and its registers are lost.
+            Stop::Gone { lost: true } => Some(Left::Raise(Exception::gp(0))),
+        }
+    }
+
+    /// The child has no mapping for an access.
+    fn fault(&mut self, cpu: &mut Cpu, root: u64, address: u64, error: u32) -> Option<Left> {
+        const WRITE: u32 = 1 << 1;
+        const FETCH: u32 = 1 << 4;
+        let kind = match (error & FETCH != 0, error & WRITE != 0) {
+            (true, _) => AccessKind::Execute,
+            (_, true) => AccessKind::Write,
+            _ => AccessKind::Read,
+        };
+        let linear = address & !PAGE_MASK;
+        if linear >= END_OF_USER || self.host.reserved().contains(&linear) {
+            return Some(Left::Interpret);
+        }
+        let paging = cpu.paging();
+        let Ok(t) = walk(&cpu.ram, &paging, address, kind, Privilege::User) else {
+            return Some(Left::Interpret);
+        };
+        if t.page_shift > 12 {
+            cpu.large_pages.note(linear);
+        }
+        if cpu.ram.file_offset(t.gpa).is_none() {
+            return Some(Left::Interpret);
+        }
+        let leaf = Leaf {
+            gpa: t.gpa & !PAGE_MASK,
+            write: t.rights_write && t.dirty,
+            writable: t.rights_write,
+            execute: t.rights_execute,
+        };
+        if kind == AccessKind::Write && cpu.ram.tracker().has_code(leaf.gpa) {
+            return Some(self.write_to_code(leaf.gpa));
+        }
+        let old = self.space(root)?.shadow.get(linear);
+        let entry = self.entry_for(cpu, &leaf, kind);
+        let entry = self.beside_others(cpu, root, linear, entry);
+        if old == entry && old.is_mapped() {
+            // The host did not do what it was asked for, or the access crosses into a page that it cannot have.
+            return Some(Left::Interpret);
+        }
+        self.map(cpu, root, linear, entry);
+        self.map_neighbours(cpu, root, linear, &paging);
+        if entry.is_sensitive() && kind == AccessKind::Execute {
+            return Some(self.sensitive());
+        }
+        None
+    }
+
+    /// User code writes to a page that holds code: only where all of that is what it executed itself, the page can change its role.
+    fn write_to_code(&mut self, gpa: u64) -> Left {
+        if !self.claims.contains_key(&gpa) {
+            return Left::Interpret;
+        }
+        *self.turns.entry(gpa).or_default() += 1;
+        Left::Writes(gpa)
+    }
+
+    fn space(&mut self, root: u64) -> Option<&mut Space> {
+        self.spaces.get_mut(&root)
+    }
+
+    /// How a page is to be mapped, for this access and others like it.
+    fn entry_for(&mut self, cpu: &mut Cpu, leaf: &Leaf, kind: AccessKind) -> Entry {
+        let entry = Entry::new(leaf.gpa);
+        let asked = kind == AccessKind::Execute;
+        if leaf.execute && (asked || !leaf.writable) {
+            return match self.verdict(cpu, leaf.gpa) {
+                Verdict::Harmless => entry.execute(true),
+                Verdict::Sensitive => entry.sensitive(),
+            };
+        }
+        let tracker = cpu.ram.tracker();
+        let write = leaf.write && tracker.may_write(leaf.gpa, &cpu.peer);
+        if write {
+            tracker.mark_dirty(leaf.gpa);
+        }
+        entry.write(write)
+    }
+
+    /// The same, without permission to execute where a sensitive instruction lies across the border to a page beside it.
+    fn beside_others(&self, cpu: &Cpu, root: u64, linear: u64, entry: Entry) -> Entry {
+        let hazards = self.host.hazards(self.umip);
+        let across = |first: u64, second: u64| {
+            let (mut end, mut beginning) = ([0; hazard::AROUND.0], [0; hazard::AROUND.1]);
+            let end_at = first + PAGE_SIZE - end.len() as u64;
+            if let (Some(a), Some(b)) = (cpu.ram.ptr(end_at), cpu.ram.ptr(second)) {
+                a.read(&mut end);
+                b.read(&mut beginning);
+            }
+            hazard::is_sensitive_across(&end, &beginning, hazards)
+        };
+        let Some(space) = self.spaces.get(&root).filter(|_| entry.may_execute()) else {
+            return entry;
+        };
+        let before = space.shadow.get(linear.wrapping_sub(PAGE_SIZE));
+        let after = space.shadow.get(linear + PAGE_SIZE);
+        let sensitive = before.may_execute() && across(before.gpa(), entry.gpa())
+            || after.may_execute() && across(entry.gpa(), after.gpa());
+        match sensitive {
+            true => entry.execute(false).sensitive(),
+            false => entry,
+        }
+    }
+
+    /// Claims a page as code and looks for sensitive instructions in it, once.
+    fn verdict(&mut self, cpu: &mut Cpu, gpa: u64) -> Verdict {
+        if let Some(verdict) = self.claims.get(&gpa) {
+            return *verdict;
+        }
+        if self.turns.get(&gpa).is_some_and(|n| *n > MOST_TURNS) {
+            return Verdict::Sensitive;
+        }
+        cpu.ram.tracker().claim_code(gpa, &cpu.peer);
+        cpu.give_up_writing_to(gpa);
+        let asked = cpu.ram.tracker().protect(gpa, &cpu.peer);
+        cpu.wait_for_peers(asked);
+        let mut page = [0; PAGE_SIZE as usize];
+        if let Some(p) = cpu.ram.ptr(gpa) {
+            p.read(&mut page);
+        }
+        let verdict = match hazard::is_sensitive(&page, self.host.hazards(self.umip)) {
+            false => Verdict::Harmless,
+            true => Verdict::Sensitive,
+        };
+        self.claims.insert(gpa, verdict);
+        self.follow_given_up(cpu);
+        verdict
+    }
+
+    fn map(&mut self, cpu: &Cpu, root: u64, linear: u64, entry: Entry) {
+        let Some(offset) = cpu.ram.file_offset(entry.gpa()) else {
+            return;
+        };
+        let page = entry.gpa() / PAGE_SIZE;
+        if let Some(word) = self.mapped.get_mut((page / 64) as usize) {
+            *word |= 1 << (page % 64);
+        }
+        self.counts.pages_mapped += 1;
+        if let Some(space) = self.spaces.get_mut(&root) {
+            let old = space.shadow.get(linear);
+            space.shadow.set(linear, entry);
+            if old.is_mapped() && old.gpa() == entry.gpa() {
+                space.changes.protect(linear, entry);
+            } else {
+                space.changes.map(linear, offset, entry);
+            }
+        }
+    }
+
+    /// Maps pages around one that was missing, as far as the guest's processor could have them in its TLB already.
+    fn map_neighbours(&mut self, cpu: &mut Cpu, root: u64, linear: u64, paging: &Paging) {
+        let ram = cpu.ram.clone();
+        let survey = Survey::of(&ram, paging, linear);
+        let start = linear >> REGION_SHIFT << REGION_SHIFT;
+        let here = (linear / PAGE_SIZE) as usize % REGION_PAGES;
+        let limit = self.changes(root) + self.ambition;
+        self.ambition = (2 * self.ambition).min(MAPPINGS.1);
+        let after = here + 1..REGION_PAGES;
+        let before = here.saturating_sub(PAGES_BEFORE)..here;
+        for n in after.chain(before) {
+            let at = start + n as u64 * PAGE_SIZE;
+            if self.changes(root) >= limit {
+                return;
+            }
+            let Some(leaf) = survey.page(n) else { continue };
+            let mapped = self
+                .space(root)
+                .is_none_or(|s| s.shadow.get(at).is_mapped());
+            if mapped || self.host.reserved().contains(&at) || !ram.is_ram(leaf.gpa) {
+                continue;
+            }
+            let entry = self.entry_for(cpu, &leaf, AccessKind::Read);
+            let entry = self.beside_others(cpu, root, at, entry);
+            self.map(cpu, root, at, entry);
+        }
+    }
+
+    fn changes(&self, root: u64) -> usize {
+        self.spaces.get(&root).map_or(0, |s| s.changes.list().len())
+    }
+
+    /// Executes an address space directly from now on, unless that was found not to pay or not to work.
+    fn open(&mut self, root: u64) -> bool {
+        if self.failures >= MOST_FAILURES {
+            return false;
+        }
+        if self.spaces.len() > 4 * MOST_SPACES {
+            self.spaces.retain(|_, s| s.child.is_some());
+        }
+        let times = self.times;
+        let space = self.spaces.entry(root);
+        let space = space.or_insert_with(|| Space::new(&times));
+        let opened = space.account.open(&times, host_tsc());
+        self.counts.opened += u64::from(opened);
+        opened
+    }
+
+    /// A page that must not be executed is the engine's, until it comes by with code of another.
+    fn sensitive(&mut self) -> Left {
+        self.counts.sensitive += 1;
+        Left::Declined
+    }
+
+    fn close(&mut self, root: u64) {
+        let times = self.times;
+        if let Some(space) = self.spaces.get_mut(&root)
+            && space.account.is_direct()
+        {
+            self.counts.closed += 1;
+            space.account.close(&times, host_tsc());
+        }
+    }
+
+    /// What is sensitive depends on CR4.UMIP, which hardly ever changes.
+    fn follow_umip(&mut self, cpu: &Cpu) {
+        let umip = cpu.cr4.contains(Cr4::UMIP);
+        if self.umip == umip {
+            return;
+        }
+        self.umip = umip;
+        for (page, _) in std::mem::take(&mut self.claims) {
+            // The translator may have code of it.
+            cpu.ram
+                .tracker()
+                .release_code(page, CodeGranules::MAX, &cpu.peer);
+        }
+        self.spaces.values_mut().for_each(Space::empty);
+    }
+
+    /// Takes permission to write from the shadows as it was taken from the TLBs.
+    fn follow_given_up(&mut self, cpu: &mut Cpu) {
+        if cpu.given_up.is_empty() {
+            return;
+        }
+        let given_up = cpu.given_up.take();
+        if given_up.all {
+            self.spaces.values_mut().for_each(Space::empty);
+        }
+        for page in given_up.pages {
+            self.revoke(page, Revoked::Write);
+        }
+    }
+
+    fn revoke(&mut self, gpa: u64, what: Revoked) {
+        let page = gpa / PAGE_SIZE;
+        let word = self.mapped.get((page / 64) as usize).copied();
+        if word.is_none_or(|w| w >> (page % 64) & 1 == 0) {
+            return;
+        }
+        for space in self.spaces.values_mut() {
+            space.shadow.revoke(gpa, what, &mut space.changes);
+        }
+    }
+}
+
+impl Space {
+    fn new(times: &Times) -> Self {
+        Space {
+            shadow: Shadow::default(),
+            account: Account::new(times),
+            child: None,
+            changes: Changes::default(),
+            stale: false,
+            mappings: 0,
+            used: 0,
+            processor: None,
+        }
+    }
+
+    fn give_up_child(&mut self) -> Option<Child> {
+        self.empty();
+        self.changes.clear();
+        self.child.take()
+    }
+
+    /// Unmaps everything.
+    fn empty(&mut self) {
+        self.shadow.clear();
+        self.changes.clear();
+        self.mappings = 0;
+        if let Some(child) = &self.child {
+            let reserved = child.reserved();
+            self.changes.unmap_range(0, reserved.start);
+            self.changes
+                .unmap_range(reserved.end, END_OF_USER - reserved.end);
+        }
+    }
+}
+
+impl UserCode for Direct {
+    fn interrupted(&mut self, cpu: &Cpu, entries: u64) -> bool {
+        self.pin.tick();
+        let look = Look {
+            root: cpu.cr3,
+            tsc: host_tsc(),
+            entries,
+        };
+        let promising = self.scout.promising(&self.times, look);
+        promising && eligible(cpu) && self.open(cpu.cr3)
+    }
+
+    fn takes(&mut self, cpu: &Cpu) -> bool {
+        let space = self.spaces.get(&cpu.cr3);
+        let direct = space.is_some_and(|s| s.account.is_direct());
+        if !direct && !self.options.always {
+            return false;
+        }
+        eligible(cpu) && (direct || self.open(cpu.cr3))
+    }
+
+    fn run(&mut self, cpu: &mut Cpu, called: &dyn Fn() -> bool) -> Left {
+        let root = cpu.cr3;
+        self.ambition = MAPPINGS.0;
+        loop {
+            self.kicker.0.clear();
+            self.follow_given_up(cpu);
+            self.follow_umip(cpu);
+            if called() || cpu.peer.has_requests() {
+                return Left::Called;
+            }
+            let here = self.space(root).map(|s| s.shadow.get(cpu.rip));
+            if here.is_some_and(Entry::is_sensitive) {
+                return self.sensitive();
+            }
+            let (stop, stretch) = match self.run_child(cpu, root) {
+                Ok(done) => done,
+                Err(_) => {
+                    self.failures += 1;
+                    self.close(root);
+                    return Left::Declined;
+                }
+            };
+            let left = self.stopped(cpu, root, stop);
+            let times = self.times;
+            if let Some(space) = self.space(root)
+                && !space.account.stopped(&times, stretch, host_tsc())
+            {
+                self.counts.closed += 1;
+                return left.unwrap_or(Left::Declined);
+            }
+            if let Some(left) = left {
+                return left;
+            }
+        }
+    }
+
+    fn flushed(&mut self, flushed: &Flushed) {
+        let all = flushed.non_global || flushed.global;
+        for space in self.spaces.values_mut() {
+            space.stale |= all;
+            for page in &flushed.pages {
+                space.shadow.unmap(*page, &mut space.changes);
+            }
+        }
+    }
+
+    fn written(&mut self, cpu: &Cpu, page: u64) {
+        if self.claims.remove(&page).is_some() {
+            cpu.ram.tracker().release_code(page, 0, &cpu.peer);
+            self.revoke(page, Revoked::Execute);
+        }
+    }
+
+    fn kicker(&self) -> Arc<dyn Kick> {
+        self.kicker.clone()
+    }
+
+    fn stats(&self) -> EngineStats {
+        let c = &self.counts;
+        let children = self.spaces.values().filter(|s| s.child.is_some()).count();
+        let pages: usize = self.spaces.values().map(|s| s.shadow.pages()).sum();
+        EngineStats::from([
+            ("direct_runs", c.runs),
+            ("direct_nanoseconds", nanoseconds(c.ticks, self.tsc_hz)),
+            ("direct_stops_system_call", c.system_calls),
+            ("direct_stops_page_fault", c.page_faults),
+            ("direct_stops_other_trap", c.other_traps),
+            ("direct_stops_called", c.calls),
+            ("direct_entries_sensitive_page", c.sensitive),
+            ("direct_children", children as u64),
+            ("direct_children_lost", c.gone),
+            ("direct_pages_mapped", c.pages_mapped),
+            ("direct_shadow_pages", pages as u64),
+            ("direct_shadow_revisions", c.revisions),
+            ("direct_shadow_emptied", c.emptied),
+            ("direct_switches_in", c.opened),
+            ("direct_switches_out", c.closed),
+        ])
+    }
+}
+
+/// Kicks the children of a vCPU.
+#[derive(Default)]
+struct Kicker(KickFlag);
+
+impl Kick for Kicker {
+    fn kick(&self) {
+        self.0.kick();
+    }
+}
+
+/// Children that cannot be had until no more are tried.
+const MOST_FAILURES: u32 = 8;
+
+fn nanoseconds(ticks: u64, hz: u64) -> u64 {
+    (u128::from(ticks) * 1_000_000_000 / u128::from(hz.max(1))) as u64
+}
+
+/// A data segment that a process of the host can have as well.
+fn usual(s: &Segment) -> bool {
+    match s.selector {
+        0 => true,
+        state::STACK => s.limit == u32::MAX && s.attributes & 0xc0f2 == 0xc0f2,
+        _ => false,
+    }
+}
+
+/// True where the CPU's state is one that a process of the host can have, and what user code may do is what the CPU would let it do.
+fn eligible(cpu: &Cpu) -> bool {
+    let flags = cpu.rflags;
+    let aligned = !flags.contains(Rflags::AC) || cpu.cr0.contains(Cr0::AM);
+    let needed = Cr4::OSFXSR | Cr4::OSXMMEXCPT | Cr4::OSXSAVE | Cr4::FSGSBASE;
+    let selectors = |s: Seg| cpu.segment(s).selector;
+    cpu.mode() == CpuMode::Bits64
+        && cpu.cpl == 3
+        && selectors(Seg::Cs) == state::CODE_64
+        && selectors(Seg::Ss) == state::STACK
+        && [Seg::Ds, Seg::Es, Seg::Fs, Seg::Gs]
+            .into_iter()
+            .all(|s| usual(cpu.segment(s)))
+        && flags.contains(Rflags::IF)
+        && !flags.intersects(Rflags::TF | Rflags::IOPL | Rflags::NT)
+        && aligned
+        && cpu.dr[7] & 0xff == 0
+        && !cpu.cr0.intersects(Cr0::TS | Cr0::EM)
+        && cpu.cr4.contains(needed)
+        && !cpu.cr4.contains(Cr4::TSD)
+        && cpu.xcr0 == cpu.cpuid.xcr0()
+        && cpu.tsc_offset == 0
+        && !cpu.interrupt_shadow
+        && !cpu.mov_ss_shadow
+}
