@@ -1,8 +1,8 @@
 //! The stub: the only code in a child that is not the guest's.
 //!
-//! It is one page, position independent, followed by the exchange area. It knows nothing: the monitor writes a list of system calls into
-//! the exchange area and the stub executes them, which is how a child is set up and how its mappings change. As the handler of
-//! every signal it tells the monitor of the stop and waits for its turn.
+//! It is one page, position independent, followed by the exchange area. It knows nothing: the monitor writes a list of system calls, the
+//! stub executes them, and this is how a process is set up and how its mappings change. As the handler of every signal the stub
+//! tells the monitor of the stop and waits for its turn.
 //!
 //! Whose turn it is says one word ([`WORD`]), a futex of the exchange area: the child's thread number while the child may run, 0 while the
 //! monitor may read and write the rest. Bit 31 says that the other side sleeps. The word is also on the child's list of robust
@@ -10,7 +10,12 @@
 //!
 //! Invariant: **after each `syscall` instruction comes code of the stub that takes nothing from a register that it has not loaded itself, and that
 //! leaves only by `rt_sigreturn`.** Guest code can jump to any byte of the page; if it reaches a system call that the filter lets pass, it stays
-//! in the stub until the monitor's next command. The monitor relies on that where it hands out the key (see `filter`).
+//! in the stub until the monitor's next command.
+//!
+//! Since the guest can write to the exchange area at any time, lists are not there. They are in the *orders*, a file that the monitor writes,
+//! that no child can map, and from which a child can only read its own part into its own exchange area, at the one instruction after which
+//! the stub executes it. A guest that jumps there has the stub do what the monitor ordered, and nothing else. With the list comes the
+//! key (see `filter`).
 
 use std::arch::global_asm;
 
@@ -23,14 +28,14 @@ pub(crate) const EXCHANGE_SIZE: u64 = 64 << 10;
 pub(crate) const WORD: usize = 0;
 /// Rounds that the stub spins before it sleeps.
 pub(crate) const SPIN: usize = 0x08;
-/// Calls in the list.
-pub(crate) const COUNT: usize = 0x0c;
-/// What comes after the calls: [`THEN_STOP`] or [`THEN_RESUME`].
-pub(crate) const THEN: usize = 0x10;
+/// Calls that wait in the orders; 0 where the stub need not look.
+pub(crate) const ANNOUNCED: usize = 0x0c;
+/// Without calls: not 0 to go to the guest.
+pub(crate) const RESUME: usize = 0x10;
 /// Calls that were executed without an error.
 pub(crate) const DONE: usize = 0x14;
-/// The key, in the upper halves; 0 but while the stub is to execute calls.
-pub(crate) const KEY: [usize; 2] = [0x20, 0x28];
+/// Where the child's orders are in their file.
+pub(crate) const ORDERS_AT: usize = 0x18;
 /// FS and GS base.
 pub(crate) const BASES: [usize; 2] = [0x30, 0x38];
 /// DS, ES, FS, GS.
@@ -45,30 +50,35 @@ pub(crate) const REASON: usize = 0x5c;
 pub(crate) const FRAME: usize = 0x60;
 /// Not 0 once guest code was resumed.
 pub(crate) const RESUMED: usize = 0x68;
-/// Where a sleeping child is moved to, as a proof that it sleeps.
-pub(crate) const BENCH: usize = 0x70;
 /// The robust list's head, and its only entry.
 pub(crate) const ROBUST_HEAD: usize = 0x80;
 pub(crate) const ROBUST_ENTRY: usize = 0xa0;
 /// A `sock_fprog` and the filter's program.
 pub(crate) const PROGRAM: usize = 0xc0;
 pub(crate) const INSTRUCTIONS: usize = 0x100;
-/// The list of calls: number, six arguments, result.
-pub(crate) const CALLS: usize = 0x1000;
+/// The child's copy of its orders: a head of [`CALL_SIZE`] bytes, then calls: number, six arguments, result.
+pub(crate) const ORDERS: usize = 0x1000;
+/// Most bytes of orders.
+pub(crate) const ORDERS_SIZE: u64 = 16 << 10;
 pub(crate) const CALL_SIZE: usize = 64;
-/// Most calls of a list.
-pub(crate) const MOST_CALLS: usize = 256;
+/// Most calls of a list: less than [`ORDERS_SIZE`], so that a length has no bit of it.
+pub(crate) const MOST_CALLS: usize = ORDERS_SIZE as usize / CALL_SIZE - 2;
+/// In the orders' head. The key, in the upper halves; the stub forgets it at once.
+pub(crate) const ORDER_KEY: [usize; 2] = [0, 8];
+/// Calls in the list.
+pub(crate) const ORDER_COUNT: usize = 16;
+/// Not 0 to go to the guest after them.
+pub(crate) const ORDER_RESUME: usize = 20;
+/// The descriptor of the orders' file in every process.
+pub(crate) const ORDERS_FD: u32 = 2;
 /// The alternate signal stack, to the end of the area.
-pub(crate) const SIGNAL_STACK: usize = CALLS + CALL_SIZE * MOST_CALLS;
-
-pub(crate) const THEN_STOP: u32 = 0;
-pub(crate) const THEN_RESUME: u32 = 1;
+pub(crate) const SIGNAL_STACK: usize = ORDERS + ORDERS_SIZE as usize;
 
 global_asm!(
     ".pushsection .text.doppel_direct_stub, \"ax\", @progbits",
     ".balign 64",
     ".globl doppel_direct_stub, doppel_direct_stub_end, doppel_direct_handler",
-    ".globl doppel_direct_slept, doppel_direct_woke, doppel_direct_called, doppel_direct_returned",
+    ".globl doppel_direct_slept, doppel_direct_woke, doppel_direct_ordered, doppel_direct_called, doppel_direct_returned",
     "doppel_direct_stub:",
     // The first process: it maps its exchange area from descriptor 1.
     "mov r8d, 1",
@@ -119,27 +129,20 @@ global_asm!(
     "mov eax, gs",
     "mov [rbx + {gs}], eax",
 
-    // The monitor's turn.
+    // The monitor's turn. A key that a signal kept from being used is forgotten.
     "30:",
     "lea rbx, [rip + doppel_direct_stub + {stub}]",
-    "xor r13d, r13d",
-    "xor r14d, r14d",
-    "mov eax, [rbx]",
-    "34:",
+    "xor eax, eax",
+    "mov r13, rax",
+    "mov r14, rax",
+    "mov [rbx + {key0}], rax",
+    "mov [rbx + {key1}], rax",
+    "xchg eax, [rbx]",
     "test eax, eax",
-    "js 35f",
-    "xor ecx, ecx",
-    "lock cmpxchg [rbx], ecx",
-    "jne 34b",
-    "jmp 31f",
-    // It sleeps: the kernel gives it the turn and wakes it, in one call.
-    "35:",
+    "jns 31f",
     "mov rdi, rbx",
-    "mov esi, {futex_wake_op}",
+    "mov esi, {futex_wake}",
     "mov edx, 1",
-    "xor r10d, r10d",
-    "mov r8, rbx",
-    "xor r9d, r9d",
     "mov eax, {futex}",
     "syscall",
     "doppel_direct_woke:",
@@ -171,15 +174,34 @@ global_asm!(
     "doppel_direct_slept:",
     "jmp 31b",
 
-    // Ours: the calls.
+    // Ours: the calls, if there are any. They are read from the orders, which the guest can neither read nor write.
     "40:",
+    "lea rbx, [rip + doppel_direct_stub + {stub}]",
+    "xor ebp, ebp",
+    "mov edx, [rbx + {announced}]",
+    "test edx, edx",
+    "jz 44f",
+    "shl edx, 6",
+    "add edx, {call_size}",
+    "mov edi, {orders_fd}",
+    "lea rsi, [rbx + {orders}]",
+    "mov r10, [rbx + {orders_at}]",
+    "mov eax, {pread}",
+    "syscall",
+    "doppel_direct_ordered:",
     "lea rbx, [rip + doppel_direct_stub + {stub}]",
     "mov r13, [rbx + {key0}]",
     "mov r14, [rbx + {key1}]",
-    "xor eax, eax",
-    "mov [rbx + {key0}], rax",
-    "mov [rbx + {key1}], rax",
+    "xor ecx, ecx",
+    "mov [rbx + {key0}], rcx",
+    "mov [rbx + {key1}], rcx",
+    // All of the list, or what is there may be the guest's.
     "mov r15d, [rbx + {count}]",
+    "mov ecx, r15d",
+    "shl ecx, 6",
+    "add ecx, {call_size}",
+    "cmp rax, rcx",
+    "jne 29b",
     "lea r12, [rbx + {calls}]",
     "xor ebp, ebp",
     "41:",
@@ -210,14 +232,17 @@ global_asm!(
     "inc ebp",
     "add r12, {call_size}",
     "jmp 41b",
-    "46:",
-    "mov dword ptr [rbx + {then}], 0",
     "45:",
     "mov [rbx + {done}], ebp",
     "cmp dword ptr [rbx + {then}], 0",
     "jne 50f",
+    "46:",
+    "mov [rbx + {done}], ebp",
     "mov dword ptr [rbx + {reason}], 0",
     "jmp 30b",
+    "44:",
+    "cmp dword ptr [rbx + {resume}], 0",
+    "je 46b",
 
     // To the guest, with the state of the frame and of what is not in it.
     "50:",
@@ -266,7 +291,13 @@ global_asm!(
     getppid = const 110,
     exit_group = const 231,
     futex = const 202,
-    futex_wake_op = const 5,
+    futex_wake = const 1,
+    pread = const 17,
+    orders_fd = const ORDERS_FD,
+    orders = const ORDERS,
+    orders_at = const ORDERS_AT,
+    announced = const ANNOUNCED,
+    resume = const RESUME,
     clone = const 56,
     rt_sigreturn = const 15,
     owner = const OWNER,
@@ -281,12 +312,12 @@ global_asm!(
     fs = const SELECTORS[2],
     gs = const SELECTORS[3],
     spin = const SPIN,
-    key0 = const KEY[0],
-    key1 = const KEY[1],
-    count = const COUNT,
-    calls = const CALLS,
+    key0 = const ORDERS + ORDER_KEY[0],
+    key1 = const ORDERS + ORDER_KEY[1],
+    count = const ORDERS + ORDER_COUNT,
+    calls = const ORDERS + CALL_SIZE,
     call_size = const CALL_SIZE,
-    then = const THEN,
+    then = const ORDERS + ORDER_RESUME,
     done = const DONE,
     flags = const FLAGS,
     resumed = const RESUMED,
@@ -304,6 +335,7 @@ unsafe extern "C" {
     static doppel_direct_handler: u8;
     static doppel_direct_slept: u8;
     static doppel_direct_woke: u8;
+    static doppel_direct_ordered: u8;
     static doppel_direct_called: u8;
     static doppel_direct_returned: u8;
     static doppel_direct_stub_end: u8;
@@ -316,6 +348,7 @@ pub(crate) struct Stub {
     /// What follows the `syscall` of each purpose, by which the filter knows them.
     pub slept: u64,
     pub woke: u64,
+    pub ordered: u64,
     pub called: u64,
     pub returned: u64,
 }
@@ -333,6 +366,7 @@ pub(crate) fn stub() -> Stub {
         handler: offset(&raw const doppel_direct_handler),
         slept: offset(&raw const doppel_direct_slept),
         woke: offset(&raw const doppel_direct_woke),
+        ordered: offset(&raw const doppel_direct_ordered),
         called: offset(&raw const doppel_direct_called),
         returned: offset(&raw const doppel_direct_returned),
     }

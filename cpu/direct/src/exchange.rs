@@ -7,41 +7,40 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::thread::futex::{self, Flags};
 use rustix::time::Timespec;
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
 
-use crate::arch_stub::{BENCH, EXCHANGE_SIZE, OWNER, OWNER_DIED, SLEEPS, WORD};
+use crate::arch_stub::{OWNER, OWNER_DIED, SLEEPS, WORD};
 
 /// How often a sleeping monitor looks after a child that does not answer.
 const CHECKUP: Duration = Duration::from_millis(50);
 
-/// One exchange area, as the monitor sees it.
+/// A piece of a file that is shared with a child, as the monitor sees it: one exchange area, or one child's orders.
 #[derive(Debug)]
-pub(crate) struct Exchange {
+pub(crate) struct Shared {
     region: MmapRegion,
 }
 
 /// How a wait for the monitor's turn ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Turn {
-    /// It is the monitor's turn. `proven` where the kernel says so and not only the memory: the child is in the stub.
-    Monitor { proven: bool },
+    /// It is the monitor's turn.
+    Monitor,
     /// Not yet, after a while.
     NotYet,
     /// The kernel or nonsense in the word says that the child is dead.
     Dead,
 }
 
-impl Exchange {
-    /// Maps the area at `offset` of the file.
-    pub fn map(file: &Arc<File>, offset: u64) -> io::Result<Exchange> {
-        let place = FileOffset::from_arc(file.clone(), offset);
-        let region =
-            MmapRegion::from_file(place, EXCHANGE_SIZE as usize).map_err(io::Error::other)?;
-        Ok(Exchange { region })
+impl Shared {
+    /// Maps piece number `n` of `size` bytes of the file.
+    pub fn map(file: &Arc<File>, n: u64, size: u64) -> io::Result<Shared> {
+        let place = FileOffset::from_arc(file.clone(), n * size);
+        let region = MmapRegion::from_file(place, size as usize).map_err(io::Error::other)?;
+        Ok(Shared { region })
     }
 
     fn word32(&self, at: usize) -> &AtomicU32 {
@@ -85,7 +84,7 @@ impl Exchange {
 
     /// Sets all bytes to 0.
     pub fn clear(&self) {
-        self.write(0, &[0; EXCHANGE_SIZE as usize]);
+        self.write(0, &vec![0; self.region.size()]);
     }
 
     /// Says whose turn it is before there is a child.
@@ -94,11 +93,9 @@ impl Exchange {
     }
 
     /// Gives the child `owner` the turn and wakes it where it sleeps.
-    pub fn give(&self, owner: u32, benched: bool) -> io::Result<()> {
+    pub fn give(&self, owner: u32) -> io::Result<()> {
         let old = self.word32(WORD).swap(owner, Ordering::SeqCst);
-        if benched {
-            futex::wake(self.word32(BENCH), Flags::empty(), 1)?;
-        } else if old & SLEEPS != 0 {
+        if old & SLEEPS != 0 {
             futex::wake(self.word32(WORD), Flags::empty(), 1)?;
         }
         Ok(())
@@ -113,42 +110,19 @@ impl Exchange {
             }
             std::hint::spin_loop();
         }
-        let mut woken = false;
         loop {
             let seen =
                 word.compare_exchange(owner, owner | SLEEPS, Ordering::SeqCst, Ordering::SeqCst);
             match seen {
                 Err(value) if value & OWNER_DIED != 0 => return Turn::Dead,
-                Err(value) if value & OWNER == 0 => return Turn::Monitor { proven: woken },
+                Err(value) if value & OWNER == 0 => return Turn::Monitor,
                 Err(value) if value & OWNER != owner => return Turn::Dead,
                 _ => {}
             }
             let timeout = Timespec::try_from(CHECKUP).ok();
             match futex::wait(word, Flags::empty(), owner | SLEEPS, timeout.as_ref()) {
-                Ok(()) => woken = true,
                 Err(rustix::io::Errno::TIMEDOUT) => return Turn::NotYet,
-                Err(_) => woken = false,
-            }
-        }
-    }
-
-    /// Makes sure that the child is in the stub, in the monitor's turn: it sleeps there, and the kernel says so. It is then on the bench and
-    /// must be woken from there.
-    pub fn prove(&self, patience: Duration) -> bool {
-        let start = Instant::now();
-        loop {
-            let moved = futex::cmp_requeue(
-                self.word32(WORD),
-                Flags::empty(),
-                0,
-                1,
-                self.word32(BENCH),
-                SLEEPS,
-            );
-            match moved {
-                Ok(n) if n > 0 => return true,
-                _ if start.elapsed() > patience => return false,
-                _ => std::thread::yield_now(),
+                _ => {}
             }
         }
     }

@@ -1,16 +1,17 @@
 //! The system calls that a child may make: a seccomp filter.
 //!
 //! Problem: the guest's code and the stub's run in one process, the stub must change mappings, and the guest must not, nor may it reach the
-//! host by any other call. Idea: the filter looks at *where* the call comes from. At each of the stub's four `syscall` instructions it lets
+//! host by any other call. Idea: the filter looks at *where* the call comes from. At each of the stub's five `syscall` instructions it lets
 //! one kind of call pass; from anywhere else, every number by every entry becomes a signal, which is the guest's system call on its way
 //! to the monitor. Since guest code can jump to the stub's instructions, too, a call that changes mappings must carry a *key* of 64
-//! random bits in the upper halves of two arguments of which the kernel uses the lower. The child does not know it: the monitor hands
-//! it out with the list of calls, once it knows that the child is in the stub, and the stub forgets it before it goes on.
+//! random bits in the upper halves of two arguments of which the kernel uses the lower. The guest does not know it: it comes with the
+//! orders (see `arch_stub`), and the stub forgets it before it goes on.
 //!
-//! Invariant: what guest code can reach by jumping into the stub is to sleep, to wake the monitor, and to load registers from a signal frame.
+//! Invariant: what guest code can reach by jumping into the stub is to sleep, to wake the monitor, to have the monitor's
+//! orders executed, and to load registers from a signal frame.
 //! Cost: the filter is some thirty instructions at each trap and each call, well below a tenth of a microsecond.
 
-use crate::arch_stub::{EXCHANGE_SIZE, SLEEPS, STUB_SIZE, Stub};
+use crate::arch_stub::{EXCHANGE_SIZE, ORDERS, ORDERS_FD, ORDERS_SIZE, SLEEPS, STUB_SIZE, Stub};
 
 /// The descriptor of guest RAM in every child.
 pub(crate) const RAM_FD: u32 = 0;
@@ -54,9 +55,10 @@ const MMAP: u32 = 9;
 const MPROTECT: u32 = 10;
 const MUNMAP: u32 = 11;
 const RT_SIGRETURN: u32 = 15;
+const PREAD64: u32 = 17;
 const FUTEX: u32 = 202;
 const FUTEX_WAIT: u32 = 0;
-const FUTEX_WAKE_OP: u32 = 5;
+const FUTEX_WAKE: u32 = 1;
 const MAP_SHARED_FIXED: u32 = 0x11;
 const MAP_POPULATE: u32 = 0x8000;
 const PROTECTIONS: u32 = 7;
@@ -102,8 +104,13 @@ fn instruction(code: u16, k: u32) -> Instruction {
     }
 }
 
-/// The filter of a child whose stub is at `stub_at`. `key` is in the upper halves.
-pub(crate) fn program(stub: &Stub, stub_at: u64, key: [u64; 2]) -> Vec<Instruction> {
+/// The filter of a child whose stub is at `stub_at` and whose orders are at `orders_at` of their file. `key` is in the upper halves.
+pub(crate) fn program(
+    stub: &Stub,
+    stub_at: u64,
+    orders_at: u64,
+    key: [u64; 2],
+) -> Vec<Instruction> {
     let word = stub_at + STUB_SIZE;
     debug_assert!(word + EXCHANGE_SIZE < 1 << 47);
     let from = |place: u64| {
@@ -126,11 +133,17 @@ pub(crate) fn program(stub: &Stub, stub_at: u64, key: [u64; 2]) -> Vec<Instructi
         .chain(is64(argument(3), 0));
     let wake = from(stub.woke)
         .into_iter()
-        .chain([Is(NUMBER, FUTEX), Is(argument(1), FUTEX_WAKE_OP)])
-        .chain(is64(argument(0), word))
-        .chain([Is(argument(2), 1), Is(argument(3), 0)])
-        .chain(is64(argument(4), word))
-        .chain([Is(argument(5), 0)]);
+        .chain([Is(NUMBER, FUTEX), Is(argument(1), FUTEX_WAKE)])
+        .chain(is64(argument(0), word));
+    let order = from(stub.ordered)
+        .into_iter()
+        .chain([Is(NUMBER, PREAD64), Is(argument(0), ORDERS_FD)])
+        .chain(is64(argument(1), word + ORDERS as u64))
+        .chain([
+            Within(argument(2), ORDERS_SIZE as u32 - 1),
+            Is(argument(2) + 4, 0),
+        ])
+        .chain(is64(argument(3), orders_at));
     let back = from(stub.returned)
         .into_iter()
         .chain([Is(NUMBER, RT_SIGRETURN)]);
@@ -146,6 +159,7 @@ pub(crate) fn program(stub: &Stub, stub_at: u64, key: [u64; 2]) -> Vec<Instructi
     program.extend(rule(back));
     program.extend(rule(wake));
     program.extend(rule(sleep));
+    program.extend(rule(order));
     program.extend(rule(map));
     program.extend(rule(populate));
     program.extend(rule(keyed(MPROTECT).chain(protections())));

@@ -16,7 +16,7 @@ use doppel_x86::FpuArea;
 use raw_cpuid::native_cpuid::cpuid_count;
 
 use crate::arch_stub::{BASES, EXCHANGE_SIZE, FLAGS, FRAME, SELECTORS, SIGNAL_STACK};
-use crate::exchange::Exchange;
+use crate::exchange::Shared;
 use crate::state::{UserState, is_canonical};
 
 /// Bytes of the frame below the XSAVE area.
@@ -109,7 +109,7 @@ impl Bytes<'_> {
 
 impl Template {
     /// Learns the layout from the frame in the exchange area of a process that was just stopped by a signal and has not run guest code.
-    pub fn learn(exchange: &Exchange, exchange_at: u64) -> Option<Template> {
+    pub fn learn(exchange: &Shared, exchange_at: u64) -> Option<Template> {
         let place = |address: u64, size: usize| {
             let offset = usize::try_from(address.checked_sub(exchange_at)?).ok()?;
             let fits = offset >= SIGNAL_STACK && offset + size <= EXCHANGE_SIZE as usize;
@@ -147,7 +147,7 @@ impl Template {
     }
 
     /// Writes the frame from which `rt_sigreturn` loads `user`, and what the stub loads itself.
-    pub fn write(&self, exchange: &Exchange, user: &UserState) {
+    pub fn write(&self, exchange: &Shared, user: &UserState) {
         let mut frame = [0; SIGNAL];
         let mut put = |at: usize, value: u64| {
             frame[at..at + 8].copy_from_slice(&value.to_le_bytes());
@@ -180,7 +180,7 @@ impl Template {
         }
     }
 
-    fn write_fpu(&self, exchange: &Exchange, fpu: &FpuArea) {
+    fn write_fpu(&self, exchange: &Shared, fpu: &FpuArea) {
         let at = self.fpstate;
         let in_use = Bytes(&fpu.bytes).u64(XSTATE_BV) & self.features;
         let mut legacy = [0; EXTENDED];
@@ -196,7 +196,7 @@ impl Template {
     }
 
     /// Reads the frame of a stop.
-    pub fn read(&self, exchange: &Exchange, user: &mut UserState) -> Option<Cause> {
+    pub fn read(&self, exchange: &Shared, user: &mut UserState) -> Option<Cause> {
         let mut bytes = [0; FRAME_SIZE];
         exchange.read(self.frame + REGISTERS, &mut bytes[REGISTERS..]);
         let frame = Bytes(&bytes);
@@ -224,7 +224,7 @@ impl Template {
         })
     }
 
-    fn read_fpu(&self, exchange: &Exchange, fpu: &mut FpuArea) {
+    fn read_fpu(&self, exchange: &Shared, fpu: &mut FpuArea) {
         exchange.read(self.fpstate, &mut fpu.bytes[..XSTATE_BV + 8]);
         let in_use = Bytes(&fpu.bytes).u64(XSTATE_BV) & self.features;
         let mxcsr = fpu.mxcsr() & self.mxcsr_mask;

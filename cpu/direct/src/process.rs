@@ -2,16 +2,18 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Signal, pidfd_send_signal};
 
 use crate::arch_stub::{
-    CALL_SIZE, CALLS, COUNT, DONE, KEY, MOST_CALLS, RESUMED, SPIN, THEN, THEN_RESUME, THEN_STOP,
+    ANNOUNCED, CALL_SIZE, DONE, MOST_CALLS, ORDER_COUNT, ORDER_KEY, ORDER_RESUME, ORDERS, RESUME,
+    RESUMED, SPIN,
 };
 use crate::change::Call;
-use crate::exchange::{Exchange, Turn};
+use crate::exchange::{Shared, Turn};
 
 /// So long a process may take for what it does at once unless the host is in trouble.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
@@ -19,16 +21,15 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 /// One process.
 #[derive(Debug)]
 pub(crate) struct Process {
-    pub exchange: Exchange,
+    pub exchange: Shared,
+    orders: Shared,
     pub pidfd: OwnedFd,
     pub pid: u32,
     /// What the word says in its turn: its thread number, or 1 until it has one.
     pub owner: u32,
     key: [u64; 2],
-    /// The process is known to be in the stub, waiting.
-    proven: bool,
-    /// It was moved to the bench for the proof.
-    benched: bool,
+    /// There are orders.
+    ordered: bool,
     dead: bool,
 }
 
@@ -45,15 +46,15 @@ pub(crate) enum Called {
 
 impl Process {
     /// A process that is about to take its first turn. It has never run guest code.
-    pub fn new(exchange: Exchange, pidfd: OwnedFd, pid: u32, owner: u32) -> Process {
+    pub fn new(exchange: Shared, orders: Shared, pidfd: OwnedFd, pid: u32, owner: u32) -> Process {
         Process {
             exchange,
+            orders,
             pidfd,
             pid,
             owner,
             key: [0; 2],
-            proven: true,
-            benched: false,
+            ordered: false,
             dead: false,
         }
     }
@@ -77,7 +78,7 @@ impl Process {
 
     /// Has it execute calls and come back. At most [`MOST_CALLS`].
     pub fn call(&mut self, calls: &[Call]) -> Called {
-        if !self.start(calls, THEN_STOP) || !self.wait_patiently() {
+        if !self.start(calls, false) || !self.wait_patiently() {
             return Called::Dead;
         }
         self.called(calls.len())
@@ -99,56 +100,60 @@ impl Process {
 
     /// The result of a call of the last list.
     pub fn result(&self, n: usize) -> u64 {
-        self.exchange.load64(CALLS + CALL_SIZE * n + CALL_SIZE - 8)
+        self.exchange
+            .load64(ORDERS + CALL_SIZE * (n + 1) + CALL_SIZE - 8)
     }
 
     /// Has it execute calls and then go to the guest with the frame in the exchange area. False where it is dead.
     pub fn resume(&mut self, calls: &[Call]) -> bool {
         self.exchange.store32(RESUMED, 0);
-        self.start(calls, THEN_RESUME)
+        self.start(calls, true)
     }
 
-    /// Gives it the turn with a list of calls, and the key to make them if there are any.
-    fn start(&mut self, calls: &[Call], then: u32) -> bool {
-        assert!(calls.len() <= MOST_CALLS);
-        if self.dead || (!calls.is_empty() && !self.prove()) {
-            return false;
-        }
-        for (n, call) in calls.iter().enumerate() {
-            for (m, word) in call.iter().enumerate() {
-                self.exchange.store64(CALLS + CALL_SIZE * n + 8 * m, *word);
-            }
-        }
+    /// Gives it the turn with a list of calls.
+    fn start(&mut self, calls: &[Call], resume: bool) -> bool {
         if !calls.is_empty() {
-            self.exchange.store64(KEY[0], self.key[0]);
-            self.exchange.store64(KEY[1], self.key[1]);
+            self.order(calls, resume);
         }
-        self.exchange.store32(COUNT, calls.len() as u32);
-        self.exchange.store32(THEN, then);
-        self.proven &= then == THEN_STOP;
-        let benched = std::mem::take(&mut self.benched);
-        if self.exchange.give(self.owner, benched).is_err() {
+        self.exchange.store32(ANNOUNCED, calls.len() as u32);
+        self.exchange.store32(RESUME, resume.into());
+        if !self.dead && self.exchange.give(self.owner).is_err() {
             self.kill();
         }
         !self.dead
     }
 
-    fn prove(&mut self) -> bool {
-        if !self.proven {
-            self.proven = self.exchange.prove(PATIENCE);
-            self.benched = self.proven;
+    /// Writes the orders, and the key last: a guest that has them executed early is without it until they are whole.
+    fn order(&mut self, calls: &[Call], resume: bool) {
+        assert!(calls.len() <= MOST_CALLS);
+        for (n, call) in calls.iter().enumerate() {
+            for (m, word) in call.iter().enumerate() {
+                self.orders.store64(CALL_SIZE * (n + 1) + 8 * m, *word);
+            }
         }
-        if !self.proven {
-            self.kill();
+        self.orders.store32(ORDER_COUNT, calls.len() as u32);
+        self.orders.store32(ORDER_RESUME, resume.into());
+        fence(Ordering::SeqCst);
+        self.orders.store64(ORDER_KEY[0], self.key[0]);
+        self.orders.store64(ORDER_KEY[1], self.key[1]);
+        self.ordered = true;
+    }
+
+    /// Takes the orders back, so that nobody has them executed again.
+    fn take_back(&mut self) {
+        if std::mem::take(&mut self.ordered) {
+            self.orders.store64(ORDER_KEY[0], 0);
+            self.orders.store64(ORDER_KEY[1], 0);
+            self.orders.store32(ORDER_COUNT, 0);
+            fence(Ordering::SeqCst);
         }
-        self.proven
     }
 
     /// Waits for the monitor's turn, a while. `None` where it has not come yet.
     pub fn wait(&mut self, spin: u32) -> Option<bool> {
         match self.exchange.wait(self.owner, spin) {
-            Turn::Monitor { proven } => {
-                self.proven |= proven;
+            Turn::Monitor => {
+                self.take_back();
                 Some(true)
             }
             Turn::NotYet if !self.has_ended() => None,

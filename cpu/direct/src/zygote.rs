@@ -25,12 +25,12 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::arch_stub::{
-    EXCHANGE_SIZE, INSTRUCTIONS, PARENT, PROGRAM, REASON, ROBUST_ENTRY, ROBUST_HEAD, SIGNAL_STACK,
-    STUB_SIZE, Stub, WORD, stub,
+    EXCHANGE_SIZE, INSTRUCTIONS, ORDERS_AT, ORDERS_SIZE, PARENT, PROGRAM, REASON, ROBUST_ENTRY,
+    ROBUST_HEAD, SIGNAL_STACK, STUB_SIZE, Stub, WORD, stub,
 };
 use crate::change::Call;
 use crate::child::Child;
-use crate::exchange::Exchange;
+use crate::exchange::Shared;
 use crate::frame::Template;
 use crate::process::{Called, Process, ended};
 use crate::{DirectError, elf, filter};
@@ -81,6 +81,8 @@ pub(crate) struct Machine {
     cpuid_faults: bool,
     /// All exchange areas; the zygote's is the first.
     areas: Arc<File>,
+    /// All orders, in the same order.
+    orders: Arc<File>,
     state: Mutex<State>,
     _keeper: Keeper,
 }
@@ -113,15 +115,17 @@ impl Zygote {
         let stub = stub();
         let stub_at = random_place()?;
         let areas = Arc::new(File::from(memory_file("doppel-direct-exchange")?));
+        let orders = Arc::new(File::from(memory_file("doppel-direct-orders")?));
         ftruncate(&*areas, EXCHANGE_SIZE * (MOST_CHILDREN + 1)).map_err(host("ftruncate"))?;
-        let exchange = Exchange::map(&areas, 0).map_err(|e| DirectError::Host("mmap", e))?;
+        ftruncate(&*orders, ORDERS_SIZE * (MOST_CHILDREN + 1)).map_err(host("ftruncate"))?;
+        let (exchange, first_orders) = shared(&areas, &orders, 0)?;
         exchange.begin(NEWBORN);
         exchange.store32(PARENT, std::process::id());
-        let (command, program) = command(&stub, stub_at, ram, &areas)?;
+        let (command, program) = command(&stub, stub_at, [ram, &areas, &orders])?;
         let (keeper, pid) = Keeper::start(command)?;
         drop(program);
         let pidfd = open(pid)?;
-        let mut zygote = Process::new(exchange, pidfd, pid, NEWBORN);
+        let mut zygote = Process::new(exchange, first_orders, pidfd, pid, NEWBORN);
         if !zygote.wait_patiently() {
             return Err(DirectError::Zygote);
         }
@@ -138,6 +142,7 @@ impl Zygote {
             template,
             cpuid_faults,
             areas,
+            orders,
             state: Mutex::new(state),
             _keeper: keeper,
         };
@@ -185,17 +190,18 @@ impl Machine {
 
     fn clone_zygote(&self, state: &mut State, slot: u64) -> Result<Process, DirectError> {
         let offset = slot * EXCHANGE_SIZE;
-        let exchange =
-            Exchange::map(&self.areas, offset).map_err(|e| DirectError::Host("mmap", e))?;
+        let (exchange, orders) = shared(&self.areas, &self.orders, slot)?;
         exchange.clear();
+        orders.clear();
+        exchange.store64(ORDERS_AT, slot * ORDERS_SIZE);
         exchange.begin(NEWBORN);
         exchange.store32(PARENT, state.zygote.pid);
         let call = [CLONE, SIGCHLD, 0, 0, 0, EXCHANGE_FD, offset];
         called(state.zygote.call(&[call]), "clone")?;
         let pid = state.zygote.result(0) as u32;
         // The zygote has not waited for it, so that the number is still its own.
-        let mut process = Process::new(exchange, open(pid)?, pid, NEWBORN);
-        let locked = process.wait_patiently() && self.lock_in(&mut process).is_ok();
+        let mut process = Process::new(exchange, orders, open(pid)?, pid, NEWBORN);
+        let locked = process.wait_patiently() && self.lock_in(&mut process, slot).is_ok();
         if !locked {
             process.kill();
             state.dying.push((process.pidfd, pid, slot));
@@ -206,12 +212,12 @@ impl Machine {
     }
 
     /// The last that a child does without a filter.
-    fn lock_in(&self, process: &mut Process) -> Result<(), DirectError> {
+    fn lock_in(&self, process: &mut Process, slot: u64) -> Result<(), DirectError> {
         const SET_MODE_FILTER: u64 = 1;
         const SPEC_ALLOW: u64 = 4;
         let key = key()?;
         let exchange_at = self.stub_at + STUB_SIZE;
-        let program = filter::program(&stub(), self.stub_at, key);
+        let program = filter::program(&stub(), self.stub_at, slot * ORDERS_SIZE, key);
         for (n, instruction) in program.iter().enumerate() {
             process
                 .exchange
@@ -342,6 +348,16 @@ fn called(called: Called, what: &'static str) -> Result<(), DirectError> {
     }
 }
 
+/// The exchange area and the orders of a slot.
+fn shared(
+    areas: &Arc<File>,
+    orders: &Arc<File>,
+    slot: u64,
+) -> Result<(Shared, Shared), DirectError> {
+    let map = |file, size| Shared::map(file, slot, size).map_err(|e| DirectError::Host("mmap", e));
+    Ok((map(areas, EXCHANGE_SIZE)?, map(orders, ORDERS_SIZE)?))
+}
+
 fn random() -> Result<u64, DirectError> {
     let mut bytes = [0; 8];
     getrandom(&mut bytes, GetRandomFlags::empty()).map_err(host("getrandom"))?;
@@ -369,8 +385,8 @@ fn open(pid: u32) -> Result<OwnedFd, DirectError> {
     pidfd_open(pid, PidfdFlags::empty()).map_err(host("pidfd_open"))
 }
 
-/// The zygote's command, where descriptor 0 is the RAM and 1 the exchange areas, and its program, which must be open until it runs.
-fn command(stub: &Stub, at: u64, ram: &File, areas: &File) -> Result<(Command, File), DirectError> {
+/// The zygote's command, where descriptors 0, 1 and 2 are the RAM, the exchange areas and the orders, and its program, which must be open until it runs.
+fn command(stub: &Stub, at: u64, files: [&File; 3]) -> Result<(Command, File), DirectError> {
     let program = File::from(memory_file("doppel-direct")?);
     io::Write::write_all(&mut &program, &elf::image(stub, at))
         .map_err(|e| DirectError::Host("write", e))?;
@@ -380,9 +396,9 @@ fn command(stub: &Stub, at: u64, ram: &File, areas: &File) -> Result<(Command, F
     let mut command = Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()));
     command
         .env_clear()
-        .stdin(Stdio::from(dup(ram)?))
-        .stdout(Stdio::from(dup(areas)?))
-        .stderr(Stdio::null());
+        .stdin(Stdio::from(dup(files[0])?))
+        .stdout(Stdio::from(dup(files[1])?))
+        .stderr(Stdio::from(dup(files[2])?));
     Ok((command, program))
 }
 
@@ -425,7 +441,7 @@ fn strip(zygote: &Process, stub_at: u64) -> Vec<Call> {
     vec![
         [MUNMAP, 0, stub_at, 0, 0, 0, 0],
         [MUNMAP, end, USER_END - end, 0, 0, 0, 0],
-        [CLOSE_RANGE, 2, u32::MAX.into(), 0, 0, 0, 0],
+        [CLOSE_RANGE, 3, u32::MAX.into(), 0, 0, 0, 0],
         [SETSID, 0, 0, 0, 0, 0, 0],
         [PRCTL, SET_NO_NEW_PRIVS, 1, 0, 0, 0, 0],
         [PRCTL, SET_NAME, scratch, 0, 0, 0, 0],
