@@ -6,7 +6,6 @@ use std::time::Instant;
 
 use doppel_direct::{Change, Child, KickFlag, Stop, UserState, Zygote};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use rustix::thread::{CpuSet, sched_setaffinity};
 
 const RAM: u64 = 512 << 20;
 const CODE: u64 = 0x40_0000;
@@ -16,24 +15,18 @@ const SYSTEM_CALLS: &[u8] = &[0x0f, 0x05, 0xeb, 0xfc];
 /// MOV [RBX], EAX; ADD RBX, 4096; and again.
 const TOUCHES: &[u8] = &[0x89, 0x03, 0x48, 0x81, 0xc3, 0, 0x10, 0, 0, 0xeb, 0xf5];
 
-fn pin(pid: u32, cpu: Option<usize>) {
-    let mut set = CpuSet::new();
-    match cpu {
-        Some(cpu) => set.set(cpu),
-        None => (0..16).for_each(|n| set.set(n)),
-    }
-    let pid = rustix::process::Pid::from_raw(pid as i32);
-    sched_setaffinity(pid, &set).expect("affinity");
-}
+const ENDLESS: &[u8] = &[0xeb, 0xfe];
+/// Where data begins in RAM.
+const OFFSET: u64 = 0x10000;
 
-fn map(at: u64, offset: u64, len: u64) -> Change {
+fn map(at: u64, offset: u64, len: u64, populate: bool) -> Change {
     Change::Map {
         at,
         offset,
         len,
         write: at != CODE,
         execute: at == CODE,
-        populate: false,
+        populate,
     }
 }
 
@@ -60,14 +53,14 @@ fn system_calls(child: &mut Child, changes: impl Fn(u32) -> Vec<Change>) -> f64 
     })
 }
 
-fn faults(child: &mut Child, run: u64) -> f64 {
+fn faults(child: &mut Child, run: u64, populate: bool) -> f64 {
     let kick = KickFlag::new();
     let mut user = UserState::new(CODE + 0x100);
     let mut next = DATA;
     user.gprs[3] = DATA;
     let mut changes = vec![Change::Unmap {
         at: DATA,
-        len: RAM - 0x10000,
+        len: RAM - OFFSET,
     }];
     each(1600 / run as u32, |_| {
         let stop = child.run(&mut user, &changes, &kick).expect("run");
@@ -75,9 +68,33 @@ fn faults(child: &mut Child, run: u64) -> f64 {
             panic!("{stop:?}");
         };
         assert_eq!(address, next);
-        changes = vec![map(next, next - DATA + 0x10000, run * 4096)];
+        changes = vec![map(next, next - DATA + OFFSET, run * 4096, populate)];
         next += run * 4096;
     })
+}
+
+/// From a kick by another thread to the end of the run.
+fn kicks(child: &mut Child) -> f64 {
+    let kick = KickFlag::new();
+    let mut user = UserState::new(CODE + 0x200);
+    let mut least = f64::MAX;
+    for _ in 0..50 {
+        let kicked = std::thread::scope(|s| {
+            let thread = s.spawn(|| {
+                std::thread::sleep(std::time::Duration::from_millis(2));
+                let now = Instant::now();
+                kick.kick();
+                now
+            });
+            let stop = child.run(&mut user, &[], &kick).expect("run");
+            let after = Instant::now();
+            assert_eq!(stop, Stop::Kicked);
+            after - thread.join().expect("kick")
+        });
+        least = least.min(kicked.as_secs_f64() * 1e6);
+        kick.clear();
+    }
+    least
 }
 
 fn main() {
@@ -85,39 +102,39 @@ fn main() {
     ftruncate(&ram, RAM).expect("size");
     ram.write_all_at(SYSTEM_CALLS, 0).expect("code");
     ram.write_all_at(TOUCHES, 0x100).expect("code");
+    ram.write_all_at(ENDLESS, 0x200).expect("code");
     let start = Instant::now();
     let zygote = Zygote::new(&ram, RAM).expect("zygote");
-    println!(
-        "zygote            {:9.2}",
-        start.elapsed().as_secs_f64() * 1e6
-    );
-    println!(
-        "spawn and drop    {:9.2}",
-        each(20, |_| drop(zygote.spawn().expect("spawn")))
+    let row = |name: &str, us: f64| println!("{name:30} {us:9.2}");
+    row("zygote", start.elapsed().as_secs_f64() * 1e6);
+    row(
+        "spawn and drop",
+        each(20, |_| drop(zygote.spawn().expect("spawn"))),
     );
     let mut child = zygote.spawn().expect("spawn");
-    child.apply(&[map(CODE, 0, 0x1000)]).expect("map");
-    let none = |_| Vec::new();
-    for (name, own, other) in [
-        ("unpinned", None, None),
-        ("one core", Some(0), Some(0)),
-        ("two cores", Some(0), Some(1)),
-    ] {
-        pin(0, own);
-        pin(child.pid(), other);
-        for (monitor, stub) in [(0, 0), (200, 200), (2000, 2000), (20000, 20000)] {
-            child.set_spin(monitor, stub);
-            println!(
-                "{name:9} spin {monitor:5}: system call {:6.2}, with a map {:6.2}, fault of 1 page {:6.2}, of 16 {:6.2}",
-                system_calls(&mut child, none),
-                system_calls(&mut child, |n| vec![map(
-                    DATA + u64::from(n % 2) * 4096,
-                    0,
-                    4096
-                )]),
-                faults(&mut child, 1),
-                faults(&mut child, 16),
+    child.apply(&[map(CODE, 0, 0x1000, false)]).expect("map");
+    let page = |n: u32| map(DATA + u64::from(n % 2) * 4096, OFFSET, 4096, false);
+    row("system call", system_calls(&mut child, |_| vec![]));
+    row(
+        "system call, one map",
+        system_calls(&mut child, |n| vec![page(n)]),
+    );
+    row(
+        "system call, 16 maps",
+        system_calls(&mut child, |n| (n..n + 16).map(page).collect()),
+    );
+    for populate in [false, true] {
+        let how = if populate { ", populated" } else { "" };
+        for run in [1, 16, 64] {
+            row(
+                &format!("fault, {run} new pages{how}"),
+                faults(&mut child, run, populate),
+            );
+            row(
+                &format!("fault, {run} known pages{how}"),
+                faults(&mut child, run, populate),
             );
         }
     }
+    row("kick", kicks(&mut child));
 }

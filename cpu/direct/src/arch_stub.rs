@@ -26,8 +26,6 @@ pub(crate) const EXCHANGE_SIZE: u64 = 64 << 10;
 
 /// Whose turn it is; must be 0, since the stub uses the area's address for it.
 pub(crate) const WORD: usize = 0;
-/// Rounds that the stub spins before it sleeps.
-pub(crate) const SPIN: usize = 0x08;
 /// Calls that wait in the orders; 0 where the stub need not look.
 pub(crate) const ANNOUNCED: usize = 0x0c;
 /// Without calls: not 0 to go to the guest.
@@ -150,17 +148,6 @@ global_asm!(
     // Wait for ours.
     "31:",
     "lea rbx, [rip + doppel_direct_stub + {stub}]",
-    "mov ecx, [rbx + {spin}]",
-    "32:",
-    "mov eax, [rbx]",
-    "test eax, {owner}",
-    "jnz 40f",
-    "test ecx, ecx",
-    "jz 33f",
-    "dec ecx",
-    "pause",
-    "jmp 32b",
-    "33:",
     "xor eax, eax",
     "mov edx, {sleeps}",
     "lock cmpxchg [rbx], edx",
@@ -311,7 +298,6 @@ global_asm!(
     es = const SELECTORS[1],
     fs = const SELECTORS[2],
     gs = const SELECTORS[3],
-    spin = const SPIN,
     key0 = const ORDERS + ORDER_KEY[0],
     key1 = const ORDERS + ORDER_KEY[1],
     count = const ORDERS + ORDER_COUNT,

@@ -50,7 +50,6 @@ pub struct Child {
     process: Option<Process>,
     machine: Arc<Machine>,
     slot: u64,
-    spin: u32,
 }
 
 const SIGILL: u32 = 4;
@@ -85,7 +84,6 @@ impl Child {
             process: Some(process),
             machine,
             slot,
-            spin: 0,
         }
     }
 
@@ -101,12 +99,6 @@ impl Child {
     /// Linear addresses that the child needs for itself: no change may touch them.
     pub fn reserved(&self) -> Range<u64> {
         self.machine.reserved()
-    }
-
-    /// Rounds that each side spins for its turn before it sleeps. Worth it only where the child has a host processor to itself.
-    pub fn set_spin(&mut self, monitor: u32, child: u32) {
-        self.spin = monitor;
-        self.process().spin(child);
     }
 
     /// Applies changes in order. Where one fails, those before it are in force.
@@ -180,6 +172,7 @@ impl Child {
         let machine = self.machine.clone();
         let process = self.process.as_mut().expect("taken by drop only");
         machine.template.write(&process.exchange, user);
+        process.follow();
         if !kick.enter(process.pidfd.as_fd()) {
             kick.leave();
             return match self.apply_calls(calls, first) {
@@ -188,7 +181,7 @@ impl Child {
                 Ok(()) => Ok(Meaning::Stop(Stop::Kicked)),
             };
         }
-        let alive = process.resume(calls) && wait(process, self.spin, kick);
+        let alive = process.resume(calls) && wait(process, kick);
         kick.leave();
         let resumed = process.exchange.load32(RESUMED) != 0;
         match (alive, resumed) {
@@ -225,10 +218,10 @@ impl Child {
 }
 
 /// Waits for a running child to stop. False where it died, or had to.
-fn wait(process: &mut Process, spin: u32, kick: &KickFlag) -> bool {
+fn wait(process: &mut Process, kick: &KickFlag) -> bool {
     let mut overdue = 0;
     loop {
-        if let Some(alive) = process.wait(spin) {
+        if let Some(alive) = process.wait() {
             return alive;
         }
         overdue = if kick.is_set() { overdue + 1 } else { 0 };

@@ -101,15 +101,9 @@ impl Shared {
         Ok(())
     }
 
-    /// Waits for the monitor's turn: `spin` rounds, then asleep for a while.
-    pub fn wait(&self, owner: u32, spin: u32) -> Turn {
+    /// Sleeps until it is the monitor's turn, a while at most.
+    pub fn wait(&self, owner: u32) -> Turn {
         let word = self.word32(WORD);
-        for _ in 0..spin {
-            if word.load(Ordering::Acquire) & OWNER == 0 {
-                break;
-            }
-            std::hint::spin_loop();
-        }
         loop {
             let seen =
                 word.compare_exchange(owner, owner | SLEEPS, Ordering::SeqCst, Ordering::SeqCst);

@@ -6,11 +6,12 @@ use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Signal, pidfd_send_signal};
+use rustix::process::{Pid, Signal, pidfd_send_signal};
+use rustix::thread::{CpuSet, sched_getcpu, sched_setaffinity};
 
 use crate::arch_stub::{
     ANNOUNCED, CALL_SIZE, DONE, MOST_CALLS, ORDER_COUNT, ORDER_KEY, ORDER_RESUME, ORDERS, RESUME,
-    RESUMED, SPIN,
+    RESUMED,
 };
 use crate::change::Call;
 use crate::exchange::{Shared, Turn};
@@ -28,6 +29,9 @@ pub(crate) struct Process {
     /// What the word says in its turn: its thread number, or 1 until it has one.
     pub owner: u32,
     key: [u64; 2],
+    /// The host processor that it was told to run on. The monitor and its child take turns: on one processor a turn is a switch, on two it is
+    /// a wake-up of an idle one, which takes ten times as long in a virtual machine.
+    cpu: Option<usize>,
     /// There are orders.
     ordered: bool,
     dead: bool,
@@ -54,6 +58,7 @@ impl Process {
             pid,
             owner,
             key: [0; 2],
+            cpu: None,
             ordered: false,
             dead: false,
         }
@@ -82,6 +87,11 @@ impl Process {
             return Called::Dead;
         }
         self.called(calls.len())
+    }
+
+    /// Has it execute a call that raises a signal in it. False where it is dead.
+    pub fn interrupt(&mut self, call: Call) -> bool {
+        self.start(&[call], false) && self.wait_patiently()
     }
 
     /// What became of the calls of a list of `count`, in the monitor's turn.
@@ -150,8 +160,8 @@ impl Process {
     }
 
     /// Waits for the monitor's turn, a while. `None` where it has not come yet.
-    pub fn wait(&mut self, spin: u32) -> Option<bool> {
-        match self.exchange.wait(self.owner, spin) {
+    pub fn wait(&mut self) -> Option<bool> {
+        match self.exchange.wait(self.owner) {
             Turn::Monitor => {
                 self.take_back();
                 Some(true)
@@ -168,7 +178,7 @@ impl Process {
     pub fn wait_patiently(&mut self) -> bool {
         let start = Instant::now();
         loop {
-            match self.wait(0) {
+            match self.wait() {
                 Some(alive) => return alive,
                 None if start.elapsed() > PATIENCE => {
                     self.kill();
@@ -179,9 +189,19 @@ impl Process {
         }
     }
 
-    /// How many rounds the stub spins before it sleeps.
-    pub fn spin(&self, rounds: u32) {
-        self.exchange.store32(SPIN, rounds);
+    /// Has it run on the host processor on which this thread is: see [`Process::cpu`].
+    pub fn follow(&mut self) {
+        let here = sched_getcpu();
+        if self.cpu == Some(here) {
+            return;
+        }
+        self.cpu = Some(here);
+        let mut set = CpuSet::new();
+        if here < CpuSet::MAX_CPU {
+            set.set(here);
+            // A host that does not let us runs it where it likes.
+            let _ = sched_setaffinity(Pid::from_raw(self.pid as i32), &set);
+        }
     }
 }
 
