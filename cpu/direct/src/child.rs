@@ -58,7 +58,9 @@ const SIGBUS: u32 = 7;
 const SIGFPE: u32 = 8;
 const SIGSEGV: u32 = 11;
 const SIGSYS: u32 = 31;
+/// By the filter, by user dispatch.
 const SYS_SECCOMP: i32 = 1;
+const SYS_USER_DISPATCH: i32 = 2;
 const TRAP_TRACE: i32 = 2;
 const BUS_MCEERR: Range<i32> = 4..6;
 const I386: u32 = 0x4000_0003;
@@ -252,7 +254,9 @@ fn meaning(
     match cause.signal {
         s if s == KICK.as_raw() as u32 && kick.is_set() => Ok(Meaning::Stop(Stop::Kicked)),
         s if s == KICK.as_raw() as u32 => Ok(Meaning::Spurious),
-        SIGSYS if cause.code == SYS_SECCOMP => Ok(system_call(user, cause)),
+        SIGSYS if [SYS_SECCOMP, SYS_USER_DISPATCH].contains(&cause.code) => {
+            Ok(system_call(user, cause))
+        }
         SIGSEGV | SIGBUS | SIGILL | SIGFPE | SIGTRAP | SIGSYS if cause.code <= 0 => {
             Ok(Meaning::Spurious)
         }

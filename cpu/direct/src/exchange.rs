@@ -114,9 +114,9 @@ impl Shared {
                 _ => {}
             }
             let timeout = Timespec::try_from(CHECKUP).ok();
-            match futex::wait(word, Flags::empty(), owner | SLEEPS, timeout.as_ref()) {
-                Err(rustix::io::Errno::TIMEDOUT) => return Turn::NotYet,
-                _ => {}
+            let slept = futex::wait(word, Flags::empty(), owner | SLEEPS, timeout.as_ref());
+            if slept == Err(rustix::io::Errno::TIMEDOUT) {
+                return Turn::NotYet;
             }
         }
     }

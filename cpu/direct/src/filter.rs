@@ -7,6 +7,10 @@
 //! random bits in the upper halves of two arguments of which the kernel uses the lower. The guest does not know it: it comes with the
 //! orders (see `arch_stub`), and the stub forgets it before it goes on.
 //!
+//! Before the filter comes *user dispatch* (prctl PR_SET_SYSCALL_USER_DISPATCH), which makes a signal of every call from outside the stub's page.
+//! Newer kernels exempt two calls from filters (`uretprobe` and `uprobe`, 335 and 336) but not from it; the calls of the vsyscall page
+//! are exempt from it but not from filters.
+//!
 //! Invariant: what guest code can reach by jumping into the stub is to sleep, to wake the monitor, to have the monitor's
 //! orders executed, and to load registers from a signal frame.
 //! Cost: the filter is some thirty instructions at each trap and each call, well below a tenth of a microsecond.

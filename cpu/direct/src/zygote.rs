@@ -217,6 +217,18 @@ impl Machine {
     fn lock_in(&self, process: &mut Process, slot: u64) -> Result<(), DirectError> {
         const SET_MODE_FILTER: u64 = 1;
         const SPEC_ALLOW: u64 = 4;
+        const USER_DISPATCH: u64 = 59;
+        const DISPATCH_ON: u64 = 1;
+        // Linux before 5.11 does not know it, and lets the filter see every call instead.
+        process.call(&[[
+            PRCTL,
+            USER_DISPATCH,
+            DISPATCH_ON,
+            self.stub_at,
+            STUB_SIZE,
+            0,
+            0,
+        ]]);
         let key = key()?;
         let exchange_at = self.stub_at + STUB_SIZE;
         let program = filter::program(&stub(), self.stub_at, slot * ORDERS_SIZE, key);

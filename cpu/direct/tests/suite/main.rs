@@ -1,4 +1,6 @@
 //! User code in child processes, against what the processor and its architecture say.
 
+mod calls;
 mod rig;
 mod state;
+mod traps;

@@ -89,3 +89,51 @@ impl Runner {
         self.child.run(&mut self.user, &[], &self.kick).unwrap()
     }
 }
+
+/// What INT3 raises.
+pub fn breakpoint() -> Stop {
+    Stop::Trap {
+        vector: 3,
+        error: 0,
+        address: 0,
+    }
+}
+
+/// What an instruction raises that has no error code.
+pub fn exception(vector: u8) -> Stop {
+    Stop::Trap {
+        vector,
+        error: 0,
+        address: 0,
+    }
+}
+
+impl Rig {
+    pub fn load(&self, offset: u64) -> u64 {
+        let mut bytes = [0; 8];
+        self.ram.read_exact_at(&mut bytes, offset).unwrap();
+        u64::from_le_bytes(bytes)
+    }
+
+    pub fn store(&self, offset: u64, value: u64) {
+        self.ram.write_all_at(&value.to_le_bytes(), offset).unwrap();
+    }
+}
+
+/// Numbers without a pattern, the same in each run (xorshift64).
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+}
+
+impl Rig {
+    pub fn ram_write(&self, offset: u64, bytes: &[u8]) {
+        self.ram.write_all_at(bytes, offset).unwrap();
+    }
+}
