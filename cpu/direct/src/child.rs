@@ -7,8 +7,9 @@ use std::sync::Arc;
 use crate::arch_stub::{MOST_CALLS, RESUMED, STUB_SIZE};
 use crate::change::{Call, Change};
 use crate::frame::Cause;
-use crate::kick_unsafe::{KICK, KickFlag};
+use crate::kick_unsafe::KickFlag;
 use crate::process::{Called, Process};
+use crate::signals::{SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGSYS, SIGTRAP, SIGUSR1};
 use crate::zygote::Machine;
 use crate::{DirectError, UserState};
 
@@ -52,12 +53,6 @@ pub struct Child {
     slot: u64,
 }
 
-const SIGILL: u32 = 4;
-const SIGTRAP: u32 = 5;
-const SIGBUS: u32 = 7;
-const SIGFPE: u32 = 8;
-const SIGSEGV: u32 = 11;
-const SIGSYS: u32 = 31;
 /// By the filter, by user dispatch.
 const SYS_SECCOMP: i32 = 1;
 const SYS_USER_DISPATCH: i32 = 2;
@@ -252,8 +247,8 @@ fn meaning(
     kick: &KickFlag,
 ) -> Result<Meaning, DirectError> {
     match cause.signal {
-        s if s == KICK.as_raw() as u32 && kick.is_set() => Ok(Meaning::Stop(Stop::Kicked)),
-        s if s == KICK.as_raw() as u32 => Ok(Meaning::Spurious),
+        SIGUSR1 if kick.is_set() => Ok(Meaning::Stop(Stop::Kicked)),
+        SIGUSR1 => Ok(Meaning::Spurious),
         SIGSYS if [SYS_SECCOMP, SYS_USER_DISPATCH].contains(&cause.code) => {
             Ok(system_call(user, cause))
         }

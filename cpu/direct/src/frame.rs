@@ -17,6 +17,7 @@ use raw_cpuid::native_cpuid::cpuid_count;
 
 use crate::arch_stub::{BASES, EXCHANGE_SIZE, FLAGS, FRAME, SELECTORS, SIGNAL_STACK};
 use crate::exchange::Shared;
+use crate::signals::HANDLED_MASK;
 use crate::state::{UserState, is_canonical};
 
 /// Bytes of the frame below the XSAVE area.
@@ -31,6 +32,7 @@ const ERROR: usize = 200;
 const VECTOR: usize = 208;
 const CR2: usize = 224;
 const FPSTATE: usize = 232;
+const SIGNAL_MASK: usize = 304;
 const SIGNAL: usize = 312;
 const CODE: usize = 320;
 const ADDRESS: usize = 328;
@@ -163,6 +165,7 @@ impl Template {
         put(RIP, user.rip);
         put(RFLAGS, flags);
         put(SEGMENTS, u64::from(user.cs) | u64::from(user.ss) << 48);
+        put(SIGNAL_MASK, !HANDLED_MASK);
         put(FPSTATE, self.exchange_at + self.fpstate as u64);
         exchange.write(self.frame + UC_FLAGS, &frame[UC_FLAGS..]);
         self.write_fpu(exchange, &user.fpu);

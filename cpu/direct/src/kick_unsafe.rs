@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 
 use rustix::process::{Signal, pidfd_send_signal};
 
-/// The signal of a kick.
-pub(crate) const KICK: Signal = Signal::USR1;
+/// SIGUSR1, which the stub handles.
+const KICK: Signal = Signal::USR1;
 const NONE: i32 = -1;
 
 /// Asks the vCPU to which it belongs to stop running user code. One for all children of a vCPU; it stays set until it is cleared.

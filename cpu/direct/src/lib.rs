@@ -23,6 +23,7 @@ mod pin;
 mod policy;
 mod process;
 mod shadow;
+mod signals;
 mod state;
 mod transfer;
 mod user;

@@ -34,6 +34,7 @@ use crate::child::Child;
 use crate::exchange::Shared;
 use crate::frame::Template;
 use crate::process::{Called, Process, ended};
+use crate::signals::{HANDLED, SIGCHLD, SIGUSR1};
 use crate::{DirectError, elf, filter};
 
 /// Most children at a time.
@@ -61,10 +62,6 @@ const PRLIMIT64: u64 = 302;
 const SECCOMP: u64 = 317;
 const CLOSE_RANGE: u64 = 436;
 
-const SIGCHLD: u64 = 17;
-/// The signals that the stub handles: SIGILL, SIGTRAP, SIGBUS, SIGFPE, SIGUSR1, SIGSEGV, SIGSYS.
-const HANDLED: [u64; 7] = [4, 5, 7, 8, SIGUSR1, 11, 31];
-const SIGUSR1: u64 = 10;
 const NAME: &[u8; 16] = b"doppel-direct\0\0\0";
 
 /// What makes children of one machine. Dropping it, and the last child, ends all its processes.
@@ -198,7 +195,7 @@ impl Machine {
         exchange.store64(ORDERS_AT, slot * ORDERS_SIZE);
         exchange.begin(NEWBORN);
         exchange.store32(PARENT, state.zygote.pid);
-        let call = [CLONE, SIGCHLD, 0, 0, 0, EXCHANGE_FD, offset];
+        let call = [CLONE, SIGCHLD.into(), 0, 0, 0, EXCHANGE_FD, offset];
         called(state.zygote.call(&[call]), "clone")?;
         let pid = state.zygote.result(0) as u32;
         // The zygote has not waited for it, so that the number is still its own.
@@ -436,8 +433,8 @@ fn set_up(
     let fault = [ARCH_PRCTL, SET_CPUID, 0, 0, 0, 0, 0];
     let cpuid_faults = !in_virtual_machine() && matches!(zygote.call(&[fault]), Called::Done);
     // It is in the handler from here on, and so are its clones.
-    let interrupted = zygote.interrupt([KILL, zygote.pid.into(), SIGUSR1, 0, 0, 0, 0]);
-    if !interrupted || u64::from(zygote.exchange.load32(REASON)) != SIGUSR1 {
+    let interrupted = zygote.interrupt([KILL, zygote.pid.into(), SIGUSR1.into(), 0, 0, 0, 0]);
+    if !interrupted || zygote.exchange.load32(REASON) != SIGUSR1 {
         return Err(DirectError::Zygote);
     }
     let template = Template::learn(&zygote.exchange, exchange_at).ok_or(DirectError::Frame)?;
@@ -482,7 +479,7 @@ fn handlers(zygote: &Process, stub: &Stub, stub_at: u64) -> Vec<Call> {
     }
     let mut calls: Vec<Call> = HANDLED
         .iter()
-        .map(|signal| [RT_SIGACTION, *signal, scratch, 0, 8, 0, 0])
+        .map(|signal| [RT_SIGACTION, (*signal).into(), scratch, 0, 8, 0, 0])
         .collect();
     calls.push([SIGALTSTACK, scratch + 32, 0, 0, 0, 0, 0]);
     calls

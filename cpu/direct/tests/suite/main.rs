@@ -1,6 +1,7 @@
 //! User code in child processes, against what the processor and its architecture say.
 
 mod calls;
+mod hostile;
 mod rig;
 mod state;
 mod traps;

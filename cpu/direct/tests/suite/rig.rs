@@ -137,3 +137,8 @@ impl Rig {
         self.ram.write_all_at(bytes, offset).unwrap();
     }
 }
+
+/// What a process has mapped, or nothing where there is no such process.
+pub fn maps(pid: u32) -> String {
+    std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default()
+}

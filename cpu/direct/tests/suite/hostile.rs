@@ -1,0 +1,310 @@
+//! Guest code that finds the stub and the exchange area: it gets nothing by it, and the monitor goes on.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::rig::{CODE, DATA, DATA_OFFSET, Random, Rig, Runner, breakpoint, exception, maps};
+use doppel_direct::{KickFlag, Stop};
+use iced_x86::code_asm::*;
+
+const PAGE: u64 = 4096;
+
+/// Runs, and kicks every millisecond, so that it ends.
+fn run_a_while(r: &mut Runner) -> Stop {
+    let done = AtomicBool::new(false);
+    let kick = KickFlag::new();
+    std::thread::scope(|s| {
+        s.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                std::thread::sleep(Duration::from_millis(1));
+                kick.kick();
+            }
+        });
+        let stop = r.child.run(&mut r.user, &[], &kick).unwrap();
+        done.store(true, Ordering::Relaxed);
+        stop
+    })
+}
+
+/// A child of the same machine still works.
+fn all_is_well(rig: &Rig) {
+    rig.ram_write(0x4000, &[0x0f, 0x0b]);
+    let mut child = rig.zygote.spawn().unwrap();
+    child.apply(&[crate::rig::map_code()]).unwrap();
+    let mut user = doppel_direct::UserState::new(CODE + 0x4000);
+    let stop = child.run(&mut user, &[], &KickFlag::new()).unwrap();
+    assert_eq!(stop, exception(6));
+}
+
+/// The stub as guest code sees it, by a copy that it makes.
+fn stub_bytes(rig: &Rig) -> Vec<u8> {
+    let mut r = rig.runner(|a| {
+        a.rep().movsb().unwrap();
+        a.int3().unwrap();
+    });
+    r.user.gprs[6] = rig.zygote.reserved().start;
+    r.user.gprs[7] = DATA;
+    r.user.gprs[1] = PAGE;
+    assert_eq!(r.run(), breakpoint());
+    (0..PAGE / 8)
+        .flat_map(|n| rig.load(DATA_OFFSET + 8 * n).to_le_bytes())
+        .collect()
+}
+
+/// Offsets behind each SYSCALL of the stub.
+fn system_calls(stub: &[u8]) -> Vec<u64> {
+    let at = stub.windows(2).enumerate();
+    at.filter(|(_, bytes)| *bytes == [0x0f, 0x05])
+        .map(|(n, _)| n as u64)
+        .collect()
+}
+
+#[test]
+fn a_jump_to_any_byte_of_the_stub_is_survived() {
+    let rig = Rig::new();
+    let stub = stub_bytes(&rig);
+    let code = stub.iter().rposition(|b| *b != 0xcc).unwrap() as u64 + 2;
+    let mut random = Random(4);
+    let before = maps(rig.zygote.pid());
+    for offset in 0..code {
+        // JMP RBX would lose a register: RIP is put there by the monitor, as a guest's IRET would.
+        let mut r = rig.runner_of(&[0xcc]);
+        let mapped = maps(r.child.pid());
+        r.user.gprs = std::array::from_fn(|_| match random.next() % 4 {
+            0 => random.next(),
+            1 => rig.zygote.reserved().start + random.next() % 0x11000,
+            2 => DATA + random.next() % PAGE,
+            _ => random.next() % 400,
+        });
+        r.user.rip = rig.zygote.reserved().start + offset;
+        let stop = run_a_while(&mut r);
+        match stop {
+            // It found its way out, or the stub did what stubs do.
+            Stop::Trap { .. } | Stop::SystemCall(_) | Stop::Kicked | Stop::Gone { .. } => {}
+        }
+        let now = maps(r.child.pid());
+        assert!(
+            now == mapped || now.is_empty(),
+            "{offset:#x}: {stop:?} {now}"
+        );
+    }
+    assert_eq!(maps(rig.zygote.pid()), before);
+    all_is_well(&rig);
+}
+
+/// Jumps to every system call of the stub with registers of one's choice.
+fn at_every_call(rig: &Rig, registers: [(usize, u64); 7]) {
+    for offset in system_calls(&stub_bytes(rig)) {
+        let mut r = rig.runner_of(&[0xcc]);
+        let mapped = maps(r.child.pid());
+        for (register, value) in registers {
+            r.user.gprs[register] = value;
+        }
+        r.user.rip = rig.zygote.reserved().start + offset;
+        let stop = run_a_while(&mut r);
+        assert!(
+            matches!(stop, Stop::Trap { vector: 14, .. } | Stop::Gone { .. }),
+            "{offset:#x}: {stop:?}"
+        );
+        let now = maps(r.child.pid());
+        assert!(now == mapped || now.is_empty(), "{offset:#x}: {now}");
+    }
+}
+
+#[test]
+fn the_stubs_system_calls_do_nothing_for_a_guest_without_the_key() {
+    let rig = Rig::new();
+    let own = u64::from(std::process::id());
+    let call = |number, arguments: [u64; 6]| {
+        // RAX, RDI, RSI, RDX, R10, R8, R9.
+        let [a, b, c, d, e, f] = arguments;
+        [(0, number), (7, a), (6, b), (2, c), (10, d), (8, e), (9, f)]
+    };
+    // All of RAM, writable; the code writable; nothing left.
+    at_every_call(&rig, call(9, [DATA, PAGE, 3, 0x11, 0, 0]));
+    at_every_call(&rig, call(10, [CODE, PAGE, 7, 0, 0, 0]));
+    at_every_call(&rig, call(11, [0, 1 << 46, 0, 0, 0, 0]));
+    // Another's orders; other files.
+    at_every_call(&rig, call(17, [2, DATA, PAGE, 0, 0, 0]));
+    at_every_call(&rig, call(17, [0, DATA, PAGE, 0, 0, 0]));
+    // write, kill, clone, execve, ptrace, process_vm_readv, exit_group.
+    at_every_call(&rig, call(1, [0, CODE, 8, 0, 0, 0]));
+    at_every_call(&rig, call(62, [own, 9, 0, 0, 0, 0]));
+    at_every_call(&rig, call(56, [17, 0, 0, 0, 0, 0]));
+    at_every_call(&rig, call(59, [DATA, 0, 0, 0, 0, 0]));
+    at_every_call(&rig, call(101, [16, own, 0, 0, 0, 0]));
+    at_every_call(&rig, call(310, [own, DATA, 1, DATA, 1, 0]));
+    at_every_call(&rig, call(231, [0; 6]));
+    at_every_call(&rig, call(335, [0; 6]));
+    at_every_call(&rig, call(336, [0; 6]));
+    all_is_well(&rig);
+}
+
+#[test]
+fn random_bytes_over_the_exchange_area_are_survived() {
+    let rig = Rig::new();
+    let mut random = Random(5);
+    // Writes the words of a list to addresses of a list, then traps: UD2.
+    let code = |a: &mut CodeAssembler| {
+        let mut again = a.create_label();
+        a.set_label(&mut again).unwrap();
+        a.mov(rax, qword_ptr(rsi)).unwrap();
+        a.mov(rdi, qword_ptr(rsi + 8)).unwrap();
+        a.mov(qword_ptr(rdi), rax).unwrap();
+        a.add(rsi, 16).unwrap();
+        a.dec(ecx).unwrap();
+        a.jnz(again).unwrap();
+        a.ud2().unwrap();
+    };
+    let exchange = rig.zygote.reserved().start + PAGE;
+    let mut gone = 0;
+    for round in 0..400 {
+        let mut r = rig.runner(code);
+        let count = 1 + random.next() % 60;
+        for n in 0..count {
+            // The words that the stub looks at, its orders, the frame, anywhere.
+            let at = match random.next() % 4 {
+                0 => random.next() % 0x100,
+                1 => 0x1000 + random.next() % 0x100,
+                2 => 0xf000 + random.next() % 0x1000,
+                _ => random.next() % 0x1_0000,
+            };
+            let value = match random.next() % 4 {
+                0 => 0,
+                1 => random.next() % 8,
+                2 => exchange + random.next() % 0x1_0000,
+                _ => random.next(),
+            };
+            let entry = DATA_OFFSET + 16 * n;
+            rig.store(entry, value);
+            rig.store(entry + 8, exchange + at / 8 * 8);
+        }
+        r.user.gprs[6] = DATA;
+        r.user.gprs[1] = count;
+        let mapped = maps(r.child.pid());
+        for _ in 0..4 {
+            let stop = run_a_while(&mut r);
+            gone += u32::from(matches!(stop, Stop::Gone { .. }));
+            let now = maps(r.child.pid());
+            assert!(now == mapped || now.is_empty(), "{round}: {stop:?} {now}");
+        }
+    }
+    eprintln!("{gone} of 1600 runs ended with the child's death");
+    all_is_well(&rig);
+}
+
+#[test]
+fn a_guest_that_only_claims_to_have_stopped_does_not_get_at_the_key() {
+    let rig = Rig::new();
+    let exchange = rig.zygote.reserved().start + PAGE;
+    // It gives the monitor the turn without leaving, and watches where the key would be, in the exchange area and in the frames.
+    let mut r = rig.runner(|a| {
+        let mut again = a.create_label();
+        a.mov(dword_ptr(rbx), 0).unwrap();
+        a.set_label(&mut again).unwrap();
+        a.mov(rax, qword_ptr(rbx + 0x1000)).unwrap();
+        a.or(rax, qword_ptr(rbx + 0x1008)).unwrap();
+        a.or(qword_ptr(rsi), rax).unwrap();
+        a.mov(dword_ptr(rbx), 0).unwrap();
+        a.jmp(again).unwrap();
+    });
+    r.user.gprs[3] = exchange;
+    r.user.gprs[6] = DATA;
+    let map = doppel_direct::Change::Map {
+        at: 0x7000_0000,
+        offset: 0x8000,
+        len: PAGE,
+        write: false,
+        execute: false,
+        populate: false,
+    };
+    let start = Instant::now();
+    for _ in 0..20 {
+        let stop = run_a_while(&mut r);
+        let changed = r.child.apply(&[map]);
+        if matches!(stop, Stop::Gone { .. }) || changed.is_err() {
+            break;
+        }
+    }
+    assert!(start.elapsed() < Duration::from_secs(30));
+    assert_eq!(rig.load(DATA_OFFSET), 0, "the key was seen");
+    all_is_well(&rig);
+}
+
+#[test]
+fn a_guest_that_blocks_its_signals_is_killed_when_it_is_kicked() {
+    let rig = Rig::new();
+    let stub = stub_bytes(&rig);
+    // The last system call of the stub is its way to the guest. The frame says: all signals blocked, on at an endless loop.
+    let sigreturn = rig.zygote.reserved().start + *system_calls(&stub).last().unwrap();
+    rig.ram_write(0x800, &[0xeb, 0xfe]);
+    let mut r = rig.runner(|a| {
+        a.jmp(rbx).unwrap();
+    });
+    rig.ram_write(0x800, &[0xeb, 0xfe]);
+    let frame = DATA_OFFSET + 0x1000;
+    rig.store(frame + 168, DATA + 0x4000);
+    rig.store(frame + 176, CODE + 0x800);
+    rig.store(frame + 184, 0x202);
+    rig.store(frame + 192, 0x33 | 0x2b << 48);
+    rig.store(frame + 304, u64::MAX);
+    r.user.gprs[3] = sigreturn;
+    r.user.gprs[4] = DATA + 0x1008;
+    r.user.gprs[0] = 15;
+    let start = Instant::now();
+    let stop = run_a_while(&mut r);
+    assert_eq!(stop, Stop::Gone { lost: true });
+    assert!(start.elapsed() < Duration::from_secs(10));
+    all_is_well(&rig);
+}
+
+#[test]
+fn signals_from_outside_are_not_the_guests() {
+    let rig = Rig::new();
+    let mut r = rig.runner(|a| {
+        let mut again = a.create_label();
+        a.mov(ecx, 400_000_000).unwrap();
+        a.set_label(&mut again).unwrap();
+        a.dec(ecx).unwrap();
+        a.jnz(again).unwrap();
+        a.int3().unwrap();
+    });
+    let pid = rustix::process::Pid::from_raw(r.child.pid() as i32).unwrap();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|s| {
+        s.spawn(|| {
+            use rustix::process::{Signal, kill_process};
+            let all = [
+                Signal::HUP,
+                Signal::INT,
+                Signal::QUIT,
+                Signal::ILL,
+                Signal::TRAP,
+                Signal::ABORT,
+                Signal::BUS,
+                Signal::FPE,
+                Signal::USR1,
+                Signal::SEGV,
+                Signal::USR2,
+                Signal::PIPE,
+                Signal::ALARM,
+                Signal::TERM,
+                Signal::CHILD,
+                Signal::CONT,
+                Signal::TSTP,
+                Signal::SYS,
+                Signal::WINCH,
+            ];
+            while !done.load(Ordering::Relaxed) {
+                for signal in all {
+                    kill_process(pid, signal).unwrap();
+                    std::thread::sleep(Duration::from_micros(200));
+                }
+            }
+        });
+        let stop = r.child.run(&mut r.user, &[], &r.kick).unwrap();
+        done.store(true, Ordering::Relaxed);
+        assert_eq!(stop, breakpoint());
+    });
+    assert_eq!(r.user.gprs[1], 0);
+}
