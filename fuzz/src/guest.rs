@@ -400,7 +400,12 @@ fn direct(mut cpu: Box<Cpu>) -> Result<Translate> {
     cpu.tsc_offset = 0;
     let host = Arc::new(DirectHost::new(&cpu.ram)?);
     let direct = Direct::new(host, &cpu, DirectOptions { always: true });
-    let engine = Translate::new(cpu, TranslateOptions::default())?;
+    // Pages with sensitive code are translated.
+    let options = TranslateOptions {
+        entry_flags: true,
+        ..TranslateOptions::default()
+    };
+    let engine = Translate::new(cpu, options)?;
     Ok(engine.leaving_user_code_to(Box::new(direct)))
 }
 

@@ -2,11 +2,10 @@
 //!
 //! Problem: a vCPU's thread and its child take turns and never run at once. Left to itself the host's scheduler wakes each on another, idle processor, which
 //! takes 15 to 60 µs where a switch on the same one takes 3.
-//! Idea: both are pinned to the processor that the thread is on. Pinned threads cannot be balanced between processors, so every so often (at
+//! Idea: the child follows the thread (`process`), and the thread is pinned to the processor that it is on. Pinned threads cannot be balanced between processors, so every so often (at
 //! ticks of the guest's timer) the thread is let go for one tick, and pinned anew where it finds itself.
 //! Cost: two system calls when it changes.
 
-use rustix::process::Pid;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 
 /// Ticks from one release to the next.
@@ -23,7 +22,7 @@ pub struct Pin {
 }
 
 impl Pin {
-    /// Pins the calling thread, if it is not, and tells the processor for its children; `None` where nobody is to be pinned.
+    /// Pins the calling thread, if it is not, and tells where; `None` where it is not to be pinned.
     pub fn here(&mut self) -> Option<usize> {
         if self.released {
             return None;
@@ -56,14 +55,6 @@ impl Pin {
         self.released = self.ticks.is_multiple_of(TICKS);
         if self.released {
             self.release();
-        }
-    }
-
-    /// Puts a child on a processor, or anywhere the thread may be.
-    pub fn place(&self, child: u32, cpu: Option<usize>) {
-        let set = cpu.map(only).or(self.all);
-        if let Some(set) = set {
-            let _ = sched_setaffinity(Pid::from_raw(child as i32), &set);
         }
     }
 }

@@ -63,8 +63,6 @@ struct Space {
     /// Host mappings that the child can have, about.
     mappings: usize,
     used: u64,
-    /// Where the child was put last.
-    processor: Option<Option<usize>>,
 }
 
 /// What is counted.
@@ -167,7 +165,6 @@ impl Direct {
         };
         if let Some(space) = self.spaces.get_mut(&root) {
             space.child = Some(child);
-            space.processor = None;
             space.empty();
         }
         Ok(())
@@ -199,11 +196,7 @@ impl Direct {
         counts.runs += 1;
         transfer::load(user, cpu);
         let child = space.child.as_mut().ok_or(DirectError::Gone)?;
-        let processor = self.pin.here();
-        if space.processor != Some(processor) {
-            space.processor = Some(processor);
-            self.pin.place(child.pid(), processor);
-        }
+        self.pin.here();
         let began = host_tsc();
         let stop = child.run(user, space.changes.list(), &kicker.0);
         let stretch = host_tsc() - began;
@@ -514,7 +507,6 @@ impl Space {
             stale: false,
             mappings: 0,
             used: 0,
-            processor: None,
         }
     }
 
