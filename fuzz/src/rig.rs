@@ -33,25 +33,6 @@ impl EngineName {
     }
 }
 
-/// Names of the sets with one accelerator off, in the order of [`TranslateOptions::SWITCHES`].
-const WITHOUT: [&str; TranslateOptions::SWITCHES.len()] = [
-    "translate-no-link",
-    "translate-no-flag-liveness",
-    "translate-no-inline-system",
-    "translate-no-inline-strings",
-    "translate-no-yield-spins",
-    "translate-no-extend",
-    "translate-no-share-checks",
-    "translate-no-borrow-registers",
-    "translate-no-hold",
-    "translate-no-resident",
-    "translate-no-write-beside-code",
-    "translate-no-rorx",
-    "translate-no-fuse",
-    "translate-no-victims",
-    "translate-no-huge-code",
-];
-
 /// The translator with its defaults, and user code on the processor itself.
 const DIRECT: &str = "direct";
 
@@ -83,8 +64,7 @@ pub fn variants() -> Vec<(&'static str, TranslateOptions)> {
     ];
     let each = TranslateOptions::SWITCHES
         .iter()
-        .zip(WITHOUT)
-        .map(|(switch, name)| (name, d.without(switch)));
+        .map(|switch| (switch.without, d.without(switch)));
     fixed.into_iter().chain(each).collect()
 }
 

@@ -133,6 +133,12 @@ impl Asm {
         self.imm32(disp);
         self.imm32(imm);
     }
+    /// `add qword gs:[disp], 1`.
+    pub fn count(&mut self, disp: i32) {
+        self.raw(&[0x65, 0x48, 0x83, (Alu::Add as u8) << 3 | 4, 0x25]);
+        self.imm32(disp);
+        self.raw(&[1]);
+    }
     /// `test dword gs:[disp], imm`.
     pub fn test_gs_imm32(&mut self, disp: i32, imm: i32) {
         self.raw(&[0x65, 0xf7, 0x04, 0x25]);

@@ -23,6 +23,8 @@ pub(crate) struct CodeCache {
     reserved: (*mut u8, usize),
     /// Ask the host for huge pages.
     huge: bool,
+    /// Those that it gave.
+    pub huge_pages: u64,
     len: usize,
     used: usize,
     slots_used: usize,
@@ -53,6 +55,7 @@ impl CodeCache {
             execute,
             reserved,
             huge,
+            huge_pages: 0,
             len,
             used: 0,
             slots_used: 0,
@@ -138,6 +141,7 @@ impl CodeCache {
             libc::madvise(self.execute.add(at).cast(), HUGE_PAGE, MADV_COLLAPSE)
         };
         if made == 0 {
+            self.huge_pages += 1;
             self.populate_to(to);
         }
         made == 0

@@ -73,6 +73,12 @@ pub(crate) struct Context {
     pub tlb_lookups: u64,
     /// How often a TLB entry changed places with its victim.
     pub victims_recalled: u64,
+    /// Accesses across two pages that went on without the monitor.
+    pub crossings: u64,
+    /// Targets that the second level of the jump cache knew, and not the first.
+    pub second_jumps: u64,
+    /// How often the vector state was loaded.
+    pub vector_loads: u64,
     /// SYSRETs executed by translated code.
     pub user_entries: u64,
     pub jump_cache: [JumpCache; 3],
@@ -113,6 +119,9 @@ displacement! {
     INSTRUCTIONS_RUN = instructions_run;
     TLB_LOOKUPS = tlb_lookups;
     VICTIMS_RECALLED = victims_recalled;
+    CROSSINGS = crossings;
+    SECOND_JUMPS = second_jumps;
+    VECTOR_LOADS = vector_loads;
     USER_ENTRIES = user_entries;
     JUMP_CACHE = jump_cache;
     PAUSES_LEFT = cpu.pauses_left;

@@ -49,6 +49,12 @@ pub struct TranslateOptions {
     pub victims: bool,
     /// Keep the code cache in huge pages where the host has them.
     pub huge_code: bool,
+    /// Load the vector state when a block uses it, and not whenever translated code is entered.
+    pub lazy_vectors: bool,
+    /// Look for the target of an indirect branch in the second level of the jump cache before the monitor is asked.
+    pub second_jump_cache: bool,
+    /// Let an access across two pages go on without the monitor where both are in the TLB.
+    pub cross_pages: bool,
     /// Count the blocks and instructions that run (costs six instructions a block) and the time spent in translated code.
     pub count: bool,
     /// Keep code where perf looks for names in a map; see [`crate::explain::PerfMap`].
@@ -59,28 +65,41 @@ pub struct TranslateOptions {
 pub struct Switch {
     /// As the command line names it.
     pub name: &'static str,
+    /// What the translator without it is called where several are compared.
+    pub without: &'static str,
     field: fn(&mut TranslateOptions) -> &mut bool,
+}
+
+macro_rules! switches {
+    ($($name:literal => $field:ident,)*) => { &[$(Switch {
+        name: $name,
+        without: concat!("translate-no-", $name),
+        field: |o| &mut o.$field,
+    }),*] };
 }
 
 impl TranslateOptions {
     /// Every accelerator that can be turned off.
-    pub const SWITCHES: &'static [Switch] = &[
-        Switch::new("link", |o| &mut o.link),
-        Switch::new("flag-liveness", |o| &mut o.flag_liveness),
-        Switch::new("inline-system", |o| &mut o.inline_system),
-        Switch::new("inline-strings", |o| &mut o.inline_strings),
-        Switch::new("yield-spins", |o| &mut o.yield_spins),
-        Switch::new("extend", |o| &mut o.extend),
-        Switch::new("share-checks", |o| &mut o.share_checks),
-        Switch::new("borrow-registers", |o| &mut o.borrow_registers),
-        Switch::new("hold", |o| &mut o.hold),
-        Switch::new("resident", |o| &mut o.resident),
-        Switch::new("write-beside-code", |o| &mut o.write_beside_code),
-        Switch::new("rorx", |o| &mut o.rorx),
-        Switch::new("fuse", |o| &mut o.fuse),
-        Switch::new("victims", |o| &mut o.victims),
-        Switch::new("huge-code", |o| &mut o.huge_code),
-    ];
+    pub const SWITCHES: &'static [Switch] = switches! {
+        "link" => link,
+        "flag-liveness" => flag_liveness,
+        "inline-system" => inline_system,
+        "inline-strings" => inline_strings,
+        "yield-spins" => yield_spins,
+        "extend" => extend,
+        "share-checks" => share_checks,
+        "borrow-registers" => borrow_registers,
+        "hold" => hold,
+        "resident" => resident,
+        "write-beside-code" => write_beside_code,
+        "rorx" => rorx,
+        "fuse" => fuse,
+        "victims" => victims,
+        "huge-code" => huge_code,
+        "lazy-vectors" => lazy_vectors,
+        "second-jump-cache" => second_jump_cache,
+        "cross-pages" => cross_pages,
+    };
 
     /// The same without an accelerator.
     pub fn without(mut self, switch: &Switch) -> Self {
@@ -90,10 +109,6 @@ impl TranslateOptions {
 }
 
 impl Switch {
-    const fn new(name: &'static str, field: fn(&mut TranslateOptions) -> &mut bool) -> Self {
-        Switch { name, field }
-    }
-
     /// The switch of this name.
     pub fn named(name: &str) -> Option<&'static Self> {
         TranslateOptions::SWITCHES.iter().find(|s| s.name == name)
@@ -121,6 +136,9 @@ impl Default for TranslateOptions {
             fuse: true,
             victims: true,
             huge_code: true,
+            lazy_vectors: true,
+            second_jump_cache: true,
+            cross_pages: true,
             count: false,
             perf_map: false,
         }

@@ -485,7 +485,9 @@ fn inline_system(i: &Instruction, how: Decoding) -> Option<Class> {
         Code::Pushfq => return Some(Class::Pushf),
         Code::Syscall => return Some(Class::Syscall),
         Code::Rdpid_r64 => return Some(Class::Rdpid),
-        Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg if i.op0_kind() == OpKind::Register => {
+        Code::Mov_rm16_Sreg | Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg
+            if i.op0_kind() == OpKind::Register =>
+        {
             return Some(Class::ReadSelector);
         }
         Code::Rdfsbase_r32 | Code::Rdfsbase_r64 => return Some(segment_base(4, false)),
@@ -579,7 +581,7 @@ fn repeated(i: &Instruction) -> Option<Class> {
 }
 
 fn bit_string(i: &Instruction) -> Class {
-    if uses_scratch_operand(i, 1) || short_addresses(i) {
+    if short_addresses(i) {
         Class::Interpret
     } else {
         Class::BitString
@@ -592,14 +594,6 @@ fn short_addresses(i: &Instruction) -> bool {
         (Register::None, Register::None) => i.memory_displ_size() != 8,
         (Register::None, register) | (register, _) => register.size() != 8,
     }
-}
-
-/// True where the operand is r10 or r11, which the translator keeps in memory.
-fn uses_scratch_operand(i: &Instruction, op: u32) -> bool {
-    matches!(
-        i.op_register(op).full_register(),
-        Register::R10 | Register::R11
-    )
 }
 
 fn classify_push(i: &Instruction) -> Class {

@@ -1,12 +1,13 @@
 //! The jump cache: guest linear address → translation, for branches whose target is known only when they run.
 //!
 //! Two levels, one pair per privilege. Generated code looks a target up in the first, indexed by its low bits, in five instructions;
-//! return addresses collide there, so a thunk then looks into the second, which is larger, hashes all bits, and
-//! brings what it finds into the first. Only what is in neither asks the monitor.
+//! return addresses collide there, so a thunk then looks into the second, which is larger, hashes all bits, has two ways, and
+//! brings what it finds into the first. Only what is in neither asks the monitor. (With one way, some pair of hot return addresses
+//! shared a slot in every workload, and each use of one drove the other out.)
 //! Invariants: an entry's address leads to a block that is alive and that the guest's page tables give for its linear address.
 //! Whatever is in the first level is in the second, and the second lists the slots it uses, so that emptying both (each change of
 //! address space does) costs what was entered since. Slot 0 of the first level is always empty: a kick makes every look-up
-//! end there, and the thunk looks for kicks. Slot 0 apart, an unused entry is all zeros: address 0 belongs in slot 0.
+//! end there, and the thunk looks for kicks. An unused entry is all zeros but in the slots where address 0 belongs.
 
 use std::ops::Range;
 
@@ -17,10 +18,12 @@ const SECOND_BITS: u32 = 13;
 const SECOND: usize = 1 << SECOND_BITS;
 /// Generated code ands a linear address with this and scales by 8 to reach its entry in the first level: bit 0 does not count.
 pub(crate) const FIRST_INDEX_MASK: i32 = 2 * (FIRST as i32 - 1);
-/// The second level's slot is the top [`SECOND_BITS`] of the 32-bit product of the linear address and this.
+/// Slots of the second level where an address may be.
+const WAYS: usize = 2;
+/// The number of a pair of slots of the second level is the top bits of the 32-bit product of the linear address and this.
 pub(crate) const SECOND_FACTOR: i32 = 0x61c8_8647;
-/// How far the product is shifted right to become a slot.
-pub(crate) const SECOND_SHIFT: u8 = (32 - SECOND_BITS) as u8;
+/// How far the product is shifted right to become the number of a pair.
+pub(crate) const SECOND_SHIFT: u8 = (32 - (SECOND_BITS - 1)) as u8;
 
 /// A guest linear address and where its translation begins.
 #[repr(C)]
@@ -30,22 +33,29 @@ pub(crate) struct JumpEntry {
     pub host: u64,
 }
 
-/// An address that belongs in slot 0 of neither level. (One that is not canonical would not do: a guest may jump to any.)
-const NOT_IN_SLOT_0: u64 = 2;
+/// An address that belongs in another slot of either level than address 0. (One that is not canonical would not do: a guest may jump
+/// to any.)
+const NOT_IN_SLOT_0: u64 = 4;
+/// No host address.
+const FORGOTTEN: u64 = 1;
 
 impl JumpEntry {
     /// An entry that no address finds, since its own belongs in another slot.
     fn empty(slot: usize) -> JumpEntry {
-        let linear = if slot == 0 { NOT_IN_SLOT_0 } else { 0 };
+        let linear = if slot < WAYS { NOT_IN_SLOT_0 } else { 0 };
         JumpEntry { linear, host: 0 }
     }
 
     /// Empty, but in the list of filled slots.
     fn forgotten(slot: usize) -> JumpEntry {
         JumpEntry {
-            host: 1,
+            host: FORGOTTEN,
             ..JumpEntry::empty(slot)
         }
+    }
+
+    fn is_vacant(&self) -> bool {
+        self.host <= FORGOTTEN
     }
 }
 
@@ -62,37 +72,65 @@ fn first_slot(linear: u64) -> usize {
     (linear as i32 & FIRST_INDEX_MASK) as usize / 2
 }
 
-fn second_slot(linear: u64) -> usize {
-    ((linear as u32).wrapping_mul(SECOND_FACTOR as u32) >> SECOND_SHIFT) as usize
+/// The slots of the second level where an address may be.
+fn second_slots(linear: u64) -> Range<usize> {
+    let pair = ((linear as u32).wrapping_mul(SECOND_FACTOR as u32) >> SECOND_SHIFT) as usize;
+    WAYS * pair..WAYS * (pair + 1)
 }
 
 impl JumpCache {
     /// Makes a zeroed cache an empty one.
     pub fn initialize(&mut self) {
         self.first[0] = JumpEntry::empty(0);
-        self.second[0] = JumpEntry::empty(0);
+        for slot in 0..WAYS {
+            self.second[slot] = JumpEntry::empty(slot);
+        }
+    }
+
+    /// The slot of the second level that holds a linear address.
+    fn slot_of(&self, linear: u64) -> Option<usize> {
+        let mut slots = second_slots(linear);
+        slots.find(|slot| self.second[*slot].linear == linear)
     }
 
     /// The translation of a linear address.
     pub fn find(&self, linear: u64) -> Option<u64> {
-        let entry = &self.second[second_slot(linear)];
-        (entry.linear == linear).then_some(entry.host)
+        Some(self.second[self.slot_of(linear)?].host)
     }
 
     /// Enters a translation.
     pub fn insert(&mut self, linear: u64, host: u64) {
-        let slot = second_slot(linear);
-        let old = self.second[slot];
+        let entry = JumpEntry { linear, host };
+        let slot = self
+            .slot_of(linear)
+            .unwrap_or_else(|| self.make_room(linear));
+        self.put(slot, entry);
+        match first_slot(linear) {
+            0 => {}
+            slot => self.first[slot] = entry,
+        }
+    }
+
+    /// The slot for an address that is in none. The one that was entered last moves on to the second way.
+    fn make_room(&mut self, linear: u64) -> usize {
+        let slot = second_slots(linear).start;
+        let last = self.second[slot];
+        if !last.is_vacant() {
+            self.put(slot + 1, last);
+            self.second[slot] = JumpEntry::forgotten(slot);
+        }
+        slot
+    }
+
+    fn put(&mut self, slot: usize, entry: JumpEntry) {
+        let old = std::mem::replace(&mut self.second[slot], entry);
         if old.host == 0 {
             // A slot leaves the list only with its entry, so the list has room for all.
             self.filled[self.len] = slot as u16;
             self.len += 1;
         }
-        self.forget_first(old.linear);
-        self.second[slot] = JumpEntry { linear, host };
-        match first_slot(linear) {
-            0 => {}
-            slot => self.first[slot] = JumpEntry { linear, host },
+        if old.linear != entry.linear {
+            self.forget_first(old.linear);
         }
     }
 
@@ -119,8 +157,7 @@ impl JumpCache {
     /// Forgets one linear address.
     pub fn forget(&mut self, linear: u64) {
         self.forget_first(linear);
-        let slot = second_slot(linear);
-        if self.second[slot].linear == linear {
+        if let Some(slot) = self.slot_of(linear) {
             self.second[slot] = JumpEntry::forgotten(slot);
         }
     }
@@ -198,10 +235,10 @@ mod tests {
 
     #[test]
     fn a_vacant_entry_is_found_by_no_address() {
-        assert!(first_slot(NOT_IN_SLOT_0) != 0 && second_slot(NOT_IN_SLOT_0) != 0);
+        assert!(first_slot(NOT_IN_SLOT_0) >= WAYS && second_slots(NOT_IN_SLOT_0).start >= WAYS);
         let mut cache = empty();
         for _ in 0..2 {
-            for linear in [0, 2, 1 << 63, u64::MAX, 1 << 47] {
+            for linear in [0, 2, 4, 1 << 63, u64::MAX, 1 << 47] {
                 assert_eq!(cache.find(linear), None);
                 assert_ne!(cache.first[first_slot(linear)].linear, linear);
                 cache.insert(linear, 7);

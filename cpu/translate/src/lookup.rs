@@ -149,6 +149,8 @@ impl Translator {
         self.counts.pins += u64::from(translated.pins);
         self.counts.holds += u64::from(translated.holds);
         self.counts.shared_checks += u64::from(translated.shared);
+        self.counts.rorx_checks += u64::from(translated.rorx);
+        self.counts.fused += u64::from(translated.fused);
         self.counts.translated_instructions += guest.instructions.len() as u64;
         let made = Made {
             second_page,

@@ -55,6 +55,12 @@ pub(crate) struct How {
     pub xsaveopt: bool,
     /// Victims of the TLB are looked at.
     pub victims: bool,
+    /// The vector state is loaded when a block asks for it.
+    pub lazy_vectors: bool,
+    /// The second level of the jump cache is looked at.
+    pub second_jump_cache: bool,
+    /// Accesses across two pages go on without the monitor.
+    pub cross_pages: bool,
     /// Bytes of a check.
     pub check_len: usize,
 }
@@ -64,6 +70,9 @@ impl How {
         How {
             xsaveopt,
             victims: options.victims,
+            lazy_vectors: options.lazy_vectors,
+            second_jump_cache: options.second_jump_cache,
+            cross_pages: options.cross_pages,
             check_len: check_len(options.rorx),
         }
     }
@@ -79,6 +88,9 @@ pub(crate) fn assemble(asm: &mut Asm, base: u64, how: How) -> Thunks {
     }
     asm.lea(RSP, RSP, -8);
     asm.store(ctx::HOST_RSP, RSP);
+    if !how.lazy_vectors {
+        load_simd(asm);
+    }
     load_guest(asm);
     asm.jmp_gs(ctx::ENTRY);
 
@@ -97,7 +109,7 @@ pub(crate) fn assemble(asm: &mut Asm, base: u64, how: How) -> Thunks {
 
     let slow = [false, true].map(|simd| {
         let ask = asm.pos();
-        ask_monitor(asm, simd, xsaveopt, leave);
+        ask_monitor(asm, simd || !how.lazy_vectors, xsaveopt, leave);
         [0, 1, 2].map(|privilege| {
             [false, true].map(|write| {
                 [false, true].map(|alone| {
@@ -119,7 +131,7 @@ pub(crate) fn assemble(asm: &mut Asm, base: u64, how: How) -> Thunks {
     });
     let lookup = [0, 1, 2].map(|privilege| {
         let at = base + asm.pos() as u64;
-        lookup(asm, privilege, exit);
+        lookup(asm, privilege, exit, how);
         at
     });
     Thunks {
@@ -216,6 +228,9 @@ fn crossing(asm: &mut Asm, check: Check, ask: usize, how: How) {
     if how.victims {
         recall_victim(asm, tlb, tag, how.check_len);
     }
+    if !how.cross_pages {
+        out.push(asm.jmp());
+    }
     for page in [RDX, RCX] {
         asm.mov32(RCX, RAX);
         asm.shr32(RCX, (12 - TLB_ENTRY_SHIFT) as u8);
@@ -231,6 +246,7 @@ fn crossing(asm: &mut Asm, check: Check, ask: usize, how: How) {
     asm.add64(S0, RDX);
     asm.cmp64(RAX, RCX);
     let apart = asm.jcc(CC_NE);
+    asm.count(ctx::CROSSINGS);
     restore_slow_saved(asm);
     asm.jmp_reg(S1);
     asm.bind(apart);
@@ -267,6 +283,7 @@ fn copy_both(asm: &mut Asm) {
 
 /// A read goes on at a copy.
 fn read_copy(asm: &mut Asm) {
+    asm.count(ctx::CROSSINGS);
     copy_both(asm);
     restore_slow_saved(asm);
     asm.jmp_reg(S1);
@@ -281,6 +298,7 @@ fn write_copy(asm: &mut Asm, out: &mut Vec<Fixup>) {
     asm.load_mem_index8(S1, S1, RDX);
     asm.test64(S1, S1);
     out.push(asm.jcc(CC_E));
+    asm.count(ctx::CROSSINGS);
     copy_both(asm);
     asm.store(ctx::SLOW_LINEAR, S0);
     restore_slow_saved(asm);
@@ -322,18 +340,24 @@ fn ask_monitor(asm: &mut Asm, simd: bool, xsaveopt: bool, leave: usize) {
 }
 
 /// Goes on at the guest address in S0, which the first level of the jump cache does not know.
-fn lookup(asm: &mut Asm, privilege: u8, exit: u64) {
+fn lookup(asm: &mut Asm, privilege: u8, exit: u64, how: How) {
     let (first, second) = (
         ctx::jump_cache(privilege),
         ctx::second_jump_cache(privilege),
     );
     asm.alu_gs_imm32(Alu::Cmp, ctx::JUMP_MASK, 0);
     let kicked = asm.jcc(CC_E);
+    let unasked = (!how.second_jump_cache).then(|| asm.jmp());
     asm.imul_imm32(S1, S0, SECOND_FACTOR);
     asm.shr32(S1, SECOND_SHIFT);
-    asm.lea_index_only(S1, S1, 2);
+    asm.lea_index_only(S1, S1, 4);
+    asm.cmp_indexed8(S0, S1, second);
+    let here = asm.jcc(CC_E);
+    asm.alu_imm32(Alu::Add, S1, 2);
     asm.cmp_indexed8(S0, S1, second);
     let miss = asm.jcc(CC_NE);
+    asm.bind(here);
+    asm.count(ctx::SECOND_JUMPS);
     asm.store(ctx::SPILL, RAX);
     asm.load_indexed8(RAX, S1, second + 8);
     asm.mov32(S1, S0);
@@ -349,8 +373,9 @@ fn lookup(asm: &mut Asm, privilege: u8, exit: u64) {
     asm.mov(S1, RAX);
     asm.load(RAX, ctx::SPILL);
     asm.jmp_reg(S1);
-    asm.bind(miss);
-    asm.bind(kicked);
+    for jump in [Some(miss), Some(kicked), unasked].into_iter().flatten() {
+        asm.bind(jump);
+    }
     asm.store(ctx::SPILL + 8, S0);
     asm.store_imm32(ctx::EXIT, EXIT_INDIRECT);
     asm.jmp_to(exit);
@@ -367,6 +392,9 @@ fn park_simd(asm: &mut Asm, xsaveopt: bool) {
 
 /// Loads the vector state. Destroys RAX and RDX, but no flags.
 pub(crate) fn load_simd(asm: &mut Asm) {
+    asm.load(RAX, ctx::VECTOR_LOADS);
+    asm.lea(RAX, RAX, 1);
+    asm.store(ctx::VECTOR_LOADS, RAX);
     xsave_mask(asm);
     asm.raw(&[0x65, 0x48, 0x0f, 0xae, 5 << 3 | 4, 0x25]); // xrstor64
     asm.raw(&ctx::FPU.to_le_bytes());

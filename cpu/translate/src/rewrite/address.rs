@@ -214,6 +214,7 @@ impl Work<'_> {
         }
         let retry = self.asm().pos() as u32;
         let rorx = self.s.options.rorx;
+        self.out.rorx += u32::from(rorx);
         let a = self.asm();
         let begin = a.pos();
         if rorx {

@@ -38,6 +38,7 @@ impl Work<'_> {
             self.end_residence();
             self.poll();
             self.polled = Some(self.at + 1);
+            self.out.fused += 1;
         }
     }
 

@@ -143,11 +143,17 @@ impl Work<'_> {
             4 => 5,
             _ => 4,
         };
+        let scratch = is_scratch(bit);
+        if scratch {
+            self.asm().load(S1, ctx::gpr(n));
+        }
+        // What holds the offset until the check destroys it.
+        let at = if scratch { S1 } else { n };
         let a = self.asm();
         match bit.size() {
-            8 => a.mov(S1, n),
-            4 => a.raw(&[0x4c | n >> 3, 0x63, 0xc0 | (S1 & 7) << 3 | (n & 7)]), // movsxd
-            _ => a.raw(&[0x4c | n >> 3, 0x0f, 0xbf, 0xc0 | (S1 & 7) << 3 | (n & 7)]), // movsx
+            8 => a.mov(S1, at),
+            4 => a.raw(&[0x4c | at >> 3, 0x63, 0xc0 | (S1 & 7) << 3 | (at & 7)]), // movsxd
+            _ => a.raw(&[0x4c | at >> 3, 0x0f, 0xbf, 0xc0 | (S1 & 7) << 3 | (at & 7)]), // movsx
         }
         a.sar64(S1, shift);
         let scale = bit.size().trailing_zeros() as u8;
@@ -157,7 +163,10 @@ impl Work<'_> {
         self.check(i, bit.size() as u16, write);
         // Flags first: the mask destroys them, so it goes through the spill slot's copy in S1.
         let bits = bit.size() as i32 * 8 - 1;
-        self.asm().mov(S1, n);
+        match scratch {
+            true => self.asm().load(S1, ctx::gpr(n)),
+            false => self.asm().mov(S1, n),
+        }
         self.asm().alu_imm32(Alu::And, S1, bits);
         let needs = i.flags.needs_registers(i.live_after) || self.leaves_saved_flags(i);
         if self.place == FlagPlace::Saved && needs {

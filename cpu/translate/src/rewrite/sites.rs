@@ -91,6 +91,10 @@ pub(crate) struct Translated {
     pub holds: u32,
     /// Accesses that needed no check of their own.
     pub shared: u32,
+    /// Checks that shift with RORX.
+    pub rorx: u32,
+    /// Comparisons that stand beside their branch since its poll stands before them.
+    pub fused: u32,
     /// Where the last instruction's code ends and the stubs begin.
     pub body: u32,
     pub boundaries: Vec<Boundary>,

@@ -163,11 +163,20 @@ impl Work<'_> {
         self.load_slot(i.decoded.op0_register(), ctx::TSC_AUX, false);
     }
 
-    /// `mov r32, sreg` or `mov r64, sreg`: the selector, zero extended.
+    /// `mov r, sreg`: the selector, zero extended where the register has more than 16 bits.
     pub(super) fn read_selector(&mut self, i: &GuestInstruction) {
         let selector = ctx::segment_selector(i.decoded.op1_register().number() as u8);
         let to = i.decoded.op0_register();
-        let n = to.number() as Reg;
+        let n = to.full_register().number() as Reg;
+        if to.size() == 2 {
+            self.asm().load16(S0, selector);
+            if is_scratch(to) {
+                self.asm().store16(ctx::gpr(n), S0);
+            } else {
+                self.mov16(n, S0);
+            }
+            return;
+        }
         let r = if is_scratch(to) { S0 } else { n };
         self.asm().load16(r, selector);
         if is_scratch(to) {
