@@ -64,6 +64,17 @@ impl TlbEntry {
         self.read_tag == page || self.write_tag == page
     }
 
+    /// The linear page, if it gives any right.
+    fn page(&self, slot: usize) -> Option<u64> {
+        let invalid = TlbEntry::invalid(slot).read_tag;
+        let mut tags = [self.read_tag, self.write_tag].into_iter();
+        tags.find(|tag| *tag != invalid)
+    }
+
+    fn take_write(&mut self, slot: usize) {
+        self.write_tag = TlbEntry::invalid(slot).write_tag;
+    }
+
     fn is_global(&self) -> bool {
         self.gpa & 1 != 0
     }
@@ -88,6 +99,26 @@ pub struct Tlb {
     victims: [TlbEntry; TLB_ENTRIES],
     /// Of translations that are not global, and of global ones.
     filled: [FilledSlots; 2],
+}
+
+/// Entries of an address space that [`TakenEntries`] holds at most.
+pub const MOST_TAKEN: usize = 512;
+
+/// Entries that are not in their TLB for now, with their slots.
+#[derive(Debug, Default)]
+pub struct TakenEntries {
+    entries: Vec<(u16, TlbEntry)>,
+}
+
+impl TakenEntries {
+    /// As [`Tlb::protect`].
+    pub fn protect(&mut self, gpa: u64) {
+        for (slot, e) in &mut self.entries {
+            if e.gpa & !1 == gpa & !PAGE_MASK {
+                e.take_write(usize::from(*slot));
+            }
+        }
+    }
 }
 
 /// Slots that were filled since they were last flushed; each valid entry stands in the list of its kind.
@@ -230,6 +261,44 @@ impl Tlb {
         });
     }
 
+    /// Takes what is not global out, into `taken`; the latest [`MOST_TAKEN`] of it.
+    pub fn take_non_global(&mut self, taken: &mut TakenEntries) {
+        taken.entries.clear();
+        let Tlb {
+            entries,
+            victims,
+            filled,
+        } = self;
+        filled[0].drain(|slot| {
+            for e in [&mut entries[slot], &mut victims[slot]] {
+                if e.is_valid() && !e.is_global() {
+                    taken.entries.push((slot as u16, *e));
+                    *e = TlbEntry::invalid(slot);
+                }
+            }
+        });
+        let early = taken.entries.len().saturating_sub(MOST_TAKEN);
+        taken.entries.drain(..early);
+    }
+
+    /// Puts entries back into a TLB that holds nothing but global ones; `taken` is empty afterwards.
+    pub fn put_back(&mut self, taken: &mut TakenEntries) {
+        for (slot, e) in taken.entries.drain(..) {
+            let slot = usize::from(slot);
+            let page = e.page(slot);
+            let there = self.entries[slot];
+            let place = match there.is_valid() {
+                false => &mut self.entries[slot],
+                true => &mut self.victims[slot],
+            };
+            let twice = page.is_none_or(|page| there.is_of(page));
+            if !twice && !place.is_valid() {
+                *place = e;
+                self.filled[0].add(slot);
+            }
+        }
+    }
+
     /// Forgets the page of one linear address.
     pub fn flush_page(&mut self, linear: u64) {
         let slot = slot_of(linear);
@@ -248,7 +317,7 @@ impl Tlb {
             filled.for_each(|slot| {
                 for e in [&mut entries[slot], &mut victims[slot]] {
                     if e.gpa & !1 == gpa & !PAGE_MASK {
-                        e.write_tag = TlbEntry::invalid(slot).write_tag;
+                        e.take_write(slot);
                     }
                 }
             });
@@ -375,6 +444,54 @@ mod tests {
         assert!(!writable(&tlb));
         tlb.flush_page(0x3000);
         assert_eq!(pages(&tlb, 0x3000), [None, None]);
+    }
+
+    #[test]
+    fn what_is_taken_out_comes_back_without_what_it_lost() {
+        const STEP: u64 = (TLB_ENTRIES as u64) << 12;
+        let ram = GuestRam::new(1 << 20).unwrap();
+        let (mut tlb, peer) = (Tlb::default(), ram.tracker().join());
+        let mut fill = |tlb: &mut Tlb, linear: u64, gpa: u64, global| {
+            ram.tracker().mark_dirty(gpa);
+            tlb.fill(linear, &translation(gpa, global), ALL, &ram, &peer);
+        };
+        fill(&mut tlb, 0x1000, 0x1000, false);
+        fill(&mut tlb, 0x1000 + STEP, 0x2000, false);
+        fill(&mut tlb, 0x3000, 0x3000, true);
+        fill(&mut tlb, 0x4000, 0x4000, false);
+        let mut taken = TakenEntries::default();
+        tlb.take_non_global(&mut taken);
+        let read = |tlb: &Tlb, at| tlb.lookup_read(at, 8).is_some();
+        assert!(!read(&tlb, 0x1000 + STEP) && !read(&tlb, 0x4000) && read(&tlb, 0x3000));
+        assert_eq!(pages(&tlb, 0x1000), [None, None]);
+        taken.protect(0x4008);
+        // A global page drives one of them to the victim's place.
+        fill(&mut tlb, 0x4000 + STEP, 0x5000, true);
+        tlb.put_back(&mut taken);
+        assert_eq!(pages(&tlb, 0x1000), [Some(0x1000 + STEP), Some(0x1000)]);
+        assert_eq!(pages(&tlb, 0x4000), [Some(0x4000 + STEP), Some(0x4000)]);
+        fill(&mut tlb, 0x5000, 0x6000, false);
+        assert!(tlb.lookup_write(0x1000 + STEP, 8).is_some());
+        let victim = &tlb.victims[slot_of(0x4000)];
+        assert_ne!(victim.write_tag, 0x4000, "it was taken away");
+        tlb.flush_non_global();
+        assert_eq!(pages(&tlb, 0x4000), [Some(0x4000 + STEP), None]);
+        assert_eq!(pages(&tlb, 0x1000), [None, None]);
+    }
+
+    #[test]
+    fn of_many_entries_the_latest_are_taken() {
+        let ram = GuestRam::new(1 << 20).unwrap();
+        let (mut tlb, peer) = (Tlb::default(), ram.tracker().join());
+        for n in 0..2 * MOST_TAKEN as u64 {
+            tlb.fill(n << 12, &translation(0x1000, false), ALL, &ram, &peer);
+        }
+        let mut taken = TakenEntries::default();
+        tlb.take_non_global(&mut taken);
+        tlb.put_back(&mut taken);
+        let held = |n: usize| tlb.lookup_read((n as u64) << 12, 8).is_some();
+        assert!((0..MOST_TAKEN).all(|n| !held(n)));
+        assert!((MOST_TAKEN..2 * MOST_TAKEN).all(held));
     }
 
     #[test]

@@ -58,8 +58,8 @@ struct Space {
     child: Option<Child>,
     /// What is to be changed in the child.
     changes: Changes,
-    /// The guest has flushed since the shadow was looked through.
-    stale: bool,
+    /// The [`doppel_x86::AddressSpaces::id`] of the translations that the shadow is a part of.
+    id: u64,
     /// Host mappings that the child can have, about.
     mappings: usize,
     used: u64,
@@ -106,6 +106,8 @@ pub struct Direct {
     mapped: Vec<u64>,
     user: Box<UserState>,
     kicker: Arc<Kicker>,
+    /// The id of the CPU's translations, when it was last told.
+    current: u64,
     /// Mappings that the next page fault may make.
     ambition: usize,
     pin: Pin,
@@ -139,6 +141,7 @@ impl Direct {
             mapped: vec![0; pages.div_ceil(64) as usize],
             user: Box::new(UserState::new(0)),
             kicker: Arc::default(),
+            current: 0,
             ambition: MAPPINGS.0,
             pin: Pin::default(),
             failures: 0,
@@ -185,7 +188,7 @@ impl Direct {
             counts.emptied += 1;
             space.empty();
         }
-        if std::mem::take(&mut space.stale) {
+        if std::mem::replace(&mut space.id, cpu.spaces.id()) != cpu.spaces.id() {
             counts.revisions += 1;
             space
                 .shadow
@@ -504,7 +507,7 @@ impl Space {
             account: Account::new(times),
             child: None,
             changes: Changes::default(),
-            stale: false,
+            id: u64::MAX,
             mappings: 0,
             used: 0,
         }
@@ -534,25 +537,25 @@ impl UserCode for Direct {
     fn interrupted(&mut self, cpu: &Cpu, entries: u64) -> bool {
         self.pin.tick();
         let look = Look {
-            root: cpu.cr3,
+            root: root(cpu),
             tsc: host_tsc(),
             entries,
         };
         let promising = self.scout.promising(&self.times, look);
-        promising && eligible(cpu) && self.open(cpu.cr3)
+        promising && eligible(cpu) && self.open(root(cpu))
     }
 
     fn takes(&mut self, cpu: &Cpu) -> bool {
-        let space = self.spaces.get(&cpu.cr3);
+        let space = self.spaces.get(&root(cpu));
         let direct = space.is_some_and(|s| s.account.is_direct());
         if !direct && !self.options.always {
             return false;
         }
-        eligible(cpu) && (direct || self.open(cpu.cr3))
+        eligible(cpu) && (direct || self.open(root(cpu)))
     }
 
     fn run(&mut self, cpu: &mut Cpu, called: &dyn Fn() -> bool) -> Left {
-        let root = cpu.cr3;
+        let root = root(cpu);
         self.ambition = MAPPINGS.0;
         loop {
             self.kicker.0.clear();
@@ -587,12 +590,19 @@ impl UserCode for Direct {
         }
     }
 
-    fn flushed(&mut self, flushed: &Flushed) {
-        let all = flushed.non_global || flushed.global;
-        for space in self.spaces.values_mut() {
-            space.stale |= all;
+    fn flushed(&mut self, cpu: &Cpu, flushed: &Flushed) {
+        let id = cpu.spaces.id();
+        let before = std::mem::replace(&mut self.current, id);
+        if flushed.non_global || flushed.global || flushed.switched {
+            return;
+        }
+        // Pages of the address space that was and is current.
+        if let Some(space) = self.spaces.get_mut(&root(cpu)) {
             for page in &flushed.pages {
                 space.shadow.unmap(*page, &mut space.changes);
+            }
+            if space.id == before {
+                space.id = id;
             }
         }
     }
@@ -647,6 +657,11 @@ const MOST_FAILURES: u32 = 8;
 
 fn nanoseconds(ticks: u64, hz: u64) -> u64 {
     (u128::from(ticks) * 1_000_000_000 / u128::from(hz.max(1))) as u64
+}
+
+/// What tells address spaces apart: where their page tables are. (Linux gives one of them different PCIDs over time.)
+fn root(cpu: &Cpu) -> u64 {
+    cpu.paging().root
 }
 
 /// A data segment that a process of the host can have as well.

@@ -28,6 +28,9 @@ use crate::rewrite::{AccessSite, Base, Boundary, ExitSite, FirstSites, Translate
 /// Index of a block, valid until the cache is emptied.
 pub(crate) type BlockId = u32;
 
+/// An exit, and the block that it leads to.
+pub(crate) type Link = (u32, BlockId);
+
 /// What a block is found by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Key {
@@ -122,8 +125,8 @@ pub(crate) struct Blocks {
     /// The second pages of blocks that have one, and which blocks these are.
     second_pages: FxHashMap<BlockId, u64>,
     by_second_page: FxHashMap<u64, Vec<BlockId>>,
-    /// Linked exits that lead to another page, of kernel and of user code.
-    cross_page: [Vec<u32>; 2],
+    /// Links that lead to another page, of kernel and of user code.
+    cross_page: [Vec<Link>; 2],
     pub links: u64,
     pub invalidated: u64,
 }
@@ -344,7 +347,7 @@ impl Blocks {
         self.links += 1;
         if across_pages {
             let user = usize::from(self.base(e.block) == Base::Dynamic);
-            self.cross_page[user].push(exit);
+            self.cross_page[user].push((exit, to));
         }
     }
 
@@ -405,10 +408,30 @@ impl Blocks {
     /// Cuts every link of user or of kernel code that leads to another page.
     pub fn unlink_cross_page(&mut self, user: bool, cache: &mut CodeCache) {
         let mut exits = std::mem::take(&mut self.cross_page[usize::from(user)]);
-        for exit in exits.drain(..) {
+        for (exit, _) in exits.drain(..) {
             self.unlink(exit, cache);
         }
         self.cross_page[usize::from(user)] = exits;
+    }
+
+    /// The same for user code; notes the latest `most` of the links in `taken`.
+    pub fn take_cross_page(&mut self, taken: &mut Vec<Link>, most: usize, cache: &mut CodeCache) {
+        let links = &self.cross_page[1];
+        taken.extend_from_slice(&links[links.len().saturating_sub(most)..]);
+        self.unlink_cross_page(true, cache);
+    }
+
+    /// Links an exit again to the block that it led to, where both are still there.
+    pub fn link_again(&mut self, (exit, to): Link, cache: &mut CodeCache) {
+        let from = self.exits[exit as usize].block;
+        if self.record(from).alive && self.record(to).alive {
+            self.link(exit, to, true, cache);
+        }
+    }
+
+    /// Where a block that is still there is entered by callers that saved their flags.
+    pub fn entry_of_alive(&self, id: BlockId) -> Option<u64> {
+        self.record(id).alive.then(|| self.entry_saved(id))
     }
 
     /// The blocks that were made from bytes of a page and not thrown away.

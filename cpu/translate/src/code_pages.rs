@@ -19,6 +19,10 @@ pub(crate) struct CodePages {
     kernel_global: Pages,
 }
 
+/// The user code pages of an address space that is not current.
+#[derive(Default)]
+pub(crate) struct UserPages(Pages);
+
 /// What a flush took away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Lost {
@@ -67,6 +71,14 @@ impl CodePages {
             user: before.0 != after.0,
             kernel: before.1 != after.1,
         }
+    }
+
+    /// Another address space became current: its user pages come, and the others' are returned. Tells whether any of the kernel's
+    /// were lost.
+    pub fn switch(&mut self, user: UserPages) -> (UserPages, bool) {
+        let lost = !self.kernel.is_empty();
+        self.kernel.clear();
+        (UserPages(std::mem::replace(&mut self.user, user.0)), lost)
     }
 
     fn count(&self) -> (usize, usize) {

@@ -55,6 +55,8 @@ pub struct TranslateOptions {
     pub second_jump_cache: bool,
     /// Let an access across two pages go on without the monitor where both are in the TLB.
     pub cross_pages: bool,
+    /// Keep what is known of an address space while another is current, where the guest says so (CR4.PCIDE).
+    pub keep_spaces: bool,
     /// Count the blocks and instructions that run (costs six instructions a block) and the time spent in translated code.
     pub count: bool,
     /// Keep code where perf looks for names in a map; see [`crate::explain::PerfMap`].
@@ -99,6 +101,7 @@ impl TranslateOptions {
         "lazy-vectors" => lazy_vectors,
         "second-jump-cache" => second_jump_cache,
         "cross-pages" => cross_pages,
+        "keep-spaces" => keep_spaces,
     };
 
     /// The same without an accelerator.
@@ -139,6 +142,7 @@ impl Default for TranslateOptions {
             lazy_vectors: true,
             second_jump_cache: true,
             cross_pages: true,
+            keep_spaces: true,
             count: false,
             perf_map: false,
         }

@@ -11,6 +11,8 @@
 
 use std::ops::Range;
 
+use crate::blocks::BlockId;
+
 /// Entries of the first level; a power of two.
 const FIRST: usize = 4096;
 /// log2 of the entries of the second level.
@@ -64,6 +66,8 @@ impl JumpEntry {
 pub(crate) struct JumpCache {
     pub first: [JumpEntry; FIRST],
     pub second: [JumpEntry; SECOND],
+    /// Whose translations the entries of the second level lead to.
+    blocks: [BlockId; SECOND],
     filled: [u16; SECOND],
     len: usize,
 }
@@ -99,12 +103,12 @@ impl JumpCache {
     }
 
     /// Enters a translation.
-    pub fn insert(&mut self, linear: u64, host: u64) {
+    pub fn insert(&mut self, linear: u64, host: u64, block: BlockId) {
         let entry = JumpEntry { linear, host };
         let slot = self
             .slot_of(linear)
             .unwrap_or_else(|| self.make_room(linear));
-        self.put(slot, entry);
+        self.put(slot, entry, block);
         match first_slot(linear) {
             0 => {}
             slot => self.first[slot] = entry,
@@ -116,13 +120,14 @@ impl JumpCache {
         let slot = second_slots(linear).start;
         let last = self.second[slot];
         if !last.is_vacant() {
-            self.put(slot + 1, last);
+            self.put(slot + 1, last, self.blocks[slot]);
             self.second[slot] = JumpEntry::forgotten(slot);
         }
         slot
     }
 
-    fn put(&mut self, slot: usize, entry: JumpEntry) {
+    fn put(&mut self, slot: usize, entry: JumpEntry, block: BlockId) {
+        self.blocks[slot] = block;
         let old = std::mem::replace(&mut self.second[slot], entry);
         if old.host == 0 {
             // A slot leaves the list only with its entry, so the list has room for all.
@@ -139,6 +144,17 @@ impl JumpCache {
         if self.first[slot].linear == linear {
             self.first[slot] = JumpEntry::empty(slot);
         }
+    }
+
+    /// Takes everything out, into `taken`: linear addresses and their blocks, the latest `most` of them.
+    pub fn take(&mut self, taken: &mut Vec<(u64, BlockId)>, most: usize) {
+        let filled = &self.filled[self.len.saturating_sub(most)..self.len];
+        taken.extend(filled.iter().filter_map(|slot| {
+            let slot = usize::from(*slot);
+            let e = self.second[slot];
+            (!e.is_vacant()).then_some((e.linear, self.blocks[slot]))
+        }));
+        self.clear();
     }
 
     /// Forgets everything.
@@ -187,6 +203,7 @@ mod tests {
         let mut cache = Box::new(JumpCache {
             first: [zeros; FIRST],
             second: [zeros; SECOND],
+            blocks: [0; SECOND],
             filled: [0; SECOND],
             len: 0,
         });
@@ -207,15 +224,15 @@ mod tests {
         let mut cache = empty();
         for n in 0..40_000u64 {
             let linear = n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 17;
-            cache.insert(linear, 0x1000 + n);
+            cache.insert(linear, 0x1000 + n, n as BlockId);
             assert_eq!(cache.find(linear), Some(0x1000 + n));
         }
         check(&cache);
-        cache.insert(0, 77);
+        cache.insert(0, 77, 1);
         assert_eq!(cache.find(0), Some(77));
         cache.forget(0);
         assert_eq!(cache.find(0), None);
-        cache.insert(0, 78);
+        cache.insert(0, 78, 1);
         cache.remove(&(0x1000 + 30_000..0x1000 + 40_000));
         check(&cache);
         assert!(cache.second.iter().all(|e| e.host < 0x1000 + 30_000));
@@ -241,7 +258,7 @@ mod tests {
             for linear in [0, 2, 4, 1 << 63, u64::MAX, 1 << 47] {
                 assert_eq!(cache.find(linear), None);
                 assert_ne!(cache.first[first_slot(linear)].linear, linear);
-                cache.insert(linear, 7);
+                cache.insert(linear, 7, 1);
                 cache.forget(linear);
             }
         }

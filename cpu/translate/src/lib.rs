@@ -29,6 +29,7 @@ mod recipe;
 mod recipes;
 mod records;
 mod rewrite;
+mod spaces;
 mod stats;
 mod thunk;
 mod translator;

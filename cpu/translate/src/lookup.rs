@@ -30,7 +30,7 @@ impl Translator {
         let block = self.find_block(rip)?;
         if !self.link(block) {
             let host = self.blocks.entry_saved(block);
-            self.context.jump_cache[privilege as usize].insert(rip, host);
+            self.context.jump_cache[privilege as usize].insert(rip, host, block);
         }
         Some(self.blocks.entry_saved(block))
     }
@@ -303,7 +303,7 @@ impl Translator {
     fn follow_flushes(&mut self) {
         let flushed = std::mem::take(&mut self.context.cpu.flushed);
         if let Some(user_code) = &mut self.user_code {
-            user_code.flushed(&flushed);
+            user_code.flushed(&self.context.cpu, &flushed);
         }
         let lost = self.code_pages.flush(&flushed);
         if lost.user {
@@ -311,9 +311,17 @@ impl Translator {
             self.blocks.unlink_cross_page(true, &mut self.cache);
         }
         if lost.kernel {
-            self.empty_jump_caches(1..3);
-            self.blocks.unlink_cross_page(false, &mut self.cache);
+            self.lost_kernel_code();
         }
+        if flushed.switched {
+            self.switch_space();
+        }
+        self.spaces.current = self.context.cpu.spaces.id();
+    }
+
+    pub fn lost_kernel_code(&mut self) {
+        self.empty_jump_caches(1..3);
+        self.blocks.unlink_cross_page(false, &mut self.cache);
     }
 
     /// Has every entry into user code come by the loop.
@@ -336,6 +344,7 @@ impl Translator {
         self.cache.clear();
         self.link_from = None;
         self.empty_jump_caches(0..3);
+        self.spaces.clear();
         self.observe_emptying();
     }
 }

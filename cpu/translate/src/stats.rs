@@ -74,6 +74,7 @@ impl Translator {
             ("flags_rebuilt", c.rebuilt_flags),
             ("instructions_not_encodable", c.unencodable),
             ("tlb_flushes", cpu.tlb_flushes),
+            ("address_spaces_resumed", cpu.spaces_resumed),
             ("page_walks", cpu.page_walks),
             ("interpreted_instructions", cpu.interpreted_instructions),
             ("exceptions", cpu.exceptions.iter().sum()),

@@ -23,6 +23,7 @@ use crate::flags::{FlagPlace, pack, unpack};
 use crate::frontend::{GuestBlock, Simd};
 use crate::recipes::Lost;
 use crate::rewrite::{Base, Rewriter};
+use crate::spaces::Spaces;
 use crate::stats::Counts;
 use crate::thunk::{self, EXIT_ACCESS, EXIT_FAULT, EXIT_INDIRECT, How, Thunks};
 
@@ -37,6 +38,7 @@ pub(crate) struct Translator {
     pub thunks: Thunks,
     pub options: TranslateOptions,
     pub code_pages: CodePages,
+    pub spaces: Spaces,
     /// An exit that the next block found is to be linked to.
     pub link_from: Option<u32>,
     /// What the blocks in the jump caches were translated for.
@@ -68,7 +70,7 @@ impl Recent {
 pub(crate) const CACHE_MARGIN: usize = 64 << 10;
 
 impl Translator {
-    pub fn new(cpu: Box<Cpu>, options: TranslateOptions) -> Result<Self, TranslateError> {
+    pub fn new(mut cpu: Box<Cpu>, options: TranslateOptions) -> Result<Self, TranslateError> {
         let size = options.cache_size.clamp(4 * CACHE_MARGIN, 1 << 30);
         let mut cache = CodeCache::new(size, options.perf_map, options.huge_code)
             .map_err(|e| TranslateError::Cache(size, e))?;
@@ -78,6 +80,7 @@ impl Translator {
         cache.append(&asm.bytes);
         cache.pin();
         let peer = cpu.peer.clone();
+        cpu.spaces.keep = options.keep_spaces;
         let context = ContextBox::new(cpu);
         peer.set_nudge(context.nudge());
         Ok(Translator {
@@ -89,6 +92,7 @@ impl Translator {
             thunks,
             options,
             code_pages: CodePages::default(),
+            spaces: Spaces::default(),
             link_from: None,
             simd: Simd::None,
             counts: Counts::default(),

@@ -110,8 +110,6 @@ impl Cpu {
 
     /// Debug registers changed.
     pub(crate) fn follow_breakpoints(&mut self) {
-        for tlb in &mut self.tlb {
-            tlb.flush();
-        }
+        self.empty_tlbs();
     }
 }

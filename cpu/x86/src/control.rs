@@ -129,13 +129,16 @@ fn write_cr3(cpu: &mut Cpu, bus: &mut dyn Bus, v: u64) -> Result<(), Exception> 
     if no_flush && value == cpu.cr3 {
         return Ok(());
     }
+    let (from, to) = (cpu.cr3 & CR3_PCID, value & CR3_PCID);
+    if pcide && from != to {
+        cpu.cr3 = value;
+        cpu.change_pcid(from, to, no_flush);
+        return Ok(());
+    }
     load_cr3(cpu, bus, value)
 }
 
-/// Loads CR3 and forgets the translations of the old address space.
-///
-/// The TLBs hold the current PCID's translations alone, so that a change of address space flushes them even
-/// where the guest would let them stay.
+/// Loads CR3 and forgets the translations of the current PCID, the only one without CR4.PCIDE.
 pub(crate) fn load_cr3(cpu: &mut Cpu, bus: &mut dyn Bus, v: u64) -> Result<(), Exception> {
     if pae(cpu.cr0, cpu.cr4, cpu.long_mode()) {
         cpu.pdpte = read_pdptes(cpu, bus, v)?;
@@ -248,11 +251,11 @@ pub(crate) fn invalidate_pcid(
     let current = if pcide { cpu.cr3 & CR3_PCID } else { 0 };
     match kind {
         0 if cpu.mode() == CpuMode::Bits64 && !Cpu::canonical(linear) => return Err(GP0),
-        // The TLBs hold nothing of other address spaces.
-        0 | 1 if pcid != current => {}
+        0 | 1 if pcid != current => cpu.flush_kept(pcid),
         0 => cpu.flush_tlb_page(linear & !PAGE_MASK),
+        1 => cpu.flush_tlb(false),
         2 => cpu.flush_tlb(true),
-        _ => cpu.flush_tlb(false),
+        _ => cpu.flush_all_non_global(),
     }
     Ok(())
 }

@@ -4,6 +4,7 @@
 //! compared with. Reading order: [`Cpu`], [`Bus`] and [`Engine`] (the contracts), `mmu`, `exception` and `event`, `system` (the
 //! system instructions and what they need), `cpuid` and `msr`, `interpret`.
 
+mod address_space;
 mod arch_host;
 mod breakpoint;
 mod bus;
@@ -39,6 +40,7 @@ mod transfer;
 mod tsc;
 mod user_code;
 
+pub use address_space::{AddressSpaces, MOST_KEPT};
 pub use arch_host::{tsc as host_tsc, xcr0 as host_xcr0};
 pub use bus::{Bus, EmptyBus, Start};
 pub use cpuid::{APIC_BUS_HZ, CpuidLeaf, CpuidModel, Vendor, XCR0_MASK};

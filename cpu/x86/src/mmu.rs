@@ -119,6 +119,10 @@ impl Cpu {
         privilege: Privilege,
         out: &mut [u8],
     ) -> Result<(), Exception> {
+        if let Some(p) = self.tlb[privilege as usize].lookup_read(linear, out.len()) {
+            p.read(out);
+            return Ok(());
+        }
         let size = out.len() as u64;
         let mut at = linear;
         let mut out = out;
@@ -145,6 +149,10 @@ impl Cpu {
         privilege: Privilege,
         data: &[u8],
     ) -> Result<(), Exception> {
+        if let Some(p) = self.tlb[privilege as usize].lookup_write(linear, data.len()) {
+            p.write(data);
+            return Ok(());
+        }
         let first = self.translate(linear, AccessKind::Write, privilege)?;
         let mut at = linear;
         let mut left = data.len();
@@ -286,6 +294,12 @@ impl Cpu {
         size: usize,
         privilege: Privilege,
     ) -> Result<(), Exception> {
+        if self.tlb[privilege as usize]
+            .lookup_write(linear, size)
+            .is_some()
+        {
+            return Ok(());
+        }
         let (mut at, mut left) = (linear, size);
         loop {
             self.translate(at, AccessKind::Write, privilege)?;

@@ -39,7 +39,7 @@ impl Cpu {
     /// Takes write permission from the TLBs as others ask for it.
     pub fn give_up_writing(&mut self, requests: &Requests) {
         if requests.protect_all {
-            self.tlb.iter_mut().for_each(|tlb| tlb.flush());
+            self.empty_tlbs();
             self.given_up.all();
         }
         for page in &requests.protect {
@@ -49,9 +49,7 @@ impl Cpu {
 
     /// Takes write permission for a physical page from the TLBs.
     pub fn give_up_writing_to(&mut self, gpa: u64) {
-        for tlb in &mut self.tlb {
-            tlb.protect(gpa & !PAGE_MASK);
-        }
+        self.protect_in_tlbs(gpa & !PAGE_MASK);
         self.given_up.page(gpa & !PAGE_MASK);
         self.ram.tracker().remove_writer(gpa, &self.peer);
     }

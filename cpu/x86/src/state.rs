@@ -5,9 +5,9 @@
 use std::sync::Arc;
 
 use crate::interpret::{CodeCache, HostUnit};
-use crate::{CpuidModel, GivenUp, arch_host, msr};
+use crate::{AddressSpaces, CpuidModel, GivenUp, arch_host, msr};
 use bitflags::bitflags;
-use doppel_memory::{GuestRam, LargePages, PAGE_MASK, Paging, PagingMode, Peer, Privilege, Tlb};
+use doppel_memory::{GuestRam, LargePages, Paging, PagingMode, Peer, Privilege, Tlb};
 
 bitflags! {
     /// RFLAGS.
@@ -297,6 +297,8 @@ pub struct Counters {
     pub interrupts: u64,
     pub page_walks: u64,
     pub tlb_flushes: u64,
+    /// Address spaces whose translations were still there when they became current again.
+    pub spaces_resumed: u64,
     pub port_accesses: u64,
     pub mmio_accesses: u64,
     pub msr_accesses: u64,
@@ -319,6 +321,8 @@ pub struct Flushed {
     pub non_global: bool,
     /// Every translation.
     pub global: bool,
+    /// Another PCID became current: nothing was flushed, but other translations are in use (see [`crate::AddressSpaces`]).
+    pub switched: bool,
     /// These linear pages (bounded: past [`Flushed::MOST_PAGES`] it becomes `global`).
     pub pages: Vec<u64>,
 }
@@ -329,10 +333,10 @@ impl Flushed {
 
     /// True while there is nothing to follow.
     pub fn is_empty(&self) -> bool {
-        !self.non_global && !self.global && self.pages.is_empty()
+        !self.non_global && !self.global && !self.switched && self.pages.is_empty()
     }
 
-    fn page(&mut self, linear: u64) {
+    pub(crate) fn page(&mut self, linear: u64) {
         if self.pages.len() < Self::MOST_PAGES {
             self.pages.push(linear);
         } else {
@@ -406,6 +410,8 @@ pub struct Cpu {
     pub large_pages: LargePages,
     /// What was flushed since a translator last looked: it keeps linear addresses of code itself.
     pub flushed: Flushed,
+    /// Whose translations the TLBs hold, and what is kept of others.
+    pub spaces: AddressSpaces,
     /// Permissions to write that were taken away since somebody last looked.
     pub given_up: GivenUp,
     pub ram: Arc<GuestRam>,
@@ -486,6 +492,7 @@ impl Cpu {
             cpuid,
             large_pages: LargePages::default(),
             flushed: Flushed::default(),
+            spaces: AddressSpaces::default(),
             given_up: GivenUp::default(),
             peer: ram.tracker().join(),
             ram,
@@ -569,35 +576,5 @@ impl Cpu {
     #[inline]
     pub fn segment(&self, s: Seg) -> &Segment {
         &self.seg[s as usize]
-    }
-
-    /// Forgets cached translations: all of them, or all but global ones.
-    pub fn flush_tlb(&mut self, global_too: bool) {
-        self.counters.tlb_flushes += 1;
-        self.flushed.non_global = true;
-        self.flushed.global |= global_too;
-        if global_too {
-            self.large_pages.clear();
-        }
-        self.code.flush(global_too);
-        for tlb in &mut self.tlb {
-            if global_too {
-                tlb.flush()
-            } else {
-                tlb.flush_non_global()
-            }
-        }
-    }
-
-    /// Forgets the cached translation of one page of any size, global or not (INVLPG).
-    pub fn flush_tlb_page(&mut self, linear: u64) {
-        if self.large_pages.may_hold(linear) {
-            return self.flush_tlb(true);
-        }
-        self.flushed.page(linear & !PAGE_MASK);
-        self.code.flush_page(linear);
-        for tlb in &mut self.tlb {
-            tlb.flush_page(linear);
-        }
     }
 }

@@ -36,8 +36,8 @@ pub trait UserCode: Send {
     /// Runs it, until `called` is true (whoever makes it true calls [`Self::kicker`] afterwards) or there is another reason.
     fn run(&mut self, cpu: &mut Cpu, called: &dyn Fn() -> bool) -> Left;
 
-    /// Follows a flush of the CPU's TLBs.
-    fn flushed(&mut self, flushed: &Flushed);
+    /// Follows a flush of the CPU's TLBs, or a change of the address space.
+    fn flushed(&mut self, cpu: &Cpu, flushed: &Flushed);
 
     /// Some of this page (guest physical) was written, or is about to be: what is executed of it has to be looked at anew.
     fn written(&mut self, cpu: &Cpu, page: u64);

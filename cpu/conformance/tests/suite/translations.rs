@@ -285,6 +285,82 @@ fn invpcid_of_another_context_and_a_flush_on_return() {
     });
 }
 
+/// In the address space of PCID 2, with the descriptor of INVPCID for PCID 1 and the page at [`X`] in memory: a flush of the former.
+const FLUSHES_OF_ANOTHER_PCID: &[(&str, Flush)] = &[
+    ("INVPCID of an address", |a| invpcid(a, 0)),
+    ("INVPCID of a context", |a| invpcid(a, 1)),
+    ("INVPCID of everything", |a| invpcid(a, 2)),
+    ("INVPCID of what is not global", |a| invpcid(a, 3)),
+    ("CR4.PGE", |a| toggle_cr4(a, Cr4::PGE)),
+    ("CR3 without bit 63", |a| {
+        a.mov(r9, cr3)?;
+        a.mov(r8, PML4 | 1)?;
+        a.mov(cr3, r8)?;
+        a.bts(r9, 63)?;
+        a.mov(cr3, r9)
+    }),
+];
+
+#[test]
+fn a_flush_reaches_a_pcid_that_is_not_current() {
+    each_engine(|m| {
+        m.enable(Cr4::PCIDE | Cr4::PGE);
+        m.put(SPARE, 1u64);
+        m.put(OTHER, 2u64);
+        let second = second_address_space(m, SPARE + 0x2000, P | RW);
+        for (what, flush) in FLUSHES_OF_ANOTHER_PCID {
+            println!("{what}");
+            m.map(0, SPARE, P | RW);
+            m.put(DATA + 0x100, 1u64);
+            m.put(DATA + 0x108, X);
+            m.cpu_mut().cr3 = PML4 | 1;
+            m.cpu_mut().flush_tlb(true);
+            m.run_code(|a| {
+                a.mov(rbx, X)?;
+                a.mov(rax, qword_ptr(rbx))?;
+                a.mov(rcx, second | 2)?;
+                a.mov(cr3, rcx)?;
+                remap(a, OTHER | P | RW)?;
+                flush(a)?;
+                a.mov(rcx, PML4 | 1 | 1 << 63)?;
+                a.mov(cr3, rcx)?;
+                a.mov(rsi, qword_ptr(rbx))
+            });
+            assert!(m.records().is_empty(), "{what}: {:x?}", m.records());
+            assert_eq!((m.reg(Gpr::Rax), m.reg(Gpr::Rsi)), (1, 2), "{what}");
+        }
+    });
+}
+
+#[test]
+fn a_page_becomes_code_while_the_pcid_that_wrote_to_it_is_not_current() {
+    each_engine(|m| {
+        m.enable(Cr4::PCIDE);
+        // MOV EAX, imm; RET.
+        m.put_bytes(SPARE, &[0xb8, 0, 0, 0, 0, 0xc3]);
+        m.map(0, SPARE, P | RW);
+        let second = second_address_space(m, SPARE, P | RW);
+        m.cpu_mut().cr3 = PML4 | 1;
+        m.run_code(|a| {
+            a.mov(rbx, X)?;
+            a.mov(r8, PML4 | 1 | 1 << 63)?;
+            a.mov(r9, second | 2 | 1 << 63)?;
+            a.xor(edx, edx)?;
+            for value in 1..8 {
+                a.mov(byte_ptr(rbx + 1), value)?;
+                a.mov(cr3, r9)?;
+                a.call(rbx)?;
+                a.shl(rdx, 4)?;
+                a.add(rdx, rax)?;
+                a.mov(cr3, r8)?;
+            }
+            Ok(())
+        });
+        assert!(m.records().is_empty(), "{:x?}", m.records());
+        assert_eq!(m.reg(Gpr::Rdx), 0x123_4567);
+    });
+}
+
 #[test]
 fn large_pages_are_dropped_as_a_whole() {
     each_engine(|m| {

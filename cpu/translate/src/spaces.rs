@@ -1,0 +1,94 @@
+//! What the translator knows of address spaces that are not current.
+//!
+//! Problem: where user code lies, which jumps lead where and which exits lead to another page is right for one address space only. Without it,
+//! each branch of a process that runs again asks the monitor.
+//! Idea: when the guest changes its address space and says that translations stay ([`doppel_x86::AddressSpaces`]), these are put
+//! away, and come back with it.
+//! Invariant: what stands under an id was right when that id was the current one, and the CPU makes it current again only where nothing
+//! of it was flushed since. Blocks that were thrown away meanwhile are left out when it comes back.
+//! Cost: a change of the address space takes the time of writing down, at most [`MOST_JUMPS`] jumps and [`MOST_LINKS`] links.
+
+use doppel_x86::MOST_KEPT;
+
+use crate::blocks::{BlockId, Link};
+use crate::code_pages::UserPages;
+use crate::frontend::Simd;
+use crate::translator::Translator;
+
+const MOST_JUMPS: usize = 512;
+const MOST_LINKS: usize = 256;
+
+/// Those that are not current, the one left last at the end.
+#[derive(Default)]
+pub(crate) struct Spaces {
+    /// The id of the one that is.
+    pub current: u64,
+    away: Vec<Away>,
+    /// One that is done with, for its buffers.
+    spare: Away,
+}
+
+#[derive(Default)]
+struct Away {
+    id: u64,
+    simd: Simd,
+    pages: UserPages,
+    jumps: Vec<(u64, BlockId)>,
+    links: Vec<Link>,
+}
+
+impl Spaces {
+    /// All blocks are gone.
+    pub fn clear(&mut self) {
+        self.away.clear();
+    }
+
+    fn take(&mut self, id: u64) -> Option<Away> {
+        let at = self.away.iter().position(|away| away.id == id)?;
+        Some(self.away.remove(at))
+    }
+
+    fn put(&mut self, away: Away) {
+        if self.away.len() == MOST_KEPT {
+            self.away.remove(0);
+        }
+        self.away.push(away);
+    }
+}
+
+impl Translator {
+    /// Follows the CPU to another address space.
+    pub fn switch_space(&mut self) {
+        let id = self.context.cpu.spaces.id();
+        if id == self.spaces.current {
+            return;
+        }
+        let mut there = self.spaces.take(id).unwrap_or_default();
+        let mut leaving = std::mem::take(&mut self.spaces.spare);
+        (leaving.id, leaving.simd) = (self.spaces.current, self.simd);
+        let pages = std::mem::take(&mut there.pages);
+        let (pages, lost_kernel) = self.code_pages.switch(pages);
+        leaving.pages = pages;
+        if lost_kernel {
+            self.lost_kernel_code();
+        }
+        self.context.jump_cache[0].take(&mut leaving.jumps, MOST_JUMPS);
+        self.blocks
+            .take_cross_page(&mut leaving.links, MOST_LINKS, &mut self.cache);
+        self.spaces.put(leaving);
+        self.come_back_to(&mut there);
+        self.spaces.spare = there;
+    }
+
+    fn come_back_to(&mut self, there: &mut Away) {
+        for link in there.links.drain(..) {
+            self.blocks.link_again(link, &mut self.cache);
+        }
+        let same_simd = there.simd == self.simd;
+        for (linear, block) in there.jumps.drain(..) {
+            if let Some(host) = self.blocks.entry_of_alive(block).filter(|_| same_simd) {
+                self.context.jump_cache[0].insert(linear, host, block);
+            }
+        }
+    }
+}
