@@ -5,11 +5,13 @@ use std::sync::Arc;
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
 use doppel_machine::block::{BlockBackend, DiskSpec};
+use doppel_machine::share::{Share, ShareSpec};
 use doppel_machine::{DeviceConfig, NetConfig, VirtioTransport};
 
 const RNG: &str = "rng";
 const DISK: &str = "disk";
 const NET: &str = "net";
+const SHARE: &str = "share";
 const NO_NET: &str = "none";
 
 const NET_HELP: &str = "\
@@ -17,6 +19,10 @@ A network card, plugged into: user (a network of its own that reaches the host's
 [,hostfwd=tcp|udp:[ADDRESS]:PORT-[ADDRESS]:PORT]... [,restrict] [,dns=ADDRESS[:PORT]]... [,mtu=N]), switch=NAME (shared with other \
 machines of yours), tap=NAME (a tap device); each with [,mac=MAC] [,at-once=on|off]; or none. \
 One that is plugged into \"user\" where nothing is said";
+
+const SHARE_HELP: &str = "\
+A directory of the host, which the guest mounts by its tag (mount -t virtiofs TAG /mnt): \
+TAG=DIR[,ro][,owner=UID[:GID]]; what is yours is the owner's to the guest, root's where nothing is said";
 
 /// What `--virtio` says.
 pub fn parse_transport(text: &str) -> Result<VirtioTransport, String> {
@@ -37,6 +43,7 @@ enum Device {
     Rng,
     Disk(DiskSpec),
     Net(NetConfig),
+    Share(ShareSpec),
 }
 
 /// What `--net` takes.
@@ -59,9 +66,22 @@ impl Devices {
         })
     }
 
-    /// What the machine is to have; `disks` are the open images of [`Devices::disks`].
-    pub fn configurations(&self, disks: &[Arc<dyn BlockBackend>]) -> Vec<DeviceConfig> {
+    /// The shared directories among them.
+    pub fn shares(&self) -> impl Iterator<Item = &ShareSpec> {
+        self.0.iter().filter_map(|device| match device {
+            Device::Share(spec) => Some(spec),
+            _ => None,
+        })
+    }
+
+    /// What the machine is to have; `disks` are the open images of [`Devices::disks`], `shares` those of [`Devices::shares`].
+    pub fn configurations(
+        &self,
+        disks: &[Arc<dyn BlockBackend>],
+        shares: &[Arc<Share>],
+    ) -> Vec<DeviceConfig> {
         let mut disks = disks.iter().cloned().enumerate();
+        let mut shares = shares.iter().cloned();
         let configuration = |device: &Device| match device {
             Device::Rng => Some(DeviceConfig::Rng),
             Device::Disk(_) => disks.next().map(|(n, backend)| DeviceConfig::Disk {
@@ -69,6 +89,7 @@ impl Devices {
                 serial: format!("disk{n}"),
             }),
             Device::Net(config) => Some(DeviceConfig::Net(config.clone())),
+            Device::Share(_) => shares.next().map(DeviceConfig::Share),
         };
         self.0.iter().filter_map(configuration).collect()
     }
@@ -101,6 +122,14 @@ impl Args for Devices {
                     .value_parser(card)
                     .help(NET_HELP),
             )
+            .arg(
+                Arg::new(SHARE)
+                    .long(SHARE)
+                    .value_name("TAG=DIR")
+                    .action(ArgAction::Append)
+                    .value_parser(str::parse::<ShareSpec>)
+                    .help(SHARE_HELP),
+            )
     }
 
     fn augment_args_for_update(command: Command) -> Command {
@@ -117,6 +146,9 @@ impl FromArgMatches for Devices {
         let disks = matches.get_many::<DiskSpec>(DISK).into_iter().flatten();
         let disks = disks.map(|spec| Device::Disk(spec.clone()));
         found.extend(matches.indices_of(DISK).into_iter().flatten().zip(disks));
+        let shares = matches.get_many::<ShareSpec>(SHARE).into_iter().flatten();
+        let shares = shares.map(|spec| Device::Share(spec.clone()));
+        found.extend(matches.indices_of(SHARE).into_iter().flatten().zip(shares));
         let cards = matches.get_many::<Card>(NET).into_iter().flatten();
         let places = matches.indices_of(NET).into_iter().flatten();
         let asked = places.zip(cards);

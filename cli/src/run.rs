@@ -10,10 +10,12 @@ use crate::terminal::{self, Raw};
 use anyhow::{Context, Result, bail};
 use doppel_machine::block::{BlockBackend, DiskSpec};
 use doppel_machine::explain::{Observers, Profile};
+use doppel_machine::share::{Limits, Share, ShareSpec};
 use doppel_machine::{
     BootDisk, Death, Ending, KernelSource, Machine, MachineConfig, SerialBackend, Stats,
     StopHandle, Switch, TranslateOptions,
 };
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -53,6 +55,7 @@ pub fn run_observed(
     raise_descriptor_limit();
     let stats = args.stats.as_deref().map(StatsFile::create).transpose()?;
     let disks = open_disks(args)?;
+    let shares = open_shares(args)?;
     let boot = Boot::choose(args, &disks)?;
     let signals = Signals::block()?;
     let console = Console::open(&args.serial)?;
@@ -62,7 +65,7 @@ pub fn run_observed(
     };
     let config = MachineConfig {
         observers,
-        ..configuration(args, boot, &disks, &console)
+        ..configuration(args, boot, (&disks, &shares), &console)
     };
     let mut machine = Machine::new(config)?;
     eprintln!("doppel: {}", machine.engine());
@@ -84,8 +87,20 @@ fn open_disks(args: &Run) -> Result<Vec<Arc<dyn BlockBackend>>> {
     args.devices.disks().map(open).collect()
 }
 
-/// A guest's connections are descriptors of ours. The usual limit is low for the sake of old programs only; where it stays, the guest has
-/// fewer connections.
+/// The shared directories, open for as long as the machine runs.
+fn open_shares(args: &Run) -> Result<Vec<Arc<Share>>> {
+    let specs: Vec<_> = args.devices.shares().collect();
+    let mut tags = BTreeSet::new();
+    if let Some(twice) = specs.iter().find(|spec| !tags.insert(&spec.tag)) {
+        bail!("--share: two directories have the tag {}", twice.tag);
+    }
+    let limits = Limits::of_process(specs.len());
+    let open = |spec: &&ShareSpec| Ok(Arc::new(Share::open(spec, limits)?));
+    specs.iter().map(open).collect()
+}
+
+/// A guest's connections and open files are descriptors of ours. The usual limit is low for the sake of old programs only; where it stays,
+/// the guest has fewer of them.
 fn raise_descriptor_limit() {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limit = getrlimit(Resource::Nofile);
@@ -151,7 +166,7 @@ fn default_cmdline(serial: &Serial) -> String {
 fn configuration(
     args: &Run,
     boot: Boot,
-    disks: &[Arc<dyn BlockBackend>],
+    (disks, shares): (&[Arc<dyn BlockBackend>], &[Arc<Share>]),
     console: &Console,
 ) -> MachineConfig {
     let (source, sink) = console.ends();
@@ -165,7 +180,7 @@ fn configuration(
             .trim()
             .to_owned(),
         serial: SerialBackend { sink, source },
-        devices: args.devices.configurations(disks),
+        devices: args.devices.configurations(disks, shares),
         virtio: args.virtio,
         no_reboot: args.no_reboot,
         debug_exit: args.debug_exit,

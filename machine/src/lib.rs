@@ -49,6 +49,7 @@ pub use doppel_device::{CharSink, CharSource, InputQueue, OutputQueue};
 pub use doppel_direct::DirectOptions;
 pub use doppel_memory::Backing;
 pub use doppel_net::NetConfig;
+pub use doppel_share as share;
 pub use doppel_translate::{Switch, TranslateOptions, explain};
 pub use engine::{EngineChoice, EngineError, EngineKind, Selection};
 pub use machine::{Ending, Machine, MachineError};

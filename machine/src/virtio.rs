@@ -11,8 +11,10 @@ use doppel_device::{HostClock, Line, Region};
 use doppel_memory::GuestRam;
 use doppel_net::{NetConfig, Port};
 use doppel_pc::PciBus;
+use doppel_share::Share;
 use doppel_virtio::{
-    BAR_SIZE, Blk, MMIO_SIZE, Net, NetCounters, PciWiring, Rng, VirtioDevice, VirtioMmio, VirtioPci,
+    BAR_SIZE, Blk, Fs, MMIO_SIZE, Net, NetCounters, PciWiring, Rng, VirtioDevice, VirtioMmio,
+    VirtioPci,
 };
 
 use crate::config::MachineConfig;
@@ -35,6 +37,8 @@ pub enum DeviceConfig {
     },
     /// A network card.
     Net(NetConfig),
+    /// A shared directory.
+    Share(Arc<Share>),
 }
 
 impl DeviceConfig {
@@ -50,6 +54,7 @@ impl DeviceConfig {
                 cards.push(card.counters());
                 Box::new(card)
             }
+            DeviceConfig::Share(share) => Box::new(Fs::new(share.clone())),
         })
     }
 }
@@ -60,6 +65,7 @@ impl fmt::Debug for DeviceConfig {
             DeviceConfig::Rng => f.write_str("Rng"),
             DeviceConfig::Disk { serial, .. } => write!(f, "Disk({serial})"),
             DeviceConfig::Net(config) => write!(f, "Net({config:?})"),
+            DeviceConfig::Share(share) => write!(f, "{share:?}"),
         }
     }
 }

@@ -46,6 +46,11 @@ pub fn write_file_at(
     transfer(file, offset, from, Direction::FromGuest, 0)
 }
 
+/// Writes guest RAM behind a file's end, wherever that is by then; how many bytes.
+pub fn append_to_file(file: BorrowedFd<'_>, from: &[GuestSlice<'_>]) -> io::Result<u64> {
+    transfer(file, 0, from, Direction::FromGuest, libc::RWF_APPEND)
+}
+
 fn transfer(
     file: BorrowedFd<'_>,
     offset: u64,
@@ -173,6 +178,20 @@ mod tests {
         assert_eq!(read_file_at(file.as_fd(), 0, &into, false).unwrap(), 10);
         assert_eq!(read_file_at(file.as_fd(), 10, &into, false).unwrap(), 0);
         assert!(read_file_at(file.as_fd(), u64::MAX, &into, false).is_err());
+    }
+
+    #[test]
+    fn appended_bytes_go_behind_the_end() {
+        let ram = GuestRam::new(1 << 20).unwrap();
+        ram.write_from_device(0x1000, b"end");
+        let file = file(b"begin");
+        for _ in 0..2 {
+            let from = slices(&ram, &[(0x1000, 2), (0x1002, 1)]);
+            assert_eq!(append_to_file(file.as_fd(), &from).unwrap(), 3);
+        }
+        let mut all = [0; 11];
+        file.read_exact_at(&mut all, 0).unwrap();
+        assert_eq!(&all, b"beginendend");
     }
 
     #[test]

@@ -32,7 +32,11 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("io/pc", &["io/device", "memory"]),
     ("io/block", &["memory"]),
     ("io/bootdisk", &["io/block"]),
-    ("io/virtio", &["io/block", "io/device", "io/net", "memory"]),
+    (
+        "io/virtio",
+        &["io/block", "io/device", "io/net", "io/share", "memory"],
+    ),
+    ("io/share", &["memory"]),
     ("io/net", &["io/device"]),
     (
         "machine",
@@ -48,6 +52,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "io/bootdisk",
             "io/virtio",
             "io/net",
+            "io/share",
         ],
     ),
     ("cli", &["machine"]),

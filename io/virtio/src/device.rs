@@ -11,6 +11,7 @@ use doppel_memory::GuestRam;
 use serde::{Deserialize, Serialize};
 
 use crate::blk::BlkState;
+use crate::fs::FsState;
 use crate::net::NetState;
 use crate::rng::RngState;
 use crate::{Interrupt, Queue};
@@ -71,4 +72,5 @@ pub enum DeviceState {
     Net(NetState),
     Rng(RngState),
     Blk(BlkState),
+    Fs(FsState),
 }

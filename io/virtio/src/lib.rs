@@ -17,6 +17,7 @@ mod buffers_unsafe;
 mod chain;
 mod device;
 mod frontend;
+mod fs;
 #[doc(hidden)]
 pub mod hostile;
 mod interrupt;
@@ -26,6 +27,7 @@ mod notifier;
 mod pci;
 mod pci_common;
 mod pci_interrupt;
+mod pool;
 mod queue;
 mod rng;
 #[doc(hidden)]
@@ -39,6 +41,7 @@ pub use device::{Activation, DeviceState, VirtioDevice};
 pub use frontend::{
     DRIVER_OK, EVENT_IDX, FEATURES_OK, FrontendState, NEEDS_RESET, Status, VERSION_1,
 };
+pub use fs::{Fs, FsState};
 pub use interrupt::Interrupt;
 pub use mmio::{MMIO_SIZE, MmioState, VirtioMmio};
 pub use net::{Net, NetCounters, NetState};

@@ -8,15 +8,15 @@
 //! queues are given back when all are in the ring again.
 //! Cost: a lock of the queue for taking and one for giving back, a wake-up for what has to wait.
 
-use std::collections::VecDeque;
 use std::os::fd::AsFd;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Scope};
 
 use doppel_memory::GuestRam;
 
 use super::Disk;
 use super::request::{Done, HEADER_LEN, Request};
+use crate::pool::Pool;
 use crate::worker::Stop;
 use crate::{Broken, Queue, wait_readable};
 
@@ -32,7 +32,7 @@ pub type Slot = Mutex<Option<Queue>>;
 
 /// Serves the queues until it is told to stop; they stay in their slots.
 pub fn serve(queues: &[Arc<Slot>], disk: &Disk, ram: &GuestRam, stop: &Stop) {
-    let pool = Pool::default();
+    let pool = Pool::new(THREADS_MAX);
     thread::scope(|scope| {
         let server = Server {
             scope,
@@ -101,7 +101,7 @@ const GONE: Broken = Broken("a queue that is gone");
 struct Server<'scope, 'env> {
     scope: &'scope Scope<'scope, 'env>,
     queues: &'env [Arc<Slot>],
-    pool: &'env Pool<'env>,
+    pool: &'env Pool<(usize, Request<'env>)>,
     disk: &'env Disk,
     ram: &'env GuestRam,
     stop: &'env Stop,
@@ -178,7 +178,7 @@ impl<'scope, 'env> Server<'scope, 'env> {
     }
 
     fn hand_over(&self, n: usize, request: Request<'env>) {
-        if self.pool.put(n, request) {
+        if self.pool.put((n, request)) {
             let thread = thread::Builder::new().name("virtio-blk pool".to_owned());
             let this = *self;
             let started = thread.spawn_scoped(self.scope, move || this.work());
@@ -206,75 +206,5 @@ impl<'scope, 'env> Server<'scope, 'env> {
         if let Err(broken) = self.give_back(n, request.carry_out(self.disk)) {
             self.give_up(n, broken);
         }
-    }
-}
-
-/// Requests that wait, with the number of their queue, and the threads that do them.
-#[derive(Default)]
-struct Pool<'r> {
-    state: Mutex<PoolState<'r>>,
-    work: Condvar,
-}
-
-#[derive(Default)]
-struct PoolState<'r> {
-    // At most as many as there are descriptors.
-    waiting: VecDeque<(usize, Request<'r>)>,
-    threads: usize,
-    idle: usize,
-    closed: bool,
-}
-
-impl<'r> Pool<'r> {
-    fn state(&self) -> MutexGuard<'_, PoolState<'r>> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Adds a request. True where one more thread is to be started, which is counted already.
-    fn put(&self, n: usize, request: Request<'r>) -> bool {
-        let mut state = self.state();
-        state.waiting.push_back((n, request));
-        if state.idle >= state.waiting.len() {
-            self.work.notify_one();
-            return false;
-        }
-        let more = state.threads < THREADS_MAX;
-        state.threads += usize::from(more);
-        more
-    }
-
-    /// The thread that was counted could not be started. True where there is no other.
-    fn has_no_thread_after_all(&self) -> bool {
-        let mut state = self.state();
-        state.threads -= 1;
-        state.threads == 0
-    }
-
-    /// Waits for a request; `None` at the end.
-    fn take(&self) -> Option<(usize, Request<'r>)> {
-        let mut state = self.state();
-        loop {
-            if let Some(next) = state.waiting.pop_front() {
-                return Some(next);
-            }
-            if state.closed {
-                return None;
-            }
-            state.idle += 1;
-            state = self
-                .work
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
-            state.idle -= 1;
-        }
-    }
-
-    fn take_now(&self) -> Option<(usize, Request<'r>)> {
-        self.state().waiting.pop_front()
-    }
-
-    fn close(&self) {
-        self.state().closed = true;
-        self.work.notify_all();
     }
 }

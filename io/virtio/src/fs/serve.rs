@@ -1,0 +1,151 @@
+//! The threads of a file system device: one for each queue, and a pool for what has to wait.
+
+use std::os::fd::AsFd;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::{self, Scope};
+
+use doppel_memory::GuestRam;
+use doppel_share::Session;
+
+use super::request::{Done, Request};
+use crate::pool::Pool;
+use crate::worker::Stop;
+use crate::{Broken, Queue, wait_readable};
+
+/// Requests that wait for the host's disk at a time.
+const THREADS_MAX: usize = 8;
+
+#[derive(Clone, Copy)]
+struct Server<'scope, 'env> {
+    scope: &'scope Scope<'scope, 'env>,
+    queues: &'env [Mutex<Queue>],
+    pool: &'env Pool<(usize, Request<'env>)>,
+    session: &'env Session,
+    ram: &'env GuestRam,
+    stop: &'env Stop,
+}
+
+/// Serves the queues until it is told to stop, and gives them back.
+pub fn serve(queues: Vec<Queue>, session: &Session, ram: &GuestRam, stop: &Stop) -> Vec<Queue> {
+    let queues: Vec<_> = queues.into_iter().map(Mutex::new).collect();
+    let pool = Pool::new(THREADS_MAX);
+    thread::scope(|scope| {
+        let server = Server {
+            scope,
+            queues: &queues,
+            pool: &pool,
+            session,
+            ram,
+            stop,
+        };
+        server.run();
+        // The rest of the list is done before the threads end.
+        pool.close();
+    });
+    let queues = queues.into_iter().map(Mutex::into_inner);
+    queues
+        .map(|queue| queue.unwrap_or_else(PoisonError::into_inner))
+        .collect()
+}
+
+impl<'scope, 'env> Server<'scope, 'env> {
+    /// A thread for each queue but the last, which this one serves.
+    fn run(self) {
+        let Some(last) = self.queues.len().checked_sub(1) else {
+            return;
+        };
+        let others = (0..last).map(|n| {
+            let thread = thread::Builder::new().name(format!("virtio-fs {n}"));
+            thread.spawn_scoped(self.scope, move || self.serve_queue(n))
+        });
+        let others: Vec<_> = others.collect();
+        match others.iter().all(Result::is_ok) {
+            true => self.serve_queue(last),
+            false => self.give_up(last, Broken("the host has no thread for it")),
+        }
+        for thread in others.into_iter().flatten() {
+            if thread.join().is_err() {
+                self.give_up(last, Broken("a thread of the device panicked"));
+            }
+        }
+    }
+
+    fn queue(&self, n: usize) -> MutexGuard<'env, Queue> {
+        self.queues[n]
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn give_up(&self, n: usize, broken: Broken) {
+        self.queue(n).give_up(broken);
+    }
+
+    fn serve_queue(self, n: usize) {
+        let notifier = self.queue(n).notifier().clone();
+        while !self.stop.is_wanted() {
+            if let Err(broken) = self.drain(n) {
+                return self.give_up(n, broken);
+            }
+            if wait_readable(&[self.stop.as_fd(), notifier.as_fd()]).is_err() {
+                return;
+            }
+            notifier.take();
+        }
+    }
+
+    /// Takes all requests that there are.
+    fn drain(&self, n: usize) -> Result<(), Broken> {
+        self.queue(n).quiet()?;
+        while !self.stop.is_wanted() {
+            let mut queue = self.queue(n);
+            let Some(chain) = queue.pop(self.ram)? else {
+                if queue.listen()? {
+                    continue;
+                }
+                break;
+            };
+            drop(queue);
+            match Request::parse(chain)?.carry_out(self.session, false) {
+                Ok(done) => self.give_back(n, done)?,
+                Err(request) => self.hand_over(n, request),
+            }
+        }
+        Ok(())
+    }
+
+    fn give_back(&self, n: usize, (head, written): Done) -> Result<(), Broken> {
+        let mut queue = self.queue(n);
+        queue.push(head, written)?;
+        queue.announce()
+    }
+
+    fn hand_over(&self, n: usize, request: Request<'env>) {
+        if self.pool.put((n, request)) {
+            let thread = thread::Builder::new().name("virtio-fs pool".to_owned());
+            let this = *self;
+            let started = thread.spawn_scoped(self.scope, move || this.work());
+            if started.is_err() && self.pool.has_no_thread_after_all() {
+                // None to be had at all: this one does what is to be done.
+                while let Some((n, request)) = self.pool.take_now() {
+                    self.do_one(n, request);
+                }
+            }
+        }
+    }
+
+    /// A thread of the pool.
+    fn work(self) {
+        while let Some((n, request)) = self.pool.take() {
+            self.do_one(n, request);
+        }
+    }
+
+    fn do_one(&self, n: usize, request: Request<'env>) {
+        // With leave to wait nothing is given back.
+        if let Ok(done) = request.carry_out(self.session, true)
+            && let Err(broken) = self.give_back(n, done)
+        {
+            self.give_up(n, broken);
+        }
+    }
+}
