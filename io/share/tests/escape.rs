@@ -290,7 +290,7 @@ fn nothing_is_served_before_init_and_everything_is_forgotten_at_the_next() {
         let wanted = fuse_init_in {
             major,
             minor,
-            flags: FUSE_INIT_EXT as u32,
+            flags: FUSE_INIT_EXT,
             ..Default::default()
         };
         mount.send(opcode::INIT, 0, wanted.as_bytes())

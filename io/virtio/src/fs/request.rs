@@ -52,8 +52,8 @@ impl<'r> Request<'r> {
         })
     }
 
-    /// Carries it out if that needs no waiting, or with `may_wait`; else gives it back.
-    pub fn carry_out(self, session: &Session, may_wait: bool) -> Result<Done, Self> {
+    /// Carries it out if that needs no waiting, or with `may_wait`; else nothing was done.
+    pub fn carry_out(&self, session: &Session, may_wait: bool) -> Option<Done> {
         let call = Call {
             header: self.header,
             arguments: &self.arguments,
@@ -62,16 +62,16 @@ impl<'r> Request<'r> {
             may_wait,
         };
         let result = match session.call(&call) {
-            Ok(Answer::Later) if !may_wait => return Err(self),
+            Ok(Answer::Later) if !may_wait => return None,
             Ok(Answer::Later) => Ok(0),
             Ok(Answer::Bytes(bytes)) => Ok(self.room.write(&bytes)),
             Ok(Answer::Data(len)) => Ok(len),
             Err(errno) => Err(errno),
         };
         if !self.header.wants_answer() {
-            return Ok((self.head, 0));
+            return Some((self.head, 0));
         }
         self.reply.write(&reply(self.header.unique, result));
-        Ok((self.head, (REPLY_LEN + result.unwrap_or(0)) as u32))
+        Some((self.head, (REPLY_LEN + result.unwrap_or(0)) as u32))
     }
 }

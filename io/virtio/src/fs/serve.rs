@@ -105,9 +105,10 @@ impl<'scope, 'env> Server<'scope, 'env> {
                 break;
             };
             drop(queue);
-            match Request::parse(chain)?.carry_out(self.session, false) {
-                Ok(done) => self.give_back(n, done)?,
-                Err(request) => self.hand_over(n, request),
+            let request = Request::parse(chain)?;
+            match request.carry_out(self.session, false) {
+                Some(done) => self.give_back(n, done)?,
+                None => self.hand_over(n, request),
             }
         }
         Ok(())
@@ -141,8 +142,8 @@ impl<'scope, 'env> Server<'scope, 'env> {
     }
 
     fn do_one(&self, n: usize, request: Request<'env>) {
-        // With leave to wait nothing is given back.
-        if let Ok(done) = request.carry_out(self.session, true)
+        // With leave to wait all are carried out.
+        if let Some(done) = request.carry_out(self.session, true)
             && let Err(broken) = self.give_back(n, done)
         {
             self.give_up(n, broken);
