@@ -87,6 +87,19 @@ impl Console {
         Ok(self.input.write_all(format!("{line}\n").as_bytes())?)
     }
 
+    /// The monitor's process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The last of what it said.
+    pub fn said(&mut self) -> String {
+        while let Ok(bytes) = self.output.try_recv() {
+            self.shown.push_str(&String::from_utf8_lossy(&bytes));
+        }
+        self.tail().to_owned()
+    }
+
     /// Time since its start.
     pub fn age(&self) -> Duration {
         self.start.elapsed()

@@ -1,8 +1,10 @@
-//! The project's own tasks: `tidy`, `test`, `boots`, `bench`, `fuzz`, `disks`, `debian`; `cargo xtask --help` says what each does.
+//! The project's own tasks: `tidy`, `test`, `boots`, `bench`, `fuzz`, `disks`, `debian`, `soak`; `cargo xtask --help` says what each does.
 
 mod boots;
 mod console;
 mod debian;
+mod footprint;
+mod soak;
 mod source;
 mod tidy;
 
@@ -43,6 +45,8 @@ enum Task {
     },
     /// Build a Debian, boot it from its disk, use it, kill it, and look at the image.
     Debian(debian::Debian),
+    /// Load a Debian with stress-ng for long, and see that neither it nor the monitor takes harm.
+    Soak(soak::Soak),
     /// Run a long differential campaign; the arguments go to the fuzz crate (try --help).
     #[command(disable_help_flag = true)]
     Fuzz {
@@ -67,6 +71,10 @@ fn main() -> Result<()> {
         Task::Debian(args) => {
             cargo("build", &["--release", "--package", "doppel"])?;
             debian::debian(&root()?, &args)
+        }
+        Task::Soak(args) => {
+            cargo("build", &["--release", "--package", "doppel"])?;
+            soak::soak(&root()?, &args)
         }
         Task::Fuzz { arguments } => run("doppel-fuzz", &arguments),
     }

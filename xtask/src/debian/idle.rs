@@ -1,0 +1,39 @@
+//! What a guest costs that has nothing to do.
+
+use super::lab::{Lab, Start};
+use super::ssh::Ssh;
+use super::{BOOT, STEP};
+use crate::footprint::{Footprint, cpu_seconds};
+use anyhow::{Result, ensure};
+use std::time::{Duration, Instant};
+
+/// Units that start late are done after this.
+const SETTLE: Duration = Duration::from_secs(30);
+const WATCH: Duration = Duration::from_secs(60);
+/// Goal: of a processor.
+const SHARE_MAX: f64 = 0.01;
+/// KiB of the guest.
+const RAM: u64 = 512 << 10;
+
+/// One processor, a disk, a network card.
+pub fn idle(lab: &Lab) -> Result<()> {
+    let disk = lab.disk("idle.qcow2")?;
+    let ssh = Ssh::new(lab)?;
+    let mut console = lab.start(Start {
+        ssh: Some(ssh.port),
+        ..Start::of("doppel", &disk)
+    })?;
+    ssh.wait(BOOT)?;
+    ssh.run("systemctl is-system-running --wait", STEP)?;
+    std::thread::sleep(SETTLE);
+    let (start, before) = (Instant::now(), cpu_seconds(console.pid())?);
+    std::thread::sleep(WATCH);
+    let used = cpu_seconds(console.pid())? - before;
+    let share = used / start.elapsed().as_secs_f64();
+    println!("idle: {:.2} % of a processor", share * 100.0);
+    println!("memory: {}", Footprint::of(console.pid(), RAM)?);
+    console.send("poweroff")?;
+    console.end(STEP)?;
+    ensure!(share < SHARE_MAX, "an idle guest takes too much");
+    Ok(())
+}
