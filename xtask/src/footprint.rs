@@ -4,15 +4,17 @@ use anyhow::{Context, Result};
 use std::fmt;
 use std::fs;
 
+/// Name of the memory of translated code.
+const CODE: &str = "doppel-code";
 /// Jiffies in a second of /proc/PID/stat: USER_HZ, which is 100 on x86-64.
 const USER_HZ: f64 = 100.0;
 
-/// KiB that are resident, by what they are.
+/// KiB that are resident, by what they are; a page that is mapped twice counts once (proportional set size).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Footprint {
     /// The guest's memory: a mapping at least as large.
     pub guest: u64,
-    /// Anonymous memory that can be executed: translated code.
+    /// Translated code, which is mapped to be written and to be run.
     pub code: u64,
     /// Pages of program and libraries, which all processes share and the host can drop.
     pub program: u64,
@@ -44,11 +46,10 @@ impl Footprint {
             let words: Vec<&str> = line.split_whitespace().collect();
             match words[..] {
                 ["Size:", size, "kB"] => mapping.size = number(size),
-                ["Rss:", size, "kB"] => *mapping.place(&mut footprint, ram) += number(size),
-                [range, access, _, _, _, ref name @ ..] if !range.ends_with(':') => {
+                ["Pss:", size, "kB"] => *mapping.place(&mut footprint, ram) += number(size),
+                [range, _, _, _, _, ref name @ ..] if !range.ends_with(':') => {
                     mapping = Mapping {
                         size: 0,
-                        executable: access.contains('x'),
                         name: name.join(" "),
                     };
                 }
@@ -77,7 +78,6 @@ impl fmt::Display for Footprint {
 #[derive(Default)]
 struct Mapping {
     size: u64,
-    executable: bool,
     name: String,
 }
 
@@ -86,9 +86,9 @@ impl Mapping {
         match self.name.as_str() {
             _ if self.size >= ram => &mut footprint.guest,
             "[heap]" | "[stack]" => &mut footprint.heap,
+            name if name.contains(CODE) => &mut footprint.code,
             name if name.starts_with('/') && !name.contains("memfd") => &mut footprint.program,
             "[vdso]" => &mut footprint.program,
-            _ if self.executable => &mut footprint.code,
             _ => &mut footprint.other,
         }
     }
@@ -118,20 +118,20 @@ mod tests {
         let smaps = "\
 7f00-7f01 rw-p 00000000 00:00 0
 Size:  1024 kB
-Rss:  100 kB
-7f02-7f03 rwxp 00000000 00:00 0
+Pss:  100 kB
+7f02-7f03 r-xs 00000000 00:01 17 /memfd:doppel-code (deleted)
 Size:  64 kB
-Rss:  20 kB
-Pss:  19 kB
+Pss:  20 kB
+Pss_Dirty:  19 kB
 7f04-7f05 r-xp 00000000 fe:00 17   /usr/bin/doppel
 Size:  50 kB
-Rss:  3 kB
+Pss:  3 kB
 7f06-7f07 rw-p 00000000 00:00 0 [heap]
 Size:  50 kB
-Rss:  4 kB
+Pss:  4 kB
 7f08-7f09 rw-p 00000000 00:00 0
 Size:  50 kB
-Rss:  5 kB
+Pss:  5 kB
 VmFlags: rd wr
 ";
         let footprint = Footprint::parse(smaps, 1024);

@@ -30,6 +30,11 @@ const GROWTH_MAX: u64 = 4 << 10;
 /// What a kernel says in trouble, whatever level it says it at.
 const COMPLAINTS: &str = "rcu.*stall|soft lockup|hard lockup|hung_task|blocked for more than|BUG|WARNING|Call Trace|I/O error|Oops|unstable|EXT4-fs error|segfault|out of memory|NETDEV WATCHDOG|nobody cared";
 
+/// A timer's interrupt that took long: the host had other work while the guest handled it.
+const LATE: &str = "hrtimer: interrupt took";
+/// Time that the guest wanted to run and did not, in per cent.
+const STEAL: &str = "awk '/^cpu /{print int(100 * $9 / ($2 + $3 + $4 + $7 + $8 + $9))}' /proc/stat";
+
 /// Does so.
 pub fn soak(root: &Path, args: &Soak) -> Result<()> {
     let lab = Lab::new(root, &args.release)?;
@@ -69,7 +74,16 @@ pub fn soak(root: &Path, args: &Soak) -> Result<()> {
     let end = Footprint::of(console.pid(), RAM)?.monitor();
     let after = ssh.run(warnings, STEP)?;
     let new = after.strip_prefix(before.as_str()).unwrap_or(&after);
-    ensure!(new.is_empty(), "the kernel complains:\n{new}");
+    let (late, new): (Vec<_>, Vec<_>) = new.lines().partition(|line| line.contains(LATE));
+    ensure!(new.is_empty(), "the kernel complains:\n{}", new.join("\n"));
+    if !late.is_empty() {
+        let steal = ssh.run(STEAL, STEP)?;
+        println!(
+            "the host kept the guest waiting ({} % of its time), and its kernel noticed: {}",
+            steal.trim(),
+            late.join("; ")
+        );
+    }
     ssh.run(&format!("! dmesg | grep -E '{COMPLAINTS}'"), STEP)?;
     ssh.run("sync", STEP)?;
     console.send("systemctl poweroff")?;

@@ -4,6 +4,8 @@ use std::io::{self, IoSlice, IoSliceMut};
 
 use doppel_memory::GuestSlice;
 
+use crate::guest::{Pieces, gather, guest_len, scatter};
+
 /// Bytes in a sector, the unit in which disks tell their size.
 pub const SECTOR: u64 = 512;
 
@@ -33,11 +35,9 @@ pub trait BlockBackend: Send + Sync {
     /// Fills guest RAM from `offset`. The guest may change the bytes meanwhile, so a back-end that cannot hand their addresses to
     /// the host's kernel copies them; this does.
     fn read_to_guest(&self, offset: u64, into: &[GuestSlice<'_>]) -> io::Result<()> {
-        let mut buffer = vec![0; BOUNCE.min(guest_len(into) as usize)];
-        in_pieces(offset, into, |at, piece| {
-            let bytes = &mut buffer[..piece.len()];
+        in_pieces(offset, into, |at, bytes, pieces| {
             self.read_at(at, &mut [IoSliceMut::new(bytes)])?;
-            piece.copy_from(bytes);
+            scatter(bytes, pieces);
             Ok(())
         })
     }
@@ -49,17 +49,20 @@ pub trait BlockBackend: Send + Sync {
 
     /// Writes guest RAM at `offset`, as [`BlockBackend::write_at`] does.
     fn write_from_guest(&self, offset: u64, from: &[GuestSlice<'_>]) -> io::Result<()> {
-        let mut buffer = vec![0; BOUNCE.min(guest_len(from) as usize)];
-        in_pieces(offset, from, |at, piece| {
-            let bytes = &mut buffer[..piece.len()];
-            piece.copy_to(bytes);
+        in_pieces(offset, from, |at, bytes, pieces| {
+            gather(pieces, bytes);
             self.write_at(at, &[IoSlice::new(bytes)])
         })
     }
 
-    /// Whether [`BlockBackend::write_from_guest`] seldom waits, so that a thread that has other requests may call it.
-    fn writes_at_once(&self) -> bool {
-        false
+    /// Writes guest RAM at `offset` if that seldom waits, so that a thread that has other requests may call it; `None`, with some of
+    /// it written perhaps, if not.
+    fn try_write_from_guest(
+        &self,
+        _offset: u64,
+        _from: &[GuestSlice<'_>],
+    ) -> Option<io::Result<()>> {
+        None
     }
 
     /// Makes all writes that are complete durable, against loss of power too.
@@ -76,29 +79,40 @@ pub trait BlockBackend: Send + Sync {
 /// Guest RAM is copied so many bytes at a time.
 const BOUNCE: usize = 256 << 10;
 
-/// Bytes in pieces of guest RAM.
-pub(crate) fn guest_len(slices: &[GuestSlice<'_>]) -> u64 {
-    slices.iter().map(|slice| slice.len() as u64).sum()
-}
-
-/// Calls `each` with an offset and a piece of guest RAM of at most [`BOUNCE`] bytes.
+/// Calls `each` with an offset, a buffer, and the pieces of guest RAM that belong there, at most [`BOUNCE`] bytes.
 fn in_pieces(
     mut offset: u64,
     slices: &[GuestSlice<'_>],
-    mut each: impl FnMut(u64, GuestSlice<'_>) -> io::Result<()>,
+    mut each: impl FnMut(u64, &mut [u8], &[GuestSlice<'_>]) -> io::Result<()>,
 ) -> io::Result<()> {
-    for slice in slices {
-        let mut rest = *slice;
-        while !rest.is_empty() {
-            let (piece, more) = rest
-                .split_at(rest.len().min(BOUNCE))
-                .map_err(|_| io::ErrorKind::InvalidInput)?;
-            each(offset, piece)?;
-            offset += piece.len() as u64;
-            rest = more;
+    let len = usize::try_from(guest_len(slices)).unwrap_or(usize::MAX);
+    let mut buffer = vec![0; BOUNCE.min(len)];
+    let mut pieces = Pieces::new(slices);
+    loop {
+        let now = pieces.take(BOUNCE as u64);
+        let len = guest_len(&now);
+        if len == 0 {
+            return Ok(());
         }
+        each(offset, &mut buffer[..len as usize], &now)?;
+        offset += len;
     }
-    Ok(())
+}
+
+/// What a call that must not wait has to say: `None` where it would have had to.
+pub(crate) fn unless_it_waits(result: io::Result<()>) -> Option<io::Result<()>> {
+    match result {
+        // Or a host that knows no such call.
+        Err(e)
+            if matches!(
+                e.kind(),
+                io::ErrorKind::WouldBlock | io::ErrorKind::Unsupported
+            ) =>
+        {
+            None
+        }
+        result => Some(result),
+    }
 }
 
 /// An error unless `len` bytes at `offset` are on a disk of `size` bytes.

@@ -10,8 +10,8 @@ use doppel_memory::GuestSlice;
 use rustix::fs::{FallocateFlags, OFlags};
 use rustix::io::Errno;
 
-use crate::backend::guest_len;
 use crate::error::BlockError;
+use crate::guest::{Pieces, guest_len, zero};
 use crate::lock::lock;
 
 /// Zeros are written so many bytes at a time where the host has no call for it.
@@ -147,14 +147,9 @@ impl HostFile {
         if done == guest_len(into) {
             return Ok(done);
         }
-        let mut skip = done as usize;
-        for slice in into {
-            if let Ok(rest) = slice.offset(skip.min(slice.len())) {
-                let zeros = vec![0u8; rest.len()];
-                rest.copy_from(&zeros);
-            }
-            skip = skip.saturating_sub(slice.len());
-        }
+        let mut pieces = Pieces::new(into);
+        pieces.take(done);
+        zero(&pieces.take(u64::MAX));
         Ok(done)
     }
 

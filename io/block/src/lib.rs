@@ -12,6 +12,7 @@ mod create;
 mod error;
 mod file;
 mod format;
+mod guest;
 mod lock;
 mod overlay;
 mod qcow2;

@@ -8,10 +8,11 @@ use std::sync::{Mutex, PoisonError};
 use doppel_memory::GuestSlice;
 
 use crate::backend::{
-    BlockBackend, SECTOR, check_range, check_writable, guest_len, reads_len, writes_len,
+    BlockBackend, SECTOR, check_range, check_writable, reads_len, unless_it_waits, writes_len,
 };
 use crate::file::HostFile;
 use crate::format::{Look, look};
+use crate::guest::{gather, guest_len};
 
 /// A raw image.
 #[derive(Debug)]
@@ -69,13 +70,6 @@ impl Raw {
     }
 }
 
-/// The bytes as they are now.
-fn copy_of(slice: &GuestSlice<'_>) -> Vec<u8> {
-    let mut bytes = vec![0; slice.len()];
-    slice.copy_to(&mut bytes);
-    bytes
-}
-
 impl BlockBackend for Raw {
     fn len(&self) -> u64 {
         self.file.len().next_multiple_of(SECTOR)
@@ -111,26 +105,23 @@ impl BlockBackend for Raw {
     }
 
     fn try_read_to_guest(&self, offset: u64, into: &[GuestSlice<'_>]) -> Option<io::Result<()>> {
-        match self.read_guest(offset, into, true) {
-            // A host that knows no such call, or would wait.
-            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Unsupported) => None,
-            result => Some(result),
-        }
+        unless_it_waits(self.read_guest(offset, into, true))
     }
 
     fn write_from_guest(&self, offset: u64, from: &[GuestSlice<'_>]) -> io::Result<()> {
         check_writable(self)?;
         check_range(offset, guest_len(from), self.len())?;
         if self.guard.is_some() && offset < SECTOR {
-            let bytes: Vec<_> = from.iter().flat_map(copy_of).collect();
+            let mut bytes = vec![0; guest_len(from) as usize];
+            gather(from, &mut bytes);
             return self.write_at(offset, &[IoSlice::new(&bytes)]);
         }
         self.file.write_from_guest(offset, from)
     }
 
     /// It goes to the host's cache.
-    fn writes_at_once(&self) -> bool {
-        true
+    fn try_write_from_guest(&self, offset: u64, from: &[GuestSlice<'_>]) -> Option<io::Result<()>> {
+        Some(self.write_from_guest(offset, from))
     }
 
     fn flush(&self) -> io::Result<()> {

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use doppel_block::{BlockBackend, DiskSpec, Format, create};
-use support::{Random, Scratch, check, has_qemu_img, open_path, qemu_img, read};
+use support::{Guest, Random, Scratch, check, has_qemu_img, open_path, qemu_img, read};
 
 const DISK: u64 = 3 << 20;
 
@@ -19,6 +19,7 @@ struct Pair {
     path: PathBuf,
     options: String,
     random: Random,
+    guest: Guest,
     /// A discarded range may read as before, until it is written.
     vague: Vec<bool>,
 }
@@ -32,6 +33,7 @@ impl Pair {
             path: path.to_owned(),
             options: options.to_owned(),
             random: Random(seed),
+            guest: Guest::new(DISK),
         }
     }
 
@@ -77,19 +79,31 @@ impl Pair {
 
     fn write(&mut self, range: std::ops::Range<usize>) {
         let bytes: Vec<u8> = (range.clone()).map(|_| self.random.next() as u8).collect();
-        let (a, b) = bytes.split_at(self.random.below(bytes.len() as u64) as usize);
-        let slices = [IoSlice::new(a), IoSlice::new(b)];
-        self.disk().write_at(range.start as u64, &slices).unwrap();
+        let offset = range.start as u64;
+        if self.random.below(2) == 0 {
+            let (a, b) = bytes.split_at(self.random.below(bytes.len() as u64) as usize);
+            let slices = [IoSlice::new(a), IoSlice::new(b)];
+            self.disk().write_at(offset, &slices).unwrap();
+        } else {
+            let disk = self.disk.as_deref().unwrap();
+            self.guest.write(disk, offset, &bytes, &mut self.random);
+        }
         self.model[range.clone()].copy_from_slice(&bytes);
         self.vague[range].fill(false);
     }
 
     fn read(&mut self, range: std::ops::Range<usize>) {
         let mut bytes = vec![0xee; range.len()];
-        let middle = self.random.below(bytes.len() as u64) as usize;
-        let (a, b) = bytes.split_at_mut(middle);
-        let slices = &mut [IoSliceMut::new(a), IoSliceMut::new(b)];
-        self.disk().read_at(range.start as u64, slices).unwrap();
+        let offset = range.start as u64;
+        if self.random.below(2) == 0 {
+            let middle = self.random.below(bytes.len() as u64) as usize;
+            let (a, b) = bytes.split_at_mut(middle);
+            let slices = &mut [IoSliceMut::new(a), IoSliceMut::new(b)];
+            self.disk().read_at(offset, slices).unwrap();
+        } else {
+            let disk = self.disk.as_deref().unwrap();
+            self.guest.read(disk, offset, &mut bytes, &mut self.random);
+        }
         self.compare(range.start, &bytes);
     }
 
@@ -241,13 +255,18 @@ fn many_threads_at_once_do_not_disturb_each_other() {
             let disk = disk.clone();
             scope.spawn(move || {
                 let mut random = Random(thread);
+                let guest = Guest::new(4096);
                 let mut last = std::collections::BTreeMap::new();
                 for step in 0..300 {
                     let sector = random.below(DISK / 512 / THREADS) * THREADS + thread;
                     let value = random.next() as u8;
                     let sector_bytes = [value; 512];
-                    let bytes = [IoSlice::new(&sector_bytes)];
-                    disk.write_at(sector * 512, &bytes).unwrap();
+                    if thread % 2 == 0 {
+                        let bytes = [IoSlice::new(&sector_bytes)];
+                        disk.write_at(sector * 512, &bytes).unwrap();
+                    } else {
+                        guest.write(&*disk, sector * 512, &sector_bytes, &mut random);
+                    }
                     last.insert(sector, value);
                     match step % 50 {
                         7 => disk.flush().unwrap(),

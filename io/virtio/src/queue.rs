@@ -135,6 +135,13 @@ impl Queue {
         parsed
     }
 
+    /// Whether there is a request to take.
+    pub fn has_next(&self) -> Result<bool, Broken> {
+        let available = self.ring.avail_idx(self.ram.view(), Ordering::Acquire);
+        let available = available.map_err(|_| Broken("a ring outside of memory"))?;
+        Ok(available.0 != self.ring.next_avail())
+    }
+
     /// Puts the request that was taken last back, as if it had not been taken.
     pub fn undo_pop(&mut self) {
         self.ring.go_to_previous_position();

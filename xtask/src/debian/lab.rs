@@ -114,6 +114,7 @@ impl Lab {
     fn doppel(&self, start: Start<'_>, engine: &str) -> Command {
         let mut command = Command::new(&self.doppel);
         command.args(["run", "--engine", engine, "--memory", start.memory]);
+        command.arg("--stats").arg(self.file("stats.json"));
         command.args(["--cpus", &start.cpus.to_string(), "--disk"]);
         command.arg(start.disk);
         if let Some(second) = start.second {

@@ -9,6 +9,9 @@
 //! freed) and syncs. A process that is killed between leaves at worst clusters that are counted and not used ("leaked"), which
 //! `qemu-img check -r leaks` gives back.
 //!
+//! **Guest RAM.** Where the disk is mapped to a piece of a file as it is, whichever image of the chain that file is, the host's kernel reads and
+//! writes guest RAM there. What is compressed, or has no place yet, goes through the crate and a buffer.
+//!
 //! **Threads.** Reads and writes run in parallel; only writes that need new clusters of one L2 table (512 MiB of disk) wait for each other.
 //! What takes mappings away (discard) has the image for itself, since a request might be on its way to a cluster that it would free.
 
@@ -16,19 +19,34 @@ mod chain;
 mod header;
 mod storage_unsafe;
 
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use doppel_memory::GuestSlice;
 use imago::{FormatAccess, Mapping};
 
-use crate::backend::{BlockBackend, SECTOR, check_range, check_writable, reads_len, writes_len};
+use crate::backend::{
+    BlockBackend, SECTOR, check_range, check_writable, reads_len, unless_it_waits, writes_len,
+};
 use crate::file::HostFile;
+use crate::guest::{Pieces, gather, guest_len, scatter, zero};
 pub(crate) use chain::{Chain, create, create_over, open, open_over};
 pub use header::Header;
 use storage_unsafe::ImageFile;
 
 /// Zeros are written so many bytes at a time to an image that has no zero clusters.
 const ZEROS: &[u8] = &[0; 64 << 10];
+
+/// Guest RAM that cannot be given to the host's kernel is copied so many bytes at a time.
+const BOUNCE: u64 = 256 << 10;
+
+/// Whether a call may wait for the host's disk.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Patience {
+    Waits,
+    /// An error of kind `WouldBlock` takes the place of waiting.
+    AtOnce,
+}
 
 /// A qcow2 image and what is below it.
 pub struct Qcow2 {
@@ -54,6 +72,79 @@ impl Qcow2 {
 
     fn alone(&self) -> RwLockWriteGuard<'_, FormatAccess<ImageFile>> {
         self.image.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn shared_with(
+        &self,
+        patience: Patience,
+    ) -> io::Result<RwLockReadGuard<'_, FormatAccess<ImageFile>>> {
+        match (patience, self.image.try_read()) {
+            (Patience::Waits, _) => Ok(self.shared()),
+            (Patience::AtOnce, Ok(image)) => Ok(image),
+            (Patience::AtOnce, Err(_)) => Err(ErrorKind::WouldBlock.into()),
+        }
+    }
+
+    fn read_guest(
+        &self,
+        mut offset: u64,
+        into: &[GuestSlice<'_>],
+        patience: Patience,
+    ) -> io::Result<()> {
+        let mut left = guest_len(into);
+        check_range(offset, left, self.len())?;
+        let image = self.shared_with(patience)?;
+        let mut pieces = Pieces::new(into);
+        while left > 0 {
+            let (mapping, len) = image.get_mapping(offset, left)?;
+            // The disk's size may be rounded up to a sector, and zeros are there.
+            let len = if len == 0 { left } else { len.min(left) };
+            let now = pieces.take(len);
+            match mapping {
+                Mapping::Raw {
+                    storage, offset, ..
+                } => {
+                    storage.read_to_guest(offset, &now, patience == Patience::AtOnce)?;
+                }
+                Mapping::Zero { .. } | Mapping::Eof { .. } => zero(&now),
+                _ if patience == Patience::AtOnce => return Err(ErrorKind::WouldBlock.into()),
+                _ => read_copied(&image, offset, &now)?,
+            }
+            (offset, left) = (offset + len, left - len);
+        }
+        Ok(())
+    }
+
+    fn write_guest(
+        &self,
+        mut offset: u64,
+        from: &[GuestSlice<'_>],
+        patience: Patience,
+    ) -> io::Result<()> {
+        check_writable(self)?;
+        let mut left = guest_len(from);
+        check_range(offset, left, self.len())?;
+        let image = self.shared_with(patience)?;
+        let mut pieces = Pieces::new(from);
+        while left > 0 {
+            let (mapping, len) = image.get_mapping(offset, left)?;
+            let len = if len == 0 { left } else { len.min(left) };
+            let now = pieces.take(len);
+            match mapping {
+                Mapping::Raw {
+                    storage,
+                    offset,
+                    writable: true,
+                    ..
+                } => {
+                    storage.write_from_guest(offset, &now)?;
+                }
+                _ if patience == Patience::AtOnce => return Err(ErrorKind::WouldBlock.into()),
+                _ => write_copied(&image, offset, &now)?,
+            }
+            (offset, left) = (offset + len, left - len);
+        }
+        Ok(())
     }
 
     /// Version 2 has no zero clusters: a mapping can only be taken away, and then the backing file shows.
@@ -115,6 +206,46 @@ impl Qcow2 {
     }
 }
 
+/// Reads through the crate.
+fn read_copied(
+    image: &FormatAccess<ImageFile>,
+    mut offset: u64,
+    into: &[GuestSlice<'_>],
+) -> io::Result<()> {
+    let mut buffer = vec![0; guest_len(into).min(BOUNCE) as usize];
+    let mut pieces = Pieces::new(into);
+    loop {
+        let now = pieces.take(BOUNCE);
+        let bytes = &mut buffer[..guest_len(&now) as usize];
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        image.read(&mut *bytes, offset)?;
+        scatter(bytes, &now);
+        offset += bytes.len() as u64;
+    }
+}
+
+/// Writes through the crate, which finds a place.
+fn write_copied(
+    image: &FormatAccess<ImageFile>,
+    mut offset: u64,
+    from: &[GuestSlice<'_>],
+) -> io::Result<()> {
+    let mut buffer = vec![0; guest_len(from).min(BOUNCE) as usize];
+    let mut pieces = Pieces::new(from);
+    loop {
+        let now = pieces.take(BOUNCE);
+        let bytes = &mut buffer[..guest_len(&now) as usize];
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        gather(&now, bytes);
+        image.write(&*bytes, offset)?;
+        offset += bytes.len() as u64;
+    }
+}
+
 impl BlockBackend for Qcow2 {
     fn len(&self) -> u64 {
         self.header.size / SECTOR * SECTOR
@@ -141,6 +272,22 @@ impl BlockBackend for Qcow2 {
             .copied()
             .collect();
         self.shared().writev(slices.into(), offset)
+    }
+
+    fn read_to_guest(&self, offset: u64, into: &[GuestSlice<'_>]) -> io::Result<()> {
+        self.read_guest(offset, into, Patience::Waits)
+    }
+
+    fn try_read_to_guest(&self, offset: u64, into: &[GuestSlice<'_>]) -> Option<io::Result<()>> {
+        unless_it_waits(self.read_guest(offset, into, Patience::AtOnce))
+    }
+
+    fn write_from_guest(&self, offset: u64, from: &[GuestSlice<'_>]) -> io::Result<()> {
+        self.write_guest(offset, from, Patience::Waits)
+    }
+
+    fn try_write_from_guest(&self, offset: u64, from: &[GuestSlice<'_>]) -> Option<io::Result<()>> {
+        unless_it_waits(self.write_guest(offset, from, Patience::AtOnce))
     }
 
     fn flush(&self) -> io::Result<()> {

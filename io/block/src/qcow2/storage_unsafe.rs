@@ -10,11 +10,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use doppel_memory::GuestSlice;
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::storage::drivers::CommonStorageHelper;
 use imago::storage::{PreallocateMode, Storage};
 
 use crate::file::HostFile;
+use crate::guest::guest_len;
 
 /// The file of an image.
 #[derive(Debug)]
@@ -42,6 +44,35 @@ impl ImageFile {
         self.end.fetch_max(end, Ordering::Relaxed);
     }
 
+    /// Fills guest RAM from `offset`; with `at_once` an error of kind `WouldBlock` where the host would wait for its disk.
+    pub fn read_to_guest(
+        &self,
+        offset: u64,
+        into: &[GuestSlice<'_>],
+        at_once: bool,
+    ) -> io::Result<()> {
+        self.check_end(offset, guest_len(into))?;
+        self.file.read_to_guest(offset, into, at_once).map(|_| ())
+    }
+
+    /// Writes guest RAM at `offset`.
+    pub fn write_from_guest(&self, offset: u64, from: &[GuestSlice<'_>]) -> io::Result<()> {
+        self.file.write_from_guest(offset, from)?;
+        self.grown(offset.saturating_add(guest_len(from)));
+        Ok(())
+    }
+
+    fn check_end(&self, offset: u64, len: u64) -> io::Result<()> {
+        let end = offset.checked_add(len);
+        if end.is_none_or(|end| end > self.readable_end()) {
+            return Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                "the image refers to what is beyond the end of its file",
+            ));
+        }
+        Ok(())
+    }
+
     fn readable_end(&self) -> u64 {
         self.end
             .load(Ordering::Relaxed)
@@ -67,13 +98,7 @@ impl Storage for ImageFile {
     }
 
     unsafe fn pure_readv(&self, bufv: IoVectorMut<'_>, offset: u64) -> io::Result<()> {
-        let end = offset.checked_add(bufv.len());
-        if end.is_none_or(|end| end > self.readable_end()) {
-            return Err(io::Error::new(
-                io::ErrorKind::UnexpectedEof,
-                "the image refers to what is beyond the end of its file",
-            ));
-        }
+        self.check_end(offset, bufv.len())?;
         self.file.read_at(offset, bufv.into_inner()).map(|_| ())
     }
 

@@ -8,6 +8,8 @@ use std::process::Command;
 use std::sync::Arc;
 
 use doppel_block::{BlockBackend, BlockError, DiskSpec};
+use doppel_memory::{GuestRam, GuestSlice};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 /// A folder that goes when the test ends.
 pub struct Scratch(pub tempfile::TempDir);
@@ -79,13 +81,78 @@ pub fn qemu_img(words: &str, paths: &[&Path]) -> String {
 }
 
 /// What `qemu-img check` makes of an image: 0 is sound, 3 has leaked clusters, 2 is corrupt.
+/// What `qemu-img check` ends with. A child that another test has just started may hold the image's lock until it executes its
+/// program, so that a check that could not be made is made again.
 pub fn check(path: &Path) -> i32 {
-    let output = Command::new("qemu-img")
-        .arg("check")
-        .arg(path)
-        .output()
-        .unwrap();
-    output.status.code().unwrap()
+    let once = || {
+        let output = Command::new("qemu-img").arg("check").arg(path).output();
+        output.unwrap().status.code().unwrap()
+    };
+    let again = std::iter::repeat_with(|| {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        once()
+    });
+    let mut results = std::iter::once(once()).chain(again.take(40));
+    results.find(|code| *code != 1).unwrap_or(1)
+}
+
+/// Guest RAM, through which a disk is read and written as a device does it.
+pub struct Guest(GuestRam);
+
+impl Guest {
+    /// With room for `len` bytes and as much between them.
+    pub fn new(len: u64) -> Guest {
+        Guest(GuestRam::new((4 * len).max(1 << 20)).unwrap())
+    }
+
+    /// Pieces here and there that are `len` bytes together.
+    fn pieces(&self, len: usize, random: &mut Random) -> Vec<GuestSlice<'_>> {
+        let (mut pieces, mut left, mut at) = (Vec::new(), len, random.below(4096));
+        while left > 0 {
+            let most = [left, 16, 4096][random.below(3) as usize];
+            let now = left.min(1 + random.below(most as u64) as usize);
+            let piece = GuestMemoryBackend::get_slice(self.0.view(), GuestAddress(at), now);
+            pieces.push(piece.unwrap());
+            at += now as u64 + random.below(2) * (now as u64).min(100);
+            left -= now;
+        }
+        pieces
+    }
+
+    /// Without waiting if that is possible.
+    pub fn write(
+        &self,
+        disk: &dyn BlockBackend,
+        offset: u64,
+        mut bytes: &[u8],
+        random: &mut Random,
+    ) {
+        let pieces = self.pieces(bytes.len(), random);
+        for piece in &pieces {
+            piece.copy_from(&bytes[..piece.len()]);
+            bytes = &bytes[piece.len()..];
+        }
+        match disk.try_write_from_guest(offset, &pieces) {
+            Some(result) => result.unwrap(),
+            None => disk.write_from_guest(offset, &pieces).unwrap(),
+        }
+    }
+
+    /// Without waiting if that is possible.
+    pub fn read(&self, disk: &dyn BlockBackend, offset: u64, into: &mut [u8], random: &mut Random) {
+        let pieces = self.pieces(into.len(), random);
+        for piece in &pieces {
+            piece.copy_from(&vec![0xee; piece.len()]);
+        }
+        match disk.try_read_to_guest(offset, &pieces) {
+            Some(result) => result.unwrap(),
+            None => disk.read_to_guest(offset, &pieces).unwrap(),
+        }
+        let mut done = 0;
+        for piece in &pieces {
+            done += piece.copy_to(&mut into[done..done + piece.len()]);
+        }
+    }
 }
 
 /// SplitMix64.

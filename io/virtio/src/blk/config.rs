@@ -5,7 +5,7 @@ use doppel_block::SECTOR;
 /// Bytes of a logical block.
 const BLOCK: u32 = 512;
 /// Buffers of a request beside header and status. Two fit into the queue with them.
-const SEGMENTS: u32 = 126;
+const SEGMENTS: u32 = 510;
 /// A host page is the unit that a host's cache likes: 2^3 blocks.
 const PHYSICAL_EXPONENT: u8 = 3;
 /// Most sectors of a discard: 1 GiB.

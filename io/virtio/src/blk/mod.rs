@@ -7,6 +7,7 @@
 //! A host that refuses something, a full disk included, makes an I/O error of the one request.
 
 mod config;
+mod pace;
 mod pool;
 mod request;
 
@@ -23,7 +24,7 @@ use crate::worker::Worker;
 use crate::{Activation, DeviceState, OnNotify, Queue, VirtioDevice};
 use pool::{Slot, lock};
 
-const QUEUE_SIZE: u16 = 256;
+const QUEUE_SIZE: u16 = 512;
 /// More queues than this are of no use.
 pub const BLK_QUEUES_MAX: u16 = 8;
 /// Bytes of the serial number (virtio 1.2, 5.2.6.1).

@@ -15,6 +15,7 @@ use std::thread::{self, Scope};
 use doppel_memory::GuestRam;
 
 use super::Disk;
+use super::pace::{LONG, Pace};
 use super::request::{Done, HEADER_LEN, Request};
 use crate::pool::Pool;
 use crate::worker::Stop;
@@ -22,13 +23,14 @@ use crate::{Broken, Queue, wait_readable};
 
 /// More than this waits in line: as many as a disk of today does at once.
 const THREADS_MAX: usize = 16;
-/// A vCPU does no more requests at one notification,
+/// A vCPU does no more requests at one notification.
 const AT_ONCE_MAX: usize = 8;
-/// and these bytes, headers not counted; for more, another processor is worth its wake-up.
-const AT_ONCE_BYTES: usize = 128 << 10;
-
 /// A queue while the device is active.
-pub type Slot = Mutex<Option<Queue>>;
+#[derive(Default)]
+pub struct Slot {
+    queue: Mutex<Option<Queue>>,
+    pace: Pace,
+}
 
 /// Serves the queues until it is told to stop; they stay in their slots.
 pub fn serve(queues: &[Arc<Slot>], disk: &Disk, ram: &GuestRam, stop: &Stop) {
@@ -52,26 +54,30 @@ pub fn serve(queues: &[Arc<Slot>], disk: &Disk, ram: &GuestRam, stop: &Stop) {
 /// left.
 pub fn serve_at_once(slot: &Slot, disk: &Disk, ram: &GuestRam) -> bool {
     // Where the queue's thread is at work it finds the requests itself, but it may be about to sleep.
-    let Ok(mut slot) = slot.try_lock() else {
+    let Ok(mut queue) = slot.queue.try_lock() else {
         return false;
     };
-    let Some(queue) = slot.as_mut() else {
+    let Some(queue) = queue.as_mut() else {
         return false;
     };
     // What is broken is for the queue's thread to find again.
-    at_once(queue, disk, ram).unwrap_or(false)
+    at_once(queue, &slot.pace, disk, ram).unwrap_or(false)
 }
 
-fn at_once(queue: &mut Queue, disk: &Disk, ram: &GuestRam) -> Result<bool, Broken> {
-    let mut room = AT_ONCE_BYTES + HEADER_LEN + 1;
-    for _ in 0..AT_ONCE_MAX {
+fn at_once(queue: &mut Queue, pace: &Pace, disk: &Disk, ram: &GuestRam) -> Result<bool, Broken> {
+    let mut room = pace.room() + HEADER_LEN + 1;
+    for n in 0..AT_ONCE_MAX {
         let Some(chain) = queue.pop(ram)? else {
             if queue.listen()? {
                 continue;
             }
             return Ok(true);
         };
-        let left = room.checked_sub(chain.readable.len() + chain.writable.len());
+        let len = chain.readable.len() + chain.writable.len();
+        if n > 0 && len > LONG {
+            pace.several();
+        }
+        let left = room.checked_sub(len).filter(|_| !pace.is_trial(len));
         let request = left.and_then(|_| Request::parse(chain).ok());
         let done = request.map(|request| request.try_now(disk));
         room = left.unwrap_or(0);
@@ -91,7 +97,7 @@ fn at_once(queue: &mut Queue, disk: &Disk, ram: &GuestRam) -> Result<bool, Broke
 
 /// The queue of a slot, if it is active.
 pub fn lock(slot: &Slot) -> MutexGuard<'_, Option<Queue>> {
-    slot.lock().unwrap_or_else(PoisonError::into_inner)
+    slot.queue.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// There is always a queue while its threads run.
@@ -162,17 +168,21 @@ impl<'scope, 'env> Server<'scope, 'env> {
             };
             queue.quiet()?;
             drop(slot);
+            let len = chain.readable.len() + chain.writable.len();
             match Request::parse(chain)?.try_now(self.disk) {
-                Ok(done) => self.give_back(n, done)?,
+                Ok(done) => self.give_back(n, len, done)?,
                 Err(request) => self.hand_over(n, request),
             }
         }
         Ok(())
     }
 
-    fn give_back(&self, n: usize, (head, written): Done) -> Result<(), Broken> {
+    /// Gives a request of `len` bytes back.
+    fn give_back(&self, n: usize, len: usize, (head, written): Done) -> Result<(), Broken> {
         let mut slot = lock(&self.queues[n]);
         let queue = slot.as_mut().ok_or(GONE)?;
+        // What comes when the driver knows of this one tells nothing.
+        self.queues[n].pace.served(len, queue.has_next()?);
         queue.push(head, written)?;
         queue.announce()
     }
@@ -203,7 +213,7 @@ impl<'scope, 'env> Server<'scope, 'env> {
     }
 
     fn do_one(&self, n: usize, request: Request<'env>) {
-        if let Err(broken) = self.give_back(n, request.carry_out(self.disk)) {
+        if let Err(broken) = self.give_back(n, 0, request.carry_out(self.disk)) {
             self.give_up(n, broken);
         }
     }

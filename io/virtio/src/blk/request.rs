@@ -77,23 +77,27 @@ impl<'r> Request<'r> {
 
     /// Carries it out if that needs no waiting; else gives it back.
     pub fn try_now(self, disk: &Disk) -> Result<Done, Self> {
-        match self.kind {
-            Kind::Read => match self.range(&self.writable) {
-                Err(e) => Ok(self.finish(Err(e))),
-                Ok(offset) => {
-                    let slices = self.writable.slices();
-                    let read = disk.backend.try_read_to_guest(offset, slices);
-                    match read {
-                        Some(result) => Ok(self.finish(result)),
-                        None => Err(self),
-                    }
-                }
-            },
-            Kind::Write if disk.backend.writes_at_once() && disk.caches() => {
-                Ok(self.carry_out(disk))
+        let (backend, data) = (&disk.backend, self.data().slices());
+        let result = match (self.kind, self.range(self.data())) {
+            (Kind::Serial | Kind::Unknown, _) => return Ok(self.carry_out(disk)),
+            (Kind::Read | Kind::Write, Err(e)) => Some(Err(e)),
+            (Kind::Read, Ok(offset)) => backend.try_read_to_guest(offset, data),
+            (Kind::Write, Ok(offset)) if disk.caches() => {
+                backend.try_write_from_guest(offset, data)
             }
-            Kind::Serial | Kind::Unknown => Ok(self.carry_out(disk)),
-            _ => Err(self),
+            _ => None,
+        };
+        match result {
+            Some(result) => Ok(self.finish(result)),
+            None => Err(self),
+        }
+    }
+
+    /// What is read or written.
+    fn data(&self) -> &Buffers<'r> {
+        match self.kind {
+            Kind::Read => &self.writable,
+            _ => &self.readable,
         }
     }
 
