@@ -10,3 +10,4 @@ pub mod run;
 pub mod signals;
 pub mod size;
 pub mod terminal;
+mod unblocked_unsafe;

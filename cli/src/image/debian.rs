@@ -3,7 +3,9 @@
 
 use super::args::Build;
 use super::tree::{Kind, Node, Tree};
+use super::work::Work;
 use super::{epoch, sources};
+use crate::unblocked_unsafe::unblocked;
 use anyhow::{Context, Result, bail};
 use std::collections::VecDeque;
 use std::fs;
@@ -41,23 +43,25 @@ pub fn assemble(
     args: &Build,
     release: &str,
     tree: &mut Tree,
-    work: &Path,
+    work: &Work,
     progress: &(dyn Fn(&str) + Sync),
 ) -> Result<()> {
     let sources = sources::choose(args.sources.as_deref(), release)?;
-    let mut child = start(args, release, work)?;
+    let mut child = start(args, release, work.path())?;
     let mut stdin = child.stdin.take().context("no stdin")?;
     // Where it ends before it has read them, it says why.
     let _ = stdin.write_all(sources.as_bytes());
     drop(stdin);
     let stdout = child.stdout.take().context("no stdout")?;
     let stderr = child.stderr.take().context("no stderr")?;
-    let (read, said) = std::thread::scope(|scope| {
-        let said = scope.spawn(|| listen(stderr, progress));
-        let read = tree.read(BufReader::with_capacity(1 << 20, stdout));
-        (read, said.join().unwrap_or_default())
-    });
-    let status = child.wait()?;
+    let (mut read, mut said) = (Ok(()), VecDeque::new());
+    let status = work.wait_for(&mut child, || {
+        std::thread::scope(|scope| {
+            let listener = scope.spawn(|| listen(stderr, progress));
+            read = tree.read(BufReader::with_capacity(1 << 20, stdout));
+            said = listener.join().unwrap_or_default();
+        });
+    })?;
     if !status.success() {
         let said = Vec::from(said).join("\n  ");
         bail!("mmdebstrap failed ({status}):\n  {said}\n({HINT})");
@@ -87,10 +91,12 @@ fn start(args: &Build, release: &str, work: &Path) -> Result<Child> {
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
-    command.spawn().map_err(|error| match error.kind() {
-        std::io::ErrorKind::NotFound => anyhow::anyhow!(MISSING),
-        _ => anyhow::Error::from(error).context("mmdebstrap"),
-    })
+    unblocked(&mut command)
+        .spawn()
+        .map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => anyhow::anyhow!(MISSING),
+            _ => anyhow::Error::from(error).context("mmdebstrap"),
+        })
 }
 
 /// Has root's password set within the image, so that its own tools make the hash.

@@ -10,6 +10,7 @@ mod debian;
 mod ext4;
 mod sources;
 mod tree;
+mod work;
 
 use anyhow::{Context, Result, bail};
 use args::{Build, Convert, Create, Image, Info};
@@ -18,9 +19,10 @@ use doppel_machine::bootdisk::gpt::{self, Guid};
 use sha2::{Digest, Sha256};
 use std::fs::{self, File};
 use std::io::{IoSlice, IoSliceMut, Read};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 use tree::Tree;
+use work::Work;
 
 /// Does what was asked for.
 pub fn image(what: &Image) -> Result<()> {
@@ -69,10 +71,10 @@ fn build(args: &Build) -> Result<()> {
         Some(release) => release.clone(),
         None => sources::host_release()?,
     };
-    let work = Work::new(&args.output)?;
+    let work = Work::guarded(&args.output)?;
     progress(&format!("assembling Debian {release}"));
-    let mut tree = Tree::new(&work.0, epoch(&release)?);
-    debian::assemble(args, &release, &mut tree, &work.0, &progress)?;
+    let mut tree = Tree::new(work.path(), epoch(&release)?);
+    debian::assemble(args, &release, &mut tree, &work, &progress)?;
     debian::clean(&mut tree);
     let identity = Identity::new(args, &release, &tree)?;
     debian::furnish(&mut tree, args, &identity.file_system)?;
@@ -83,10 +85,10 @@ fn build(args: &Build) -> Result<()> {
         uuid: &identity.file_system,
         epoch: epoch(&release)?,
     };
-    let file_system = work.0.join("file-system");
-    ext4::make(&tree, &file_system, &look, &work.0)?;
+    let file_system = work.path().join("file-system");
+    ext4::make(&tree, &file_system, &look, work.path())?;
     progress("writing the image");
-    let image = work.0.join("image");
+    let image = work.path().join("image");
     let disk = new_disk(&image, format_of(&args.output), args.size)?;
     write(&*disk, 0, &table.head)?;
     copy(&mut File::open(&file_system)?, &*disk, table.start)?;
@@ -98,25 +100,6 @@ fn build(args: &Build) -> Result<()> {
         args.output.display()
     );
     Ok(())
-}
-
-/// A folder for scratch files beside the image, which goes when it is dropped.
-struct Work(PathBuf);
-
-impl Work {
-    fn new(output: &Path) -> Result<Work> {
-        let name = output.file_name().context("OUT needs the name of a file")?;
-        let name = format!(".{}.partial-{}", name.to_string_lossy(), std::process::id());
-        let path = std::path::absolute(output)?.with_file_name(name);
-        fs::create_dir(&path).with_context(|| path.display().to_string())?;
-        Ok(Work(path))
-    }
-}
-
-impl Drop for Work {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
 }
 
 /// The names that tell this disk from all others: they follow from what is on it.
@@ -239,8 +222,8 @@ fn convert(args: &Convert) -> Result<()> {
     let mut from = DiskSpec::new(&args.from);
     (from.format, from.read_only) = (args.from_format, true);
     let from = from.open()?;
-    let work = Work::new(&args.to)?;
-    let image = work.0.join("image");
+    let work = Work::guarded(&args.to)?;
+    let image = work.path().join("image");
     let to = new_disk(&image, args.format, from.len())?;
     copy(&mut Reading(&*from, 0), &*to, 0)?;
     finish(to, &image, &args.to)
@@ -262,6 +245,7 @@ impl Read for Reading<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::PathBuf;
 
     const UUID: &str = "01234567-89ab-8def-8123-456789abcdef";
 
@@ -337,13 +321,13 @@ mod tests {
     }
 
     fn file_system(work: &Work, reverse: bool) -> PathBuf {
-        let store = work.0.join(format!("store-{reverse}"));
+        let store = work.path().join(format!("store-{reverse}"));
         fs::create_dir(&store).unwrap();
         let mut tree = Tree::new(&store, 1_650_000_000);
         tree.read(&*system(reverse)).unwrap();
         debian::clean(&mut tree);
         tree.file("etc/fstab", 0o644, b"").unwrap();
-        let image = work.0.join(format!("image-{reverse}"));
+        let image = work.path().join(format!("image-{reverse}"));
         let look = ext4::Look {
             len: 32 << 20,
             uuid: UUID,
@@ -405,7 +389,7 @@ mod tests {
         let file_system = file_system(&work, false);
         let size = 40 << 20;
         let table = gpt::new_table(size, Guid([1; 16]), Guid([2; 16]));
-        let disk = new_disk(&work.0.join("disk"), Format::Qcow2, size).unwrap();
+        let disk = new_disk(work.path().join("disk"), Format::Qcow2, size).unwrap();
         write(&*disk, 0, &table.head).unwrap();
         copy(&mut File::open(&file_system).unwrap(), &*disk, table.start).unwrap();
         let found = doppel_machine::bootdisk::find(&disk, 1 << 20).unwrap();
@@ -420,7 +404,7 @@ mod tests {
             return;
         }
         let work = work("doppel-image-small");
-        let mut tree = Tree::new(&work.0, 0);
+        let mut tree = Tree::new(work.path(), 0);
         let random: Vec<u8> = (0..12u32 << 20)
             .map(|n| (n.wrapping_mul(n) >> 7) as u8)
             .collect();
@@ -430,7 +414,7 @@ mod tests {
             uuid: UUID,
             epoch: 0,
         };
-        let error = ext4::make(&tree, &work.0.join("image"), &look, &work.0).unwrap_err();
+        let error = ext4::make(&tree, work.path().join("image"), &look, work.path()).unwrap_err();
         assert!(error.to_string().contains("--size"), "{error:#}");
     }
 }
