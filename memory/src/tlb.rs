@@ -451,7 +451,7 @@ mod tests {
         const STEP: u64 = (TLB_ENTRIES as u64) << 12;
         let ram = GuestRam::new(1 << 20).unwrap();
         let (mut tlb, peer) = (Tlb::default(), ram.tracker().join());
-        let mut fill = |tlb: &mut Tlb, linear: u64, gpa: u64, global| {
+        let fill = |tlb: &mut Tlb, linear: u64, gpa: u64, global| {
             ram.tracker().mark_dirty(gpa);
             tlb.fill(linear, &translation(gpa, global), ALL, &ram, &peer);
         };

@@ -389,7 +389,7 @@ mod tests {
         let file_system = file_system(&work, false);
         let size = 40 << 20;
         let table = gpt::new_table(size, Guid([1; 16]), Guid([2; 16]));
-        let disk = new_disk(work.path().join("disk"), Format::Qcow2, size).unwrap();
+        let disk = new_disk(&work.path().join("disk"), Format::Qcow2, size).unwrap();
         write(&*disk, 0, &table.head).unwrap();
         copy(&mut File::open(&file_system).unwrap(), &*disk, table.start).unwrap();
         let found = doppel_machine::bootdisk::find(&disk, 1 << 20).unwrap();
@@ -414,7 +414,7 @@ mod tests {
             uuid: UUID,
             epoch: 0,
         };
-        let error = ext4::make(&tree, work.path().join("image"), &look, work.path()).unwrap_err();
+        let error = ext4::make(&tree, &work.path().join("image"), &look, work.path()).unwrap_err();
         assert!(error.to_string().contains("--size"), "{error:#}");
     }
 }
