@@ -10,19 +10,25 @@ use iced_x86::code_asm::*;
 
 const PAGE: u64 = 4096;
 
-/// Runs, and kicks every millisecond, so that it ends.
+/// Runs for a millisecond at most.
 fn run_a_while(r: &mut Runner) -> Stop {
+    run_for(r, Duration::from_millis(1))
+}
+
+/// Runs, and kicks at intervals, so that it ends.
+fn run_for(r: &mut Runner, interval: Duration) -> Stop {
     let done = AtomicBool::new(false);
     let kick = KickFlag::new();
     std::thread::scope(|s| {
-        s.spawn(|| {
+        let kicker = s.spawn(|| {
             while !done.load(Ordering::Relaxed) {
-                std::thread::sleep(Duration::from_millis(1));
+                std::thread::park_timeout(interval);
                 kick.kick();
             }
         });
         let stop = r.child.run(&mut r.user, &[], &kick).unwrap();
         done.store(true, Ordering::Relaxed);
+        kicker.thread().unpark();
         stop
     })
 }
@@ -110,8 +116,9 @@ fn at_every_call(rig: &Rig, registers: [(usize, u64); 7]) {
             error: 0x14,
             address: start + offset + 2,
         };
-        assert_eq!(run_a_while(&mut r), refused, "{registers:x?}");
-        let after = run_a_while(&mut r);
+        let stop = run_for(&mut r, Duration::from_secs(5));
+        assert_eq!(stop, refused, "{registers:x?}");
+        let after = r.run();
         assert_eq!(after, Stop::Gone { lost: false }, "it is not used again");
     }
 }

@@ -2,6 +2,8 @@
 
 mod calls;
 mod hostile;
+mod kicks;
+mod lifetime;
 mod rig;
 mod state;
 mod traps;
