@@ -63,8 +63,8 @@ const PAGE_FAULT: u8 = 14;
 /// Error code of a fetch by user code from a page that is not there.
 const FETCH: u32 = 0x14;
 const VSYSCALL: Range<u64> = 0xffff_ffff_ff60_0000..0xffff_ffff_ff60_1000;
-/// Checks of a kicked child that does not stop until it is killed: two seconds.
-const OVERDUE: u32 = 40;
+/// Checks of a kicked child that does not stop until it is killed: five seconds, for a host however busy.
+const OVERDUE: u32 = 100;
 
 /// What a frame means.
 enum Meaning {

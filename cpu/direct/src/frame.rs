@@ -18,7 +18,7 @@ use raw_cpuid::native_cpuid::cpuid_count;
 use crate::arch_stub::{BASES, EXCHANGE_SIZE, FLAGS, FRAME, SELECTORS, SIGNAL_STACK};
 use crate::exchange::Shared;
 use crate::signals::HANDLED_MASK;
-use crate::state::{UserState, is_canonical};
+use crate::state::{UserState, is_possible};
 
 /// Bytes of the frame below the XSAVE area.
 const FRAME_SIZE: usize = 440;
@@ -198,25 +198,28 @@ impl Template {
         exchange.store32(at + self.xstate_size, MAGIC2);
     }
 
-    /// Reads the frame of a stop.
+    /// Reads the frame of a stop; `None`, with `user` as it was, where the state is none of user code's.
     pub fn read(&self, exchange: &Shared, user: &mut UserState) -> Option<Cause> {
         let mut bytes = [0; FRAME_SIZE];
         exchange.read(self.frame + REGISTERS, &mut bytes[REGISTERS..]);
         let frame = Bytes(&bytes);
+        let [ds, es, fs, gs] = SELECTORS.map(|at| exchange.load32(at) as u16);
+        let cs = frame.u64(SEGMENTS) as u16;
+        let ss = (frame.u64(SEGMENTS) >> 48) as u16;
+        let bases = BASES.map(|at| exchange.load64(at));
+        if !is_possible([cs, ss, ds, es, fs, gs], bases) {
+            return None;
+        }
         for (register, at) in user.gprs.iter_mut().zip(GPRS) {
             *register = frame.u64(at);
         }
         user.rip = frame.u64(RIP);
         user.rflags = frame.u64(RFLAGS) & UserState::FLAGS | UserState::FIXED_FLAGS;
-        user.cs = frame.u64(SEGMENTS) as u16;
-        user.ss = (frame.u64(SEGMENTS) >> 48) as u16;
-        user.fs_base = exchange.load64(BASES[0]);
-        user.gs_base = exchange.load64(BASES[1]);
-        let [ds, es, fs, gs] = SELECTORS.map(|at| exchange.load32(at) as u16);
+        (user.cs, user.ss) = (cs, ss);
         (user.ds, user.es, user.fs, user.gs) = (ds, es, fs, gs);
+        [user.fs_base, user.gs_base] = bases;
         self.read_fpu(exchange, &mut user.fpu);
-        let bases = is_canonical(user.fs_base) && is_canonical(user.gs_base);
-        bases.then_some(Cause {
+        Some(Cause {
             signal: frame.u32(SIGNAL),
             code: frame.u32(CODE) as i32,
             vector: frame.u64(VECTOR),

@@ -16,8 +16,8 @@ use crate::arch_stub::{
 use crate::change::Call;
 use crate::exchange::{Shared, Turn};
 
-/// So long a process may take for what it does at once unless the host is in trouble.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
+/// So long a process may take for system calls, on a host however busy.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// One process.
 #[derive(Debug)]

@@ -77,6 +77,19 @@ impl UserState {
     }
 }
 
+/// Whether user code can have got to these segments under the host's kernel: CS, SS, DS, ES, FS, GS, and the bases of the last two. A state that
+/// has others comes from no processor.
+pub(crate) fn is_possible(selectors: [u16; 6], bases: [u64; 2]) -> bool {
+    /// Code, data and per-processor segments that user code may load, whatever the requested privilege level.
+    const LOADABLE: [u16; 5] = [0, 0x20, 0x28, 0x30, 0x78];
+    let [cs, ss, data @ ..] = selectors;
+    let loadable = |s: u16| LOADABLE.contains(&(s & !3));
+    [CODE_64, CODE_32].contains(&cs)
+        && ss == STACK
+        && data.into_iter().all(loadable)
+        && bases.into_iter().all(is_canonical)
+}
+
 /// Whether bits 63:47 are equal.
 pub(crate) fn is_canonical(address: u64) -> bool {
     let top = address as i64 >> 47;
