@@ -37,7 +37,7 @@ fn wait_for_the_end(pid: u32) {
 }
 
 #[test]
-fn a_child_holds_the_stub_the_exchange_area_and_three_files_at_most() {
+fn a_child_holds_its_stub_its_exchange_area_and_two_files() {
     let rig = Rig::new();
     let child = rig.zygote.spawn().unwrap();
     let range = rig.zygote.reserved();
