@@ -302,4 +302,45 @@ mod tests {
             assert!(!is_sensitive(&page(code, 100), NONE));
         }
     }
+
+    /// What the decoder knows by name.
+    fn is_one(mnemonic: Mnemonic) -> bool {
+        use Mnemonic::{Cpuid, Rdpid, Rdpkru, Rdpru, Rdtscp, Vmcall, Vmmcall, Wrpkru, Xgetbv};
+        use Mnemonic::{Xsave, Xsave64, Xsavec, Xsavec64, Xsaveopt, Xsaveopt64};
+        let telling = [
+            Cpuid, Rdpid, Rdpkru, Rdpru, Rdtscp, Vmcall, Vmmcall, Wrpkru, Xgetbv, Xsave, Xsave64,
+            Xsavec, Xsavec64, Xsaveopt, Xsaveopt64,
+        ];
+        telling.contains(&mnemonic) || is_common(mnemonic, ALL)
+    }
+
+    #[test]
+    fn whatever_opcode_the_decoder_takes_for_one_is_found() {
+        let prefixes: [&[u8]; 8] = [
+            &[],
+            &[0x66],
+            &[0xf3],
+            &[0xf2],
+            &[0x48],
+            &[0xf3, 0x48],
+            &[0x66, 0xf3],
+            &[0xf3, 0x2e, 0x41],
+        ];
+        let mut count = 0;
+        for prefix in prefixes {
+            for (opcode, modrm) in (0..=0xffffu32).map(|n| ((n >> 8) as u8, n as u8)) {
+                let mut code = vec![0x90; 64];
+                code.extend(prefix);
+                let at = code.len();
+                code.extend([0x0f, opcode, modrm]);
+                code.extend([0; 12]);
+                let instruction = Decoder::new(64, &code[64..], DecoderOptions::NONE).decode();
+                if is_one(instruction.mnemonic()) {
+                    count += 1;
+                    assert!(is_sensitive_at(&code, at, ALL), "{:x?}", &code[64..]);
+                }
+            }
+        }
+        assert!(count > 1000, "{count}");
+    }
 }
