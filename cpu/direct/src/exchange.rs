@@ -82,11 +82,6 @@ impl Shared {
             .copy_from(from);
     }
 
-    /// Sets all bytes to 0.
-    pub fn clear(&self) {
-        self.write(0, &vec![0; self.region.size()]);
-    }
-
     /// Says whose turn it is before there is a child.
     pub fn begin(&self, owner: u32) {
         self.word32(WORD).store(owner, Ordering::SeqCst);

@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use raw_cpuid::native_cpuid::cpuid_count;
-use rustix::fs::{MemfdFlags, SealFlags, ftruncate, memfd_create};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, ftruncate, memfd_create};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use rustix::rand::{GetRandomFlags, getrandom};
 
@@ -112,8 +112,14 @@ impl Zygote {
         host_serves()?;
         let stub = stub();
         let stub_at = random_place()?;
-        let areas = Arc::new(File::from(memory_file("doppel-direct-exchange")?));
-        let orders = Arc::new(File::from(memory_file("doppel-direct-orders")?));
+        let areas = Arc::new(File::from(memory_file(
+            "doppel-direct-exchange",
+            MemfdFlags::NOEXEC_SEAL,
+        )?));
+        let orders = Arc::new(File::from(memory_file(
+            "doppel-direct-orders",
+            MemfdFlags::NOEXEC_SEAL,
+        )?));
         ftruncate(&*areas, EXCHANGE_SIZE * (MOST_CHILDREN + 1)).map_err(host("ftruncate"))?;
         ftruncate(&*orders, ORDERS_SIZE * (MOST_CHILDREN + 1)).map_err(host("ftruncate"))?;
         let (exchange, first_orders) = shared(&areas, &orders, 0)?;
@@ -153,7 +159,7 @@ impl Zygote {
     pub fn spawn(&self) -> Result<Child, DirectError> {
         let machine = &self.machine;
         let mut state = machine.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.reap();
+        state.reap(&machine.areas, &machine.orders);
         let slot = state.take_slot()?;
         match machine.clone_zygote(&mut state, slot) {
             Ok(process) => Ok(Child::new(process, machine.clone(), slot)),
@@ -190,8 +196,6 @@ impl Machine {
     fn clone_zygote(&self, state: &mut State, slot: u64) -> Result<Process, DirectError> {
         let offset = slot * EXCHANGE_SIZE;
         let (exchange, orders) = shared(&self.areas, &self.orders, slot)?;
-        exchange.clear();
-        orders.clear();
         exchange.store64(ORDERS_AT, slot * ORDERS_SIZE);
         exchange.begin(NEWBORN);
         exchange.store32(PARENT, state.zygote.pid);
@@ -263,7 +267,7 @@ impl Machine {
     pub fn bury(&self, process: Process, slot: u64) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.dying.push((process.pidfd, process.pid, slot));
-        state.reap();
+        state.reap(&self.areas, &self.orders);
     }
 }
 
@@ -280,14 +284,17 @@ impl State {
     }
 
     /// Has the zygote wait for those children that are gone.
-    fn reap(&mut self) {
+    fn reap(&mut self, areas: &File, orders: &File) {
         let (gone, dying) = std::mem::take(&mut self.dying)
             .into_iter()
             .partition::<Vec<_>, _>(|(pidfd, ..)| ended(pidfd.as_fd()));
         self.dying = dying;
         for (_, pid, slot) in gone {
             self.zygote.call(&[[WAIT4, pid.into(), 0, 0, 0, 0, 0]]);
-            self.free.push(slot);
+            // What is not cleared is not used again.
+            if clear(areas, slot, EXCHANGE_SIZE) && clear(orders, slot, ORDERS_SIZE) {
+                self.free.push(slot);
+            }
         }
     }
 }
@@ -366,6 +373,12 @@ fn called(called: Called, what: &'static str) -> Result<(), DirectError> {
     }
 }
 
+/// Gives the memory of a piece of a file back, so that it is all zero.
+fn clear(file: &File, slot: u64, size: u64) -> bool {
+    let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    fallocate(file, hole, slot * size, size).is_ok()
+}
+
 /// The exchange area and the orders of a slot.
 fn shared(
     areas: &Arc<File>,
@@ -393,9 +406,12 @@ fn key() -> Result<[u64; 2], DirectError> {
     Ok([key << 32, key >> 32 << 32])
 }
 
-fn memory_file(name: &str) -> Result<OwnedFd, DirectError> {
+/// A file in memory that is executable, or never will be. Linux before 6.3 does not tell them apart.
+fn memory_file(name: &str, kind: MemfdFlags) -> Result<OwnedFd, DirectError> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    memfd_create(name, flags).map_err(host("memfd_create"))
+    memfd_create(name, flags | kind)
+        .or_else(|_| memfd_create(name, flags))
+        .map_err(host("memfd_create"))
 }
 
 fn open(pid: u32) -> Result<OwnedFd, DirectError> {
@@ -405,7 +421,7 @@ fn open(pid: u32) -> Result<OwnedFd, DirectError> {
 
 /// The zygote's command, where descriptors 0, 1 and 2 are the RAM, the exchange areas and the orders, and its program, which must be open until it runs.
 fn command(stub: &Stub, at: u64, files: [&File; 3]) -> Result<(Command, File), DirectError> {
-    let program = File::from(memory_file("doppel-direct")?);
+    let program = File::from(memory_file("doppel-direct", MemfdFlags::EXEC)?);
     io::Write::write_all(&mut &program, &elf::image(stub, at))
         .map_err(|e| DirectError::Host("write", e))?;
     let seals = SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
