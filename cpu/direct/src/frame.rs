@@ -12,7 +12,7 @@
 //! Layout: `struct rt_sigframe`, `ucontext`, `sigcontext_64` and `_fpx_sw_bytes` of Linux (arch/x86/include/asm/sigframe.h and
 //! uapi/asm/sigcontext.h); Intel SDM vol. 1, 13.4 for the XSAVE area.
 
-use doppel_x86::FpuArea;
+use doppel_x86::{FpuArea, XCR0_MASK};
 use raw_cpuid::native_cpuid::cpuid_count;
 
 use crate::arch_stub::{BASES, EXCHANGE_SIZE, FLAGS, FRAME, SELECTORS, SIGNAL_STACK};
@@ -53,9 +53,6 @@ const MAGIC1: u32 = 0x4650_5853;
 const MAGIC2: u32 = 0x4650_5845;
 const SS_AUTODISARM: u64 = 1 << 31;
 
-/// AMX is never a guest's.
-const NEVER: u64 = 1 << 17 | 1 << 18;
-
 /// A component of the XSAVE area.
 #[derive(Clone, Copy, Debug)]
 struct Component {
@@ -75,7 +72,7 @@ pub(crate) struct Template {
     uc_flags: u64,
     software: [u8; 48],
     xstate_size: usize,
-    /// Components that may be in use.
+    /// Components that may be in use: the guest's. All others are in their initial state whenever it runs.
     features: u64,
     mxcsr_mask: u32,
     components: Vec<Component>,
@@ -130,7 +127,7 @@ impl Template {
         if magic != MAGIC1 || exchange.load32(fpstate + xstate_size) != MAGIC2 {
             return None;
         }
-        let features = features & !NEVER;
+        let features = features & XCR0_MASK;
         let mxcsr_mask = match exchange.load32(fpstate + MXCSR_MASK) {
             0 => 0xffbf,
             mask => mask,

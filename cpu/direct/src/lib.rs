@@ -35,7 +35,7 @@ pub use host::{DirectHost, supported};
 pub use kick_unsafe::KickFlag;
 pub use state::{CODE_32, CODE_64, STACK, UserState};
 pub use user::{Direct, DirectOptions};
-pub use zygote::{MOST_CHILDREN, Zygote};
+pub use zygote::{CpuidFaults, MOST_CHILDREN, Zygote};
 
 /// Why user code cannot be run in a child.
 #[derive(Debug, thiserror::Error)]

@@ -70,6 +70,15 @@ pub struct Zygote {
     machine: Arc<Machine>,
 }
 
+/// Whether CPUID is to fault in children. [`Zygote::new`] has it fault where the host is no virtual machine itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CpuidFaults {
+    /// Where the host's processor can.
+    WherePossible,
+    /// Nowhere.
+    Never,
+}
+
 /// What all children of a machine share.
 #[derive(Debug)]
 pub(crate) struct Machine {
@@ -109,6 +118,15 @@ impl Zygote {
     /// # Errors
     /// Where the host lacks what this needs: Linux 5.9 with FSGSBASE and seccomp, and the right to execute a memfd.
     pub fn new(ram: &File, ram_size: u64) -> Result<Zygote, DirectError> {
+        let faults = match in_virtual_machine() {
+            true => CpuidFaults::Never,
+            false => CpuidFaults::WherePossible,
+        };
+        Self::with(ram, ram_size, faults)
+    }
+
+    /// The same, with a choice.
+    pub fn with(ram: &File, ram_size: u64, faults: CpuidFaults) -> Result<Zygote, DirectError> {
         host_serves()?;
         let stub = stub();
         let stub_at = random_place()?;
@@ -133,7 +151,7 @@ impl Zygote {
         if !zygote.wait_patiently() {
             return Err(DirectError::Zygote);
         }
-        let (template, cpuid_faults) = set_up(&mut zygote, &stub, stub_at)?;
+        let (template, cpuid_faults) = set_up(&mut zygote, &stub, stub_at, faults)?;
         let state = State {
             zygote,
             free: Vec::new(),
@@ -175,8 +193,7 @@ impl Zygote {
         self.machine.reserved()
     }
 
-    /// Whether CPUID faults (vector 13) in children; else it answers as the host does. It does where the processor can have it fault and the
-    /// host is no virtual machine itself.
+    /// Whether CPUID faults (vector 13) in children; else it answers as the host does.
     pub fn cpuid_faults(&self) -> bool {
         self.machine.cpuid_faults
     }
@@ -441,13 +458,15 @@ fn set_up(
     zygote: &mut Process,
     stub: &Stub,
     stub_at: u64,
+    faults: CpuidFaults,
 ) -> Result<(Template, bool), DirectError> {
     const SET_CPUID: u64 = 0x1012;
     let exchange_at = stub_at + STUB_SIZE;
     called(zygote.call(&strip(zygote, stub_at)), "setting up a process")?;
     called(zygote.call(&handlers(zygote, stub, stub_at)), "sigaction")?;
     let fault = [ARCH_PRCTL, SET_CPUID, 0, 0, 0, 0, 0];
-    let cpuid_faults = !in_virtual_machine() && matches!(zygote.call(&[fault]), Called::Done);
+    let cpuid_faults =
+        faults == CpuidFaults::WherePossible && matches!(zygote.call(&[fault]), Called::Done);
     // It is in the handler from here on, and so are its clones.
     let interrupted = zygote.interrupt([KILL, zygote.pid.into(), SIGUSR1.into(), 0, 0, 0, 0]);
     if !interrupted || zygote.exchange.load32(REASON) != SIGUSR1 {

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use doppel_direct::{Change, Child, KickFlag, Stop, UserState, Zygote};
+use doppel_direct::{Change, Child, CpuidFaults, KickFlag, Stop, UserState, Zygote};
 use iced_x86::code_asm::CodeAssembler;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
@@ -57,9 +57,17 @@ pub fn map_data() -> Change {
 
 impl Rig {
     pub fn new() -> Rig {
+        Rig::of(|ram| Zygote::new(ram, RAM).unwrap())
+    }
+
+    pub fn with(faults: CpuidFaults) -> Rig {
+        Rig::of(|ram| Zygote::with(ram, RAM, faults).unwrap())
+    }
+
+    fn of(zygote: impl FnOnce(&File) -> Zygote) -> Rig {
         let ram = File::from(memfd_create("ram", MemfdFlags::CLOEXEC).unwrap());
         ftruncate(&ram, RAM).unwrap();
-        let zygote = Zygote::new(&ram, RAM).unwrap();
+        let zygote = zygote(&ram);
         Rig { ram, zygote }
     }
 

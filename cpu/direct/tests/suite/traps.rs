@@ -1,7 +1,7 @@
 //! Exceptions of user code come out as the architecture raises them (Intel SDM vol. 3A, chapter 7).
 
 use crate::rig::{CODE, DATA, DATA_OFFSET, Rig, Runner, breakpoint, exception};
-use doppel_direct::{Change, Stop};
+use doppel_direct::{Change, CpuidFaults, Stop};
 use iced_x86::code_asm::*;
 
 const PRESENT: u32 = 1;
@@ -194,4 +194,17 @@ fn floating_point_exceptions_trap_where_they_are_not_masked() {
     r.user.fpu.bytes[..2].copy_from_slice(&0x37eu16.to_le_bytes());
     r.user.fpu.bytes[512] = 1;
     expect_from(&mut r, &divide, 6, exception(16));
+}
+
+#[test]
+fn cpuid_faults_where_it_was_asked_to() {
+    let rig = Rig::with(CpuidFaults::WherePossible);
+    if !rig.zygote.cpuid_faults() {
+        eprintln!("skipped: CPUID cannot fault on this host");
+        return;
+    }
+    expect(&rig, &[0x90, 0x0f, 0xa2], 1, fault(13, 0));
+    let rig = Rig::with(CpuidFaults::Never);
+    let r = expect(&rig, &[0x0f, 0xa2, 0xcc], 3, breakpoint());
+    assert_ne!(r.user.gprs[1], 0, "the host's answer");
 }
