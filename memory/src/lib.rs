@@ -26,9 +26,7 @@ pub use large::LargePages;
 pub use peer::{Asked, InGuest, MOST_CPUS, Peer, Requests};
 pub use ram::{Backing, GuestRam, HIGH_START, HOLE_START, RamError, VGA_HOLE};
 pub use survey::{Leaf, REGION_PAGES, REGION_SHIFT, Survey};
-pub use tlb::{
-    INVALID_TAG_XOR, MOST_TAKEN, TLB_ENTRIES, TLB_ENTRY_SHIFT, TakenEntries, Tlb, TlbEntry,
-};
+pub use tlb::{INVALID_TAG_XOR, MOST_TAKEN, TLB_ENTRIES, TLB_SLOT_SHIFT, TakenEntries, Tlb};
 pub use track::{CodeGranules, PageTracker};
 pub use walk::{
     AccessKind, PageFault, PageRights, Paging, PagingMode, Privilege, Translation, probe, walk,

@@ -19,13 +19,12 @@ use crate::{GuestRam, HostPtr, PAGE_MASK, PageRights, Peer, Translation};
 
 /// Entries of one TLB; a power of two.
 pub const TLB_ENTRIES: usize = 2048;
-/// log2 of the bytes of one entry.
-pub const TLB_ENTRY_SHIFT: u32 = 5;
+/// log2 of the bytes of a slot in each of a TLB's arrays.
+pub const TLB_SLOT_SHIFT: u32 = 3;
 /// The invalid tag of slot `i` is `(i << 12) ^ INVALID_TAG_XOR`.
 pub const INVALID_TAG_XOR: u64 = u64::MAX;
 
-/// One entry; the layout is relied on by generated code.
-#[repr(C)]
+/// One entry.
 #[derive(Clone, Copy, Debug)]
 pub struct TlbEntry {
     /// Linear page that may be read, or the invalid tag.
@@ -39,22 +38,6 @@ pub struct TlbEntry {
 }
 
 impl TlbEntry {
-    /// Offset of the tag for reads.
-    pub const READ_TAG: usize = std::mem::offset_of!(TlbEntry, read_tag);
-    /// Offset of the tag for writes.
-    pub const WRITE_TAG: usize = std::mem::offset_of!(TlbEntry, write_tag);
-    /// Offset of the tag for reads or for writes.
-    pub const fn tag(write: bool) -> usize {
-        if write {
-            Self::WRITE_TAG
-        } else {
-            Self::READ_TAG
-        }
-    }
-
-    /// Offset of the host page.
-    pub const HOST: usize = std::mem::offset_of!(TlbEntry, host);
-
     fn is_valid(&self) -> bool {
         self.host != 0
     }
@@ -69,10 +52,6 @@ impl TlbEntry {
         let invalid = TlbEntry::invalid(slot).read_tag;
         let mut tags = [self.read_tag, self.write_tag].into_iter();
         tags.find(|tag| *tag != invalid)
-    }
-
-    fn take_write(&mut self, slot: usize) {
-        self.write_tag = TlbEntry::invalid(slot).write_tag;
     }
 
     fn is_global(&self) -> bool {
@@ -90,13 +69,68 @@ impl TlbEntry {
     }
 }
 
-/// A direct-mapped TLB of [`TLB_ENTRIES`] entries, and as many victims.
+/// An entry for each slot, in an array for each fact: what a check does not look at takes no room in the processor's cache.
+#[repr(C, align(64))]
+#[derive(Debug)]
+struct Entries {
+    read_tag: [u64; TLB_ENTRIES],
+    write_tag: [u64; TLB_ENTRIES],
+    host: [u64; TLB_ENTRIES],
+    gpa: [u64; TLB_ENTRIES],
+}
+
+impl Entries {
+    fn empty() -> Self {
+        let tags = std::array::from_fn(|slot| TlbEntry::invalid(slot).read_tag);
+        Entries {
+            read_tag: tags,
+            write_tag: tags,
+            host: [0; TLB_ENTRIES],
+            gpa: [0; TLB_ENTRIES],
+        }
+    }
+
+    fn get(&self, slot: usize) -> TlbEntry {
+        TlbEntry {
+            read_tag: self.read_tag[slot],
+            write_tag: self.write_tag[slot],
+            host: self.host[slot],
+            gpa: self.gpa[slot],
+        }
+    }
+
+    fn set(&mut self, slot: usize, e: TlbEntry) {
+        self.read_tag[slot] = e.read_tag;
+        self.write_tag[slot] = e.write_tag;
+        self.host[slot] = e.host;
+        self.gpa[slot] = e.gpa;
+    }
+
+    /// Takes the entry away, if it is one of this kind.
+    fn take(&mut self, slot: usize, global: bool) -> Option<TlbEntry> {
+        let e = self.get(slot);
+        let taken = e.is_valid() && e.is_global() == global;
+        taken.then(|| {
+            self.set(slot, TlbEntry::invalid(slot));
+            e
+        })
+    }
+
+    /// Takes write permission from an entry of this page.
+    fn protect(&mut self, slot: usize, gpa: u64) {
+        if self.gpa[slot] & !1 == gpa & !PAGE_MASK {
+            self.write_tag[slot] = TlbEntry::invalid(slot).write_tag;
+        }
+    }
+}
+
+/// A direct-mapped TLB of [`TLB_ENTRIES`] entries, and as many victims. The layout is relied on by generated code.
 #[repr(C, align(64))]
 #[derive(Debug)]
 pub struct Tlb {
-    entries: [TlbEntry; TLB_ENTRIES],
+    entries: Entries,
     /// What was driven out of each slot last; not of the page that is there.
-    victims: [TlbEntry; TLB_ENTRIES],
+    victims: Entries,
     /// Of translations that are not global, and of global ones.
     filled: [FilledSlots; 2],
 }
@@ -115,7 +149,7 @@ impl TakenEntries {
     pub fn protect(&mut self, gpa: u64) {
         for (slot, e) in &mut self.entries {
             if e.gpa & !1 == gpa & !PAGE_MASK {
-                e.take_write(usize::from(*slot));
+                e.write_tag = TlbEntry::invalid(usize::from(*slot)).write_tag;
             }
         }
     }
@@ -161,16 +195,9 @@ impl FilledSlots {
 
 impl Default for Tlb {
     fn default() -> Self {
-        let empty = || {
-            let mut slot = 0;
-            [(); TLB_ENTRIES].map(|()| {
-                slot += 1;
-                TlbEntry::invalid(slot - 1)
-            })
-        };
         Tlb {
-            entries: empty(),
-            victims: empty(),
+            entries: Entries::empty(),
+            victims: Entries::empty(),
             filled: [const { FilledSlots::new() }; 2],
         }
     }
@@ -182,21 +209,51 @@ fn slot_of(linear: u64) -> usize {
 }
 
 impl Tlb {
+    /// Offset of the tags for reads, 8 bytes a slot.
+    pub const READ_TAG: usize = std::mem::offset_of!(Tlb, entries.read_tag);
+    /// Offset of the tags for writes.
+    pub const WRITE_TAG: usize = std::mem::offset_of!(Tlb, entries.write_tag);
+    /// Offset of the host pages.
+    pub const HOST: usize = std::mem::offset_of!(Tlb, entries.host);
+    /// Offsets of all that an entry consists of.
+    pub const ENTRY: [usize; 4] = [
+        Self::READ_TAG,
+        Self::WRITE_TAG,
+        Self::HOST,
+        std::mem::offset_of!(Tlb, entries.gpa),
+    ];
     /// Offset of the victims from the entries.
     pub const VICTIMS: usize = std::mem::offset_of!(Tlb, victims);
+
+    /// Offset of the tags for reads or for writes.
+    pub const fn tag(write: bool) -> usize {
+        if write {
+            Self::WRITE_TAG
+        } else {
+            Self::READ_TAG
+        }
+    }
 
     /// The host address of a read of `size` bytes, where it is known and within one page.
     #[inline]
     pub fn lookup_read(&self, linear: u64, size: usize) -> Option<HostPtr> {
-        let e = &self.entries[slot_of(linear)];
-        e.resolve(linear ^ e.read_tag, size)
+        let slot = slot_of(linear);
+        resolve(
+            self.entries.host[slot],
+            linear ^ self.entries.read_tag[slot],
+            size,
+        )
     }
 
     /// The host address of a write of `size` bytes, where it is known and within one page.
     #[inline]
     pub fn lookup_write(&self, linear: u64, size: usize) -> Option<HostPtr> {
-        let e = &self.entries[slot_of(linear)];
-        e.resolve(linear ^ e.write_tag, size)
+        let slot = slot_of(linear);
+        resolve(
+            self.entries.host[slot],
+            linear ^ self.entries.write_tag[slot],
+            size,
+        )
     }
 
     /// Enters the page of `linear` with these rights, for the CPU that is `peer`. Pages that are not RAM are not entered.
@@ -223,12 +280,13 @@ impl Tlb {
         }
         e.host = host.addr();
         e.gpa = gpa | u64::from(t.global);
-        let old = std::mem::replace(&mut self.entries[slot], e);
-        if self.victims[slot].is_of(page) {
-            self.victims[slot] = TlbEntry::invalid(slot);
+        let old = self.entries.get(slot);
+        self.entries.set(slot, e);
+        if self.victims.get(slot).is_of(page) {
+            self.victims.set(slot, TlbEntry::invalid(slot));
         }
         if old.is_valid() && !old.is_of(page) {
-            self.victims[slot] = old;
+            self.victims.set(slot, old);
         }
         if !old.is_valid() || old.is_global() != t.global {
             self.filled[usize::from(t.global)].add(slot);
@@ -253,11 +311,8 @@ impl Tlb {
             filled,
         } = self;
         filled[usize::from(global)].drain(|slot| {
-            for e in [&mut entries[slot], &mut victims[slot]] {
-                if e.is_valid() && e.is_global() == global {
-                    *e = TlbEntry::invalid(slot);
-                }
-            }
+            entries.take(slot, global);
+            victims.take(slot, global);
         });
     }
 
@@ -270,12 +325,9 @@ impl Tlb {
             filled,
         } = self;
         filled[0].drain(|slot| {
-            for e in [&mut entries[slot], &mut victims[slot]] {
-                if e.is_valid() && !e.is_global() {
-                    taken.entries.push((slot as u16, *e));
-                    *e = TlbEntry::invalid(slot);
-                }
-            }
+            let both = [entries.take(slot, false), victims.take(slot, false)];
+            let both = both.into_iter().flatten();
+            taken.entries.extend(both.map(|e| (slot as u16, e)));
         });
         let early = taken.entries.len().saturating_sub(MOST_TAKEN);
         taken.entries.drain(..early);
@@ -286,14 +338,14 @@ impl Tlb {
         for (slot, e) in taken.entries.drain(..) {
             let slot = usize::from(slot);
             let page = e.page(slot);
-            let there = self.entries[slot];
+            let there = self.entries.get(slot);
             let place = match there.is_valid() {
-                false => &mut self.entries[slot],
-                true => &mut self.victims[slot],
+                false => &mut self.entries,
+                true => &mut self.victims,
             };
             let twice = page.is_none_or(|page| there.is_of(page));
-            if !twice && !place.is_valid() {
-                *place = e;
+            if !twice && !place.get(slot).is_valid() {
+                place.set(slot, e);
                 self.filled[0].add(slot);
             }
         }
@@ -302,8 +354,8 @@ impl Tlb {
     /// Forgets the page of one linear address.
     pub fn flush_page(&mut self, linear: u64) {
         let slot = slot_of(linear);
-        self.entries[slot] = TlbEntry::invalid(slot);
-        self.victims[slot] = TlbEntry::invalid(slot);
+        self.entries.set(slot, TlbEntry::invalid(slot));
+        self.victims.set(slot, TlbEntry::invalid(slot));
     }
 
     /// Takes write permission from every entry of a guest physical page (it now holds translated code).
@@ -315,22 +367,17 @@ impl Tlb {
         } = self;
         for filled in filled {
             filled.for_each(|slot| {
-                for e in [&mut entries[slot], &mut victims[slot]] {
-                    if e.gpa & !1 == gpa & !PAGE_MASK {
-                        e.take_write(slot);
-                    }
-                }
+                entries.protect(slot, gpa);
+                victims.protect(slot, gpa);
             });
         }
     }
 }
 
-impl TlbEntry {
-    #[inline]
-    fn resolve(&self, offset: u64, size: usize) -> Option<HostPtr> {
-        (offset <= (PAGE_MASK + 1).wrapping_sub(size as u64) && size <= 4096)
-            .then(|| HostPtr::from_tlb(self.host, offset))
-    }
+#[inline]
+fn resolve(host: u64, offset: u64, size: usize) -> Option<HostPtr> {
+    (offset <= (PAGE_MASK + 1).wrapping_sub(size as u64) && size <= 4096)
+        .then(|| HostPtr::from_tlb(host, offset))
 }
 
 #[cfg(test)]
@@ -410,7 +457,7 @@ mod tests {
     /// What a slot and its victim hold, by the tags for reads.
     fn pages(tlb: &Tlb, linear: u64) -> [Option<u64>; 2] {
         let slot = slot_of(linear);
-        [tlb.entries[slot], tlb.victims[slot]].map(|e| e.is_valid().then_some(e.read_tag))
+        [tlb.entries.get(slot), tlb.victims.get(slot)].map(|e| e.is_valid().then_some(e.read_tag))
     }
 
     #[test]
@@ -438,7 +485,7 @@ mod tests {
         assert_eq!(pages(&tlb, 0x3000), [at(2), None], "a victim is flushed");
         fill(&mut tlb, 0, true);
         fill(&mut tlb, 1, true);
-        let writable = |tlb: &Tlb| tlb.victims[slot_of(0x3000)].write_tag == 0x3000;
+        let writable = |tlb: &Tlb| tlb.victims.get(slot_of(0x3000)).write_tag == 0x3000;
         assert!(writable(&tlb));
         tlb.protect(0x1000);
         assert!(!writable(&tlb));
@@ -472,7 +519,7 @@ mod tests {
         assert_eq!(pages(&tlb, 0x4000), [Some(0x4000 + STEP), Some(0x4000)]);
         fill(&mut tlb, 0x5000, 0x6000, false);
         assert!(tlb.lookup_write(0x1000 + STEP, 8).is_some());
-        let victim = &tlb.victims[slot_of(0x4000)];
+        let victim = tlb.victims.get(slot_of(0x4000));
         assert_ne!(victim.write_tag, 0x4000, "it was taken away");
         tlb.flush_non_global();
         assert_eq!(pages(&tlb, 0x4000), [Some(0x4000 + STEP), None]);

@@ -6,7 +6,7 @@
 use std::mem::offset_of;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
-use doppel_memory::{TLB_ENTRIES, Tlb, TlbEntry};
+use doppel_memory::Tlb;
 use doppel_x86::{Cpu, Segment};
 
 use crate::jump_cache::{JumpCache, JumpEntry};
@@ -173,7 +173,5 @@ pub(crate) const fn jump_cache(privilege: u8) -> i32 {
     JUMP_CACHE + (size_of::<JumpCache>() as i32) * privilege as i32
 }
 
-const _: () =
-    assert!(size_of::<TlbEntry>() == 32 && size_of::<TlbEntry>() * TLB_ENTRIES <= size_of::<Tlb>());
 const _: () = assert!(size_of::<JumpEntry>() == 16);
 const _: () = assert!(size_of::<doppel_x86::Rflags>() == 8);

@@ -15,7 +15,7 @@
 
 use std::collections::BTreeMap;
 
-use doppel_memory::{Privilege, TLB_ENTRY_SHIFT, Tlb, TlbEntry};
+use doppel_memory::{Privilege, TLB_SLOT_SHIFT, Tlb};
 
 use crate::asm::*;
 use crate::context as ctx;
@@ -194,11 +194,11 @@ fn restore_slow_saved(asm: &mut Asm) {
 fn recall_victim(asm: &mut Asm, tlb: i32, tag: i32, check_len: usize) {
     let victims = Tlb::VICTIMS as i32;
     asm.mov32(RCX, RAX);
-    asm.shr32(RCX, (12 - TLB_ENTRY_SHIFT) as u8);
+    asm.shr32(RCX, (12 - TLB_SLOT_SHIFT) as u8);
     asm.alu_imm32(Alu::And, RCX, TLB_INDEX_MASK);
     asm.cmp_indexed(RAX, RCX, tag + victims);
     let no = asm.jcc(CC_NE);
-    for at in (0..1 << TLB_ENTRY_SHIFT).step_by(8) {
+    for at in Tlb::ENTRY.map(|at| at as i32) {
         asm.load_indexed(RAX, RCX, tlb + at);
         asm.load_indexed(RDX, RCX, tlb + victims + at);
         asm.store_indexed(RCX, tlb + at, RDX);
@@ -216,8 +216,8 @@ fn recall_victim(asm: &mut Asm, tlb: i32, tag: i32, check_len: usize) {
 /// An access whose two pages are both in the TLB goes on without the monitor.
 fn crossing(asm: &mut Asm, check: Check, ask: usize, how: How) {
     let tlb = ctx::tlb(check.privilege);
-    let tag = tlb + TlbEntry::tag(check.write) as i32;
-    let host = tlb + TlbEntry::HOST as i32;
+    let tag = tlb + Tlb::tag(check.write) as i32;
+    let host = tlb + Tlb::HOST as i32;
     for (r, slot) in SLOW_SAVED {
         asm.store(slot, r);
     }
@@ -233,7 +233,7 @@ fn crossing(asm: &mut Asm, check: Check, ask: usize, how: How) {
     }
     for page in [RDX, RCX] {
         asm.mov32(RCX, RAX);
-        asm.shr32(RCX, (12 - TLB_ENTRY_SHIFT) as u8);
+        asm.shr32(RCX, (12 - TLB_SLOT_SHIFT) as u8);
         asm.alu_imm32(Alu::And, RCX, TLB_INDEX_MASK);
         asm.cmp_indexed(RAX, RCX, tag);
         out.push(asm.jcc(CC_NE));

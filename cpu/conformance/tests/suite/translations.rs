@@ -29,9 +29,9 @@ fn toggle_cr4(a: &mut CodeAssembler, bit: Cr4) -> Result<(), IcedError> {
     a.mov(cr4, r8)
 }
 
-fn invpcid(a: &mut CodeAssembler, kind: u64) -> Result<(), IcedError> {
+fn invpcid(a: &mut CodeAssembler, kind: u64, pcid: i32) -> Result<(), IcedError> {
     a.mov(r8, kind)?;
-    a.mov(qword_ptr(DATA + 0x100), 0)?;
+    a.mov(qword_ptr(DATA + 0x100), pcid)?;
     a.mov(r9, X)?;
     a.mov(qword_ptr(DATA + 0x108), r9)?;
     a.invpcid(r8, xmmword_ptr(DATA + 0x100))
@@ -42,12 +42,12 @@ const FLUSHES: &[(&str, Flush, bool)] = &[
     ("INVLPG", |a| a.invlpg(byte_ptr(rbx)), true),
     ("CR3", reload_cr3, false),
     ("CR4.PGE", |a| toggle_cr4(a, Cr4::PGE), true),
-    ("INVPCID of an address", |a| invpcid(a, 0), false),
-    ("INVPCID of a context", |a| invpcid(a, 1), false),
-    ("INVPCID of everything", |a| invpcid(a, 2), true),
+    ("INVPCID of an address", |a| invpcid(a, 0, 0), false),
+    ("INVPCID of a context", |a| invpcid(a, 1, 0), false),
+    ("INVPCID of everything", |a| invpcid(a, 2, 0), true),
     (
         "INVPCID of everything that is not global",
-        |a| invpcid(a, 3),
+        |a| invpcid(a, 3, 0),
         false,
     ),
 ];
@@ -285,12 +285,12 @@ fn invpcid_of_another_context_and_a_flush_on_return() {
     });
 }
 
-/// In the address space of PCID 2, with the descriptor of INVPCID for PCID 1 and the page at [`X`] in memory: a flush of the former.
+/// In the address space of PCID 2: flushes that reach the page at [`X`] of PCID 1.
 const FLUSHES_OF_ANOTHER_PCID: &[(&str, Flush)] = &[
-    ("INVPCID of an address", |a| invpcid(a, 0)),
-    ("INVPCID of a context", |a| invpcid(a, 1)),
-    ("INVPCID of everything", |a| invpcid(a, 2)),
-    ("INVPCID of what is not global", |a| invpcid(a, 3)),
+    ("INVPCID of an address", |a| invpcid(a, 0, 1)),
+    ("INVPCID of a context", |a| invpcid(a, 1, 1)),
+    ("INVPCID of everything", |a| invpcid(a, 2, 1)),
+    ("INVPCID of what is not global", |a| invpcid(a, 3, 1)),
     ("CR4.PGE", |a| toggle_cr4(a, Cr4::PGE)),
     ("CR3 without bit 63", |a| {
         a.mov(r9, cr3)?;
@@ -311,8 +311,6 @@ fn a_flush_reaches_a_pcid_that_is_not_current() {
         for (what, flush) in FLUSHES_OF_ANOTHER_PCID {
             println!("{what}");
             m.map(0, SPARE, P | RW);
-            m.put(DATA + 0x100, 1u64);
-            m.put(DATA + 0x108, X);
             m.cpu_mut().cr3 = PML4 | 1;
             m.cpu_mut().flush_tlb(true);
             m.run_code(|a| {

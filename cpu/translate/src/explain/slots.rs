@@ -2,7 +2,7 @@
 
 use std::mem::offset_of;
 
-use doppel_memory::TlbEntry;
+use doppel_memory::Tlb;
 
 use crate::context as ctx;
 use crate::jump_cache::JumpEntry;
@@ -42,6 +42,8 @@ const SLOTS: &[(i32, i32, &str)] = &[
     (ctx::CPL, 1, "cpl"),
     (ctx::KERNEL_GS_BASE, 8, "kernel_gs_base"),
     (ctx::FPU, 64, "vector_state"),
+    (ctx::USER_ENTRIES, 8, "user_entries"),
+    (ctx::VECTOR_LOADS, 8, "vector_loads"),
 ];
 
 /// Name of the slot at a displacement, and the displacement that the name stands for.
@@ -83,9 +85,9 @@ fn table(at: i32) -> Option<(i32, String)> {
     (0..PRIVILEGES.len() as u8).find_map(|privilege| {
         let (tlb, jumps) = (ctx::tlb(privilege), ctx::jump_cache(privilege));
         let parts = [
-            (tlb + TlbEntry::READ_TAG as i32, "TLB", "read_tag"),
-            (tlb + TlbEntry::WRITE_TAG as i32, "TLB", "write_tag"),
-            (tlb + TlbEntry::HOST as i32, "TLB", "host"),
+            (tlb + Tlb::READ_TAG as i32, "TLB", "read_tag"),
+            (tlb + Tlb::WRITE_TAG as i32, "TLB", "write_tag"),
+            (tlb + Tlb::HOST as i32, "TLB", "host"),
             (
                 jumps + offset_of!(JumpEntry, linear) as i32,
                 "jump_cache",

@@ -4,7 +4,7 @@ use super::rebuild::LINEAR;
 use super::*;
 
 /// How far an address is shifted right so that the page's number stands where the mask keeps it.
-const TO_TLB_INDEX: u8 = (12 - TLB_ENTRY_SHIFT) as u8;
+const TO_TLB_INDEX: u8 = (12 - TLB_SLOT_SHIFT) as u8;
 
 /// Bytes of a check, with RORX or without.
 pub(crate) const fn check_len(rorx: bool) -> usize {
@@ -204,7 +204,7 @@ impl Work<'_> {
     ) {
         self.run = None;
         let tlb = ctx::tlb(self.s.privilege);
-        let tag = tlb + TlbEntry::tag(write) as i32;
+        let tag = tlb + Tlb::tag(write) as i32;
         if self.s.options.count {
             // S1 and the host's flags are free here.
             let a = self.asm();
@@ -227,7 +227,7 @@ impl Work<'_> {
         a.xor_indexed(S0, S1, tag);
         a.alu_imm64(Alu::Cmp, S0, 4096 - i32::from(size));
         let from = a.jcc(CC_A);
-        a.add_indexed(S0, S1, tlb + TlbEntry::HOST as i32);
+        a.add_indexed(S0, S1, tlb + Tlb::HOST as i32);
         debug_assert_eq!(a.pos() - begin, check_len(rorx));
         let site = self.first.access + self.out.accesses.len() as u32;
         // What is held for others must not be a copy of bytes in two pages: something may be written in between.

@@ -29,7 +29,7 @@ mod system;
 
 use iced_x86::{Code, Encoder, Instruction, InstructionInfoFactory, OpAccess, OpKind, Register};
 
-use doppel_memory::{Privilege, TLB_ENTRIES, TLB_ENTRY_SHIFT, TlbEntry};
+use doppel_memory::{Privilege, TLB_ENTRIES, TLB_SLOT_SHIFT, Tlb};
 
 use crate::asm::*;
 use crate::blocks::Form;
@@ -246,8 +246,8 @@ const DF: i32 = 1 << 10;
 const AC: i32 = 1 << 18;
 const RF_VM: i32 = 3 << 16;
 const ARITHMETIC: i32 = 0x8d5;
-/// What an address shifted to entries of the TLB is masked with.
-pub(crate) const TLB_INDEX_MASK: i32 = ((TLB_ENTRIES - 1) << TLB_ENTRY_SHIFT) as i32;
+/// What an address shifted to the slots of a TLB is masked with.
+pub(crate) const TLB_INDEX_MASK: i32 = ((TLB_ENTRIES - 1) << TLB_SLOT_SHIFT) as i32;
 
 fn is_scratch(r: Register) -> bool {
     matches!(r.full_register(), Register::R10 | Register::R11)
