@@ -293,13 +293,15 @@ impl Direct {
         None
     }
 
-    /// User code writes to a page that holds code: only where all of that is what it executed itself, the page can change its role.
+    /// User code writes to a page that holds code, its own or some that was translated: the page changes its role, unless it does so
+    /// again and again.
     fn write_to_code(&mut self, gpa: u64) -> Left {
-        if !self.claims.contains_key(&gpa) {
-            return Left::Interpret;
+        let turns = self.turns.entry(gpa).or_default();
+        *turns += 1;
+        match *turns > MOST_TURNS {
+            true => Left::Interpret,
+            false => Left::Writes(gpa),
         }
-        *self.turns.entry(gpa).or_default() += 1;
-        Left::Writes(gpa)
     }
 
     fn space(&mut self, root: u64) -> Option<&mut Space> {
@@ -439,6 +441,9 @@ impl Direct {
         let space = space.or_insert_with(|| Space::new(&times));
         let opened = space.account.open(&times, host_tsc());
         self.counts.opened += u64::from(opened);
+        if opened {
+            self.turns.clear();
+        }
         opened
     }
 

@@ -16,6 +16,9 @@ use crate::rewrite::AccessSite;
 use crate::thunk::EXIT_ACCESS;
 use crate::translator::{CACHE_MARGIN, PRIVILEGES, Translator};
 
+/// Pages that are counted at a time.
+const MOST_BESIDES: usize = 4096;
+
 impl Translator {
     /// Called by generated code: returns where to go on, or 0 to leave and interpret the instruction.
     pub fn access(&mut self, linear: u64, site: u32) -> u64 {
@@ -147,7 +150,25 @@ impl Translator {
             return None;
         }
         self.counts.beside_code += 1;
+        self.note_write_beside_code(gpa & !PAGE_MASK);
         Some(at.addr())
+    }
+
+    /// A page with code that is written to again and again is a page of data now: its code is thrown away. If that is executed all the same, many
+    /// more writes are needed for the next time.
+    fn note_write_beside_code(&mut self, page: u64) {
+        const FIRST: u32 = 1000;
+        if self.besides.len() >= MOST_BESIDES {
+            self.besides.clear();
+        }
+        let (writes, limit) = self.besides.entry(page).or_insert((0, FIRST));
+        *writes += 1;
+        if *writes >= *limit {
+            (*writes, *limit) = (0, limit.saturating_mul(8));
+            self.counts.pages_turned_to_data += 1;
+            self.context.cpu.code_writes.push((page, PAGE_SIZE as u32));
+            self.context.call_out();
+        }
     }
 
     /// Where to go on with an access to two pages; what it is to access instead is left in `slow_linear`.

@@ -79,6 +79,11 @@ impl ContextBox {
         let _ = self.shared.user_code.set(user_code);
     }
 
+    /// Has the engine's loop come by soon.
+    pub fn call_out(&self) {
+        self.shared.call_out();
+    }
+
     /// Takes a kick, and lets back edges pass again.
     pub fn take_kick(&mut self) -> bool {
         if !self.is_kicked() {

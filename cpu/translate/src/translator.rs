@@ -6,10 +6,11 @@
 
 use std::time::Instant;
 
-use doppel_memory::{InGuest, PAGE_MASK, Privilege};
+use doppel_memory::{InGuest, PAGE_MASK, PAGE_SIZE, Privilege};
 use doppel_x86::{
     Activity, Bus, Cpu, Exit, Gpr, Left, Outcome, Rflags, UserCode, event, exception, interpret,
 };
+use rustc_hash::FxHashMap;
 
 use crate::asm::Asm;
 use crate::blocks::{BlockId, Blocks};
@@ -46,6 +47,8 @@ pub(crate) struct Translator {
     pub counts: Counts,
     recent: Recent,
     pub observers: Observers,
+    /// Writes beside the code of pages: how many, and how many it takes until the code is thrown away.
+    pub besides: FxHashMap<u64, (u32, u32)>,
     /// Who executes user code that is left to it.
     pub user_code: Option<Box<dyn UserCode>>,
 }
@@ -98,6 +101,7 @@ impl Translator {
             counts: Counts::default(),
             recent: Recent::default(),
             observers: Observers::default(),
+            besides: FxHashMap::default(),
             user_code: None,
         })
     }
@@ -183,7 +187,7 @@ impl Translator {
                 let _: Outcome = exception::raise(cpu, bus, e, rip);
             }
             Left::Called | Left::Declined => {}
-            Left::Writes(page) => self.throw_away(page, 0),
+            Left::Writes(page) => cpu.code_writes.push((page, PAGE_SIZE as u32)),
         }
         true
     }

@@ -18,7 +18,7 @@ pub enum Left {
     Raise(Exception),
     /// The engine was called, or the CPU has requests to follow.
     Called,
-    /// The page (guest physical) is to be written and was executed: [`UserCode::written`] has to be told.
+    /// The page (guest physical) holds code of some CPU and is to be written: that code is to be thrown away, here and by all others.
     Writes(u64),
     /// The engine is to execute what is at RIP, and to come by again when it leaves the page.
     Declined,
