@@ -205,6 +205,56 @@ fn random_bytes_over_the_exchange_area_are_survived() {
 }
 
 #[test]
+fn random_code_that_knows_where_the_stub_is_is_survived() {
+    const ROUNDS: u32 = 3000;
+    let rig = Rig::new();
+    let Range { start, .. } = rig.zygote.reserved();
+    let calls = system_calls(&stub_bytes(&rig));
+    let mut random = Random(6);
+    let mut r = rig.runner_of(&[0xcc]);
+    let mut mapped = maps(r.child.pid());
+    let mut gone = 0;
+    for round in 0..ROUNDS {
+        // Many of the instructions that change control or memory, between any bytes.
+        let mut code: Vec<u8> = (0..64).map(|_| random.next() as u8).collect();
+        for _ in 0..4 {
+            let often: [&[u8]; 8] = [
+                &[0xff, 0xe0],
+                &[0xff, 0xe3],
+                &[0xff, 0xd1],
+                &[0xc3],
+                &[0x0f, 0x05],
+                &[0x48, 0x89, 0x03],
+                &[0xf3, 0xa4],
+                &[0x48, 0x89, 0xcc],
+            ];
+            let piece = often[random.next() as usize % often.len()];
+            let at = random.next() as usize % (code.len() - piece.len());
+            code[at..at + piece.len()].copy_from_slice(piece);
+        }
+        rig.ram_write(0, &code);
+        r.user = doppel_direct::UserState::new(CODE);
+        r.user.gprs = std::array::from_fn(|_| match random.next() % 5 {
+            0 => start + calls[random.next() as usize % calls.len()],
+            1 => start + random.next() % 0x11000,
+            2 => start + PAGE + 8 * (random.next() % 32),
+            3 => DATA + random.next() % PAGE,
+            _ => random.next() % 400,
+        });
+        let stop = run_a_while(&mut r);
+        let now = maps(r.child.pid());
+        assert!(now == mapped || now.is_empty(), "{round}: {stop:?} {now}");
+        if now.is_empty() || matches!(stop, Stop::Gone { .. }) {
+            gone += 1;
+            r = rig.runner_of(&[0xcc]);
+            mapped = maps(r.child.pid());
+        }
+    }
+    assert!(gone < ROUNDS / 2, "{gone} children were needed");
+    all_is_well(&rig);
+}
+
+#[test]
 fn the_key_is_gone_when_the_guest_runs() {
     let rig = Rig::new();
     let Range { start, end } = rig.zygote.reserved();
