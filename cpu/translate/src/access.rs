@@ -35,6 +35,9 @@ impl Translator {
         let site = access.site;
         let host = self.blocks.host(access.block);
         let privilege = PRIVILEGES[usize::from(self.blocks.privilege(access.block))];
+        if site.own.size == 0 {
+            return self.whole_span(linear, &site, privilege, host);
+        }
         let own = linear.wrapping_add(u64::from(site.own.from));
         if site.careful.is_some()
             && let Some(at) = self.stretch(linear, &site, privilege)
@@ -57,6 +60,25 @@ impl Translator {
         }
         self.counts.page_crossings += 1;
         self.two_pages(linear, access, number, privilege)
+    }
+
+    /// Goes on with an access to all of the check's span.
+    fn whole_span(
+        &mut self,
+        linear: u64,
+        site: &AccessSite,
+        privilege: Privilege,
+        host: u64,
+    ) -> Option<u64> {
+        let at = match room(linear) >= u64::from(site.span) {
+            false => self.stretch(linear, site, privilege)?,
+            true => match self.page(linear, site.write, privilege) {
+                Ok(_) => return Some(host + u64::from(site.retry)),
+                Err(t) => self.beside_code(linear, site, t?)?,
+            },
+        };
+        self.context.slow_linear = at;
+        Some(host + u64::from(site.done))
     }
 
     /// Host address of a shared check's stretch that lies in two pages, where these are neighbours in the host. They are only

@@ -145,6 +145,20 @@ impl Asm {
         self.imm32(disp);
         self.imm32(imm);
     }
+    /// `or dst, [base + disp]`.
+    pub fn or_mem(&mut self, dst: Reg, base: Reg, disp: i32) {
+        self.raw(&[
+            Self::rex(true, dst, 0, base),
+            0x0b,
+            0x80 | (dst & 7) << 3 | (base & 7),
+        ]);
+        self.imm32(disp);
+    }
+    /// `test reg, imm` of 64 bits; the immediate is sign extended.
+    pub fn test_imm64(&mut self, reg: Reg, imm: i32) {
+        self.raw(&[Self::rex(true, 0, 0, reg), 0xf7, 0xc0 | (reg & 7)]);
+        self.imm32(imm);
+    }
     /// `test reg, imm`.
     pub fn test_imm32(&mut self, reg: Reg, imm: i32) {
         self.raw(&[Self::rex(false, 0, 0, reg), 0xf7, 0xc0 | (reg & 7)]);

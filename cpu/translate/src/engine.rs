@@ -27,6 +27,8 @@ pub struct TranslateOptions {
     pub inline_system: bool,
     /// Emit REP MOVS and REP STOS as code where they stay within a page.
     pub inline_strings: bool,
+    /// Emit XSAVE, XSAVEC and XRSTOR as code where their area lies in one page, or in two that are neighbours in the host.
+    pub inline_xsave: bool,
     /// Let a CPU that executes PAUSE again and again give the host's processor to another thread.
     pub yield_spins: bool,
     /// Let blocks go on after a conditional branch that is not taken.
@@ -87,6 +89,7 @@ impl TranslateOptions {
         "flag-liveness" => flag_liveness,
         "inline-system" => inline_system,
         "inline-strings" => inline_strings,
+        "inline-xsave" => inline_xsave,
         "yield-spins" => yield_spins,
         "extend" => extend,
         "share-checks" => share_checks,
@@ -128,6 +131,7 @@ impl Default for TranslateOptions {
             entry_flags: false,
             inline_system: true,
             inline_strings: true,
+            inline_xsave: true,
             yield_spins: true,
             share_checks: true,
             extend: true,

@@ -35,6 +35,7 @@ pub(crate) struct Decoding {
     pub flag_liveness: bool,
     pub inline_system: bool,
     pub inline_strings: bool,
+    pub inline_xsave: bool,
     pub yield_spins: bool,
     /// Go on after a conditional branch forwards.
     pub extend: bool,
@@ -49,6 +50,7 @@ impl Decoding {
             flag_liveness: options.flag_liveness,
             inline_system: options.inline_system,
             inline_strings: options.inline_strings,
+            inline_xsave: options.inline_xsave,
             yield_spins: options.yield_spins,
             extend: options.extend,
         }
@@ -63,6 +65,10 @@ pub(crate) enum Class {
     /// One memory operand, which becomes a host address.
     Memory {
         size: u8,
+        write: bool,
+    },
+    /// XSAVE, XSAVEC and XRSTOR.
+    ExtendedState {
         write: bool,
     },
     /// Bit test with a register bit offset in memory: addresses beyond its operand.
@@ -138,6 +144,7 @@ impl Class {
             self,
             Memory { .. }
                 | BitString
+                | ExtendedState { .. }
                 | Push
                 | Pop
                 | Leave
@@ -444,6 +451,9 @@ fn classify(info: &mut InstructionInfoFactory, i: &Instruction, how: Decoding) -
     if i.is_privileged() {
         return Class::Interpret;
     }
+    if let Some(class) = extended_state(i, how) {
+        return class;
+    }
     match special(i, how) {
         Some(class) => class,
         None if simd_needed(i) > how.simd => Class::Interpret,
@@ -562,6 +572,18 @@ fn special(i: &Instruction, how: Decoding) -> Option<Class> {
     })
 }
 
+/// Saves and restores of the vector state as it is while translated code runs. (XSAVEOPT remembers where it was restored from, which
+/// the monitor's own saves would mix up.)
+fn extended_state(i: &Instruction, how: Decoding) -> Option<Class> {
+    use Mnemonic::*;
+    let write = match i.mnemonic() {
+        Xsave | Xsave64 | Xsavec | Xsavec64 => true,
+        Xrstor | Xrstor64 => false,
+        _ => return None,
+    };
+    (how.inline_xsave && how.simd >= Simd::Avx).then_some(Class::ExtendedState { write })
+}
+
 fn repeated(i: &Instruction) -> Option<Class> {
     let (size, source) = match i.code() {
         Code::Movsb_m8_m8 => (1, true),
@@ -620,7 +642,11 @@ fn forwards(i: &Instruction) -> bool {
 }
 
 fn uses_simd(i: &Instruction, class: Class) -> bool {
-    matches!(class, Class::Copy | Class::Memory { .. }) && simd_needed(i) != Simd::None
+    match class {
+        Class::Copy | Class::Memory { .. } => simd_needed(i) != Simd::None,
+        Class::ExtendedState { .. } => true,
+        _ => false,
+    }
 }
 
 fn simd_needed(i: &Instruction) -> Simd {

@@ -134,6 +134,7 @@ impl Translator {
             counters: counters.as_ref().map(|c| c.as_ptr() as u64),
             slots: self.cache.slot_cursor(),
             thunks: self.thunks,
+            simd: key.simd,
         };
         let first = self.blocks.first_sites();
         let translated = self
@@ -151,6 +152,7 @@ impl Translator {
         self.counts.shared_checks += u64::from(translated.shared);
         self.counts.rorx_checks += u64::from(translated.rorx);
         self.counts.fused += u64::from(translated.fused);
+        self.counts.state_moves += u64::from(translated.state_moves);
         self.counts.translated_instructions += guest.instructions.len() as u64;
         let made = Made {
             second_page,

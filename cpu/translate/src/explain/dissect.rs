@@ -109,6 +109,7 @@ impl Dissected {
             counters: None,
             slots: SLOTS,
             thunks,
+            simd: origin.simd,
         };
         let mut rewriter = Rewriter::new();
         let first = FirstSites {

@@ -297,7 +297,9 @@ impl View<'_> {
                     None => "its operand: the host address".to_owned(),
                 })
             }
-            Class::BitString if same => Some("its operand: the host address".to_owned()),
+            Class::BitString | Class::ExtendedState { .. } if same => {
+                Some("its operand: the host address".to_owned())
+            }
             _ => None,
         }
     }
@@ -402,6 +404,7 @@ fn mnemonic(i: &GuestInstruction) -> String {
 fn accesses_memory(i: &GuestInstruction) -> bool {
     match i.class {
         Class::Memory { .. } | Class::BitString | Class::Push | Class::Pop | Class::Leave => true,
+        Class::ExtendedState { .. } => true,
         Class::Call | Class::CallIndirect | Class::Return => true,
         Class::JumpIndirect => i.decoded.op0_kind() == OpKind::Memory,
         _ => false,
@@ -444,6 +447,7 @@ fn virtual_state(class: Class) -> &'static str {
         Class::Pushf => "the virtual RFLAGS and the saved arithmetic flags",
         Class::Popf => "the virtual RFLAGS, where only IF and arithmetic flags change",
         Class::Repeat { .. } => "page by page on host addresses",
+        Class::ExtendedState { .. } => "of the guest's components alone, at a host address",
         _ => "on the virtual state",
     }
 }

@@ -232,7 +232,8 @@ impl Work<'_> {
         let site = self.first.access + self.out.accesses.len() as u32;
         // What is held for others must not be a copy of bytes in two pages: something may be written in between.
         let whole = own.from == 0 && u16::from(own.size) == size && own.write == write;
-        let alone = whole && !held;
+        let all = own.size == 0;
+        let alone = all || whole && !held;
         // An exit that the slow path of a shared check takes once it is linked.
         let careful = (!alone).then(|| self.careful_exit(i));
         self.out.accesses.push(AccessSite {
@@ -260,7 +261,7 @@ impl Work<'_> {
             careful,
             pinned: self.pinned,
             // Where other code may follow than what this checks for.
-            lost: match alone && !write {
+            lost: match all || alone && !write {
                 true => Vec::new(),
                 false => self.lost.clone(),
             },

@@ -13,6 +13,7 @@ mod address;
 mod branch;
 mod control;
 pub(crate) mod counter;
+mod extended_state;
 mod fuse;
 pub(crate) mod hold;
 mod lost;
@@ -36,7 +37,7 @@ use crate::blocks::Form;
 use crate::context as ctx;
 use crate::engine::TranslateOptions;
 use crate::flags::{ALL, FlagPlace, FlagSet};
-use crate::frontend::{Class, GuestBlock, GuestInstruction};
+use crate::frontend::{Class, GuestBlock, GuestInstruction, Simd};
 use crate::recipe::Recipe;
 use crate::thunk::{Check, Thunks, load_simd};
 pub(crate) use address::check_len;
@@ -45,6 +46,7 @@ pub(crate) use lost::{Chained, IN_PLACE, RecipeId};
 pub(crate) use share::{Reference, constant_move, reference};
 pub(crate) use sites::{AccessSite, Boundary, ExitSite, FirstSites, Part, Translated};
 
+use extended_state::Areas;
 use hold::Held;
 use pin::{Pin, Pinned};
 use resident::Resident;
@@ -72,6 +74,8 @@ pub(crate) struct Setting {
     /// Host address of the first slot that is free.
     pub slots: u64,
     pub thunks: Thunks,
+    /// What the block is keyed by.
+    pub simd: Simd,
 }
 
 struct SlowJump {
@@ -99,6 +103,7 @@ pub(crate) struct Rewriter {
     /// The memory accesses of the block, with the numbers of their instructions.
     references: Vec<(usize, Reference)>,
     buffers: Buffers,
+    areas: Areas,
 }
 
 /// Lists that a translation fills, kept from one to the next.
@@ -119,6 +124,7 @@ impl Rewriter {
             spare: Translated::default(),
             references: Vec::new(),
             buffers: Buffers::default(),
+            areas: Areas::of_host(),
         }
     }
 
@@ -412,6 +418,10 @@ impl Work<'_> {
     }
 
     fn boundary(&mut self, i: &GuestInstruction) {
+        self.boundary_with(i, self.borrowed());
+    }
+
+    fn boundary_with(&mut self, i: &GuestInstruction, borrowed: Option<Reg>) {
         self.record_lost(i);
         let host = self.r.asm.pos() as u32;
         if self.recipe != IN_PLACE {
@@ -422,7 +432,7 @@ impl Work<'_> {
             host,
             guest: i.offset,
             flags: self.place,
-            borrowed: self.borrowed(),
+            borrowed,
         });
     }
 
@@ -478,6 +488,7 @@ impl Work<'_> {
             Class::Copy => self.copy(i),
             Class::Memory { size, write } => self.memory(i, size, write),
             Class::BitString => self.bit_string(i),
+            Class::ExtendedState { write } => self.extended_state(i, write),
             Class::Lea => self.lea(i),
             Class::Nothing => {}
             Class::Push => self.push(i),

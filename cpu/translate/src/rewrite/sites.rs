@@ -32,7 +32,8 @@ pub(crate) struct AccessSite {
     /// What the check is for, from the address that it was given on.
     pub span: u16,
     pub write: bool,
-    /// What the instruction itself accesses: so far from that address, and so many bytes.
+    /// What the instruction itself accesses: so far from that address, and so many bytes; no bytes where it is all of the span, and the
+    /// interpreter's where that is neither in one place in the host nor free of translated code.
     pub own: Part,
     /// The exit to the careful form, where others share the check.
     pub careful: Option<u32>,
@@ -95,6 +96,8 @@ pub(crate) struct Translated {
     pub rorx: u32,
     /// Comparisons that stand beside their branch since its poll stands before them.
     pub fused: u32,
+    /// Saves and restores of the vector state.
+    pub state_moves: u32,
     /// Where the last instruction's code ends and the stubs begin.
     pub body: u32,
     pub boundaries: Vec<Boundary>,

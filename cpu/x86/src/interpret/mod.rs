@@ -49,6 +49,12 @@ use iced_x86::{Instruction, Mnemonic};
 pub(crate) use decode::CodeCache;
 pub use engine::Interpret;
 
+/// Bytes of an XSAVE area, of either format, that holds these state components; `None` where the host does not have them all.
+pub fn extended_area_size(components: u64) -> Option<usize> {
+    let layout = vector::Layout::of_host();
+    (components & !layout.supported == 0).then(|| layout.area_size(components))
+}
+
 /// Results and flags of additions, subtractions and logic.
 pub mod arithmetic_flags {
     pub use super::flags::{add, logic, sub};

@@ -63,6 +63,17 @@ impl Layout {
         self.places.get(n).copied().unwrap_or((0, 0))
     }
 
+    /// Bytes of an area of either format that holds these components, of which all are [supported](Self::supported).
+    pub fn area_size(&self, components: u64) -> usize {
+        let ends = (2..COMPONENTS)
+            .filter(|n| components >> n & 1 != 0)
+            .map(|n| {
+                let (at, size) = self.place(n);
+                size + at.max(self.compacted(n, components))
+            });
+        ends.max().unwrap_or(EXTENDED)
+    }
+
     /// Where component `n` begins in the compacted format with the components `compaction`.
     pub fn compacted(&self, n: usize, compaction: u64) -> usize {
         let mut at = EXTENDED;
