@@ -186,6 +186,8 @@ fn bad_images_and_addresses_are_refused() {
         let restore: Emit = |a| a.xrstor(ptr(AREA));
         for (what, at, value) in [
             ("a component that XCR0 lacks", 512, 1u64 << 61),
+            ("one that the processor may have", 512, 1 << 9),
+            ("a place for it", 520, 1 << 63 | 1 << 9),
             ("compaction bits in a standard image", 520, 1),
             ("reserved bytes of the header", 528, 1),
         ] {
@@ -231,6 +233,120 @@ fn images_on_missing_pages() {
             assert_eq!((r.vector, r.error), (14, write), "{what}");
             assert_eq!(r.cr2 & !0xfff, X + 0x1000, "{what}");
         }
+    });
+}
+
+#[test]
+fn a_save_stores_what_xcr0_has() {
+    each_engine(|m| {
+        if !has_avx(m) || !enable_xsave(m) {
+            return;
+        }
+        let saves: [(Emit, u64); 2] = [
+            (|a| a.xsave64(ptr(AREA)), 0),
+            (|a| a.xsavec64(ptr(AREA)), 1 << 63 | 7),
+        ];
+        for (save, compaction) in saves {
+            m.to_kernel();
+            m.cpu_mut().xcr0 = 7;
+            m.put_bytes(AREA, &[0; 576]);
+            m.put_bytes(AREA + 576 + 256, &[0x55; 0x900]);
+            m.run_code(|a| {
+                a.mov(eax, -1)?;
+                a.mov(edx, -1)?;
+                a.vpcmpeqd(ymm3, ymm3, ymm3)?;
+                save(a)
+            });
+            assert!(m.records().is_empty());
+            let header: [u64; 2] = [m.get(AREA + 512), m.get(AREA + 520)];
+            assert_eq!((header[0] & !3, header[1]), (4, compaction));
+            assert_eq!(m.reg(Gpr::Rax), 0xffff_ffff, "the mask is not changed");
+            let behind = (576 + 256..0xc00).step_by(8);
+            assert!(
+                behind
+                    .into_iter()
+                    .all(|at| m.get(AREA + at) == 0x5555_5555_5555_5555)
+            );
+        }
+    });
+}
+
+#[test]
+fn an_area_in_two_pages() {
+    each_engine(|m| {
+        if !has_avx(m) || !enable_xsave(m) {
+            return;
+        }
+        for second in [SPARE + 0x1000, SPARE + 0x3000] {
+            println!("the second page at {second:x}");
+            m.to_kernel();
+            m.map(0, SPARE, P | RW);
+            m.map(1, second, P | RW);
+            m.cpu_mut().flush_tlb(true);
+            for page in [SPARE, second] {
+                m.put_bytes(page, &[0; 0x1000]);
+            }
+            m.run_code(|a| {
+                a.mov(rbx, X + 0xd40)?;
+                a.mov(ecx, 5)?;
+                a.xor(esi, esi)?;
+                let mut again = a.create_label();
+                a.set_label(&mut again)?;
+                a.mov(eax, -1)?;
+                a.mov(edx, -1)?;
+                // XMM1 lies in the first page, the upper half of YMM9 in the second.
+                a.movq(xmm1, rcx)?;
+                a.vpbroadcastq(ymm9, xmm1)?;
+                a.xsave64(ptr(rbx))?;
+                a.vzeroall()?;
+                a.xrstor64(ptr(rbx))?;
+                a.vextracti128(xmm2, ymm9, 1)?;
+                a.movq(rdi, xmm2)?;
+                a.add(rsi, rdi)?;
+                a.movq(rdi, xmm1)?;
+                a.add(rsi, rdi)?;
+                a.dec(ecx)?;
+                a.jnz(again)
+            });
+            assert!(m.records().is_empty(), "{:x?}", m.records());
+            assert_eq!(m.reg(Gpr::Rsi), 30);
+            let upper = second + (0xd40 + 576 + 9 * 16) - 0x1000;
+            assert_eq!(m.get(upper), 1u64);
+        }
+    });
+}
+
+#[test]
+fn code_that_is_saved_over() {
+    each_engine(|m| {
+        if !has_avx(m) || !enable_xsave(m) {
+            return;
+        }
+        m.map(0, SPARE, P | RW);
+        m.put_bytes(SPARE, &[0; 0x1000]);
+        m.run_code(|a| {
+            // MOV EAX, ECX's value; RET, which is XMM0 where the area keeps it.
+            a.mov(rbx, X)?;
+            a.mov(ecx, 9)?;
+            a.xor(esi, esi)?;
+            let mut again = a.create_label();
+            a.set_label(&mut again)?;
+            a.mov(rdi, 0xc300_0000_00b8u64)?;
+            a.mov(rax, rcx)?;
+            a.shl(rax, 8)?;
+            a.or(rdi, rax)?;
+            a.movq(xmm0, rdi)?;
+            a.mov(eax, -1)?;
+            a.mov(edx, -1)?;
+            a.xsave64(ptr(rbx))?;
+            a.lea(rbp, ptr(rbx + 160))?;
+            a.call(rbp)?;
+            a.add(rsi, rax)?;
+            a.dec(ecx)?;
+            a.jnz(again)
+        });
+        assert!(m.records().is_empty(), "{:x?}", m.records());
+        assert_eq!(m.reg(Gpr::Rsi), 45);
     });
 }
 
