@@ -237,6 +237,7 @@ mod tests {
                 flag_liveness: true,
                 inline_system: true,
                 inline_strings: true,
+                inline_xsave: true,
                 yield_spins: true,
                 extend: true,
             };
