@@ -71,9 +71,9 @@ pub struct Run {
     /// Added to the kernel's command line, whatever it is.
     #[arg(long, value_name = "STRING", default_value = "")]
     pub append: String,
-    /// Where the first serial port leads: stdio, none or file=PATH.
-    #[arg(long, value_name = "WHERE", default_value = "stdio")]
-    pub serial: Serial,
+    /// Where the first serial port leads: stdio, none or file=PATH; stdio unless a console does.
+    #[arg(long, value_name = "WHERE")]
+    pub serial: Option<Serial>,
     #[command(flatten)]
     pub devices: Devices,
     /// How the guest reaches its virtio devices: pci, or mmio for a guest without PCI.
@@ -212,6 +212,17 @@ pub struct Guest {
     pub output: Option<PathBuf>,
 }
 
+impl Run {
+    /// Where the first serial port leads.
+    pub fn serial(&self) -> Serial {
+        let given = self.serial.clone();
+        given.unwrap_or(match self.devices.has_console_on_stdio() {
+            true => Serial::None,
+            false => Serial::Stdio,
+        })
+    }
+}
+
 fn parse_backing(text: &str) -> Result<Backing, String> {
     match text {
         "anonymous" => Ok(Backing::Anonymous),
@@ -229,7 +240,7 @@ fn parse_direct(text: &str) -> Result<DirectOptions, String> {
     }
 }
 
-/// Where a serial port leads.
+/// Where a serial port or a console leads.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Serial {
     /// Standard input and output.
@@ -279,7 +290,7 @@ mod tests {
         assert_eq!(run.engine, EngineChoice::Auto);
         assert_eq!((run.cpus, run.memory), (1, 512 << 20));
         assert_eq!(run.memory_backing, None);
-        assert_eq!(run.serial, Serial::Stdio);
+        assert_eq!(run.serial(), Serial::Stdio);
         assert!(run.kernel.is_none() && !run.no_reboot && !run.debug_exit);
     }
 
@@ -291,7 +302,7 @@ mod tests {
         )
         .unwrap();
         assert_eq!(run.engine, EngineChoice::Translate);
-        assert_eq!(run.serial, Serial::File("F".into()));
+        assert_eq!(run.serial(), Serial::File("F".into()));
         assert_eq!(run.translate_limit, Some(17));
         assert!(run.no_reboot && run.debug_exit);
     }
@@ -305,6 +316,17 @@ mod tests {
         assert!(run("--engine magic").is_err());
         let message = run("--memory-backing disk").unwrap_err().to_string();
         assert!(message.contains("memfd"), "{message}");
+    }
+
+    #[test]
+    fn a_console_takes_the_terminal_from_the_serial_port() {
+        let serial = |arguments| run(arguments).unwrap().serial();
+        assert_eq!(serial("--console stdio"), Serial::None);
+        assert_eq!(serial("--console file=F"), Serial::Stdio);
+        assert_eq!(
+            serial("--console stdio --serial file=F"),
+            Serial::File("F".into())
+        );
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! `doppel run`: a virtual machine in this process, from its parts to its exit status.
 
 use crate::args::{Run, Serial};
+use crate::devices::{ConsoleSpec, Opened, VsockSpec};
 use crate::explain;
 use crate::guest;
 use crate::signals::Signals;
@@ -12,8 +13,9 @@ use doppel_machine::block::{BlockBackend, DiskSpec};
 use doppel_machine::explain::{Observers, Profile};
 use doppel_machine::share::{Limits, Share, ShareSpec};
 use doppel_machine::{
-    BootDisk, Death, Ending, KernelSource, Machine, MachineConfig, SerialBackend, Stats,
-    StopHandle, Switch, TranslateOptions,
+    Backed, BootDisk, CharLink, ConsoleBackend, Death, Ending, KernelSource, Machine,
+    MachineConfig, SerialBackend, Stats, StopHandle, Switch, TranslateOptions, VsockSocket,
+    WindowSize,
 };
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -58,18 +60,18 @@ pub fn run_observed(
     let shares = open_shares(args)?;
     let boot = Boot::choose(args, &disks)?;
     let signals = Signals::block()?;
-    let console = Console::open(&args.serial)?;
+    let lines = Lines::open(args)?;
     let observers = Observers {
         profile,
         perf_map: explain::perf_map(args)?.map(Arc::new),
     };
     let config = MachineConfig {
         observers,
-        ..configuration(args, boot, (&disks, &shares), &console)
+        ..configuration(args, boot, (&disks, &shares), &lines)?
     };
     let mut machine = Machine::new(config)?;
     eprintln!("doppel: {}", machine.engine());
-    let session = Session::start(args, &machine, console, signals)?;
+    let session = Session::start(&machine, lines, signals)?;
     if let Some(limit) = limit {
         session.end_after(&machine, limit)?;
     }
@@ -99,6 +101,20 @@ fn open_shares(args: &Run) -> Result<Vec<Arc<Share>>> {
     specs.iter().map(open).collect()
 }
 
+/// The host's end of the socket device.
+fn open_vsock(args: &Run) -> Result<Option<Arc<VsockSocket>>> {
+    let open = |spec: &VsockSpec| {
+        let socket = VsockSocket::open(&spec.path).with_context(|| {
+            format!(
+                "--vsock: nobody can listen at {}; name a path of at most 107 bytes in a directory that is yours, where nothing is",
+                spec.path.display()
+            )
+        });
+        socket.map(Arc::new)
+    };
+    args.devices.vsock().map(open).transpose()
+}
+
 /// A guest's connections and open files are descriptors of ours. The usual limit is low for the sake of old programs only; where it stays,
 /// the guest has fewer of them.
 fn raise_descriptor_limit() {
@@ -122,7 +138,7 @@ impl Boot {
             return Ok(Boot {
                 kernel: kernel.into(),
                 initrd: args.initrd.clone(),
-                cmdline: given.unwrap_or_else(|| "console=ttyS0".to_owned()),
+                cmdline: given.unwrap_or_else(|| consoles(args)),
             });
         }
         if let (Some(spec), Some(disk)) = (args.devices.disks().next(), disks.first()) {
@@ -133,7 +149,11 @@ impl Boot {
                     cmdline: given,
                 }),
                 initrd: args.initrd.clone(),
-                cmdline: String::new(),
+                // What there is already names the serial port, or is given it.
+                cmdline: match args.cmdline {
+                    None if args.devices.has_console_on_stdio() => CONSOLE_TOO.to_owned(),
+                    _ => String::new(),
+                },
             });
         }
         let progress = |line: &str| eprintln!("doppel: {line}");
@@ -143,23 +163,35 @@ impl Boot {
         Ok(Boot {
             kernel: guest.kernel.into(),
             initrd: Some(args.initrd.clone().unwrap_or(guest.initrd)),
-            cmdline: given.unwrap_or_else(|| default_cmdline(&args.serial)),
+            cmdline: given.unwrap_or_else(|| default_cmdline(args)),
         })
     }
 }
 
-/// The default guest's command line: the serial console, and what the terminal there is like.
-fn default_cmdline(serial: &Serial) -> String {
-    let console = "console=ttyS0";
+/// Has Linux take the first virtio console besides.
+const CONSOLE_TOO: &str = "console=hvc0";
+
+/// Where a kernel is to have its console.
+fn consoles(args: &Run) -> String {
+    match args.devices.has_console_on_stdio() {
+        true => format!("console=ttyS0 {CONSOLE_TOO}"),
+        false => "console=ttyS0".to_owned(),
+    }
+}
+
+/// The default guest's command line: the console, and what the terminal there is like.
+fn default_cmdline(args: &Run) -> String {
+    let console = consoles(args);
+    let on_terminal = args.serial() == Serial::Stdio || args.devices.has_console_on_stdio();
     match terminal::size() {
-        Some((rows, columns)) if *serial == Serial::Stdio => {
+        Some((rows, columns)) if on_terminal => {
             let name = std::env::var("TERM").unwrap_or_default();
             let plain = |c: char| c.is_ascii_alphanumeric() || "-+._".contains(c);
             let name = Some(name).filter(|n| !n.is_empty() && n.chars().all(plain));
             let name = name.as_deref().unwrap_or("vt220");
             format!("{console} doppel.tty={rows}x{columns},{name}")
         }
-        _ => console.to_owned(),
+        _ => console,
     }
 }
 
@@ -167,10 +199,18 @@ fn configuration(
     args: &Run,
     boot: Boot,
     (disks, shares): (&[Arc<dyn BlockBackend>], &[Arc<Share>]),
-    console: &Console,
-) -> MachineConfig {
-    let (source, sink) = console.ends();
-    MachineConfig {
+    lines: &Lines,
+) -> Result<MachineConfig> {
+    let (source, sink) = lines.serial.ends();
+    let opened = Opened {
+        disks,
+        shares,
+        consoles: lines.backends(),
+        vsock: open_vsock(args)?,
+        counted: args.stats.is_some(),
+    };
+    let devices = args.devices.configurations(opened);
+    Ok(MachineConfig {
         engine: args.engine,
         cpus: args.cpus,
         memory: args.memory,
@@ -180,7 +220,7 @@ fn configuration(
             .trim()
             .to_owned(),
         serial: SerialBackend { sink, source },
-        devices: args.devices.configurations(disks, shares),
+        devices: devices.context("the host has no descriptors left")?,
         virtio: args.virtio,
         no_reboot: args.no_reboot,
         debug_exit: args.debug_exit,
@@ -188,7 +228,7 @@ fn configuration(
         direct: args.direct,
         count: args.stats.is_some(),
         ..MachineConfig::new(boot.kernel)
-    }
+    })
 }
 
 fn translate_options(args: &Run) -> TranslateOptions {
@@ -216,43 +256,119 @@ fn check_readable(path: &Path) -> Result<()> {
     File::open(path).map(|_| ()).with_context(advice)
 }
 
-/// The user's side of a running machine: terminal, serial port, signals.
+/// The serial port and the consoles.
+struct Lines {
+    serial: Console,
+    consoles: Vec<(Console, Arc<CharLink>)>,
+    /// Which of the consoles has standard input and output; else the serial port may have it.
+    on_stdio: Option<usize>,
+    serial_on_stdio: bool,
+    window: Arc<WindowSize>,
+}
+
+impl Lines {
+    fn open(args: &Run) -> Result<Lines> {
+        let specs: Vec<_> = args.devices.consoles().collect();
+        let has_stdio = |n: &usize| specs[*n].to == Serial::Stdio;
+        let mut on_stdio = (0..specs.len()).filter(has_stdio);
+        let serial = args.serial();
+        let serial_on_stdio = serial == Serial::Stdio;
+        let first = on_stdio.next();
+        if on_stdio.next().is_some() || (first.is_some() && serial_on_stdio) {
+            bail!(
+                "--console: one console or serial port alone can have stdio; lead the others to file=PATH or none"
+            );
+        }
+        let open = |spec: &&ConsoleSpec| {
+            let console = Console::open("--console", &spec.to)?;
+            let link = Arc::new(CharLink::default());
+            let frontend: Arc<dyn Backed> = link.clone();
+            console.connect(Arc::downgrade(&frontend));
+            Ok((console, link))
+        };
+        let (rows, columns) = terminal::size().unwrap_or_default();
+        Ok(Lines {
+            serial: Console::open("--serial", &serial)?,
+            consoles: specs.iter().map(open).collect::<Result<_>>()?,
+            on_stdio: first,
+            serial_on_stdio,
+            window: Arc::new(WindowSize::new(rows, columns)),
+        })
+    }
+
+    /// The consoles as the machine sees them.
+    fn backends(&self) -> Vec<(ConsoleBackend, Arc<CharLink>)> {
+        let all = self.consoles.iter().enumerate();
+        let backend = |(n, (console, link)): (usize, &(Console, Arc<CharLink>))| {
+            let (source, sink) = console.ends();
+            let on_stdio = self.on_stdio == Some(n);
+            let size = (on_stdio && terminal::size().is_some()).then(|| self.window.clone());
+            (ConsoleBackend { sink, source, size }, link.clone())
+        };
+        all.map(backend).collect()
+    }
+
+    /// The one that has standard input and output.
+    fn on_stdio(&self) -> Option<&Console> {
+        match self.on_stdio {
+            Some(n) => self.consoles.get(n).map(|(console, _)| console),
+            None => self.serial_on_stdio.then_some(&self.serial),
+        }
+    }
+
+    /// What tells the guest of another size of the window.
+    fn resizer(&self) -> impl Fn() + Send + 'static {
+        let link = self.on_stdio.and_then(|n| self.consoles.get(n));
+        let (link, window) = (link.map(|(_, link)| link.clone()), self.window.clone());
+        move || {
+            if let (Some(link), Some((rows, columns))) = (&link, terminal::size()) {
+                window.set(rows, columns);
+                link.backend_ready();
+            }
+        }
+    }
+
+    fn finish(&mut self, limit: Option<Duration>) {
+        self.serial.finish(limit);
+        for (console, _) in &mut self.consoles {
+            console.finish(limit);
+        }
+    }
+}
+
+/// The user's side of a running machine: terminal, serial port, consoles, signals.
 struct Session {
-    console: Console,
+    lines: Lines,
     raw: Option<Raw>,
     order: Arc<OnceLock<Order>>,
 }
 
 impl Session {
-    fn start(args: &Run, machine: &Machine, console: Console, signals: Signals) -> Result<Session> {
-        let raw = match args.serial {
-            Serial::Stdio => Raw::new()?,
-            _ => None,
+    fn start(machine: &Machine, lines: Lines, signals: Signals) -> Result<Session> {
+        let raw = match lines.on_stdio() {
+            Some(_) => Raw::new()?,
+            None => None,
         };
         let frontend = Arc::downgrade(&machine.serial_frontend());
-        console.input.connect(frontend.clone());
-        console.output.connect(frontend);
+        lines.serial.connect(frontend);
         let order = Arc::new(OnceLock::new());
         let end = ender(machine.stop_handle(), order.clone());
-        match (&args.serial, &raw) {
-            (Serial::Stdio, Some(_)) => {
+        match (lines.on_stdio(), &raw) {
+            (Some(console), Some(_)) => {
                 eprintln!("doppel: Ctrl-A x leaves, Ctrl-A h tells more; Ctrl-C goes to the guest");
                 let end = end.clone();
                 console.listen_to_terminal(move || end(Order::Escape));
             }
-            (Serial::Stdio, None) => console.listen_to_pipe(),
-            _ => {}
+            (Some(console), None) => console.listen_to_pipe(),
+            (None, _) => {}
         }
         let again = raw.as_ref().map(Raw::again);
         signals.watch(
             move |name| end(Order::Signal(name.to_owned())),
             move || again.iter().for_each(|again| again()),
+            lines.resizer(),
         );
-        Ok(Session {
-            console,
-            raw,
-            order,
-        })
+        Ok(Session { lines, raw, order })
     }
 
     /// Ends the machine after some time.
@@ -273,7 +389,7 @@ impl Session {
     /// Gives the terminal back once the guest's last output is out.
     fn end(mut self, ending: &Result<Ending, doppel_machine::MachineError>) -> Option<Order> {
         let told = matches!(ending, Ok(Ending::Stopped));
-        self.console.finish(told.then_some(FAREWELL));
+        self.lines.finish(told.then_some(FAREWELL));
         drop(self.raw);
         self.order.get().cloned()
     }

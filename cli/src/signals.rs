@@ -16,10 +16,13 @@ const ENDING: [Signal; 4] = [
 pub struct Signals(SigSet);
 
 impl Signals {
-    /// Blocks the ending signals and SIGCONT in this thread.
+    /// Blocks the ending signals, SIGCONT and SIGWINCH in this thread.
     pub fn block() -> Result<Signals> {
         let mut set = SigSet::empty();
-        for signal in ENDING.into_iter().chain([Signal::SIGCONT]) {
+        for signal in ENDING
+            .into_iter()
+            .chain([Signal::SIGCONT, Signal::SIGWINCH])
+        {
             set.add(signal);
         }
         set.thread_block().context("blocking signals")?;
@@ -27,12 +30,21 @@ impl Signals {
     }
 
     /// Starts the thread that takes them: `end` is told the name of a signal that asks to end, `continued` is called
-    /// when the process goes on after a stop.
-    pub fn watch(self, end: impl Fn(&str) + Send + 'static, continued: impl Fn() + Send + 'static) {
+    /// when the process goes on after a stop, `resized` when the terminal's window has another size.
+    pub fn watch(
+        self,
+        end: impl Fn(&str) + Send + 'static,
+        continued: impl Fn() + Send + 'static,
+        resized: impl Fn() + Send + 'static,
+    ) {
         std::thread::spawn(move || {
             while let Ok(signal) = self.0.wait() {
                 match signal {
-                    Signal::SIGCONT => continued(),
+                    Signal::SIGCONT => {
+                        continued();
+                        resized();
+                    }
+                    Signal::SIGWINCH => resized(),
                     signal => end(signal.as_str()),
                 }
             }

@@ -180,3 +180,37 @@ fn the_default_guests_shell_is_a_terminal_like_any() {
     assert_eq!(session.ends(), Some(0));
     assert!(session.is_restored());
 }
+
+#[test]
+fn a_console_is_a_terminal_whose_window_follows() {
+    let mut session = Session::start(&["--console", "stdio"]);
+    session.until("prompt", |s| s.shows("root@doppel:~#"));
+    session.press(b"tty; stty size\r");
+    session.until("console", |s| s.shows("/dev/hvc0") && s.shows("33 99"));
+    session.press(b"trap 'echo changed to $(stty size)' WINCH; stty -echo\r");
+    session.press(b"echo set $((40 + 2))\r");
+    session.until("shell", |s| s.shows("set 42"));
+    let size = rustix::termios::Winsize {
+        ws_row: 44,
+        ws_col: 111,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    rustix::termios::tcsetwinsize(&session.keyboard, size).unwrap();
+    // The monitor has no controlling terminal here, which would tell it.
+    session.signal(Signal::SIGWINCH);
+    // The shell sees to its traps when a line is complete.
+    session.until("news", |s| {
+        std::thread::sleep(Duration::from_millis(100));
+        (&s.keyboard).write_all(b"\r").unwrap();
+        s.shows("changed to 44 111")
+    });
+    session.press(b"sleep 1000 & jobs; fg\r");
+    session.until("job", |s| s.shows("Running"));
+    session.press(b"\x03");
+    session.press(b"echo interrupted $?\r");
+    session.until("Ctrl-C in the guest", |s| s.shows("interrupted 130"));
+    session.press(b"exit\r");
+    assert_eq!(session.ends(), Some(0));
+    assert!(session.is_restored());
+}

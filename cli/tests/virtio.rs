@@ -1,9 +1,10 @@
-//! Virtio devices in a guest of Debian's, end to end, translated.
+//! Disks, the entropy device and the console in a guest of Debian's, end to end, translated.
 
 mod support;
 
 use std::fs::{self, File};
-use std::process::Command;
+use std::io::{Read, Write};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 use support::{Boot, CLOUD, Finished, PASSED, Scratch};
 
@@ -149,4 +150,113 @@ fn a_host_that_is_full_is_an_io_error_in_the_guest() {
     command.args(["-c", "trap '' XFSZ; ulimit -f 204800; exec \"$0\" \"$@\""]);
     command.arg(doppel.get_program()).args(doppel.get_args());
     support::run(&mut command, LIMIT).expect(PASSED);
+}
+
+/// Both ways through a console: what the host types, and what the guest makes of it.
+const CONSOLE: &str = "
+    set -e
+    # Its settings last as long as somebody has it open.
+    exec 3<>/dev/hvc0
+    stty raw -echo <&3
+    echo ready >&3
+    head -c 100000 <&3 >/tmp/typed
+    cat /tmp/typed /tmp/typed /tmp/typed >&3
+    echo \"sum $(sha256sum </tmp/typed)\" >&3
+    # The kernel's messages come here too.
+    grep -q hvc0 /sys/class/tty/console/active
+    echo from the kernel >/dev/kmsg
+";
+
+fn console(words: &str, options: &str) {
+    let scratch = Scratch::new();
+    let (mut command, _kept) = Boot::script(CLOUD, CONSOLE)
+        .cmdline(&format!("console=hvc0 {words}"))
+        .flag(&format!("--debug-exit {options}"))
+        .flag(&format!(
+            "--serial file={}",
+            scratch.path("serial").display()
+        ))
+        .command("translate");
+    let mut doppel = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // All bytes but Ctrl-O, by which Linux lets a console give orders.
+    let byte = |n: u32| Some(((n * 31) >> 4) as u8).filter(|byte| *byte != 15);
+    let typed: Vec<u8> = (0..).filter_map(byte).take(100_000).collect();
+    let (keyboard, mut screen) = (doppel.stdin.take().unwrap(), doppel.stdout.take().unwrap());
+    let (sent, shown) = (
+        typed.clone(),
+        std::sync::Arc::new(std::sync::Mutex::new(Vec::new())),
+    );
+    let collected = shown.clone();
+    let reader = std::thread::spawn(move || {
+        let (mut buffer, mut keyboard) = ([0; 4096], Some(keyboard));
+        while let Ok(n @ 1..) = screen.read(&mut buffer) {
+            let mut shown = collected.lock().unwrap();
+            shown.extend(&buffer[..n]);
+            let ready = shown.windows(6).any(|w| w == b"ready\n");
+            drop(shown);
+            if ready && let Some(mut keyboard) = keyboard.take() {
+                keyboard.write_all(&sent).unwrap();
+            }
+        }
+    });
+    let ended = support::wait(&mut doppel, LIMIT / 2);
+    let status = doppel.wait().unwrap().code();
+    reader.join().unwrap();
+    let shown = shown.lock().unwrap();
+    let text = String::from_utf8_lossy(&shown);
+    let serial = fs::read_to_string(scratch.path("serial")).unwrap_or_default();
+    assert!(
+        ended && status == Some(PASSED),
+        "{status:?}\n{text}\n{serial}"
+    );
+    let back = typed.repeat(3);
+    assert!(
+        shown.windows(back.len()).any(|w| w == back),
+        "not what was typed"
+    );
+    fs::write(scratch.path("typed"), &typed).unwrap();
+    let sum = format!("sum {}", sha256(&scratch.path("typed")));
+    assert!(
+        text.contains(&sum) && text.contains("from the kernel"),
+        "{sum}"
+    );
+    assert!(serial.contains("from the kernel"));
+}
+
+#[test]
+fn a_console_carries_bytes_both_ways() {
+    console("", "--console stdio");
+}
+
+#[test]
+fn a_console_works_where_its_thread_does_everything() {
+    console("", "--console stdio,at-once=off");
+}
+
+#[test]
+fn a_console_works_without_pci_too() {
+    console("pci=off", "--virtio mmio --rng --console stdio");
+}
+
+#[test]
+fn several_consoles_lead_to_files() {
+    const SCRIPT: &str = "
+        set -e
+        echo first >/dev/hvc0
+        seq 1 20000 >/dev/hvc1
+    ";
+    let scratch = Scratch::new();
+    let [first, second] = ["first", "second"].map(|name| scratch.path(name));
+    Boot::script(CLOUD, SCRIPT)
+        .flag(&format!("--console file={}", first.display()))
+        .flag(&format!("--console file={}", second.display()))
+        .doppel("translate", LIMIT)
+        .expect(PASSED);
+    assert_eq!(fs::read(first).unwrap(), b"first\r\n");
+    let lines: String = (1..=20_000).map(|n| format!("{n}\r\n")).collect();
+    assert_eq!(fs::read_to_string(second).unwrap(), lines);
 }

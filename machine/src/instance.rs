@@ -17,10 +17,10 @@ use crate::doorbell::Doorbell;
 use crate::engine::{EngineError, EngineKind};
 use crate::machine::MachineError;
 use crate::pc::{Pc, PcParts};
-use crate::serial::SerialLink;
+use crate::serial::CharLink;
 use crate::slice_unsafe::ask_for_short_slices;
 use crate::vcpu::{RunExits, Sleepers, Vcpu, VcpuTime};
-use crate::virtio::{Cards, VirtioTransport};
+use crate::virtio::{DeviceCounters, VirtioTransport};
 use crate::{acpi, smbios};
 
 /// RAM with what is to be booted in it.
@@ -56,8 +56,8 @@ pub struct Over {
     pub vcpus: Vec<Vcpu<CpuBus>>,
     /// The last thing that its kernel printed is that it halts.
     pub announced_halt: bool,
-    /// What its network cards counted.
-    pub cards: Cards,
+    /// What its devices counted.
+    pub devices: DeviceCounters,
 }
 
 impl Instance {
@@ -68,7 +68,7 @@ impl Instance {
         engine: EngineKind,
         model: &Arc<CpuidModel>,
         control: &Arc<Control>,
-        serial: &SerialLink,
+        serial: &CharLink,
     ) -> Result<Self, MachineError> {
         let Loaded { ram, entry } = loaded;
         let engines = Engines::new(config, engine, &ram)?;
@@ -123,7 +123,7 @@ impl Instance {
             cause,
             vcpus,
             announced_halt: pc.watch.announced_halt(),
-            cards: pc.virtio.cards.clone(),
+            devices: pc.virtio.counters.clone(),
         })
     }
 }

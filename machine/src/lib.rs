@@ -45,14 +45,19 @@ pub use control::StopHandle;
 pub use death::{Death, DeathCause};
 pub use doppel_block as block;
 pub use doppel_bootdisk as bootdisk;
-pub use doppel_device::{CharSink, CharSource, InputQueue, OutputQueue};
+pub use doppel_device::{Backed, CharSink, CharSource, InputQueue, OutputQueue};
 pub use doppel_direct::DirectOptions;
 pub use doppel_memory::Backing;
 pub use doppel_net::NetConfig;
 pub use doppel_share as share;
 pub use doppel_translate::{Switch, TranslateOptions, explain};
+pub use doppel_virtio::{
+    BalloonControl, ConsoleBackend, GuestMemoryStats, VSOCK_CID, VsockSocket, WindowSize,
+};
 pub use engine::{EngineChoice, EngineError, EngineKind, Selection};
 pub use machine::{Ending, Machine, MachineError};
-pub use serial::SerialBackend;
-pub use stats::{Exits, NetStats, Seconds, Stats};
+pub use serial::{CharLink, SerialBackend};
+pub use stats::{
+    BalloonStats, ConsoleStats, DiskStats, Exits, NetStats, Seconds, Stats, VsockStats,
+};
 pub use virtio::{DeviceConfig, VirtioTransport};

@@ -16,7 +16,7 @@ use crate::control::{Cause, Control, StopHandle};
 use crate::death::{Death, DeathCause};
 use crate::engine::{self, EngineError, Host, Selection};
 use crate::instance::{Instance, Loaded, Over};
-use crate::serial::SerialLink;
+use crate::serial::CharLink;
 use crate::stats::{self, Stats};
 
 /// Why a machine could not be made or could not go on: the host's or the user's fault, never the guest's.
@@ -77,7 +77,7 @@ pub struct Machine {
     selection: Selection,
     model: Arc<CpuidModel>,
     control: Arc<Control>,
-    serial: Arc<SerialLink>,
+    serial: Arc<CharLink>,
     first: Option<Instance>,
     stats: Stats,
 }
@@ -94,7 +94,7 @@ impl Machine {
         // Loading lasts longer than the measurement.
         let loaded = Loaded::new(&config, selection.engine)?;
         let control = Arc::new(Control::default());
-        let serial = Arc::new(SerialLink::default());
+        let serial = Arc::new(CharLink::default());
         let model = Arc::new(CpuidModel::host_at(tsc.finish(), config.cpus));
         let first = Instance::new(&config, loaded, selection.engine, &model, &control, &serial)?;
         let stats = Stats {
@@ -172,7 +172,7 @@ impl Machine {
             self.stats
                 .add_vcpu(&counters, &v.bus.exits, &v.exits, &v.time);
         }
-        self.stats.add_cards(&over.cards);
+        self.stats.add_devices(&over.devices);
         self.ending(&over)
     }
 

@@ -18,7 +18,7 @@ use crate::doorbell::Doorbell;
 use crate::layout;
 use crate::machine::MachineError;
 use crate::panic_watch::PanicWatch;
-use crate::serial::SerialLink;
+use crate::serial::CharLink;
 use crate::vcpu::Sleepers;
 use crate::virtio::VirtioDevices;
 
@@ -36,7 +36,7 @@ pub struct PcParts<'a> {
     /// Where requests for power off and reset go.
     pub control: &'a Arc<Control>,
     /// The serial port's back-end calls this.
-    pub serial: &'a SerialLink,
+    pub serial: &'a CharLink,
     /// Counts HLTs.
     pub sleepers: &'a Sleepers,
     /// The guest's memory, for devices that reach it.

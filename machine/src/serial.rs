@@ -1,7 +1,7 @@
-//! The serial port's host side.
+//! The host side of a serial port or a console.
 //!
-//! A back-end is connected once, but a reboot makes a new UART: [`SerialLink`] is what the back-end knows, and it
-//! passes calls on to the UART of the day.
+//! A back-end is connected once, but a reboot makes a new device: [`CharLink`] is what the back-end knows, and it
+//! passes calls on to the device of the day.
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
@@ -32,26 +32,26 @@ impl std::fmt::Debug for SerialBackend {
     }
 }
 
-/// The UART as the back-end sees it, whichever boot it belongs to.
+/// A device as its back-end sees it, whichever boot it belongs to.
 #[derive(Default)]
-pub struct SerialLink(Mutex<Option<Weak<dyn Backed>>>);
+pub struct CharLink(Mutex<Option<Weak<dyn Backed>>>);
 
-impl SerialLink {
-    /// From now on this is the UART.
-    pub fn connect(&self, uart: Weak<dyn Backed>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(uart);
+impl CharLink {
+    /// From now on this is the device.
+    pub fn connect(&self, device: Weak<dyn Backed>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(device);
     }
 
-    fn uart(&self) -> Option<Arc<dyn Backed>> {
-        let uart = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        uart.as_ref().and_then(Weak::upgrade)
+    fn device(&self) -> Option<Arc<dyn Backed>> {
+        let device = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        device.as_ref().and_then(Weak::upgrade)
     }
 }
 
-impl Backed for SerialLink {
+impl Backed for CharLink {
     fn backend_ready(&self) {
-        if let Some(uart) = self.uart() {
-            uart.backend_ready();
+        if let Some(device) = self.device() {
+            device.backend_ready();
         }
     }
 }

@@ -1,14 +1,16 @@
 //! What a machine counted, for `--stats`.
 
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use doppel_virtio::GuestMemoryStats;
 use doppel_x86::EngineStats;
 use serde::Serialize;
 
 use crate::cpu_bus::BusExits;
 use crate::vcpu::{RunExits, VcpuTime};
-use crate::virtio::Cards;
+use crate::virtio::DeviceCounters;
 
 /// Everything that was counted from the machine's start to its end, over all reboots.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -29,8 +31,27 @@ pub struct Stats {
     pub exits: Exits,
     /// What the engine counted.
     pub counters: EngineStats,
+    /// What each disk counted.
+    pub disk: Vec<DiskStats>,
     /// What each network card counted.
     pub net: Vec<NetStats>,
+    /// What each console counted.
+    pub console: Vec<ConsoleStats>,
+    /// What each memory balloon counted.
+    pub balloon: Vec<BalloonStats>,
+    /// What each socket device counted.
+    pub vsock: Vec<VsockStats>,
+}
+
+/// Requests to a disk, by who served them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct DiskStats {
+    /// The vCPU that asked.
+    pub at_once: u64,
+    /// The thread of a queue.
+    pub by_queue: u64,
+    /// A thread of the pool.
+    pub by_pool: u64,
 }
 
 /// What a network card counted.
@@ -48,6 +69,47 @@ pub struct NetStats {
     pub at_once: u64,
     /// Notifications that the card's thread dealt with.
     pub handed_over: u64,
+}
+
+/// What a console counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct ConsoleStats {
+    /// Bytes from the guest.
+    pub sent_bytes: u64,
+    /// Bytes to the guest.
+    pub received_bytes: u64,
+    /// Notifications that the vCPU dealt with itself.
+    pub at_once: u64,
+    /// Notifications that the console's thread dealt with.
+    pub handed_over: u64,
+}
+
+/// What a memory balloon counted, and what the guest last said of its memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct BalloonStats {
+    /// Bytes that the guest reported as free.
+    pub reported_bytes: u64,
+    /// Bytes that were put into the balloon.
+    pub inflated_bytes: u64,
+    /// Bytes that were taken out of it.
+    pub deflated_bytes: u64,
+    /// Bytes that went back to the host for either reason.
+    pub discarded_bytes: u64,
+    /// Of the last boot.
+    pub guest: Option<GuestMemoryStats>,
+}
+
+/// What a socket device counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct VsockStats {
+    /// Connections, whoever asked for them.
+    pub connections: u64,
+    /// Packets of the guest that were answered with a reset.
+    pub refused: u64,
+    /// Bytes from the guest.
+    pub sent_bytes: u64,
+    /// Bytes to the guest.
+    pub received_bytes: u64,
 }
 
 /// Wall-clock time in seconds; all but `wall` are sums over the vCPUs.
@@ -97,21 +159,63 @@ impl Stats {
         self.seconds.halted += seconds(time.halted);
     }
 
-    /// Adds what the network cards counted during one boot.
-    pub fn add_cards(&mut self, cards: &Cards) {
-        self.net.resize(cards.len(), NetStats::default());
-        for (sum, card) in self.net.iter_mut().zip(cards) {
-            for (sum, n) in [
+    /// Adds what the devices counted during one boot.
+    pub fn add_devices(&mut self, of: &DeviceCounters) {
+        add_all(&mut self.disk, &of.disks, |sum, disk| {
+            total([
+                (&mut sum.at_once, &disk.at_once),
+                (&mut sum.by_queue, &disk.by_queue),
+                (&mut sum.by_pool, &disk.by_pool),
+            ]);
+        });
+        add_all(&mut self.net, &of.cards, |sum, card| {
+            total([
                 (&mut sum.sent, &card.sent),
                 (&mut sum.sent_bytes, &card.sent_bytes),
                 (&mut sum.received, &card.received),
                 (&mut sum.received_bytes, &card.received_bytes),
                 (&mut sum.at_once, &card.at_once),
                 (&mut sum.handed_over, &card.handed_over),
-            ] {
-                *sum += n.load(Ordering::Relaxed);
-            }
-        }
+            ]);
+        });
+        add_all(&mut self.console, &of.consoles, |sum, console| {
+            total([
+                (&mut sum.sent_bytes, &console.sent_bytes),
+                (&mut sum.received_bytes, &console.received_bytes),
+                (&mut sum.at_once, &console.at_once),
+                (&mut sum.handed_over, &console.handed_over),
+            ]);
+        });
+        add_all(&mut self.balloon, &of.balloons, |sum, balloon| {
+            let (control, counters) = balloon;
+            total([
+                (&mut sum.reported_bytes, &counters.reported_bytes),
+                (&mut sum.inflated_bytes, &counters.inflated_bytes),
+                (&mut sum.deflated_bytes, &counters.deflated_bytes),
+                (&mut sum.discarded_bytes, &counters.discarded_bytes),
+            ]);
+            sum.guest = control.statistics();
+        });
+        add_all(&mut self.vsock, &of.vsocks, |sum, vsock| {
+            total([
+                (&mut sum.connections, &vsock.connections),
+                (&mut sum.refused, &vsock.refused),
+                (&mut sum.sent_bytes, &vsock.sent_bytes),
+                (&mut sum.received_bytes, &vsock.received_bytes),
+            ]);
+        });
+    }
+}
+
+/// Adds the counters of each device of a class to its sums.
+fn add_all<S: Clone + Default, C>(sums: &mut Vec<S>, of: &[Arc<C>], add: impl Fn(&mut S, &C)) {
+    sums.resize(of.len(), S::default());
+    sums.iter_mut().zip(of).for_each(|(sum, c)| add(sum, c));
+}
+
+fn total<const N: usize>(pairs: [(&mut u64, &AtomicU64); N]) {
+    for (sum, n) in pairs {
+        *sum += n.load(Ordering::Relaxed);
     }
 }
 

@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use doppel_block::BlockBackend;
 use doppel_device::{HostClock, Line, Region};
@@ -13,14 +14,16 @@ use doppel_net::{NetConfig, Port};
 use doppel_pc::PciBus;
 use doppel_share::Share;
 use doppel_virtio::{
-    BAR_SIZE, Blk, Fs, MMIO_SIZE, Net, NetCounters, PciWiring, Rng, VirtioDevice, VirtioMmio,
-    VirtioPci,
+    BAR_SIZE, Balloon, BalloonControl, BalloonCounters, Blk, BlkCounters, Console, ConsoleBackend,
+    ConsoleCounters, Fs, MMIO_SIZE, Net, NetCounters, PciWiring, Rng, VirtioDevice, VirtioMmio,
+    VirtioPci, Vsock, VsockCounters, VsockSocket,
 };
 
 use crate::config::MachineConfig;
 use crate::layout;
 use crate::machine::MachineError;
 use crate::pc::Pc;
+use crate::serial::CharLink;
 
 /// A device that a machine is to have.
 #[derive(Clone)]
@@ -34,27 +37,83 @@ pub enum DeviceConfig {
         backend: Arc<dyn BlockBackend>,
         /// Its serial number; 20 bytes of it count.
         serial: String,
+        /// The vCPU that asks for something that needs no waiting does it itself.
+        at_once: bool,
     },
     /// A network card.
     Net(NetConfig),
     /// A shared directory.
     Share(Arc<Share>),
+    /// A console.
+    Console {
+        /// What it is on the host.
+        backend: ConsoleBackend,
+        /// What that tells of its news.
+        link: Arc<CharLink>,
+        /// The vCPU that notifies sends by itself.
+        at_once: bool,
+    },
+    /// A memory balloon.
+    Balloon {
+        /// The host's side of it.
+        control: Arc<BalloonControl>,
+        /// How often the guest is asked what its memory is like.
+        period: Option<Duration>,
+    },
+    /// Sockets between guest and host.
+    Vsock {
+        /// The guest's address, 3 or more.
+        cid: u32,
+        /// The host's end.
+        socket: Arc<VsockSocket>,
+    },
 }
 
 impl DeviceConfig {
-    /// The device; a network card's counters come to those of `cards`.
-    fn device(&self, cpus: u32, cards: &mut Cards) -> Result<Box<dyn VirtioDevice>, MachineError> {
+    /// The device; its counters come to the others.
+    fn device(
+        &self,
+        cpus: u32,
+        counters: &mut DeviceCounters,
+    ) -> Result<Box<dyn VirtioDevice>, MachineError> {
         Ok(match self {
             DeviceConfig::Rng => Box::new(Rng::new()),
-            DeviceConfig::Disk { backend, serial } => {
-                Box::new(Blk::new(backend.clone(), serial, cpus))
+            DeviceConfig::Disk {
+                backend,
+                serial,
+                at_once,
+            } => {
+                let disk = Blk::new(backend.clone(), serial, cpus).at_once(*at_once);
+                counters.disks.push(disk.counters());
+                Box::new(disk)
             }
             DeviceConfig::Net(config) => {
-                let card = card(config, cards.len() as u8)?;
-                cards.push(card.counters());
+                let card = card(config, counters.cards.len() as u8)?;
+                counters.cards.push(card.counters());
                 Box::new(card)
             }
             DeviceConfig::Share(share) => Box::new(Fs::new(share.clone())),
+            DeviceConfig::Console {
+                backend,
+                link,
+                at_once,
+            } => {
+                let console = Console::new(backend.clone(), *at_once).map_err(refused)?;
+                link.connect(console.frontend());
+                counters.consoles.push(console.counters());
+                Box::new(console)
+            }
+            DeviceConfig::Balloon { control, period } => {
+                let balloon = Balloon::new(control.clone(), *period);
+                let counted = (control.clone(), balloon.counters());
+                counters.balloons.push(Arc::new(counted));
+                Box::new(balloon)
+            }
+            DeviceConfig::Vsock { cid, socket } => {
+                let vsock = Vsock::new(*cid, socket.clone());
+                counters.vsocks.push(vsock.counters());
+                Box::new(vsock)
+            }
         })
     }
 }
@@ -66,6 +125,9 @@ impl fmt::Debug for DeviceConfig {
             DeviceConfig::Disk { serial, .. } => write!(f, "Disk({serial})"),
             DeviceConfig::Net(config) => write!(f, "Net({config:?})"),
             DeviceConfig::Share(share) => write!(f, "{share:?}"),
+            DeviceConfig::Console { .. } => f.write_str("Console"),
+            DeviceConfig::Balloon { .. } => f.write_str("Balloon"),
+            DeviceConfig::Vsock { cid, .. } => write!(f, "Vsock({cid})"),
         }
     }
 }
@@ -79,8 +141,16 @@ fn card(config: &NetConfig, number: u8) -> Result<Net, MachineError> {
     Ok(Net::new(port, mac, config.mtu(), config.at_once))
 }
 
-/// What the network cards count.
-pub type Cards = Vec<Arc<NetCounters>>;
+/// What the devices of a machine count, by class, in the order of their slots.
+#[derive(Clone, Default)]
+#[allow(missing_docs)]
+pub struct DeviceCounters {
+    pub disks: Vec<Arc<BlkCounters>>,
+    pub cards: Vec<Arc<NetCounters>>,
+    pub consoles: Vec<Arc<ConsoleCounters>>,
+    pub vsocks: Vec<Arc<VsockCounters>>,
+    pub balloons: Vec<Arc<(Arc<BalloonControl>, Arc<BalloonCounters>)>>,
+}
 
 /// How a guest reaches its virtio devices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -105,8 +175,8 @@ enum Plugged {
 #[derive(Default)]
 pub struct VirtioDevices {
     plugged: Vec<Plugged>,
-    /// Of the network cards among them.
-    pub cards: Cards,
+    /// What they count.
+    pub counters: DeviceCounters,
 }
 
 impl VirtioDevices {
@@ -120,15 +190,15 @@ impl VirtioDevices {
         if config.devices.len() > DEVICES_MAX {
             return Err(MachineError::Devices(config.devices.len()));
         }
-        let mut cards = Cards::new();
+        let mut counters = DeviceCounters::default();
         let made = config.devices.iter();
-        let made = made.map(|d| d.device(config.cpus, &mut cards));
+        let made = made.map(|d| d.device(config.cpus, &mut counters));
         let made = made.collect::<Result<Vec<_>, _>>()?;
         let plugged = match config.virtio {
             VirtioTransport::Pci => on_pci(pc, pci, made, ram)?,
             VirtioTransport::Mmio => in_memory(pc, made, ram)?,
         };
-        Ok(VirtioDevices { plugged, cards })
+        Ok(VirtioDevices { plugged, counters })
     }
 
     /// Ends the threads of all devices.

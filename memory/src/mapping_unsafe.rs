@@ -109,6 +109,23 @@ impl Mapping {
         };
     }
 
+    /// Gives the memory of whole pages back to the host; they read as zeros from then on.
+    pub fn discard(&self, offset: usize, len: usize) -> io::Result<()> {
+        assert!(offset + len <= self.len);
+        let advice = match self.backing {
+            Backing::Anonymous | Backing::HugePages => libc::MADV_DONTNEED,
+            // DONTNEED would leave it in the file, for all that map it.
+            Backing::Memfd => libc::MADV_REMOVE,
+        };
+        // SAFETY: in bounds of the reservation (asserted). The content changes to zeros, as it may by any store of the guest; no Rust
+        // reference to guest memory exists.
+        let done = unsafe { libc::madvise(self.base.as_ptr().add(offset).cast(), len, advice) };
+        match done {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
     pub fn base(&self) -> NonNull<u8> {
         self.base
     }

@@ -155,6 +155,36 @@ impl GuestRam {
         }
     }
 
+    /// Gives the host back the pages that lie wholly in these bytes, as far as they are RAM; says how many bytes. They read as zeros
+    /// afterwards, and take host memory again when they are accessed. To the CPUs it is a write by a device: see
+    /// [`Self::write_from_device`].
+    pub fn discard(&self, gpa: u64, len: u64) -> u64 {
+        let end = gpa.saturating_add(len);
+        let mut discarded = 0;
+        for piece in self.ranges() {
+            let from = gpa.max(piece.start).div_ceil(PAGE_SIZE);
+            let to = end.min(piece.end) / PAGE_SIZE;
+            if from < to {
+                let (from, to) = (from * PAGE_SIZE, to * PAGE_SIZE);
+                let len = to - from;
+                let done = self.mapping.discard(from as usize, len as usize);
+                self.forget_populated(from, to);
+                self.tracker.note_device_write(from, len);
+                discarded += done.map_or(0, |()| len);
+            }
+        }
+        discarded
+    }
+
+    /// Batches that lie wholly in a range are asked for again when one of their pages is accessed.
+    fn forget_populated(&self, from: u64, to: u64) {
+        for batch in from.div_ceil(BATCH)..to / BATCH {
+            if let Some(word) = self.populated.get((batch / 64) as usize) {
+                word.fetch_and(!(1 << (batch % 64)), Ordering::Relaxed);
+            }
+        }
+    }
+
     /// Bytes that the host was asked for ahead of their use, about.
     pub fn populated_bytes(&self) -> u64 {
         let batches = |w: &AtomicU64| u64::from(w.load(Ordering::Relaxed).count_ones());
@@ -326,6 +356,46 @@ mod tests {
         ram.write_from_device(u64::MAX, &[1, 2]);
         assert_eq!(ram.load::<u8>(0), Some(2), "the address wraps");
         assert!(!cpu.has_requests());
+    }
+
+    #[test]
+    fn discarded_pages_are_zero_cost_nothing_and_are_told_to_cpus() {
+        for backing in [Backing::Anonymous, Backing::HugePages, Backing::Memfd] {
+            let ram = GuestRam::with_backing(64 << 20, backing).unwrap();
+            let cpu = ram.tracker().join();
+            ram.tracker().add_code(0x40_3000, 16, &cpu);
+            for page in (0x40_0000..0x80_0000).step_by(4096) {
+                ram.will_access(page);
+                ram.store(page, 7u64).unwrap();
+            }
+            let populated = ram.populated_bytes();
+            // Pages that are only half in it stay.
+            assert_eq!(ram.discard(0x40_0800, 0x3f_f000), 0x3f_e000, "{backing:?}");
+            assert_eq!(ram.load::<u64>(0x40_0000), Some(7));
+            assert_eq!(ram.load::<u64>(0x40_1000), Some(0));
+            assert_eq!(ram.load::<u64>(0x7f_e000), Some(0));
+            assert_eq!(ram.load::<u64>(0x7f_f000), Some(7));
+            assert_eq!(cpu.take_requests().0.code, [(0x40_3000, u64::MAX)].into());
+            assert!(ram.tracker().is_dirty(0x40_1000));
+            assert_eq!(populated - ram.populated_bytes(), 0x3e_0000);
+            ram.will_access(0x50_0000);
+            ram.store(0x50_0000, 8u64).unwrap();
+            assert_eq!(ram.load::<u64>(0x50_0000), Some(8));
+            if let Some(file) = ram.file() {
+                use std::os::unix::fs::MetadataExt;
+                assert!(file.metadata().unwrap().blocks() * 512 < 0x10_0000);
+            }
+        }
+    }
+
+    #[test]
+    fn only_ram_is_discarded() {
+        let ram = GuestRam::new(5 << 30).unwrap();
+        assert_eq!(ram.discard(0x9_f000, 0x2_2000), 0x2000, "the VGA window");
+        assert_eq!(ram.discard(HOLE_START - 4096, 1 << 30), 4096);
+        assert_eq!(ram.discard(HIGH_START + (2 << 30) - 4096, u64::MAX), 4096);
+        assert_eq!(ram.discard(u64::MAX - 8191, u64::MAX), 0);
+        assert_eq!(ram.discard(0x1001, 4096), 0);
     }
 
     #[test]

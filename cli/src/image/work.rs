@@ -48,7 +48,7 @@ impl Work {
             remove(&path);
             std::process::exit(ERROR);
         };
-        signals.watch(end, || {});
+        signals.watch(end, || {}, || {});
         Ok(work)
     }
 

@@ -1,13 +1,13 @@
-//! The guest's serial port on the user's side: threads that do the blocking input and output.
+//! The guest's serial port, or a console of it, on the user's side: threads that do the blocking input and output.
 
 use super::escape::{Command, Escape, HELP};
 use crate::args::Serial;
 use anyhow::{Context, Result};
-use doppel_machine::{CharSink, CharSource, InputQueue, OutputQueue};
+use doppel_machine::{Backed, CharSink, CharSource, InputQueue, OutputQueue};
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::Duration;
 
@@ -16,26 +16,25 @@ const INPUT_CAPACITY: usize = 1 << 20;
 /// Bytes that may wait for a slow terminal before the guest's UART does.
 const OUTPUT_CAPACITY: usize = 1 << 16;
 
-/// Both directions of a serial port.
+/// Both directions of a serial port or a console.
 pub struct Console {
-    /// What the guest reads.
-    pub input: Arc<InputQueue>,
-    /// What the guest writes.
-    pub output: Arc<OutputQueue>,
+    input: Arc<InputQueue>,
+    output: Arc<OutputQueue>,
     written: Option<Receiver<()>>,
 }
 
 impl Console {
-    /// Opens what `serial` names and starts to write there. Input waits for [`Console::listen`].
-    pub fn open(serial: &Serial) -> Result<Console> {
-        let to: Box<dyn Write + Send> = match serial {
+    /// Opens what `option` says, which is `to`, and starts to write there. Input waits for [`Console::listen_to_pipe`] or
+    /// [`Console::listen_to_terminal`].
+    pub fn open(option: &str, to: &Serial) -> Result<Console> {
+        let to: Box<dyn Write + Send> = match to {
             Serial::Stdio => Box::new(io::stdout()),
             Serial::None => Box::new(io::sink()),
             Serial::File(path) => {
                 let file = File::create(path);
                 Box::new(file.with_context(|| {
                     format!(
-                        "--serial: {} cannot be written; name a file in a directory that is yours",
+                        "{option}: {} cannot be written; name a file in a directory that is yours",
                         path.display()
                     )
                 })?)
@@ -43,9 +42,17 @@ impl Console {
         };
         let output = OutputQueue::new(OUTPUT_CAPACITY);
         let (done, written) = channel();
-        let queue = output.clone();
+        let (queue, option) = (output.clone(), option.to_owned());
         thread::spawn(move || {
-            let _ = queue.run(Announced { to, failed: false });
+            let what = match option.as_str() {
+                "--serial" => "the serial port's",
+                _ => "a console's",
+            };
+            let _ = queue.run(Announced {
+                to,
+                what,
+                failed: false,
+            });
             let _ = done.send(());
         });
         Ok(Console {
@@ -53,6 +60,12 @@ impl Console {
             output,
             written: Some(written),
         })
+    }
+
+    /// Says what device it is, so that it hears of input and of room for output.
+    pub fn connect(&self, to: Weak<dyn Backed>) {
+        self.input.connect(to.clone());
+        self.output.connect(to);
     }
 
     /// Passes standard input on to the guest as it is, to its end; the guest outlives it.
@@ -103,6 +116,7 @@ impl Console {
 /// Output that says when it is closed. The guest goes on, as a machine does whose screen is unplugged.
 struct Announced {
     to: Box<dyn Write + Send>,
+    what: &'static str,
     failed: bool,
 }
 
@@ -113,7 +127,8 @@ impl Announced {
             && !std::mem::replace(&mut self.failed, true)
         {
             super::say(&format!(
-                "doppel: the serial port's output is lost from here on ({error}); the guest goes on"
+                "doppel: {} output is lost from here on ({error}); the guest goes on",
+                self.what
             ));
         }
         result

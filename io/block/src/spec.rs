@@ -11,7 +11,7 @@ use crate::format::{Format, Look, look};
 use crate::raw::Raw;
 use crate::{overlay, qcow2};
 
-/// `FILE[,format=raw|qcow2][,ro][,overlay=FILE]`. A comma within a name is written twice.
+/// `FILE[,format=raw|qcow2][,ro][,overlay=FILE][,at-once=on|off]`. A comma within a name is written twice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskSpec {
     /// Where the image is.
@@ -22,6 +22,8 @@ pub struct DiskSpec {
     pub read_only: bool,
     /// Where what the guest writes goes instead, made when it is not there.
     pub overlay: Option<PathBuf>,
+    /// Whoever asks for something that needs no waiting may be kept for it.
+    pub at_once: bool,
 }
 
 impl DiskSpec {
@@ -32,6 +34,7 @@ impl DiskSpec {
             format: None,
             read_only: false,
             overlay: None,
+            at_once: true,
         }
     }
 
@@ -67,10 +70,12 @@ impl FromStr for DiskSpec {
                 Some(("format", name)) => {
                     spec.format = Some(name.parse().map_err(BlockError::Usage)?);
                 }
+                Some(("at-once", "on")) => spec.at_once = true,
+                Some(("at-once", "off")) => spec.at_once = false,
                 Some(("overlay", path)) if !path.is_empty() => spec.overlay = Some(path.into()),
                 _ => {
                     return Err(BlockError::Usage(format!(
-                        "{part:?} is no option of a disk: format=raw|qcow2, ro, overlay=FILE (a comma in a name is written twice)"
+                        "{part:?} is no option of a disk: format=raw|qcow2, ro, overlay=FILE, at-once=on|off (a comma in a name is written twice)"
                     )));
                 }
             }

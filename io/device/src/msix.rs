@@ -32,6 +32,8 @@ struct Vector {
 pub struct Msix {
     vectors: Vec<Vector>,
     control: u16,
+    /// The function may not send: it is no bus master.
+    silent: bool,
 }
 
 impl Msix {
@@ -47,6 +49,7 @@ impl Msix {
         Msix {
             control: vectors.len() as u16 - 1,
             vectors,
+            silent: false,
         }
     }
 
@@ -82,8 +85,17 @@ impl Msix {
         self.due()
     }
 
+    /// Whether the function may send messages, which are stores to memory; those that are due now. While it may not, they wait.
+    pub fn set_silent(&mut self, silent: bool) -> Vec<MsiMessage> {
+        self.silent = silent;
+        self.due()
+    }
+
     fn is_open(&self, vector: &Vector) -> bool {
-        self.is_enabled() && self.control & MSIX_FUNCTION_MASK == 0 && vector.control & MASKED == 0
+        !self.silent
+            && self.is_enabled()
+            && self.control & MSIX_FUNCTION_MASK == 0
+            && vector.control & MASKED == 0
     }
 
     fn due(&mut self) -> Vec<MsiMessage> {
@@ -198,6 +210,8 @@ mod tests {
         assert_eq!(msix.read_pending(4), 0, "not in use");
         assert_eq!(msix.set_control(MSIX_ENABLE | MSIX_FUNCTION_MASK), []);
         assert_eq!((msix.trigger(35), msix.read_pending(4)), (None, 1 << 3));
+        assert_eq!(msix.set_silent(true), []);
+        assert_eq!(msix.set_silent(false), [], "masked still");
         assert_eq!(msix.write_table(35 * MSIX_ENTRY + 12, 0), []);
         let message = (0xfee0_1000, 0x4041);
         assert_eq!(msix.set_control(MSIX_ENABLE), [message]);

@@ -10,10 +10,13 @@ use std::sync::Arc;
 use doppel_memory::GuestRam;
 use serde::{Deserialize, Serialize};
 
+use crate::balloon::BalloonState;
 use crate::blk::BlkState;
+use crate::console::ConsoleState;
 use crate::fs::FsState;
 use crate::net::NetState;
 use crate::rng::RngState;
+use crate::vsock::VsockState;
 use crate::{Interrupt, Queue};
 
 /// What the driver agreed on, and what the device works with.
@@ -73,4 +76,7 @@ pub enum DeviceState {
     Rng(RngState),
     Blk(BlkState),
     Fs(FsState),
+    Console(ConsoleState),
+    Balloon(BalloonState),
+    Vsock(VsockState),
 }

@@ -115,6 +115,8 @@ pub struct Frontend {
     queues: Vec<QueueState>,
     accepted: u64,
     active: bool,
+    /// The device may access the guest's memory.
+    reaches_memory: bool,
     /// Which half of the device's features is read.
     pub device_feature_select: u32,
     /// Which half of the driver's features is accessed.
@@ -136,6 +138,7 @@ impl Frontend {
             sizes,
             accepted: 0,
             active: false,
+            reaches_memory: true,
             device_feature_select: 0,
             driver_feature_select: 0,
             queue_select: 0,
@@ -233,7 +236,24 @@ impl Frontend {
         self.queue_select = 0;
     }
 
+    /// Whether the device may access the guest's memory, as a bus master. Where it may not, its threads stand still after the
+    /// requests in flight, and go on later from where they were.
+    pub fn set_reaches_memory(&mut self, reaches: bool) {
+        if self.reaches_memory == reaches {
+            return;
+        }
+        self.reaches_memory = reaches;
+        match reaches {
+            false => self.deactivate(),
+            true if self.status() & (DRIVER_OK | NEEDS_RESET) == DRIVER_OK => self.activate(),
+            true => {}
+        }
+    }
+
     fn activate(&mut self) {
+        if !self.reaches_memory {
+            return;
+        }
         if let Err(why) = self.try_activate() {
             self.deactivate();
             self.environment.interrupt.needs_reset(&why);

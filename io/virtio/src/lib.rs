@@ -12,15 +12,18 @@
 //!
 //! docs/virtio.md tells more.
 
+mod balloon;
 mod blk;
 mod buffers_unsafe;
 mod chain;
+mod console;
 mod device;
 mod frontend;
 mod fs;
 #[doc(hidden)]
 pub mod hostile;
 mod interrupt;
+mod locks;
 mod mmio;
 mod net;
 mod notifier;
@@ -32,11 +35,14 @@ mod queue;
 mod rng;
 #[doc(hidden)]
 pub mod testing;
+mod vsock;
 mod worker;
 
-pub use blk::{BLK_QUEUES_MAX, Blk, BlkState};
+pub use balloon::{Balloon, BalloonControl, BalloonCounters, BalloonState, GuestMemoryStats};
+pub use blk::{BLK_QUEUES_MAX, Blk, BlkCounters, BlkState};
 pub use buffers_unsafe::Buffers;
 pub use chain::{Chain, SEGMENTS_MAX};
+pub use console::{Console, ConsoleBackend, ConsoleCounters, ConsoleState, WindowSize};
 pub use device::{Activation, DeviceState, VirtioDevice};
 pub use frontend::{
     DRIVER_OK, EVENT_IDX, FEATURES_OK, FrontendState, NEEDS_RESET, Status, VERSION_1,
@@ -45,8 +51,9 @@ pub use fs::{Fs, FsState};
 pub use interrupt::Interrupt;
 pub use mmio::{MMIO_SIZE, MmioState, VirtioMmio};
 pub use net::{Net, NetCounters, NetState};
-pub use notifier::{Notifier, OnNotify, wait_readable};
+pub use notifier::{Notifier, OnNotify, wait_readable, wait_readable_for};
 pub use pci::{BAR_SIZE, PciState, PciWiring, VirtioPci};
 pub use queue::{Broken, Queue, QueueState};
 pub use rng::{Rng, RngState};
+pub use vsock::{VSOCK_CID, Vsock, VsockCounters, VsockSocket, VsockState};
 pub use worker::{Stop, Worker};

@@ -10,8 +10,9 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{PoisonError, RwLock, Weak};
+use std::time::Duration;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 
 /// Who deals with notifications at once, in the thread that notifies.
@@ -89,12 +90,24 @@ impl AsFd for Notifier {
 /// # Errors
 /// What poll(2) gives: the host is out of memory.
 pub fn wait_readable(of: &[BorrowedFd<'_>]) -> io::Result<Vec<bool>> {
+    wait_readable_for(of, None)
+}
+
+/// The same for a time at most, after which none is readable.
+///
+/// # Errors
+/// As above.
+pub fn wait_readable_for(of: &[BorrowedFd<'_>], limit: Option<Duration>) -> io::Result<Vec<bool>> {
+    let limit = limit.map(|limit| Timespec {
+        tv_sec: limit.as_secs().try_into().unwrap_or(i64::MAX),
+        tv_nsec: limit.subsec_nanos().into(),
+    });
     let mut fds: Vec<_> = of
         .iter()
         .map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN))
         .collect();
     loop {
-        match poll(&mut fds, None) {
+        match poll(&mut fds, limit.as_ref()) {
             Ok(_) => return Ok(fds.iter().map(|fd| !fd.revents().is_empty()).collect()),
             Err(Errno::INTR) => {}
             Err(e) => return Err(e.into()),

@@ -132,7 +132,9 @@ impl VirtioPci {
             interrupt: interrupt.clone(),
             status,
         };
-        let frontend = Frontend::new(device, environment)?;
+        let mut frontend = Frontend::new(device, environment)?;
+        frontend.set_reaches_memory(false);
+        interrupt.release(|r| r.msix.set_silent(true));
         let config = Config::new(&frontend, &interrupt);
         Ok(Arc::new_cyclic(|this| VirtioPci {
             notifiers: frontend.notifiers().to_vec(),
@@ -144,7 +146,8 @@ impl VirtioPci {
         }))
     }
 
-    /// Puts the BAR at `address` and lets the function decode memory, as firmware does.
+    /// Puts the BAR at `address` and lets the function decode memory, as firmware does. To make it a bus master, without which it
+    /// accesses no memory and sends no message, is for the driver.
     pub fn place(&self, address: u32) {
         self.config_write(0x10 + 4 * BAR as u16, 4, address);
         self.config_write(0x04, 2, 0x0002);
@@ -176,6 +179,16 @@ impl VirtioPci {
             bus.detach(old);
         }
         config.placed = wanted.filter(|at| bus.attach(Region::new(*at, BAR_SIZE), this).is_ok());
+    }
+
+    /// Does what the command register says of the function as a bus master, and of its pin.
+    fn follow_command(&self, config: &Config) {
+        let (disabled, master) = (config.space.pin_disabled(), config.space.bus_master());
+        self.frontend().set_reaches_memory(master);
+        self.interrupt.release(|r| {
+            r.pin_disabled = disabled;
+            r.msix.set_silent(!master)
+        });
     }
 
     /// The access that the window in the configuration space stands for: offset and size.
@@ -299,11 +312,11 @@ impl VirtioPci {
         }
         let mut config = self.config();
         config.space.restore(&state.config);
-        let disabled = config.space.pin_disabled();
-        self.interrupt.with(|r| r.pin_disabled = disabled);
         self.follow_bar(&mut config);
-        drop(config);
-        self.frontend().restore(&state.frontend)
+        self.frontend().set_reaches_memory(false);
+        let restored = self.frontend().restore(&state.frontend);
+        self.follow_command(&config);
+        restored
     }
 }
 
@@ -376,8 +389,7 @@ impl PciFunction for VirtioPci {
         let change = config.space.write(offset, size, value);
         if change.bars {
             self.follow_bar(&mut config);
-            let disabled = config.space.pin_disabled();
-            self.interrupt.with(|r| r.pin_disabled = disabled);
+            self.follow_command(&config);
         }
         if change.capabilities {
             let control = config.space.read(config.msix + 2, 2) as u16;

@@ -96,6 +96,11 @@ impl Queue {
         self.ring.size()
     }
 
+    /// The memory that it was made with.
+    pub(crate) fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+
     /// What the driver's notifications raise.
     pub fn notifier(&self) -> &Arc<Notifier> {
         &self.notifier

@@ -79,14 +79,22 @@ impl Rig {
             pin: pin.clone(),
         };
         let pci = VirtioPci::new(device, wiring).expect("descriptors");
-        pci.place(BAR_AT as u32);
-        Rig {
+        let rig = Rig {
             ram,
             bus,
             pci,
             messages,
             pin,
-        }
+        };
+        rig.place();
+        rig
+    }
+
+    /// Places the BAR and makes the function a bus master.
+    pub fn place(&self) {
+        use doppel_device::PciFunction;
+        self.pci.place(BAR_AT as u32);
+        self.pci.config_write(4, 2, 0x0006);
     }
 
     /// A load from the BAR.

@@ -372,3 +372,29 @@ fn several_queues_are_served_at_once() {
         rig.messages.take().into_iter().map(|m| m.1).collect();
     assert_eq!(seen, [0x41, 0x42, 0x43].into());
 }
+
+#[test]
+fn whoever_serves_a_request_it_comes_to_the_same() {
+    let run = |at_once: bool| {
+        let (file, backend) = raw(&pattern(1 << 20), false);
+        let blk = Blk::new(backend, "", 1).at_once(at_once);
+        let counters = blk.counters();
+        let rig = Rig::new(Box::new(blk));
+        let queue = &mut rig.start(EVENT_IDX | F_FLUSH, RINGS)[0];
+        for n in 0..200u64 {
+            let (sector, len) = (n * 7919 % 1500, 512 * (n as u32 % 40 + 1));
+            let (code, piece) = match n % 3 {
+                0 => (OUT, Piece::Out(DATA + 64 * n, len)),
+                _ => (IN, Piece::In(DATA + 512 * n, len)),
+            };
+            assert_eq!(request(&rig, queue, code, sector, &[piece]).0, 0);
+        }
+        assert_eq!(request(&rig, queue, FLUSH, 0, &[]).0, 0);
+        let count = |n: &std::sync::atomic::AtomicU64| n.load(Ordering::Relaxed);
+        assert_eq!(count(&counters.at_once) > 0, at_once);
+        let others = count(&counters.by_queue) + count(&counters.by_pool);
+        assert_eq!(count(&counters.at_once) + others, 201);
+        (fs::read(file.path()).unwrap(), bytes(&rig, DATA, 512 * 240))
+    };
+    assert!(run(true) == run(false));
+}

@@ -95,9 +95,9 @@ fn interrupts_go_by_message_by_pin_or_not_at_all() {
         std::thread::yield_now();
     }
     assert_eq!(rig.pci.config_read(6, 2) & 8, 8, "interrupt status");
-    rig.pci.config_write(4, 2, 0x0402);
+    rig.pci.config_write(4, 2, 0x0406);
     assert!(!rig.pin.level(), "disabled");
-    rig.pci.config_write(4, 2, 0x0002);
+    rig.pci.config_write(4, 2, 0x0006);
     assert!(rig.pin.level());
     assert_eq!((rig.read(0x1000, 1), rig.read(0x1000, 1)), (1, 0));
     assert!(!rig.pin.level(), "the load of the status ends it");
@@ -268,6 +268,39 @@ fn a_saved_device_goes_on_in_another() {
 }
 
 #[test]
+fn a_function_that_is_no_bus_master_leaves_memory_alone() {
+    let rig = rig();
+    rig.pci.config_write(4, 2, 0x0002);
+    let mut queue = rig.start(EVENT_IDX, RINGS).remove(0);
+    rig.use_msix(1);
+    queue.submit(&rig.ram, &[Piece::In(BUFFER, 64)]);
+    let nothing_happens = |queue: &mut DriverQueue| {
+        rig.notify(queue);
+        std::thread::sleep(std::time::Duration::from_millis(30));
+        assert!(queue.take(&rig.ram).is_none());
+        assert!(bytes(&rig, BUFFER, 64).iter().all(|b| *b == 0));
+        assert_eq!(rig.messages.take(), []);
+    };
+    nothing_happens(&mut queue);
+    rig.pci.config_write(4, 2, 0x0006);
+    assert_eq!(queue.wait(&rig.ram), Some((0, 64)));
+    assert!(is_random(&bytes(&rig, BUFFER, 64)));
+    assert_eq!(rig.messages.wait(), [(0xfee0_0000, 0x41)]);
+    // What is saved is saved, and goes on where it is allowed to.
+    rig.pci.config_write(4, 2, 0x0002);
+    rig.ram.write_from_device(BUFFER, &[0; 64]);
+    queue.submit(&rig.ram, &[Piece::In(BUFFER, 64)]);
+    queue.interrupt_after(&rig.ram, 1);
+    let state = rig.pci.save();
+    nothing_happens(&mut queue);
+    assert!(rig.pci.restore(&state));
+    nothing_happens(&mut queue);
+    rig.pci.config_write(4, 2, 0x0006);
+    assert_eq!(queue.wait(&rig.ram).map(|used| used.1), Some(64));
+    assert_eq!(rig.messages.wait(), [(0xfee0_0000, 0x41)]);
+}
+
+#[test]
 fn the_bar_goes_where_the_guest_puts_it() {
     let rig = rig();
     assert_eq!(rig.read(0x12, 2), 1);
@@ -277,7 +310,7 @@ fn the_bar_goes_where_the_guest_puts_it() {
     rig.pci.config_write(0x04, 2, 0);
     assert_eq!(rig.bus.read(0xd123_8012, 2), 0xffff);
     rig.pci.config_write(0x10, 4, BAR_AT as u32);
-    rig.pci.config_write(0x04, 2, 2);
+    rig.pci.config_write(0x04, 2, 6);
     assert_eq!(rig.read(0x12, 2), 1);
     rig.pci.config_write(0x10, 4, 0);
     assert_eq!(rig.read(0x12, 2), 0xffff, "not placed");

@@ -13,7 +13,7 @@ mod request;
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use doppel_block::BlockBackend;
 use doppel_memory::GuestRam;
@@ -41,12 +41,24 @@ pub struct BlkState {
 
 const STATE_VERSION: u32 = 1;
 
+/// Requests, by who served them.
+#[derive(Debug, Default)]
+pub struct BlkCounters {
+    /// The vCPU that notified.
+    pub at_once: AtomicU64,
+    /// The thread of a queue.
+    pub by_queue: AtomicU64,
+    /// A thread of the pool.
+    pub by_pool: AtomicU64,
+}
+
 /// What the device's threads share.
 struct Disk {
     backend: Arc<dyn BlockBackend>,
     serial: [u8; SERIAL_LEN],
     /// Writes are durable only after a flush; else each is followed by one.
     writeback: AtomicBool,
+    counters: Arc<BlkCounters>,
 }
 
 /// The block device.
@@ -55,6 +67,7 @@ pub struct Blk {
     queues: u16,
     /// The driver can flush.
     flushes: bool,
+    at_once: bool,
     active: Option<Active>,
     /// By queue, from the first activation on; what a notification looks at.
     slots: Vec<Arc<Slot>>,
@@ -92,15 +105,28 @@ impl Blk {
             backend,
             serial: bytes,
             writeback: AtomicBool::new(true),
+            counters: Arc::default(),
         };
         let queues = processors.clamp(1, BLK_QUEUES_MAX.into()) as u16;
         Blk {
             disk: Arc::new(disk),
             queues,
             flushes: false,
+            at_once: true,
             active: None,
             slots: (0..queues).map(|_| Arc::default()).collect(),
         }
+    }
+
+    /// Whether the vCPU that notifies serves what needs no waiting; it does unless told otherwise.
+    pub fn at_once(mut self, at_once: bool) -> Self {
+        self.at_once = at_once;
+        self
+    }
+
+    /// What it has done so far.
+    pub fn counters(&self) -> Arc<BlkCounters> {
+        self.disk.counters.clone()
     }
 }
 
@@ -175,7 +201,9 @@ impl VirtioDevice for Blk {
                 ram: ram.clone(),
             });
             let handler = (queue.index(), Arc::downgrade(&at_once));
-            queue.notifier().handle(Some(handler));
+            queue
+                .notifier()
+                .handle(Some(handler).filter(|_| self.at_once));
             handlers.push(at_once);
             *lock(&slot) = Some(queue);
             slots.push(slot);

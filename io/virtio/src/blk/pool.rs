@@ -9,6 +9,7 @@
 //! Cost: a lock of the queue for taking and one for giving back, a wake-up for what has to wait.
 
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Scope};
 
@@ -83,6 +84,7 @@ fn at_once(queue: &mut Queue, pace: &Pace, disk: &Disk, ram: &GuestRam) -> Resul
         room = left.unwrap_or(0);
         match done {
             Some(Ok((head, written))) => {
+                count(&disk.counters.at_once);
                 queue.push(head, written)?;
                 queue.announce()?;
             }
@@ -93,6 +95,10 @@ fn at_once(queue: &mut Queue, pace: &Pace, disk: &Disk, ram: &GuestRam) -> Resul
         }
     }
     Ok(false)
+}
+
+fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
 }
 
 /// The queue of a slot, if it is active.
@@ -170,8 +176,14 @@ impl<'scope, 'env> Server<'scope, 'env> {
             drop(slot);
             let len = chain.readable.len() + chain.writable.len();
             match Request::parse(chain)?.try_now(self.disk) {
-                Ok(done) => self.give_back(n, len, done)?,
-                Err(request) => self.hand_over(n, request),
+                Ok(done) => {
+                    count(&self.disk.counters.by_queue);
+                    self.give_back(n, len, done)?;
+                }
+                Err(request) => {
+                    count(&self.disk.counters.by_pool);
+                    self.hand_over(n, request);
+                }
             }
         }
         Ok(())

@@ -20,13 +20,14 @@ mod transmit;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use doppel_memory::GuestRam;
 use doppel_net::{Accepts, Port};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_net as bit;
 
+use crate::locks::{lock, try_lock};
 use crate::worker::{Stop, Worker};
 use crate::{
     Activation, Broken, DeviceState, Notifier, OnNotify, Queue, VirtioDevice, wait_readable,
@@ -447,17 +448,5 @@ impl OnNotify for Active {
         };
         NetCounters::add(counter, 1);
         done
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
-    match mutex.try_lock() {
-        Ok(guard) => Some(guard),
-        Err(TryLockError::Poisoned(guard)) => Some(guard.into_inner()),
-        Err(TryLockError::WouldBlock) => None,
     }
 }

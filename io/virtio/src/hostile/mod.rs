@@ -9,26 +9,26 @@
 //! - the part of RAM that no descriptor named is as it was;
 //! - what lies beside a shared directory is as it was.
 
-use std::fs;
-use std::io::{self, IoSlice, IoSliceMut};
-use std::path::PathBuf;
+mod class;
+mod share;
+
+use std::sync::Once;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, Once, PoisonError};
 use std::time::{Duration, Instant};
 
-use doppel_block::BlockBackend;
 use doppel_device::PciFunction;
-use doppel_share::{HEADER_LEN, Limits, REPLY_LEN, Share, ShareSpec, opcode};
 
-use crate::testing::{BAR_AT, DriverQueue, Piece, RAM_SIZE, Rig};
-use crate::{Blk, EVENT_IDX, Fs, NEEDS_RESET, Rng, VirtioDevice};
+use crate::testing::{DriverQueue, RAM_SIZE, Rig};
+use crate::{EVENT_IDX, NEEDS_RESET};
+use class::Class;
 
 /// Nobody names addresses from here on.
 const UNTOUCHED: u64 = RAM_SIZE - (1 << 20);
 const RINGS: u64 = 0x1_0000;
+/// Where the buffers of chains are that are not all wrong; the first begins with what its class expects there.
+const BUFFERS: u64 = 0x20_0000;
 const HONEST_RINGS: u64 = 0x80_0000;
 const HONEST_BUFFERS: u64 = 0x90_0000;
-const DISK_LEN: usize = 64 << 10;
 
 /// How far a campaign goes.
 #[derive(Clone, Copy, Debug)]
@@ -81,104 +81,6 @@ pub fn run(campaign: Campaign) -> Report {
         report.rounds += 1;
     }
     report
-}
-
-/// A disk in memory.
-struct MemoryDisk(Mutex<Vec<u8>>);
-
-impl MemoryDisk {
-    fn with(&self, offset: u64, f: impl FnOnce(&mut [u8]) -> Option<()>) -> io::Result<()> {
-        let mut bytes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let at = usize::try_from(offset).unwrap_or(usize::MAX);
-        let found = bytes.get_mut(at..).and_then(f);
-        found.ok_or_else(|| io::ErrorKind::InvalidInput.into())
-    }
-}
-
-impl BlockBackend for MemoryDisk {
-    fn len(&self) -> u64 {
-        DISK_LEN as u64
-    }
-    fn read_only(&self) -> bool {
-        false
-    }
-    fn read_at(&self, offset: u64, into: &mut [IoSliceMut<'_>]) -> io::Result<()> {
-        self.with(offset, |mut bytes| {
-            for slice in into {
-                let (now, rest) = bytes.split_at_mut_checked(slice.len())?;
-                slice.copy_from_slice(now);
-                bytes = rest;
-            }
-            Some(())
-        })
-    }
-    fn write_at(&self, offset: u64, from: &[IoSlice<'_>]) -> io::Result<()> {
-        self.with(offset, |mut bytes| {
-            for slice in from {
-                let (now, rest) = bytes.split_at_mut_checked(slice.len())?;
-                now.copy_from_slice(slice);
-                bytes = rest;
-            }
-            Some(())
-        })
-    }
-    fn flush(&self) -> io::Result<()> {
-        Ok(())
-    }
-    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.write_zeroes(offset, len, true)
-    }
-    fn write_zeroes(&self, offset: u64, len: u64, _: bool) -> io::Result<()> {
-        let len = usize::try_from(len).unwrap_or(usize::MAX);
-        self.with(offset, |bytes| {
-            bytes.get_mut(..len)?.fill(0);
-            Some(())
-        })
-    }
-}
-
-/// A shared directory with something beside it that nobody may touch.
-struct Folder(PathBuf);
-
-const SECRET: &[u8] = b"secret";
-
-impl Folder {
-    fn new(seed: u64) -> io::Result<Self> {
-        let name = format!("doppel-hostile-{}-{seed}", std::process::id());
-        let folder = Folder(std::env::temp_dir().join(name));
-        fs::create_dir_all(folder.0.join("share/folder"))?;
-        fs::write(folder.0.join("secret"), SECRET)?;
-        fs::write(folder.0.join("share/file"), "content")?;
-        std::os::unix::fs::symlink("../secret", folder.0.join("share/link"))?;
-        Ok(folder)
-    }
-
-    fn device(&self) -> Box<dyn VirtioDevice> {
-        let spec = ShareSpec {
-            tag: "hostile".to_owned(),
-            directory: self.0.join("share"),
-            read_only: false,
-            owner: (0, 0),
-        };
-        let limits = Limits {
-            open: 8,
-            descriptors: 4,
-            node_bytes: 8 << 10,
-        };
-        let share = Share::open(&spec, limits).expect("the folder is there");
-        Box::new(Fs::new(Arc::new(share)))
-    }
-
-    fn is_as_it_was(&self) -> bool {
-        let beside = fs::read_dir(&self.0).map_or(0, |entries| entries.count());
-        beside == 2 && fs::read(self.0.join("secret")).is_ok_and(|now| now == SECRET)
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
 }
 
 /// xorshift64*.
@@ -238,36 +140,23 @@ struct Round {
     rig: Rig,
     queues: Vec<DriverQueue>,
     class: Class,
-}
-
-enum Class {
-    Rng,
-    Blk,
-    Fs(Folder),
+    /// After the device.
+    host: class::Kept,
 }
 
 impl Round {
     fn new(seed: u64) -> Self {
         let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
-        let (class, device): (_, Box<dyn VirtioDevice>) = match random.below(8) {
-            0..=3 => {
-                let disk = Arc::new(MemoryDisk(Mutex::new(vec![0; DISK_LEN])));
-                let queues = 1 + random.below(3) as u32;
-                (Class::Blk, Box::new(Blk::new(disk, "hostile", queues)))
-            }
-            4..=6 => {
-                let folder = Folder::new(seed).expect("a folder for temporary files");
-                let device = folder.device();
-                (Class::Fs(folder), device)
-            }
-            _ => (Class::Rng, Box::new(Rng::new())),
-        };
+        let class = Class::any(&mut random);
+        let (device, kept) = class.device(&mut random);
+        let rig = Rig::new(device);
         Round {
             seed,
             random,
-            rig: Rig::new(device),
+            rig,
             queues: Vec::new(),
             class,
+            host: kept,
         }
     }
 
@@ -338,7 +227,7 @@ impl Round {
         let value = self.random.value() as u32;
         self.rig.pci.config_write(offset, size, value);
         self.notify();
-        self.rig.pci.place(BAR_AT as u32);
+        self.rig.place();
     }
 
     fn reset_queue(&mut self) {
@@ -359,7 +248,7 @@ impl Round {
             queue.size = self.random.value() as u16;
         }
         self.rig.pci.restore(&state);
-        self.rig.pci.place(BAR_AT as u32);
+        self.rig.place();
     }
 
     /// An index that was never reached.
@@ -392,20 +281,8 @@ impl Round {
         let queue = &mut self.queues[index];
         let first = self.random.below(queue.size.into()) as u16;
         let count = self.random.below(6) as u16 + 1;
-        match self.class {
-            // A header that is looked at.
-            Class::Blk => {
-                let code = self.random.one(&[0u32, 1, 4, 8, 11, 13, 13, 99]);
-                ram.write_from_device(0x20_0000, &code.to_le_bytes());
-                let sector = self.random.one(&[0, 1, 100, 127, 128, u64::MAX]);
-                ram.write_from_device(0x20_0008, &sector.to_le_bytes());
-            }
-            Class::Fs(_) => {
-                let message = fuse_message(&mut self.random);
-                ram.write_from_device(0x20_0000, &message);
-            }
-            Class::Rng => {}
-        }
+        let header = self.class.header(&mut self.random);
+        ram.write_from_device(BUFFERS, &header);
         for n in 0..count {
             let number = first.wrapping_add(n) % queue.size;
             let honest = self.random.below(3) != 0;
@@ -418,11 +295,10 @@ impl Round {
             };
             let (mut address, mut len) = (self.random.address(), self.random.length());
             if honest {
-                let lens = match self.class {
-                    Class::Fs(_) => [HEADER_LEN as u32 + 64, 512],
-                    _ => [16, 512],
-                };
-                (address, len) = (0x20_0000 + 0x1000 * u64::from(n), self.random.one(&lens));
+                (address, len) = (
+                    BUFFERS + 0x1000 * u64::from(n),
+                    self.random.one(&self.class.lengths()),
+                );
             }
             let next = match self.random.below(10) {
                 0 => self.random.next() as u16,
@@ -440,51 +316,36 @@ impl Round {
 
     /// After a reset an honest driver is served.
     fn check_honest(&mut self) {
-        self.rig.pci.place(BAR_AT as u32);
+        self.rig.place();
         let seed = self.seed;
         let (rig, ram) = (&self.rig, &self.rig.ram);
         let mut queues = rig.start(EVENT_IDX, HONEST_RINGS);
-        // The first queue of a file system has no answers.
-        let mut queue = queues.swap_remove(usize::from(matches!(self.class, Class::Fs(_))));
-        let [out, data, status] = [0, 0x1000, 0x2000].map(|at| HONEST_BUFFERS + at);
-        ram.write_from_device(out, &[0; 512]);
-        let (pieces, expected) = match self.class {
-            Class::Rng => (vec![Piece::In(data, 512)], 512),
-            Class::Blk => {
-                let pieces = [
-                    Piece::Out(out, 16),
-                    Piece::In(data, 512),
-                    Piece::In(status, 1),
-                ];
-                (pieces.to_vec(), 513)
-            }
-            Class::Fs(_) => {
-                ram.write_from_device(out, &fuse_init());
-                let pieces = [
-                    Piece::Out(out, HEADER_LEN as u32 + 64),
-                    Piece::In(data, 512),
-                ];
-                (pieces.to_vec(), REPLY_LEN as u32 + 64)
-            }
-        };
-        queue.submit(ram, &pieces);
-        rig.notify(&queue);
+        let honest = self.class.honest(HONEST_BUFFERS);
+        for (at, bytes) in honest.memory {
+            ram.write_from_device(at, &bytes);
+        }
+        for (queue, pieces) in honest.before {
+            queues[queue].submit(ram, &pieces);
+        }
+        let queue = &mut queues[honest.queue];
+        queue.submit(ram, &honest.pieces);
+        rig.notify(queue);
         let used = queue.wait(ram);
+        let class = self.class;
         assert_eq!(
             used.map(|u| u.1),
-            Some(expected),
-            "seed {seed}: an honest request"
+            Some(honest.used),
+            "seed {seed}: an honest request to {class:?}"
         );
     }
 
     fn check_untouched(&self) {
-        if let Class::Fs(folder) = &self.class {
-            assert!(
-                folder.is_as_it_was(),
-                "seed {}: beside the share",
-                self.seed
-            );
-        }
+        assert!(
+            self.host.is_well(),
+            "seed {}: the host of {:?}",
+            self.seed,
+            self.class
+        );
         for at in (UNTOUCHED..RAM_SIZE).step_by(8) {
             assert_eq!(
                 self.rig.ram.load::<u64>(at),
@@ -494,55 +355,4 @@ impl Round {
             );
         }
     }
-}
-
-/// A request of FUSE that starts a session: protocol 7.38.
-fn fuse_init() -> Vec<u8> {
-    let mut message = vec![0; HEADER_LEN + 64];
-    message[4] = opcode::INIT as u8;
-    message[HEADER_LEN] = 7;
-    message[HEADER_LEN + 4] = 38;
-    message
-}
-
-/// A request of FUSE, seldom a sensible one.
-fn fuse_message(random: &mut Random) -> Vec<u8> {
-    if random.below(8) == 0 {
-        return fuse_init();
-    }
-    let mut message = vec![0; HEADER_LEN];
-    message[4] = match random.below(53) as u32 {
-        // These the host would feel: gigabytes set aside, everything written to its disks.
-        opcode::FALLOCATE | opcode::SYNCFS => opcode::LOOKUP,
-        code => code,
-    } as u8;
-    let node = random.one(&[1, 1, 2, 3, 4, 5, u64::MAX]);
-    message[16..24].copy_from_slice(&node.to_le_bytes());
-    // Arguments of one to eleven words: handles, sizes, flags, whatever they are taken for.
-    for _ in 0..random.below(11) {
-        let word = match random.below(3) {
-            0 => random.value(),
-            1 => random.below(9),
-            _ => random.below(1 << 12) << 32 | random.below(512),
-        };
-        message.extend(word.to_le_bytes());
-    }
-    for _ in 0..2 {
-        let name = random.one(&[
-            "file",
-            "folder",
-            "link",
-            "..",
-            ".",
-            "",
-            "../secret",
-            "folder/../../secret",
-            "new",
-            "newer",
-            "secret",
-        ]);
-        message.extend(name.as_bytes());
-        message.push(0);
-    }
-    message
 }
