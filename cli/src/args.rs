@@ -1,6 +1,7 @@
 //! The command line.
 
 use crate::devices::{Devices, parse_transport};
+use crate::domain::{Backend, Domain};
 use crate::image::args::Image;
 use crate::size;
 use clap::{Args, Parser, Subcommand};
@@ -39,6 +40,9 @@ pub enum Command {
     /// Make, show and copy images of disks; build one that boots Debian.
     #[command(subcommand)]
     Image(Image),
+    /// Serve a disk to the monitor that started this process, through standard input.
+    #[command(hide = true, name = crate::domain::COMMAND)]
+    Backend(Backend),
     /// Wait for the parent to die and give the terminal its settings back.
     #[command(hide = true, name = crate::terminal::WATCHDOG)]
     Watchdog,
@@ -76,6 +80,9 @@ pub struct Run {
     pub serial: Option<Serial>,
     #[command(flatten)]
     pub devices: Devices,
+    /// Back-ends in processes of their own, whose crash the guest does not notice: disk. Guest memory is a memfd then.
+    #[arg(long, value_name = "WHAT,...", value_delimiter = ',', value_parser = str::parse::<Domain>)]
+    pub driver_domain: Vec<Domain>,
     /// How the guest reaches its virtio devices: pci, or mmio for a guest without PCI.
     #[arg(long, value_name = "HOW", default_value = "pci", value_parser = parse_transport)]
     pub virtio: VirtioTransport,
@@ -289,7 +296,7 @@ mod tests {
         let run = run("").unwrap();
         assert_eq!(run.engine, EngineChoice::Auto);
         assert_eq!((run.cpus, run.memory), (1, 512 << 20));
-        assert_eq!(run.memory_backing, None);
+        assert_eq!((run.memory_backing, run.driver_domain.len()), (None, 0));
         assert_eq!(run.serial(), Serial::Stdio);
         assert!(run.kernel.is_none() && !run.no_reboot && !run.debug_exit);
     }

@@ -3,6 +3,7 @@
 pub mod args;
 pub mod assemble;
 pub mod devices;
+pub mod domain;
 pub mod explain;
 pub mod guest;
 pub mod image;

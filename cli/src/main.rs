@@ -2,7 +2,7 @@
 
 use clap::Parser;
 use doppel_cli::args::{Cli, Command};
-use doppel_cli::{assemble, explain, image, run, terminal};
+use doppel_cli::{assemble, domain, explain, image, run, terminal};
 use std::process::ExitCode;
 
 /// Exit status for an error of the host or of usage.
@@ -21,6 +21,7 @@ fn main() -> ExitCode {
         Command::Explain(args) => explain::explain(args),
         Command::Guest(args) => assemble::assemble(args).map(|()| 0),
         Command::Image(args) => image::image(args).map(|()| 0),
+        Command::Backend(args) => domain::serve(args).map(|()| 0),
         Command::Watchdog => terminal::watch().map(|()| 0),
     };
     ExitCode::from(result.unwrap_or_else(|error| {

@@ -2,6 +2,7 @@
 
 use crate::args::{Run, Serial};
 use crate::devices::{ConsoleSpec, Opened, VsockSpec};
+use crate::domain::{self, Domain};
 use crate::explain;
 use crate::guest;
 use crate::signals::Signals;
@@ -54,6 +55,7 @@ pub fn run_observed(
         check_readable(file)?;
     }
     size::check(args.memory, size::of_host())?;
+    domain::check(args)?;
     raise_descriptor_limit();
     let stats = args.stats.as_deref().map(StatsFile::create).transpose()?;
     let disks = open_disks(args)?;
@@ -85,7 +87,11 @@ pub fn run_observed(
 
 /// The disks, open and locked for as long as the machine runs.
 fn open_disks(args: &Run) -> Result<Vec<Arc<dyn BlockBackend>>> {
-    let open = |spec: &DiskSpec| spec.open().context("--disk");
+    let apart = args.driver_domain.contains(&Domain::Disk);
+    let open = |spec: &DiskSpec| match apart {
+        true => domain::disk(spec).context("--disk"),
+        false => spec.open().context("--disk"),
+    };
     args.devices.disks().map(open).collect()
 }
 
@@ -214,7 +220,7 @@ fn configuration(
         engine: args.engine,
         cpus: args.cpus,
         memory: args.memory,
-        memory_backing: args.memory_backing,
+        memory_backing: domain::backing(args),
         initrd: boot.initrd,
         cmdline: format!("{} {}", boot.cmdline, args.append)
             .trim()

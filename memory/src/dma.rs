@@ -60,6 +60,13 @@ pub struct DmaSlice<'a> {
     offset: usize,
 }
 
+impl DmaSlice<'_> {
+    /// The guest physical address at which the piece starts.
+    pub fn address(&self) -> u64 {
+        self.bitmap.start + self.offset as u64
+    }
+}
+
 impl WithBitmapSlice<'_> for DmaSlice<'_> {
     type S = Self;
 }
@@ -145,6 +152,27 @@ mod tests {
         assert!(requests.code.into_keys().eq([0x2000, 0x4000]));
         assert!((0x1..=0x4).all(|page| ram.tracker().is_dirty(page << 12)));
         assert!(!ram.tracker().is_dirty(0x5000));
+    }
+
+    #[test]
+    fn a_piece_knows_its_address() {
+        let ram = GuestRam::new(5 << 30).unwrap();
+        let slice =
+            GuestMemoryBackend::get_slice(ram.view(), GuestAddress(HIGH_START + 0x5000), 0x100);
+        let piece = slice.unwrap().offset(0x20).unwrap().subslice(3, 8).unwrap();
+        assert_eq!(piece.bitmap().address(), HIGH_START + 0x5023);
+    }
+
+    #[test]
+    fn another_process_maps_the_same_memory() {
+        let ram = GuestRam::with_backing(4 << 30, crate::Backing::Memfd).unwrap();
+        let file = || ram.file().unwrap().try_clone().unwrap();
+        let other = GuestRam::of_file(4 << 30, file()).unwrap();
+        for at in [0x1000, HIGH_START + 0x2000] {
+            other.write_from_device(at, b"same");
+            assert_eq!(ram.load::<u32>(at), Some(u32::from_le_bytes(*b"same")));
+        }
+        assert!(GuestRam::of_file(5 << 30, file()).is_err(), "too short");
     }
 
     #[test]

@@ -44,8 +44,25 @@ impl Mapping {
     pub fn new(len: usize, pieces: &[(usize, usize)], backing: Backing) -> io::Result<Self> {
         let file = match backing {
             Backing::Anonymous | Backing::HugePages => None,
-            Backing::Memfd => Some(memfd(pieces.iter().map(|p| p.1 as u64).sum())?),
+            Backing::Memfd => Some(memfd(total(pieces))?),
         };
+        Self::with(len, pieces, backing, file)
+    }
+
+    /// The same with the pieces of a memfd that is there.
+    pub fn of_file(len: usize, pieces: &[(usize, usize)], file: File) -> io::Result<Self> {
+        if file.metadata()?.len() < total(pieces) {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        Self::with(len, pieces, Backing::Memfd, Some(file))
+    }
+
+    fn with(
+        len: usize,
+        pieces: &[(usize, usize)],
+        backing: Backing,
+        file: Option<File>,
+    ) -> io::Result<Self> {
         let reserved = (reserve(len + HUGE_PAGE)?, len + HUGE_PAGE);
         let skip = reserved.0.as_ptr().align_offset(HUGE_PAGE);
         assert!(skip < HUGE_PAGE);
@@ -168,6 +185,10 @@ fn advise(at: *mut libc::c_void, size: usize, backing: Backing) {
             NAME.as_ptr(),
         );
     }
+}
+
+fn total(pieces: &[(usize, usize)]) -> u64 {
+    pieces.iter().map(|piece| piece.1 as u64).sum()
 }
 
 fn memfd(size: u64) -> io::Result<File> {

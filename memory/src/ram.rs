@@ -69,6 +69,19 @@ impl GuestRam {
 
     /// RAM that is made of what is said.
     pub fn with_backing(size: u64, backing: Backing) -> Result<Self, RamError> {
+        Self::made(size, |end, pieces| Mapping::new(end, pieces, backing))
+    }
+
+    /// The RAM of a machine in another process, whose [`Self::file`] this is. Writes here are noted here only; the other process has to
+    /// be told of them.
+    pub fn of_file(size: u64, file: File) -> Result<Self, RamError> {
+        Self::made(size, |end, pieces| Mapping::of_file(end, pieces, file))
+    }
+
+    fn made(
+        size: u64,
+        map: impl FnOnce(usize, &[(usize, usize)]) -> std::io::Result<Mapping>,
+    ) -> Result<Self, RamError> {
         if !(1 << 20..=1 << 40).contains(&size) || size & PAGE_MASK != 0 {
             return Err(RamError::Size(size));
         }
@@ -79,8 +92,7 @@ impl GuestRam {
         if high > 0 {
             pieces.push((HIGH_START as usize, high as usize));
         }
-        let mapping =
-            Mapping::new(end as usize, &pieces, backing).map_err(|e| RamError::Host(size, e))?;
+        let mapping = map(end as usize, &pieces).map_err(|e| RamError::Host(size, e))?;
         let mapping = Arc::new(mapping);
         let tracker = Arc::new(PageTracker::new(end / PAGE_SIZE));
         let view_pieces: Vec<_> = pieces

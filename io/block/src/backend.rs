@@ -2,7 +2,7 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 
-use doppel_memory::GuestSlice;
+use doppel_memory::{GuestRam, GuestSlice};
 
 use crate::guest::{Pieces, gather, guest_len, scatter};
 
@@ -63,6 +63,16 @@ pub trait BlockBackend: Send + Sync {
         _from: &[GuestSlice<'_>],
     ) -> Option<io::Result<()>> {
         None
+    }
+
+    /// Hands what this process keeps of writes that are complete to the host, so that the end of the process loses nothing.
+    fn settle(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Guest RAM is in this memory from now on, or in none. Called before any request with pieces of it.
+    fn use_memory(&self, _ram: Option<&GuestRam>) -> io::Result<()> {
+        Ok(())
     }
 
     /// Makes all writes that are complete durable, against loss of power too.

@@ -17,6 +17,7 @@ mod lock;
 mod overlay;
 mod qcow2;
 mod raw;
+mod remote;
 mod spec;
 
 pub use backend::{BlockBackend, SECTOR};
@@ -25,4 +26,5 @@ pub use error::BlockError;
 pub use format::Format;
 pub use qcow2::Qcow2;
 pub use raw::Raw;
+pub use remote::{RemoteDisk, Start, serve};
 pub use spec::DiskSpec;

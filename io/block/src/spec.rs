@@ -1,6 +1,7 @@
 //! A disk as the user asks for it, and how it is opened.
 
-use std::path::PathBuf;
+use std::fmt;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -55,6 +56,24 @@ impl DiskSpec {
                 return Err(BlockError::Unsupported { path, name });
             }
         })
+    }
+}
+
+/// As it is parsed.
+impl fmt::Display for DiskSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let doubled = |path: &Path| path.to_string_lossy().replace(',', ",,");
+        f.write_str(&doubled(&self.path))?;
+        if let Some(format) = self.format {
+            write!(f, ",format={format}")?;
+        }
+        if self.read_only {
+            f.write_str(",ro")?;
+        }
+        match &self.overlay {
+            Some(overlay) => write!(f, ",overlay={}", doubled(overlay)),
+            None => Ok(()),
+        }
     }
 }
 

@@ -290,6 +290,13 @@ impl BlockBackend for Qcow2 {
         unless_it_waits(self.write_guest(offset, from, Patience::AtOnce))
     }
 
+    fn settle(&self) -> io::Result<()> {
+        match self.read_only() {
+            true => Ok(()),
+            false => self.shared().flush(),
+        }
+    }
+
     fn flush(&self) -> io::Result<()> {
         if self.read_only() {
             return Ok(());

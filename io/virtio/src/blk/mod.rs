@@ -130,6 +130,13 @@ impl Blk {
     }
 }
 
+impl Drop for Blk {
+    fn drop(&mut self) {
+        // The machine's memory goes, and a back-end in another process would keep it.
+        let _ = self.disk.backend.use_memory(None);
+    }
+}
+
 impl VirtioDevice for Blk {
     fn device_type(&self) -> u16 {
         virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK as u16
@@ -187,6 +194,7 @@ impl VirtioDevice for Blk {
             ram,
             interrupt,
         } = activation;
+        self.disk.backend.use_memory(Some(&ram))?;
         self.flushes = features & 1 << bit::VIRTIO_BLK_F_FLUSH != 0;
         if !self.flushes {
             // Virtio 1.2, 5.2.6.2: without FLUSH the device is write-through.

@@ -1,0 +1,152 @@
+//! Disks in processes of their own: the guest does not notice that they die.
+
+mod support;
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread;
+use std::time::Duration;
+use support::{Boot, CLOUD, DOPPEL, PASSED, Scratch};
+
+const LIMIT: Duration = Duration::from_secs(150);
+const KILLS: u32 = 20;
+
+/// Blocks that say who they are, each written and synced before the next, over and over until the host has killed enough.
+const WRITER: &str = "
+    set -e
+    trap 'dmesg | tail -5' EXIT
+    block() { n=$1; i=0; while [ $i -lt 64 ]; do echo \"block $n round $round line $i $n\"; i=$((i+1)); done; }
+    round=0
+    while [ $round -lt 400 ]; do
+        n=$((round % 50))
+        block $n >/tmp/block
+        dd if=/tmp/block of=/dev/vda bs=4096 seek=$n count=1 conv=sync,notrunc,fsync oflag=direct 2>/tmp/said || { cat /tmp/said; exit 3; }
+        dd if=/dev/vda of=/tmp/back bs=4096 skip=$n count=1 iflag=direct 2>/tmp/said || { cat /tmp/said; exit 4; }
+        head -c $(stat -c %s /tmp/block) /tmp/back | head -c 4096 >/tmp/a
+        head -c 4096 /tmp/block | cmp - /tmp/a
+        echo \"written $n $round\"
+        round=$((round + 1))
+        # The host says on the second disk when it has killed enough.
+        if dd if=/dev/vdb bs=512 count=1 iflag=direct 2>/dev/null | grep -q enough; then break; fi
+    done
+    mke2fs -F /dev/vdc >/dev/null
+    mount /dev/vdc /mnt
+    dd if=/dev/urandom of=/mnt/file bs=64k count=100 2>/dev/null
+    sum=$(sha256sum </mnt/file)
+    umount /mnt
+    mount /dev/vdc /mnt
+    test \"$(sha256sum </mnt/file)\" = \"$sum\"
+    umount /mnt
+    ! dmesg | grep -iE 'I/O error|blk_update|EXT4-fs error'
+    trap - EXIT
+";
+
+/// Processes that serve disks for the monitor that has `image`.
+fn servers(image: &Path) -> Vec<u32> {
+    let named = |pid: &u32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let words: Vec<_> = line.split(|b| *b == 0).collect();
+        let image = image.as_os_str().as_encoded_bytes();
+        words.get(1) == Some(&&b"backend"[..])
+            && words.get(3).is_some_and(|disk| disk.starts_with(image))
+    };
+    let entries = fs::read_dir("/proc").unwrap().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(named).collect()
+}
+
+/// Kills the process of the disk until it is enough or the guest is over.
+fn killer(image: &Path, told: &File, over: &AtomicBool, kills: &AtomicU32) {
+    // The guest has to have started to write.
+    while File::open(image).unwrap().metadata().unwrap().len() > 0 && !over.load(Ordering::Relaxed)
+    {
+        let mut first = [0; 5];
+        File::open(image)
+            .unwrap()
+            .read_exact_at(&mut first, 0)
+            .unwrap();
+        if &first == b"block" {
+            break;
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+    let mut pause = 20;
+    while kills.load(Ordering::Relaxed) < KILLS && !over.load(Ordering::Relaxed) {
+        thread::sleep(Duration::from_millis(pause));
+        pause = (pause * 7 + 13) % 170 + 10;
+        for pid in servers(image) {
+            let killed = Command::new("kill").args(["-9", &pid.to_string()]).status();
+            kills.fetch_add(killed.unwrap().success().into(), Ordering::Relaxed);
+        }
+    }
+    told.write_all_at(b"enough", 0).unwrap();
+}
+
+#[test]
+fn the_process_of_a_disk_is_killed_twenty_times_and_the_guest_loses_nothing() {
+    let scratch = Scratch::new();
+    let [raw, told, qcow2] = ["raw", "told", "qcow2"].map(|name| scratch.path(name));
+    File::create(&raw).unwrap().set_len(16 << 20).unwrap();
+    File::create(&told).unwrap().set_len(1 << 20).unwrap();
+    let made = Command::new(DOPPEL)
+        .args(["image", "create"])
+        .arg(&qcow2)
+        .arg("64M")
+        .status();
+    assert!(made.unwrap().success());
+    let boot = Boot::script(CLOUD, WRITER).cmdline("quiet").flag(&format!(
+        "--driver-domain disk --net none --disk {},format=raw --disk {},format=raw,ro --disk {}",
+        raw.display(),
+        told.display(),
+        qcow2.display()
+    ));
+    let (over, kills) = (AtomicBool::new(false), AtomicU32::new(0));
+    let word = File::options().write(true).open(&told).unwrap();
+    let finished = thread::scope(|scope| {
+        scope.spawn(|| killer(&raw, &word, &over, &kills));
+        let finished = boot.doppel("translate", LIMIT);
+        over.store(true, Ordering::Relaxed);
+        finished
+    });
+    let finished = finished.expect(PASSED);
+    assert_eq!(kills.load(Ordering::Relaxed), KILLS);
+    // What the guest saw written is on the disk.
+    let image = fs::read(&raw).unwrap();
+    let mut last = std::collections::BTreeMap::new();
+    for line in finished.console.lines() {
+        if let ["written", n, round] = *line.split_whitespace().collect::<Vec<_>>() {
+            last.insert(n.parse::<usize>().unwrap(), round.to_owned());
+        }
+    }
+    assert!(!last.is_empty());
+    for (n, round) in last {
+        let text = String::from_utf8_lossy(&image[n * 4096..][..64]).into_owned();
+        let wanted = format!("block {n} round {round} line 0 {n}\n");
+        assert!(text.starts_with(&wanted), "{text:?}, not {wanted:?}");
+    }
+    assert!(servers(&raw).is_empty(), "it ends with the monitor");
+}
+
+#[test]
+fn a_mistake_in_driver_domain_says_what_to_do() {
+    for (flags, advice) in [
+        ("--driver-domain net", "networks stay in the monitor"),
+        (
+            "--driver-domain disk --memory-backing huge",
+            "needs --memory-backing memfd",
+        ),
+        (
+            "--driver-domain disk --disk /nowhere/at/all",
+            "/nowhere/at/all",
+        ),
+    ] {
+        let mut command = Command::new(DOPPEL);
+        command.arg("run").args(flags.split(' '));
+        let finished = support::run(&mut command, LIMIT);
+        assert!(finished.status.is_some_and(|s| s != 0), "{flags}");
+        finished.says(advice);
+    }
+}
