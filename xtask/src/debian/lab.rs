@@ -111,6 +111,17 @@ impl Lab {
         }
     }
 
+    /// Why an engine cannot be had on this host, if it cannot.
+    pub fn refusal(&self, engine: &str) -> Result<Option<String>> {
+        // It is looked at before the kernel, which is none.
+        let mut command = Command::new(&self.doppel);
+        command.args(["run", "--engine", engine, "--kernel"]);
+        let output = command.arg(&self.doppel).output()?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        let mut lines = said.lines().filter(|line| line.contains("cannot be used"));
+        Ok(lines.next().map(str::to_owned))
+    }
+
     fn doppel(&self, start: Start<'_>, engine: &str) -> Command {
         let mut command = Command::new(&self.doppel);
         command.args(["run", "--engine", engine, "--memory", start.memory]);

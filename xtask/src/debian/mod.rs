@@ -37,7 +37,7 @@ pub struct Debian {
     #[arg(long, default_value = "doppel")]
     killed: String,
     /// The engines that are reached by ssh.
-    #[arg(long, value_name = "ENGINE,...", value_delimiter = ',', default_values_t = ["translate".to_owned(), "interpret".to_owned()])]
+    #[arg(long, value_name = "ENGINE,...", value_delimiter = ',', default_values_t = ["translate", "direct", "kvm", "interpret"].map(str::to_owned))]
     engines: Vec<String>,
 }
 

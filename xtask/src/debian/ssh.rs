@@ -73,6 +73,10 @@ impl Ssh {
 pub fn engines(lab: &Lab, engines: &[String]) -> Result<()> {
     let (packages, count) = lab.packages(PACKAGE, |_| Ok(()))?;
     for engine in engines {
+        if let Some(reason) = lab.refusal(engine)? {
+            println!("SKIPPED: {reason}");
+            continue;
+        }
         let patience = if engine == "interpret" {
             INTERPRETED
         } else {
