@@ -32,7 +32,8 @@ use doppel_memory::{GuestRam, GuestSlice};
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, shutdown, socketpair};
 use vm_memory::bitmap::Bitmap;
 
-use crate::backend::{check_range, check_writable, guest_len, reads_len, writes_len};
+use crate::backend::{check_range, check_writable, reads_len, writes_len};
+use crate::guest::guest_len;
 use crate::{BlockBackend, SECTOR};
 use message::{DATA_MAX, Kind, MESSAGE_MAX, Message, PIECES_MAX, receive, result, send};
 pub use server::serve;
