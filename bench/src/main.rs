@@ -55,7 +55,7 @@ struct Args {
     #[arg(long)]
     no_native: bool,
     /// Which of Doppel's engines.
-    #[arg(long, default_value = "translate")]
+    #[arg(long, default_value = "auto")]
     engine: String,
     /// Another build of Doppel; given several times, they are compared with the first.
     #[arg(long, value_name = "PATH")]

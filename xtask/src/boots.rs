@@ -19,7 +19,7 @@ pub struct Boots {
     #[arg(long, default_value_t = 100)]
     count: usize,
     /// Which engine.
-    #[arg(long, default_value = "translate")]
+    #[arg(long, default_value = "auto")]
     engine: String,
     /// The Debian package that has the kernel.
     #[arg(long, default_value = "linux-image-cloud-amd64")]
