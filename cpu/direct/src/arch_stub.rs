@@ -12,7 +12,10 @@
 //! leaves only by `rt_sigreturn`.** Guest code can jump to any byte of the page; if it reaches a system call that the filter lets pass, it stays
 //! in the stub until the monitor's next command.
 //!
-//! Since the guest can write to the exchange area at any time, lists are not there. They are in the *orders*, a file that the monitor writes,
+//! Since the guest can write to the exchange area at any time, it can also claim to have stopped and run on: see [`crate::process`] for why that
+//! does not help it.
+//!
+//! For the same reason lists are not in the exchange area. They are in the *orders*, a file that the monitor writes,
 //! that no child can map, and from which a child can only read its own part into its own exchange area, at the one instruction after which
 //! the stub executes it. A guest that jumps there has the stub do what the monitor ordered, and nothing else. With the list comes the
 //! key (see `filter`).
@@ -48,6 +51,8 @@ pub(crate) const REASON: usize = 0x5c;
 pub(crate) const FRAME: usize = 0x60;
 /// Not 0 once guest code was resumed.
 pub(crate) const RESUMED: usize = 0x68;
+/// Where a sleeping child is moved to, as a proof that it sleeps.
+pub(crate) const BENCH: usize = 0x70;
 /// The robust list's head, and its only entry.
 pub(crate) const ROBUST_HEAD: usize = 0x80;
 pub(crate) const ROBUST_ENTRY: usize = 0xa0;
@@ -135,12 +140,22 @@ global_asm!(
     "mov r14, rax",
     "mov [rbx + {key0}], rax",
     "mov [rbx + {key1}], rax",
-    "xchg eax, [rbx]",
+    "mov eax, [rbx]",
+    "34:",
     "test eax, eax",
-    "jns 31f",
+    "js 35f",
+    "xor ecx, ecx",
+    "lock cmpxchg [rbx], ecx",
+    "jne 34b",
+    "jmp 31f",
+    // It sleeps: the kernel gives it the turn and wakes it, in one call.
+    "35:",
     "mov rdi, rbx",
-    "mov esi, {futex_wake}",
+    "mov esi, {futex_wake_op}",
     "mov edx, 1",
+    "xor r10d, r10d",
+    "mov r8, rbx",
+    "xor r9d, r9d",
     "mov eax, {futex}",
     "syscall",
     "doppel_direct_woke:",
@@ -182,6 +197,7 @@ global_asm!(
     "xor ecx, ecx",
     "mov [rbx + {key0}], rcx",
     "mov [rbx + {key1}], rcx",
+    "mov [rbx + {done}], ecx",
     // All of the list, or what is there may be the guest's.
     "mov r15d, [rbx + {count}]",
     "mov ecx, r15d",
@@ -278,7 +294,7 @@ global_asm!(
     getppid = const 110,
     exit_group = const 231,
     futex = const 202,
-    futex_wake = const 1,
+    futex_wake_op = const 5,
     pread = const 17,
     orders_fd = const ORDERS_FD,
     orders = const ORDERS,

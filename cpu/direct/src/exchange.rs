@@ -13,7 +13,7 @@ use rustix::thread::futex::{self, Flags};
 use rustix::time::Timespec;
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
 
-use crate::arch_stub::{OWNER, OWNER_DIED, SLEEPS, WORD};
+use crate::arch_stub::{BENCH, OWNER, OWNER_DIED, SLEEPS, WORD};
 
 /// How often a sleeping monitor looks after a child that does not answer.
 const CHECKUP: Duration = Duration::from_millis(50);
@@ -27,8 +27,8 @@ pub(crate) struct Shared {
 /// How a wait for the monitor's turn ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Turn {
-    /// It is the monitor's turn.
-    Monitor,
+    /// It is the monitor's turn. `proven` where the kernel says so and not only the memory: the child is in the stub.
+    Monitor { proven: bool },
     /// Not yet, after a while.
     NotYet,
     /// The kernel or nonsense in the word says that the child is dead.
@@ -88,9 +88,11 @@ impl Shared {
     }
 
     /// Gives the child `owner` the turn and wakes it where it sleeps.
-    pub fn give(&self, owner: u32) -> io::Result<()> {
+    pub fn give(&self, owner: u32, benched: bool) -> io::Result<()> {
         let old = self.word32(WORD).swap(owner, Ordering::SeqCst);
-        if old & SLEEPS != 0 {
+        if benched {
+            futex::wake(self.word32(BENCH), Flags::empty(), 1)?;
+        } else if old & SLEEPS != 0 {
             futex::wake(self.word32(WORD), Flags::empty(), 1)?;
         }
         Ok(())
@@ -99,12 +101,13 @@ impl Shared {
     /// Sleeps until it is the monitor's turn, a while at most.
     pub fn wait(&self, owner: u32) -> Turn {
         let word = self.word32(WORD);
+        let mut woken = false;
         loop {
             let seen =
                 word.compare_exchange(owner, owner | SLEEPS, Ordering::SeqCst, Ordering::SeqCst);
             match seen {
                 Err(value) if value & OWNER_DIED != 0 => return Turn::Dead,
-                Err(value) if value & OWNER == 0 => return Turn::Monitor,
+                Err(value) if value & OWNER == 0 => return Turn::Monitor { proven: woken },
                 Err(value) if value & OWNER != owner => return Turn::Dead,
                 _ => {}
             }
@@ -113,6 +116,14 @@ impl Shared {
             if slept == Err(rustix::io::Errno::TIMEDOUT) {
                 return Turn::NotYet;
             }
+            // Nobody but the stub's one call wakes the monitor, and that call has set the word to 0.
+            woken = slept.is_ok();
         }
+    }
+
+    /// Moves a child that sleeps in the stub, in the monitor's turn, to the bench, from where it must be woken. False where it does not sleep there.
+    pub fn bench(&self) -> bool {
+        let (word, bench) = (self.word32(WORD), self.word32(BENCH));
+        futex::cmp_requeue(word, Flags::empty(), 0, 1, bench, SLEEPS).is_ok_and(|n| n > 0)
     }
 }

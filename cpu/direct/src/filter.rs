@@ -62,7 +62,9 @@ const RT_SIGRETURN: u32 = 15;
 const PREAD64: u32 = 17;
 const FUTEX: u32 = 202;
 const FUTEX_WAIT: u32 = 0;
-const FUTEX_WAKE: u32 = 1;
+const FUTEX_WAKE_OP: u32 = 5;
+/// FUTEX_OP_SET with 0.
+const SET_TO_0: u32 = 0;
 const MAP_SHARED_FIXED: u32 = 0x11;
 const MAP_POPULATE: u32 = 0x8000;
 const PROTECTIONS: u32 = 7;
@@ -137,8 +139,11 @@ pub(crate) fn program(
         .chain(is64(argument(3), 0));
     let wake = from(stub.woke)
         .into_iter()
-        .chain([Is(NUMBER, FUTEX), Is(argument(1), FUTEX_WAKE)])
-        .chain(is64(argument(0), word));
+        .chain([Is(NUMBER, FUTEX), Is(argument(1), FUTEX_WAKE_OP)])
+        .chain(is64(argument(0), word))
+        .chain([Is(argument(2), 1), Is(argument(3), 0)])
+        .chain(is64(argument(4), word))
+        .chain([Is(argument(5), SET_TO_0)]);
     let order = from(stub.ordered)
         .into_iter()
         .chain([Is(NUMBER, PREAD64), Is(argument(0), ORDERS_FD)])

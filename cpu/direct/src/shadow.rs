@@ -250,7 +250,7 @@ mod tests {
         let mut s = Shadow::default();
         let pte = |n: u64, v: u64| ram.store(0x4000 + 8 * n, v).unwrap();
         for n in 0..5 {
-            pte(n, 0x1_0000 + (n << 12) | ALL);
+            pte(n, (0x1_0000 + (n << 12)) | ALL);
             s.set(n << 12, Entry::new(0x1_0000 + (n << 12)).write(true));
         }
         s.set(4 << 12, Entry::new(0x1_4000).execute(true));

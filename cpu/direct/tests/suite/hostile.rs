@@ -333,6 +333,59 @@ fn a_guest_that_only_claims_to_have_stopped_does_not_get_at_the_key() {
 }
 
 #[test]
+fn a_guest_that_only_claims_to_have_stopped_is_stopped() {
+    let rig = Rig::new();
+    let page = 0x7000_0000;
+    let map = Change::Map {
+        at: page,
+        offset: 0x10_0000,
+        len: PAGE,
+        write: true,
+        execute: false,
+        populate: true,
+    };
+    // It says that the monitor has the turn and that all calls were made, and writes on. The frame of a stop before is there to be found.
+    let mut r = rig.runner(|a| {
+        let mut again = a.create_label();
+        a.int3().unwrap();
+        a.set_label(&mut again).unwrap();
+        a.mov(dword_ptr(rbx), 0).unwrap();
+        a.mov(dword_ptr(rbx + 0x14), 1).unwrap();
+        a.inc(qword_ptr(rsi)).unwrap();
+        a.jmp(again).unwrap();
+    });
+    r.user.gprs[3] = rig.zygote.reserved().start + PAGE;
+    r.user.gprs[6] = page;
+    r.child.apply(&[map]).unwrap();
+    assert_eq!(r.run(), breakpoint());
+    for _ in 0..4 {
+        let stop = run_a_while(&mut r);
+        assert_eq!(stop, Stop::Kicked, "what it claims is not believed");
+        // When the run is over it does not write any more,
+        let counted = rig.load(0x10_0000);
+        assert_ne!(counted, 0, "it has run");
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(rig.load(0x10_0000), counted);
+    }
+    // and when its page is taken away it has lost it.
+    let unmap = Change::Unmap {
+        at: page,
+        len: PAGE,
+    };
+    r.child.apply(&[unmap]).unwrap();
+    let counted = rig.load(0x10_0000);
+    let stop = run_a_while(&mut r);
+    let lost = Stop::Trap {
+        vector: 14,
+        error: 6,
+        address: page,
+    };
+    assert!(stop == lost || stop == Stop::Kicked, "{stop:?}");
+    assert_eq!(rig.load(0x10_0000), counted);
+    all_is_well(&rig);
+}
+
+#[test]
 fn a_guest_that_blocks_its_signals_is_killed_when_it_is_kicked() {
     let rig = Rig::new();
     let stub = stub_bytes(&rig);
@@ -364,8 +417,9 @@ fn a_state_that_only_a_kernel_has_does_not_come_out() {
     let rig = Rig::new();
     let Range { start, end } = rig.zygote.reserved();
     let stub = stub_bytes(&rig);
-    // Where the stub tells of a stop: behind the handler's last store, GS, comes XCHG with the word.
-    let publish = stub.windows(2).position(|b| b == [0x87, 0x03]).unwrap() as u64;
+    // Where the stub tells of a stop: MOV EAX, [RBX]; TEST EAX, EAX.
+    let publish = [0x8b, 0x03, 0x85, 0xc0];
+    let publish = stub.windows(4).position(|b| b == publish).unwrap() as u64;
     for (code, stack) in [(0x10, 0x18), (0x33, 0x2b), (0x30, 0x28), (0x33, 0)] {
         let mut r = rig.runner(|a| {
             let (mut next, mut skip) = (a.create_label(), a.create_label());
