@@ -206,7 +206,7 @@ fn read(stream: &mut UnixStream, len: usize) -> Vec<u8> {
 }
 
 fn noise(len: usize) -> Vec<u8> {
-    (0..len).map(|n| (n * 7919 >> 5) as u8).collect()
+    (0..len).map(|n| ((n * 7919) >> 5) as u8).collect()
 }
 
 #[test]
