@@ -1,6 +1,7 @@
 //! Driver domains: back-ends in processes of their own, which are this program again.
 
 use crate::args::Run;
+use crate::signals;
 use anyhow::{Result, bail};
 use clap::Args;
 use doppel_machine::Backing;
@@ -78,6 +79,7 @@ fn start(disk: &str, socket: OwnedFd) -> io::Result<Child> {
 
 /// The life of such a process. It ends when the monitor does.
 pub fn serve(args: &Backend) -> Result<()> {
+    signals::block_file_size()?;
     let socket = io::stdin().as_fd().try_clone_to_owned()?;
     block::serve(socket, || args.disk.open())?;
     Ok(())

@@ -12,6 +12,13 @@ const ENDING: [Signal; 4] = [
     Signal::SIGQUIT,
 ];
 
+/// A file that would become larger than the process may make one (ulimit -f) is an error of the write that wanted it, and no signal.
+pub fn block_file_size() -> Result<()> {
+    let mut set = SigSet::empty();
+    set.add(Signal::SIGXFSZ);
+    set.thread_block().context("blocking SIGXFSZ")
+}
+
 /// The signals, blocked. Threads started from here on inherit that, so this comes before the first of them.
 pub struct Signals(SigSet);
 
@@ -26,6 +33,7 @@ impl Signals {
             set.add(signal);
         }
         set.thread_block().context("blocking signals")?;
+        block_file_size()?;
         Ok(Signals(set))
     }
 

@@ -53,9 +53,11 @@ fn kernel_ram_disk_and_command_line_are_found_on_the_disk() {
     let name = disk.display().to_string();
     let append = ["--append", "more=two"];
     run(&mut doppel(&name, &append), MINUTE).expect(PASSED);
-    // The same through an overlay, and from a copy in the other format.
+    // The same through an overlay, from a process of its own, and from a copy in the other format.
     let overlay = format!("{name},overlay={}", scratch.path("over").display());
     run(&mut doppel(&overlay, &append), MINUTE).expect(PASSED);
+    let apart = [append[0], append[1], "--driver-domain", "disk"];
+    run(&mut doppel(&overlay, &apart), MINUTE).expect(PASSED);
     let copy = scratch.path("copy.qcow2");
     let mut convert = Command::new(DOPPEL);
     convert.args(["image", "convert"]).args([&disk, &copy]);

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
 use std::time::Duration;
-use support::{Boot, CLOUD, DOPPEL, PASSED, Scratch};
+use support::{Boot, CLOUD, DOPPEL, PASSED, Running, Scratch};
 
 const LIMIT: Duration = Duration::from_secs(150);
 /// Of each disk's process.
@@ -170,6 +170,35 @@ fn a_disk_in_a_process_of_its_own_survives_a_reboot() {
         ))
         .doppel("translate", LIMIT)
         .expect(PASSED);
+}
+
+#[test]
+fn the_process_of_a_disk_ends_with_the_monitor_however_that_ends() {
+    let scratch = Scratch::new();
+    let path = scratch.path("disk");
+    for signal in ["-TERM", "-KILL"] {
+        File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        let boot = Boot::script(CLOUD, "echo first; sleep 60").flag(&format!(
+            "--driver-domain disk --disk {},format=raw",
+            path.display()
+        ));
+        let (mut command, _kept) = boot.command("translate");
+        let mut machine = Running::start(&mut command);
+        machine.until("first", 1);
+        assert_eq!(servers(&[&path]).len(), 1);
+        let pid = machine.child.id().to_string();
+        let killed = Command::new("kill").args([signal, &pid]).status();
+        assert!(killed.unwrap().success() && support::wait(&mut machine.child, LIMIT));
+        let status = machine.child.wait().unwrap().code();
+        assert_eq!(status, (signal == "-TERM").then_some(1), "in order, or not");
+        for _ in 0..100 {
+            if servers(&[&path]).is_empty() {
+                break;
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+        assert!(servers(&[&path]).is_empty(), "{signal}");
+    }
 }
 
 #[test]

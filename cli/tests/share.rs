@@ -203,6 +203,28 @@ fn a_shared_directory_is_reached_without_pci_too() {
 }
 
 #[test]
+fn a_file_larger_than_the_host_allows_is_an_error_in_the_guest() {
+    const SCRIPT: &str = "
+        set -e
+        mount -t virtiofs work /mnt
+        truncate -s 1M /mnt/file
+        ! truncate -s 200M /mnt/file 2>/dev/null
+        ! dd if=/dev/zero of=/mnt/file bs=1M seek=99 count=2 conv=notrunc 2>/dev/null
+        test $(stat -c %s /mnt/file) -gt 1000000
+    ";
+    let scratch = Scratch::new();
+    let boot = Boot::script(CLOUD, SCRIPT).flag(&format!(
+        "--debug-exit --net none --share work={}",
+        scratch.path("").display()
+    ));
+    let (inner, _kept) = boot.command("translate");
+    let mut command = Command::new("sh");
+    command.args(["-c", "ulimit -f 204800; exec \"$0\" \"$@\""]);
+    command.arg(inner.get_program()).args(inner.get_args());
+    support::run(&mut command, LIMIT).expect(PASSED);
+}
+
+#[test]
 fn a_mistake_in_share_says_what_to_do() {
     for (flags, advice) in [
         ("--share work", "TAG=DIR"),

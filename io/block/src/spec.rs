@@ -124,3 +124,21 @@ fn split(text: &str) -> Vec<String> {
     }
     parts
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_is_written_as_it_is_parsed() {
+        for text in [
+            "a",
+            "a,,b/c,format=raw,ro",
+            "x=y,format=qcow2,overlay=o,,p",
+            "x,overlay=,,",
+        ] {
+            let spec: DiskSpec = text.parse().unwrap();
+            assert_eq!(spec.to_string(), text);
+        }
+    }
+}

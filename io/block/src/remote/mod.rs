@@ -29,6 +29,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use doppel_memory::{GuestRam, GuestSlice};
+use nix::sys::signal::{SigSet, SigmaskHow};
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, shutdown, socketpair};
 use vm_memory::bitmap::Bitmap;
 
@@ -120,9 +121,9 @@ impl RemoteDisk {
         let (len, read_only) = (running.hello.len, running.hello.offset != 0);
         shared.state().socket = Some(running.socket.clone());
         let of = shared.clone();
-        let supervisor = thread::Builder::new().name("disk supervisor".to_owned());
+        let supervisor = quietly(move || of.supervise(running))?;
         Ok(RemoteDisk {
-            supervisor: Some(supervisor.spawn(move || of.supervise(running))?),
+            supervisor: Some(supervisor),
             shared,
             len: len / SECTOR * SECTOR,
             read_only,
@@ -404,6 +405,15 @@ impl Shared {
         }
         Ok(())
     }
+}
+
+/// A thread that no signal is delivered to: whoever starts it may not have blocked those that are his business.
+fn quietly(body: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
+    let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
+    let thread = thread::Builder::new().name("disk supervisor".to_owned());
+    let thread = thread.spawn(body);
+    before.thread_set_mask()?;
+    thread
 }
 
 /// Waits for one message.
