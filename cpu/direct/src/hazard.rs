@@ -19,7 +19,7 @@
 //! tables where host and guest have UMIP, PUSHF and POPF (user code changes and sees the same bits), reads of selectors (equal by condition), RDPMC,
 //! far transfers and loads of selectors (a load that does not fault is looked at when user code stops).
 
-use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic};
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
 
 /// Which of them count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,8 +149,10 @@ fn leads_to(page: &[u8], at: usize, hazards: Hazards) -> bool {
     hits.count() * ONE_IN >= count
 }
 
+/// Bytes of the longest instruction.
+const MOST_BYTES: usize = 15;
+
 fn decodes_to(page: &[u8], start: usize, at: usize, hazards: Hazards) -> bool {
-    const MOST_BYTES: usize = 15;
     let end = page.len().min(at + MOST_BYTES);
     let mut decoder = Decoder::with_ip(64, &page[start..end], 0, DecoderOptions::NO_INVALID_CHECK);
     let mut instruction = Instruction::default();
@@ -163,8 +165,30 @@ fn decodes_to(page: &[u8], start: usize, at: usize, hazards: Hazards) -> bool {
         if start + decoder.position() <= at {
             continue;
         }
-        return is_common(instruction.mnemonic(), hazards);
+        let next = start + decoder.position();
+        return is_common(instruction.mnemonic(), hazards)
+            && goes_on(&page[next.min(page.len())..]);
     }
+}
+
+/// True where what comes next is code as user programs have it, as far as it can be told: tables between code hardly ever are.
+fn goes_on(code: &[u8]) -> bool {
+    const INSTRUCTIONS: usize = 8;
+    let decoder = Decoder::with_ip(64, code, 0, DecoderOptions::NONE);
+    for i in decoder.into_iter().take(INSTRUCTIONS) {
+        if i.is_invalid() {
+            return i.len() == code.len() || code.len() < MOST_BYTES;
+        }
+        let ends = [
+            FlowControl::Return,
+            FlowControl::UnconditionalBranch,
+            FlowControl::IndirectBranch,
+        ];
+        if ends.contains(&i.flow_control()) {
+            return true;
+        }
+    }
+    true
 }
 
 fn is_common(mnemonic: Mnemonic, hazards: Hazards) -> bool {

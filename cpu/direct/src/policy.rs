@@ -34,11 +34,11 @@ impl Times {
         let us = (tsc_hz / 1_000_000).max(1);
         Times {
             stretch: 40 * us,
-            stop: 12 * us as i64,
+            stop: 8 * us as i64,
             advance: 1500 * us as i64,
             longest: 300 * us,
             most: 3000 * us as i64,
-            away: (15_000 * us, 1_000_000 * us),
+            away: (8_000 * us, 1_000_000 * us),
             apart: (1_500 * us, 20_000 * us),
         }
     }

@@ -38,7 +38,7 @@ const END_OF_USER: u64 = 0x7fff_ffff_f000;
 /// Address spaces with a child, for one vCPU.
 const MOST_SPACES: usize = 32;
 /// Mappings that one page fault makes at most: at first, and where faults follow each other.
-const MAPPINGS: (usize, usize) = (8, 64);
+const MAPPINGS: (usize, usize) = (16, 128);
 /// Pages before the faulting one that are mapped along with it.
 const PAGES_BEFORE: usize = 16;
 /// Times that a page changes between written and executed before it is executed no more.
@@ -110,6 +110,8 @@ pub struct Direct {
     current: u64,
     /// Mappings that the next page fault may make.
     ambition: usize,
+    /// An access that the guest's kernel has to see to first: which address space, where, what.
+    missed: Option<(u64, u64, AccessKind)>,
     pin: Pin,
     /// Children that could not be had.
     failures: u32,
@@ -143,6 +145,7 @@ impl Direct {
             kicker: Arc::default(),
             current: 0,
             ambition: MAPPINGS.0,
+            missed: None,
             pin: Pin::default(),
             failures: 0,
             counts: Counts::default(),
@@ -261,6 +264,7 @@ impl Direct {
         }
         let paging = cpu.paging();
         let Ok(t) = walk(&cpu.ram, &paging, address, kind, Privilege::User) else {
+            self.missed = Some((root, linear, kind));
             return Some(Left::Interpret);
         };
         if t.page_shift > 12 {
@@ -291,6 +295,27 @@ impl Direct {
             return Some(self.sensitive());
         }
         None
+    }
+
+    /// Maps the page of an access that the guest's kernel has seen to, since it is about to be made again.
+    fn map_missed(&mut self, cpu: &mut Cpu, here: u64) {
+        let Some((root, linear, kind)) = self.missed.take() else {
+            return;
+        };
+        let mapped = self
+            .space(root)
+            .is_none_or(|s| s.shadow.get(linear).is_mapped());
+        if root != here || mapped {
+            return;
+        }
+        let ram = cpu.ram.clone();
+        let survey = Survey::of(&ram, &cpu.paging(), linear);
+        let leaf = survey.page((linear / PAGE_SIZE) as usize % REGION_PAGES);
+        if let Some(leaf) = leaf.filter(|l| ram.is_ram(l.gpa)) {
+            let entry = self.entry_for(cpu, &leaf, kind);
+            let entry = self.beside_others(cpu, root, linear, entry);
+            self.map(cpu, root, linear, entry);
+        }
     }
 
     /// User code writes to a page that holds code, its own or some that was translated: the page changes its role, unless it does so
@@ -562,6 +587,7 @@ impl UserCode for Direct {
     fn run(&mut self, cpu: &mut Cpu, called: &dyn Fn() -> bool) -> Left {
         let root = root(cpu);
         self.ambition = MAPPINGS.0;
+        self.map_missed(cpu, root);
         loop {
             self.kicker.0.clear();
             self.follow_given_up(cpu);
