@@ -361,6 +361,9 @@ impl Connection {
     }
 
     fn next(&mut self, payload: &Buffers<'_>) -> Option<(u16, u32, u32)> {
+        if self.forgotten {
+            return None;
+        }
         if self.stage == Stage::Over {
             return Some((op::RST, 0, 0));
         }

@@ -295,8 +295,8 @@ fn give(queue: &mut Queue, muxer: &mut Muxer, ram: &GuestRam) -> Result<bool, Br
         };
         let mut payload = chain.writable.clone();
         let room = payload.split_off_front(HEADER_LEN);
-        if room.len() < HEADER_LEN {
-            return Err(Broken("a buffer that is too short for a packet"));
+        if payload.is_empty() {
+            return Err(Broken("a buffer with no room for a packet"));
         }
         let Some(header) = muxer.packet(&payload) else {
             queue.undo_pop();

@@ -193,6 +193,9 @@ impl Muxer {
     fn remove(&mut self, key: Key) {
         if let Some(connection) = self.connections.remove(&key) {
             self.keys.remove(&connection.token);
+            if connection.in_line {
+                self.line.retain(|other| *other != key);
+            }
         }
     }
 
@@ -235,11 +238,10 @@ impl Muxer {
             };
             return Some(self.addressed(key, header));
         }
-        while let Some(key) = self.line.pop_front() {
-            let Some(connection) = self.connections.get_mut(&key) else {
-                continue;
-            };
-            // It may be another than the one that came into the line, which does no harm.
+        // Nobody has a second turn before all had one.
+        for _ in 0..self.line.len() {
+            let key = self.line.pop_front()?;
+            let connection = self.connections.get_mut(&key)?;
             connection.in_line = false;
             let packet = connection.packet(payload);
             if connection.stage() == Stage::Over {
