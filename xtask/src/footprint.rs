@@ -1,9 +1,11 @@
-//! What a process takes of the host: processor time, and memory by kind of mapping (proc(5), smaps).
+//! What a process and its children take of the host: processor time, and memory by kind of mapping (proc(5), smaps).
 
 use anyhow::{Context, Result};
 use std::fmt;
 use std::fs;
 
+/// Name of guest RAM that several processes map.
+const RAM: &str = "doppel-guest-ram";
 /// Name of the memory of translated code.
 const CODE: &str = "doppel-code";
 /// Jiffies in a second of /proc/PID/stat: USER_HZ, which is 100 on x86-64.
@@ -25,13 +27,28 @@ pub struct Footprint {
 }
 
 impl Footprint {
-    /// Of the process `pid`, whose guest has `ram` KiB.
+    /// Of the process `pid`, whose guest has `ram` KiB, with its children.
     pub fn of(pid: u32, ram: u64) -> Result<Footprint> {
-        let path = format!("/proc/{pid}/smaps");
-        Ok(Footprint::parse(
-            &fs::read_to_string(&path).context(path)?,
-            ram,
-        ))
+        let mut sum = Footprint::default();
+        for (pid, _) in family(pid)? {
+            // A child may have ended meanwhile.
+            if let Ok(smaps) = fs::read_to_string(format!("/proc/{pid}/smaps")) {
+                sum.add(&Footprint::parse(&smaps, ram));
+            }
+        }
+        Ok(sum)
+    }
+
+    fn add(&mut self, other: &Footprint) {
+        for (sum, n) in [
+            (&mut self.guest, other.guest),
+            (&mut self.code, other.code),
+            (&mut self.program, other.program),
+            (&mut self.heap, other.heap),
+            (&mut self.other, other.other),
+        ] {
+            *sum += n;
+        }
     }
 
     /// What the monitor takes beyond the guest and its translations.
@@ -84,7 +101,7 @@ struct Mapping {
 impl Mapping {
     fn place<'a>(&self, footprint: &'a mut Footprint, ram: u64) -> &'a mut u64 {
         match self.name.as_str() {
-            _ if self.size >= ram => &mut footprint.guest,
+            name if self.size >= ram || name.contains(RAM) => &mut footprint.guest,
             "[heap]" | "[stack]" => &mut footprint.heap,
             name if name.contains(CODE) => &mut footprint.code,
             name if name.starts_with('/') && !name.contains("memfd") => &mut footprint.program,
@@ -98,15 +115,46 @@ fn number(word: &str) -> u64 {
     word.parse().unwrap_or_default()
 }
 
-/// Seconds of processor time that a process has had.
+/// Seconds of processor time that a process has had, with its children, those that have ended included.
 pub fn cpu_seconds(pid: u32) -> Result<f64> {
-    let path = format!("/proc/{pid}/stat");
-    let text = fs::read_to_string(&path).context(path)?;
-    // The name may have anything in it but ends at the last parenthesis.
-    let fields = text.rsplit(')').next().unwrap_or_default();
-    let mut numbers = fields.split_whitespace().skip(11).map(number);
-    let (user, system) = (numbers.next(), numbers.next());
-    Ok((user.unwrap_or_default() + system.unwrap_or_default()) as f64 / USER_HZ)
+    let ticks: u64 = family(pid)?.iter().map(|(_, ticks)| ticks).sum();
+    Ok(ticks as f64 / USER_HZ)
+}
+
+/// A process and all below it: number, and ticks that it and its children that were waited for have had.
+fn family(pid: u32) -> Result<Vec<(u32, u64)>> {
+    let own = fs::read_to_string(format!("/proc/{pid}/stat"));
+    let own = own.with_context(|| format!("process {pid} is not there"))?;
+    let mut family = vec![(pid, ticks(&own))];
+    let mut others = Vec::new();
+    for entry in fs::read_dir("/proc")?.flatten() {
+        let pid = entry.file_name().to_string_lossy().parse::<u32>();
+        let stat = fs::read_to_string(entry.path().join("stat"));
+        if let (Ok(pid), Ok(stat)) = (pid, stat) {
+            others.push((pid, parent(&stat), ticks(&stat)));
+        }
+    }
+    let mut at = 0;
+    while let Some((above, _)) = family.get(at).copied() {
+        let children = others.iter().filter(|(_, parent, _)| *parent == above);
+        family.extend(children.map(|(pid, _, ticks)| (*pid, *ticks)));
+        at += 1;
+    }
+    Ok(family)
+}
+
+/// Fields of /proc/PID/stat behind the name, which may have anything in it but ends at the last parenthesis.
+fn fields(stat: &str) -> impl Iterator<Item = u64> {
+    let behind = stat.rsplit(')').next().unwrap_or_default();
+    behind.split_whitespace().map(number)
+}
+
+fn parent(stat: &str) -> u32 {
+    fields(stat).nth(1).unwrap_or_default() as u32
+}
+
+fn ticks(stat: &str) -> u64 {
+    fields(stat).skip(11).take(4).sum()
 }
 
 #[cfg(test)]
@@ -144,6 +192,30 @@ VmFlags: rd wr
         };
         assert_eq!(footprint, expected);
         assert_eq!(footprint.monitor(), 12);
+    }
+
+    #[test]
+    fn children_count_while_they_run_and_afterwards() {
+        let burn = "i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done";
+        let mut child = std::process::Command::new("sh")
+            .args(["-c", &format!("{burn}; read x")])
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let me = std::process::id();
+        while cpu_seconds(child.id()).unwrap() < 0.02 {
+            std::thread::yield_now();
+        }
+        assert!(
+            family(me)
+                .unwrap()
+                .iter()
+                .any(|(pid, _)| *pid == child.id())
+        );
+        drop(child.stdin.take());
+        child.wait().unwrap();
+        assert!(cpu_seconds(me).unwrap() >= 0.02);
+        assert!(cpu_seconds(child.id()).is_err());
     }
 
     #[test]
