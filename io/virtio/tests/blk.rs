@@ -398,3 +398,36 @@ fn whoever_serves_a_request_it_comes_to_the_same() {
     };
     assert!(run(true) == run(false));
 }
+
+/// Whoever serves them, the bytes are the same; a driver that waits for each long request has its vCPU serve most of them.
+#[test]
+fn long_requests_of_a_driver_that_waits_are_served_at_once_but_for_trials() {
+    const LEN: u32 = 256 << 10;
+    let ends = [true, false].map(|at_once| {
+        let content = pattern(4 << 20);
+        let (file, backend) = raw(&content, false);
+        let disk = Blk::new(backend, "", 1).at_once(at_once);
+        let counters = disk.counters();
+        let rig = Rig::new(Box::new(disk));
+        let queue = &mut rig.start(EVENT_IDX | F_FLUSH, RINGS)[0];
+        for n in 0..32 {
+            let sector = |chunk: u32| u64::from(chunk * (LEN / 512));
+            let (from, to) = (sector(n % 8), sector(15 - n % 7));
+            let pieces = [Piece::In(DATA + 5, LEN)];
+            let answer = request(&rig, queue, IN, from, &pieces);
+            assert_eq!(answer, (0, LEN + 1));
+            let pieces = [Piece::Out(DATA + 5, LEN)];
+            assert_eq!(request(&rig, queue, OUT, to, &pieces), (0, 1));
+        }
+        let count = |of: &std::sync::atomic::AtomicU64| of.load(Ordering::Relaxed);
+        let (by_vcpu, by_thread) = (count(&counters.at_once), count(&counters.by_queue));
+        assert_eq!(by_vcpu + by_thread + count(&counters.by_pool), 64);
+        match at_once {
+            true => assert!(by_vcpu > 32, "{counters:?}"),
+            false => assert_eq!(by_vcpu, 0),
+        }
+        fs::read(file.path()).unwrap()
+    });
+    assert!(ends[0] == ends[1]);
+    assert!(ends[0] != pattern(4 << 20));
+}

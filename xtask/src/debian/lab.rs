@@ -97,7 +97,7 @@ impl Lab {
 
     /// A disk of its own for a trial.
     pub fn disk(&self, name: &str) -> Result<PathBuf> {
-        let path = self.file(name);
+        let path = self.file(&format!("{}-{name}", self.release));
         fs::copy(self.image(), &path)?;
         Ok(path)
     }
@@ -125,7 +125,9 @@ impl Lab {
     fn doppel(&self, start: Start<'_>, engine: &str) -> Command {
         let mut command = Command::new(&self.doppel);
         command.args(["run", "--engine", engine, "--memory", start.memory]);
-        command.arg("--stats").arg(self.file("stats.json"));
+        command
+            .arg("--stats")
+            .arg(self.file(&format!("{}-stats.json", self.release)));
         command.args(["--cpus", &start.cpus.to_string(), "--disk"]);
         command.arg(start.disk);
         if let Some(second) = start.second {
@@ -183,7 +185,7 @@ impl Lab {
     }
 
     fn raw(&self, image: &Path) -> Result<PathBuf> {
-        let raw = self.file("raw");
+        let raw = self.file(&format!("{}-raw", self.release));
         let mut convert = Command::new("qemu-img");
         convert.args(["convert", "-O", "raw"]).args([image, &raw]);
         succeed(&mut convert)?;
