@@ -353,7 +353,9 @@ impl Translated {
 
     /// The same, with user code executed directly.
     pub fn directly(model: &Arc<CpuidModel>, layout: XsaveLayout) -> Result<Self> {
-        Self::with(direct(cpu(model)?)?, layout)
+        let mut cpu = cpu(model)?;
+        cpu.tsc_offset = 0;
+        Self::with(direct(cpu)?, layout)
     }
 
     fn with(engine: Translate, layout: XsaveLayout) -> Result<Self> {
@@ -396,8 +398,7 @@ impl Translated {
     }
 }
 
-fn direct(mut cpu: Box<Cpu>) -> Result<Translate> {
-    cpu.tsc_offset = 0;
+fn direct(cpu: Box<Cpu>) -> Result<Translate> {
     let host = Arc::new(DirectHost::new(&cpu.ram)?);
     let direct = Direct::new(host, &cpu, DirectOptions { always: true });
     // Pages with sensitive code are translated.
@@ -474,6 +475,9 @@ pub fn run_code(
     };
     if let Some(p) = cpu.ram.ptr(gpa) {
         p.write(code);
+    }
+    if kind == Kind::Direct {
+        cpu.tsc_offset = 0;
     }
     prepare(&mut cpu);
     let mut engine: Box<dyn Engine> = match kind {

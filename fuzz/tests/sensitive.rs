@@ -78,7 +78,9 @@ fn own_segment(cpu: &mut Cpu) {
     cpu.gdtr.limit = 0x5f;
 }
 
-/// Runs it in a guest on both engines at a privilege, and hands what came of it to `check`.
+const KINDS: [Kind; 3] = [Kind::Interpret, Kind::Translate, Kind::Direct];
+
+/// Runs it in a guest on each engine at a privilege, and hands what came of it to `check`.
 fn guest_with(
     cpl: u8,
     f: Assemble,
@@ -89,7 +91,7 @@ fn guest_with(
     let end: &[u8] = if cpl == 0 { &[0xf4] } else { &UD2 };
     let code = assemble(f, end);
     let _alone = exclusive();
-    for kind in [Kind::Interpret, Kind::Translate, Kind::Direct] {
+    for kind in KINDS {
         let all = |cpu: &mut Cpu| {
             own_segment(cpu);
             cpu.gpr[Gpr::Rdi as usize] = DATA.base;
@@ -343,7 +345,13 @@ fn rdtsc_reads_the_guests_clock() {
     for cpl in [0, 3] {
         guest(cpl, f, nothing, |e| {
             let second = CpuidModel::host(1).tsc_hz();
-            assert!(rax_of(e) < 60 * second, "a machine that has just begun");
+            let (guest, host) = (rax_of(e), doppel_x86::host_tsc());
+            let lately = |ticks: u64| ticks < 60 * second;
+            // The processor reads the host's clock where user code is executed directly.
+            assert!(
+                lately(guest) || lately(host - guest),
+                "a machine that has just begun"
+            );
         });
         guest(
             cpl,
@@ -481,7 +489,7 @@ fn in_and_out_reach_the_guests_devices_or_fault() {
         guest_with(cpl, f, &mut ports, prepare, |e| {
             assert_eq!(rax_of(e) & 0xff, 0xc5);
         });
-        assert_eq!(ports.0, [(0x80, 1, 0xc5); 2]);
+        assert_eq!(ports.0, [(0x80, 1, 0xc5); KINDS.len()]);
     }
     let mut ports = Ports::default();
     guest_with(3, f, &mut ports, nothing, general_protection);

@@ -161,7 +161,10 @@ mod tests {
         .into_iter()
         .enumerate()
         {
-            set(0x4000 + 8 * n as u64, 0x10_0000 + 0x1000 * n as u64 | bits);
+            set(
+                0x4000 + 8 * n as u64,
+                (0x10_0000 + 0x1000 * n as u64) | bits,
+            );
         }
         ram
     }

@@ -5,7 +5,7 @@
 //!
 //! * *Telling* ones, three bytes or so that hardly occur by chance (CPUID, RDTSCP, RDPID, XGETBV …): an instruction may begin at any byte, so every byte of the
 //!   page counts as the beginning of one.
-//! * *Common* ones, whose two bytes are in every other page as part of a displacement (`0f 00`, `0f 02`, `0f 03`: LSL, VERW and the like, which tell of
+//! * *Common* ones, whose two bytes are in every other page as part of a displacement (`0f 00`, `0f 02`, `0f 03`: SLDT, LSL, VERW and the like, which tell of
 //!   descriptors that all 64-bit Linux systems have alike, and of the number of the processor): they count where decoding leads to them. x86 code decoded from a wrong
 //!   byte falls into step within some instructions, so it is decoded from many bytes before; most starts lead to an instruction that is one, and
 //!   hardly any to one that is none.
@@ -15,8 +15,7 @@
 //! Limit: code that jumps into the middle of its own instructions can execute a common one unnoticed. It learns a few bits about descriptors that it
 //! could guess, and the number of the host's processor.
 //!
-//! Not here, for they trap or are the same in the guest: RDTSC (the guest's TSC is the host's), CPUID where the host makes it fault, the stores of descriptor
-//! tables where host and guest have UMIP, PUSHF and POPF (user code changes and sees the same bits), reads of selectors (equal by condition), RDPMC,
+//! Not here, for they trap or are the same in the guest: RDTSC (the guest's TSC is the host's), CPUID where the host makes it fault, PUSHF and POPF (user code changes and sees the same bits), reads of selectors (equal by condition), RDPMC,
 //! far transfers and loads of selectors (a load that does not fault is looked at when user code stops).
 
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
@@ -28,8 +27,6 @@ pub struct Hazards {
     pub cpuid: bool,
     /// The host's XCR0 is not what guests are offered, so XGETBV shows it and XSAVE stores by it.
     pub xsave: bool,
-    /// SGDT, SIDT, SLDT, STR and SMSW: not where both host and guest have UMIP, since their kernels answer alike then.
-    pub tables: bool,
 }
 
 /// What a byte 0x0f may begin.
@@ -68,7 +65,7 @@ fn is_sensitive_at(code: &[u8], at: usize, hazards: Hazards) -> bool {
     match found(code, at, hazards) {
         Nothing => false,
         Telling => true,
-        Common => leads_to(code, at, hazards),
+        Common => leads_to(code, at),
     }
 }
 
@@ -90,7 +87,7 @@ fn found(page: &[u8], at: usize, h: Hazards) -> Found {
     let (reg, memory) = (modrm >> 3 & 7, modrm < 0xc0);
     match opcode {
         // SLDT, STR; VERR, VERW.
-        0x00 => when(matches!(reg, 4 | 5) || (h.tables && reg < 2), Common),
+        0x00 => when(matches!(reg, 0 | 1 | 4 | 5), Common),
         0x01 => group_7(modrm, h),
         // LAR, LSL.
         0x02 | 0x03 => Common,
@@ -115,7 +112,7 @@ fn group_7(modrm: u8, h: Hazards) -> Found {
     match modrm {
         XGETBV => when(h.xsave, Telling),
         byte if OTHERS.contains(&byte) => Telling,
-        _ => when(h.tables && (reg == 4 || (modrm < 0xc0 && reg < 2)), Common),
+        _ => when(reg == 4 || (modrm < 0xc0 && reg < 2), Common),
     }
 }
 
@@ -137,22 +134,22 @@ const STARTS: (usize, usize) = (48, 12);
 const ONE_IN: usize = 2;
 
 /// True where decoding the code before leads to a common one at the byte.
-fn leads_to(page: &[u8], at: usize, hazards: Hazards) -> bool {
+fn leads_to(page: &[u8], at: usize) -> bool {
     let Some(last) = at.checked_sub(STARTS.1) else {
         // Little is known of what comes before; perhaps nothing does.
-        let hits = (0..=at).filter(|start| decodes_to(page, *start, at, hazards));
-        return decodes_to(page, 0, at, hazards) || 2 * hits.count() > at + 1;
+        let hits = (0..=at).filter(|start| decodes_to(page, *start, at));
+        return decodes_to(page, 0, at) || 2 * hits.count() > at + 1;
     };
     let starts = at.saturating_sub(STARTS.0)..=last;
     let count = starts.clone().count();
-    let hits = starts.filter(|start| decodes_to(page, *start, at, hazards));
+    let hits = starts.filter(|start| decodes_to(page, *start, at));
     hits.count() * ONE_IN >= count
 }
 
 /// Bytes of the longest instruction.
 const MOST_BYTES: usize = 15;
 
-fn decodes_to(page: &[u8], start: usize, at: usize, hazards: Hazards) -> bool {
+fn decodes_to(page: &[u8], start: usize, at: usize) -> bool {
     let end = page.len().min(at + MOST_BYTES);
     let mut decoder = Decoder::with_ip(64, &page[start..end], 0, DecoderOptions::NO_INVALID_CHECK);
     let mut instruction = Instruction::default();
@@ -166,8 +163,7 @@ fn decodes_to(page: &[u8], start: usize, at: usize, hazards: Hazards) -> bool {
             continue;
         }
         let next = start + decoder.position();
-        return is_common(instruction.mnemonic(), hazards)
-            && goes_on(&page[next.min(page.len())..]);
+        return is_common(instruction.mnemonic()) && goes_on(&page[next.min(page.len())..]);
     }
 }
 
@@ -191,11 +187,10 @@ fn goes_on(code: &[u8]) -> bool {
     true
 }
 
-fn is_common(mnemonic: Mnemonic, hazards: Hazards) -> bool {
+fn is_common(mnemonic: Mnemonic) -> bool {
     use Mnemonic::{Lar, Lsl, Sgdt, Sidt, Sldt, Smsw, Str, Sysenter, Verr, Verw};
     match mnemonic {
-        Lar | Lsl | Sysenter | Verr | Verw => true,
-        Sgdt | Sidt | Sldt | Smsw | Str => hazards.tables,
+        Lar | Lsl | Sysenter | Verr | Verw | Sgdt | Sidt | Sldt | Smsw | Str => true,
         _ => false,
     }
 }
@@ -207,12 +202,10 @@ mod tests {
     const ALL: Hazards = Hazards {
         cpuid: true,
         xsave: true,
-        tables: true,
     };
     const NONE: Hazards = Hazards {
         cpuid: false,
         xsave: false,
-        tables: false,
     };
 
     /// Code of a usual density, without any of them.
@@ -321,7 +314,6 @@ mod tests {
             &[0x0f, 0xa2, 0x90][..],
             &[0x0f, 0x01, 0xd0],
             &[0x0f, 0xae, 0x27],
-            &[0x0f, 0x01, 0x07],
         ] {
             assert!(!is_sensitive(&page(code, 100), NONE));
         }
@@ -335,7 +327,7 @@ mod tests {
             Cpuid, Rdpid, Rdpkru, Rdpru, Rdtscp, Vmcall, Vmmcall, Wrpkru, Xgetbv, Xsave, Xsave64,
             Xsavec, Xsavec64, Xsaveopt, Xsaveopt64,
         ];
-        telling.contains(&mnemonic) || is_common(mnemonic, ALL)
+        telling.contains(&mnemonic) || is_common(mnemonic)
     }
 
     #[test]

@@ -16,7 +16,6 @@ const MAPPINGS_MARGIN: usize = 1_000;
 pub struct DirectHost {
     zygote: Zygote,
     hazards: Hazards,
-    umip: bool,
     most_mappings: usize,
 }
 
@@ -28,13 +27,10 @@ impl DirectHost {
         let hazards = Hazards {
             cpuid: !zygote.cpuid_faults(),
             xsave: host_xcr0() != CpuidModel::host(1).xcr0(),
-            tables: true,
         };
-        let features = raw_cpuid::CpuId::new().get_extended_feature_info();
         Ok(DirectHost {
             zygote,
             hazards,
-            umip: features.is_some_and(|f| f.has_umip()),
             most_mappings: most_mappings(),
         })
     }
@@ -48,12 +44,8 @@ impl DirectHost {
         self.zygote.reserved()
     }
 
-    /// What must not be executed on behalf of a guest that has UMIP in force, or has not.
-    pub(crate) fn hazards(&self, umip: bool) -> Hazards {
-        Hazards {
-            tables: !(umip && self.umip),
-            ..self.hazards
-        }
+    pub(crate) fn hazards(&self) -> Hazards {
+        self.hazards
     }
 
     /// Mappings in a child from which on all are removed.

@@ -67,17 +67,18 @@ fn loaded(segment: Seg, selector: u16) -> Segment {
 }
 
 /// A trap came whose exception the interpreter does not raise by itself: a single step, after user code has set TF. Otherwise RIP is where
-/// an instruction begins that is to be interpreted; behind INT3 and INT1, which trap, it is led back there.
-pub(crate) fn single_step(cpu: &mut Cpu, vector: u8) -> Option<Exception> {
+/// an instruction begins that is to be interpreted; behind INT1, INT3 and INT with their vectors, which trap, it is led back there.
+pub(crate) fn single_step(cpu: &mut Cpu, vector: u8, dr6: u64) -> Option<Exception> {
     const DR6_BS: u64 = 1 << 14;
     const DB: u8 = 1;
     const BP: u8 = 3;
+    const OF: u8 = 4;
     let before = |n: u64| code_byte(cpu, cpu.rip.wrapping_sub(n));
     let back = match vector {
-        DB if cpu.rflags.contains(Rflags::TF) => return Some(Exception::db(DR6_BS, true)),
+        DB if dr6 & DR6_BS != 0 => return Some(Exception::db(DR6_BS, true)),
         DB if before(1) == Some(0xf1) => 1,
         BP if before(1) == Some(0xcc) => 1,
-        BP if before(2) == Some(0xcd) => 2,
+        BP | OF if before(2) == Some(0xcd) => 2,
         _ => 0,
     };
     cpu.rip = cpu.rip.wrapping_sub(back);

@@ -16,8 +16,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use doppel_memory::{
-    AccessKind, CodeGranules, HIGH_START, Leaf, PAGE_MASK, PAGE_SIZE, Paging, Privilege,
-    REGION_PAGES, REGION_SHIFT, Survey, walk,
+    AccessKind, HIGH_START, Leaf, PAGE_MASK, PAGE_SIZE, Paging, Privilege, REGION_PAGES,
+    REGION_SHIFT, Survey, walk,
 };
 use doppel_x86::{
     Cpu, CpuMode, Cr0, Cr4, EngineStats, Exception, Flushed, Kick, Left, Rflags, Seg, Segment,
@@ -98,8 +98,6 @@ pub struct Direct {
     scout: Scout,
     spaces: BTreeMap<u64, Space>,
     claims: FxHashMap<u64, Verdict>,
-    /// CR4.UMIP when they were looked at.
-    umip: bool,
     /// How often pages that were executed were written.
     turns: FxHashMap<u64, u32>,
     /// Guest physical pages that may be in some shadow, a bit each.
@@ -138,7 +136,6 @@ impl Direct {
             scout: Scout::default(),
             spaces: BTreeMap::new(),
             claims: FxHashMap::default(),
-            umip: false,
             turns: FxHashMap::default(),
             mapped: vec![0; pages.div_ceil(64) as usize],
             user: Box::new(UserState::new(0)),
@@ -238,9 +235,11 @@ impl Direct {
                 self.counts.page_faults += 1;
                 self.fault(cpu, root, address, error)
             }
-            Stop::Trap { vector, .. } => {
+            Stop::Trap {
+                vector, address, ..
+            } => {
                 self.counts.other_traps += 1;
-                let step = transfer::single_step(cpu, vector);
+                let step = transfer::single_step(cpu, vector, address);
                 Some(step.map_or(Left::Interpret, Left::Raise))
             }
             Stop::Gone { lost: false } => Some(Left::Called),
@@ -353,7 +352,7 @@ impl Direct {
 
     /// The same, without permission to execute where a sensitive instruction lies across the border to a page beside it.
     fn beside_others(&self, cpu: &Cpu, root: u64, linear: u64, entry: Entry) -> Entry {
-        let hazards = self.host.hazards(self.umip);
+        let hazards = self.host.hazards();
         let across = |first: u64, second: u64| {
             let (mut end, mut beginning) = ([0; hazard::AROUND.0], [0; hazard::AROUND.1]);
             let end_at = first + PAGE_SIZE - end.len() as u64;
@@ -392,7 +391,7 @@ impl Direct {
         if let Some(p) = cpu.ram.ptr(gpa) {
             p.read(&mut page);
         }
-        let verdict = match hazard::is_sensitive(&page, self.host.hazards(self.umip)) {
+        let verdict = match hazard::is_sensitive(&page, self.host.hazards()) {
             false => Verdict::Harmless,
             true => Verdict::Sensitive,
         };
@@ -488,22 +487,6 @@ impl Direct {
         }
     }
 
-    /// What is sensitive depends on CR4.UMIP, which hardly ever changes.
-    fn follow_umip(&mut self, cpu: &Cpu) {
-        let umip = cpu.cr4.contains(Cr4::UMIP);
-        if self.umip == umip {
-            return;
-        }
-        self.umip = umip;
-        for (page, _) in std::mem::take(&mut self.claims) {
-            // The translator may have code of it.
-            cpu.ram
-                .tracker()
-                .release_code(page, CodeGranules::MAX, &cpu.peer);
-        }
-        self.spaces.values_mut().for_each(Space::empty);
-    }
-
     /// Takes permission to write from the shadows as it was taken from the TLBs.
     fn follow_given_up(&mut self, cpu: &mut Cpu) {
         if cpu.given_up.is_empty() {
@@ -591,7 +574,6 @@ impl UserCode for Direct {
         loop {
             self.kicker.0.clear();
             self.follow_given_up(cpu);
-            self.follow_umip(cpu);
             if called() || cpu.peer.has_requests() {
                 return Left::Called;
             }
