@@ -189,10 +189,10 @@ fn goes_on(code: &[u8]) -> bool {
 
 fn is_common(mnemonic: Mnemonic) -> bool {
     use Mnemonic::{Lar, Lsl, Sgdt, Sidt, Sldt, Smsw, Str, Sysenter, Verr, Verw};
-    match mnemonic {
-        Lar | Lsl | Sysenter | Verr | Verw | Sgdt | Sidt | Sldt | Smsw | Str => true,
-        _ => false,
-    }
+    matches!(
+        mnemonic,
+        Lar | Lsl | Sysenter | Verr | Verw | Sgdt | Sidt | Sldt | Smsw | Str
+    )
 }
 
 #[cfg(test)]
