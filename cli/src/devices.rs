@@ -377,7 +377,7 @@ mod tests {
         let console = |to, at_once| Device::Console(ConsoleSpec { to, at_once });
         assert_eq!(
             devices(
-                "--console stdio --rng --net none --console none --console file=a,b,at-once=off"
+                "--console stdio --rng --net none --balloon off --console none --console file=a,b,at-once=off"
             ),
             Devices(vec![
                 console(Serial::Stdio, true),
