@@ -44,6 +44,8 @@ pub type Start = Box<dyn Fn(OwnedFd) -> io::Result<Child> + Send + Sync>;
 
 /// So many processes die with a request before it is given up.
 const DEATHS_MAX: u32 = 6;
+/// From so many on, it is sent alone, so that others are not blamed for it.
+const SUSPECT: u32 = 2;
 /// The pause before the next start, doubled each time that there was no answer since the last.
 const PAUSE: Duration = Duration::from_millis(5);
 const DOUBLINGS_MAX: u32 = 6;
@@ -80,6 +82,8 @@ struct State {
 /// A request without an answer.
 struct Pending {
     bytes: Vec<u8>,
+    /// The process that there is has it.
+    sent: bool,
     /// Processes that died with it.
     deaths: u32,
 }
@@ -92,6 +96,7 @@ impl State {
         let bytes = request.encode();
         let pending = Pending {
             bytes: bytes.clone(),
+            sent: self.socket.is_some(),
             deaths: 0,
         };
         self.pending.insert(request.id, pending);
@@ -339,12 +344,16 @@ impl Shared {
     fn pass_answers_on(&self, socket: &OwnedFd) {
         let mut buffer = vec![0; MESSAGE_MAX];
         while let Ok(answer) = hear(socket, &mut buffer) {
-            let mut state = self.state();
-            state.deaths = 0;
-            if state.pending.remove(&answer.id).is_some() {
-                state.answers.insert(answer.id, answer);
-                self.answered.notify_all();
-            }
+            self.pass_on(answer);
+        }
+    }
+
+    fn pass_on(&self, answer: Message) {
+        let mut state = self.state();
+        state.deaths = 0;
+        if state.pending.remove(&answer.id).is_some() {
+            state.answers.insert(answer.id, answer);
+            self.answered.notify_all();
         }
     }
 
@@ -357,7 +366,7 @@ impl Shared {
         let mut lost = Message::new(Kind::Flush, 0, 0);
         lost.status = rustix::io::Errno::IO.raw_os_error().unsigned_abs();
         let requests = state.pending.values_mut();
-        requests.for_each(|request| request.deaths += 1);
+        requests.for_each(|request| request.deaths += u32::from(std::mem::take(&mut request.sent)));
         let gone = |_: &u64, request: &mut Pending| ended || request.deaths >= DEATHS_MAX;
         let gone: Vec<_> = state.pending.extract_if(.., gone).collect();
         let lost = gone.into_iter().map(|(id, _)| (id, lost.clone()));
@@ -379,7 +388,7 @@ impl Shared {
 
     fn tell(&self, socket: &Arc<OwnedFd>) -> io::Result<()> {
         let mut told = None;
-        let waiting: Vec<_> = loop {
+        let mut waiting: Vec<_> = loop {
             let mut state = self.state();
             if state.ended {
                 return Err(io::ErrorKind::BrokenPipe.into());
@@ -387,7 +396,10 @@ impl Shared {
             if told == Some(state.memories) {
                 // Whoever comes from here on sends by itself.
                 state.socket = Some(socket.clone());
-                break state.pending.values().map(|p| p.bytes.clone()).collect();
+                let pending = state.pending.iter();
+                break pending
+                    .map(|(id, p)| (p.deaths, *id, p.bytes.clone()))
+                    .collect();
             }
             told = Some(state.memories);
             let memory = state.memory.as_ref();
@@ -399,11 +411,30 @@ impl Shared {
                 result(hear(socket, &mut vec![0; MESSAGE_MAX])?.status)?;
             }
         };
-        for request in waiting {
+        waiting.sort_unstable();
+        for (deaths, id, request) in waiting {
+            if let Some(pending) = self.state().pending.get_mut(&id) {
+                pending.sent = true;
+            }
             // It may have died again; then this is found out where answers are waited for.
             let _ = send(&**socket, &request, None);
+            if deaths >= SUSPECT && !self.wait_for_answer_to(id, socket) {
+                break;
+            }
         }
         Ok(())
+    }
+
+    /// Passes answers on until the one to a suspect was among them: if the process dies, it dies of that. False where it did.
+    fn wait_for_answer_to(&self, id: u64, socket: &OwnedFd) -> bool {
+        let mut buffer = vec![0; MESSAGE_MAX];
+        while self.state().pending.contains_key(&id) {
+            match hear(socket, &mut buffer) {
+                Ok(answer) => self.pass_on(answer),
+                Err(_) => return false,
+            }
+        }
+        true
     }
 }
 
