@@ -112,6 +112,11 @@ impl PageTracker {
         }
     }
 
+    /// Pages from guest physical address 0 on.
+    pub fn pages(&self) -> u64 {
+        self.flags.len() as u64
+    }
+
     /// A CPU more that shares the RAM.
     ///
     /// # Panics

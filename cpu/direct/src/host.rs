@@ -1,7 +1,7 @@
 //! What the vCPUs of a machine share: the zygote of their children, and what is known of the host.
 
 use doppel_memory::GuestRam;
-use doppel_x86::{CpuidModel, host_xcr0};
+use doppel_x86::host_xcr0;
 
 use crate::hazard::Hazards;
 use crate::{Child, DirectError, Zygote};
@@ -15,7 +15,6 @@ const MAPPINGS_MARGIN: usize = 1_000;
 #[derive(Debug)]
 pub struct DirectHost {
     zygote: Zygote,
-    hazards: Hazards,
     most_mappings: usize,
 }
 
@@ -24,13 +23,8 @@ impl DirectHost {
     pub fn new(ram: &GuestRam) -> Result<Self, DirectError> {
         let file = ram.file().ok_or(DirectError::NotShared)?;
         let zygote = Zygote::new(file, ram.size())?;
-        let hazards = Hazards {
-            cpuid: !zygote.cpuid_faults(),
-            xsave: host_xcr0() != CpuidModel::host(1).xcr0(),
-        };
         Ok(DirectHost {
             zygote,
-            hazards,
             most_mappings: most_mappings(),
         })
     }
@@ -44,8 +38,12 @@ impl DirectHost {
         self.zygote.reserved()
     }
 
-    pub(crate) fn hazards(&self) -> Hazards {
-        self.hazards
+    /// What must not be executed for guests that are offered these components of the extended state.
+    pub(crate) fn hazards(&self, guest_xcr0: u64) -> Hazards {
+        Hazards {
+            cpuid: !self.zygote.cpuid_faults(),
+            xsave: host_xcr0() != guest_xcr0,
+        }
     }
 
     /// Mappings in a child from which on all are removed.

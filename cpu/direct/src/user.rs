@@ -16,8 +16,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use doppel_memory::{
-    AccessKind, HIGH_START, Leaf, PAGE_MASK, PAGE_SIZE, Paging, Privilege, REGION_PAGES,
-    REGION_SHIFT, Survey, walk,
+    AccessKind, Leaf, PAGE_MASK, PAGE_SIZE, Paging, Privilege, REGION_PAGES, REGION_SHIFT, Survey,
+    walk,
 };
 use doppel_x86::{
     Cpu, CpuMode, Cr0, Cr4, EngineStats, Exception, Flushed, Kick, Left, Rflags, Seg, Segment,
@@ -26,6 +26,7 @@ use doppel_x86::{
 use rustc_hash::FxHashMap;
 
 use crate::changes::Changes;
+use crate::hazard::Hazards;
 use crate::pin::Pin;
 use crate::policy::{Account, Look, Scout, Times};
 use crate::shadow::{Entry, Revoked, Shadow};
@@ -93,6 +94,7 @@ pub struct DirectOptions {
 /// Direct execution for one vCPU.
 pub struct Direct {
     host: Arc<DirectHost>,
+    hazards: Hazards,
     options: DirectOptions,
     times: Times,
     scout: Scout,
@@ -120,13 +122,9 @@ pub struct Direct {
 impl Direct {
     /// For one vCPU with this CPU's RAM.
     pub fn new(host: Arc<DirectHost>, cpu: &Cpu, options: DirectOptions) -> Self {
-        let pages = match cpu.ram.size() {
-            size if size > doppel_memory::HOLE_START => {
-                HIGH_START + size - doppel_memory::HOLE_START
-            }
-            size => size,
-        } / PAGE_SIZE;
+        let pages = cpu.ram.tracker().pages();
         Direct {
+            hazards: host.hazards(cpu.cpuid.xcr0()),
             host,
             options,
             times: match options.always {
@@ -282,8 +280,7 @@ impl Direct {
             return Some(self.write_to_code(leaf.gpa));
         }
         let old = self.space(root)?.shadow.get(linear);
-        let entry = self.entry_for(cpu, &leaf, kind);
-        let entry = self.beside_others(cpu, root, linear, entry);
+        let entry = self.entry_at(cpu, root, linear, &leaf, kind);
         if old == entry && old.is_mapped() {
             // The host did not do what it was asked for, or the access crosses into a page that it cannot have.
             return Some(Left::Interpret);
@@ -311,8 +308,7 @@ impl Direct {
         let survey = Survey::of(&ram, &cpu.paging(), linear);
         let leaf = survey.page((linear / PAGE_SIZE) as usize % REGION_PAGES);
         if let Some(leaf) = leaf.filter(|l| ram.is_ram(l.gpa)) {
-            let entry = self.entry_for(cpu, &leaf, kind);
-            let entry = self.beside_others(cpu, root, linear, entry);
+            let entry = self.entry_at(cpu, root, linear, &leaf, kind);
             self.map(cpu, root, linear, entry);
         }
     }
@@ -332,7 +328,20 @@ impl Direct {
         self.spaces.get_mut(&root)
     }
 
-    /// How a page is to be mapped, for this access and others like it.
+    /// How a page is to be mapped at an address, for this access and others like it.
+    fn entry_at(
+        &mut self,
+        cpu: &mut Cpu,
+        root: u64,
+        linear: u64,
+        leaf: &Leaf,
+        kind: AccessKind,
+    ) -> Entry {
+        let entry = self.entry_for(cpu, leaf, kind);
+        self.beside_others(cpu, root, linear, entry)
+    }
+
+    /// The same, wherever it is mapped.
     fn entry_for(&mut self, cpu: &mut Cpu, leaf: &Leaf, kind: AccessKind) -> Entry {
         let entry = Entry::new(leaf.gpa);
         let asked = kind == AccessKind::Execute;
@@ -352,7 +361,7 @@ impl Direct {
 
     /// The same, without permission to execute where a sensitive instruction lies across the border to a page beside it.
     fn beside_others(&self, cpu: &Cpu, root: u64, linear: u64, entry: Entry) -> Entry {
-        let hazards = self.host.hazards();
+        let hazards = self.hazards;
         let across = |first: u64, second: u64| {
             let (mut end, mut beginning) = ([0; hazard::AROUND.0], [0; hazard::AROUND.1]);
             let end_at = first + PAGE_SIZE - end.len() as u64;
@@ -391,7 +400,7 @@ impl Direct {
         if let Some(p) = cpu.ram.ptr(gpa) {
             p.read(&mut page);
         }
-        let verdict = match hazard::is_sensitive(&page, self.host.hazards()) {
+        let verdict = match hazard::is_sensitive(&page, self.hazards) {
             false => Verdict::Harmless,
             true => Verdict::Sensitive,
         };
@@ -442,8 +451,7 @@ impl Direct {
             if mapped || self.host.reserved().contains(&at) || !ram.is_ram(leaf.gpa) {
                 continue;
             }
-            let entry = self.entry_for(cpu, &leaf, AccessKind::Read);
-            let entry = self.beside_others(cpu, root, at, entry);
+            let entry = self.entry_at(cpu, root, at, &leaf, AccessKind::Read);
             self.map(cpu, root, at, entry);
         }
     }
