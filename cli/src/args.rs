@@ -4,7 +4,7 @@ use crate::devices::{Devices, parse_transport};
 use crate::domain::{Backend, Domain};
 use crate::image::args::Image;
 use crate::size;
-use clap::{Args, Parser, Subcommand};
+use clap::{ArgAction, Args, Parser, Subcommand};
 use doppel_machine::{
     Backing, DirectOptions, EngineChoice, Switch, TranslateOptions, VirtioTransport,
 };
@@ -63,6 +63,9 @@ pub struct Run {
     /// by default what serves the engine best.
     #[arg(long, value_name = "WHAT", value_parser = parse_backing)]
     pub memory_backing: Option<Backing>,
+    /// Whether a thread asks the host for memory that the guest is likely to touch next: on or off.
+    #[arg(long, value_name = "on|off", default_value = "on", action = ArgAction::Set, value_parser = on_or_off)]
+    pub memory_ahead: bool,
     /// Kernel: a bzImage, or an ELF file with a PVH entry. Without one and without a disk, the default guest.
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
@@ -227,6 +230,14 @@ impl Run {
             true => Serial::None,
             false => Serial::Stdio,
         })
+    }
+}
+
+fn on_or_off(text: &str) -> Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("it is on or off".to_owned()),
     }
 }
 

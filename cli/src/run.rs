@@ -221,6 +221,7 @@ fn configuration(
         cpus: args.cpus,
         memory: args.memory,
         memory_backing: domain::backing(args),
+        memory_ahead: args.memory_ahead,
         initrd: boot.initrd,
         cmdline: format!("{} {}", boot.cmdline, args.append)
             .trim()

@@ -23,6 +23,8 @@ pub struct MachineConfig {
     pub memory: u64,
     /// What it is made of on the host; by default what serves the engine best.
     pub memory_backing: Option<Backing>,
+    /// Have a thread ask the host for memory that the guest is likely to touch next.
+    pub memory_ahead: bool,
     /// The kernel, or the disk that has one.
     pub kernel: KernelSource,
     /// Initial RAM disk; takes the place of the one on a boot disk.
@@ -57,6 +59,7 @@ impl MachineConfig {
             cpus: 1,
             memory: 512 << 20,
             memory_backing: None,
+            memory_ahead: true,
             kernel: kernel.into(),
             initrd: None,
             cmdline: String::new(),

@@ -35,6 +35,10 @@ impl Loaded {
         let backing = config.memory_backing.unwrap_or(engine.usual_backing());
         let ram = GuestRam::with_backing(config.memory, backing)?;
         let entry = load(config, &ram)?;
+        if config.memory_ahead {
+            // Without, the guest asks page by page, which is slower and nothing else.
+            let _ = ram.ask_ahead();
+        }
         Ok(Loaded {
             ram: Arc::new(ram),
             entry,

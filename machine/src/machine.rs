@@ -172,6 +172,7 @@ impl Machine {
             self.stats
                 .add_vcpu(&counters, &v.bus.exits, &v.exits, &v.time);
         }
+        self.stats.memory_ahead_bytes += over.vcpus[0].engine.cpu().ram.ahead_bytes();
         self.stats.add_devices(&over.devices);
         self.ending(&over)
     }

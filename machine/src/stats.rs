@@ -23,6 +23,8 @@ pub struct Stats {
     pub cpus: u32,
     /// Bytes of guest RAM.
     pub memory_bytes: u64,
+    /// Bytes of it that the host was asked for before the guest touched them.
+    pub memory_ahead_bytes: u64,
     /// Times the machine started.
     pub boots: u64,
     /// Where the time went.

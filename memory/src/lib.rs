@@ -8,6 +8,7 @@
 //! lies inside the mapping of some [`GuestRam`], with the access that was asked for in bounds.
 
 mod access_unsafe;
+mod ahead;
 mod dma;
 mod dma_unsafe;
 mod large;

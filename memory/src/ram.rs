@@ -5,9 +5,9 @@
 
 use std::fs::File;
 use std::ops::Range;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
+use crate::ahead::{Ahead, Batches};
 use crate::mapping_unsafe::{Mapping, vm_memory_view};
 use crate::{GuestView, HostPtr, PAGE_MASK, PAGE_SIZE, PageTracker, Word};
 
@@ -54,8 +54,9 @@ pub struct GuestRam {
     low: u64,
     high: u64,
     tracker: Arc<PageTracker>,
-    /// Batches that the host was asked for, a bit each.
-    populated: Vec<AtomicU64>,
+    /// What the host was asked for.
+    populated: Batches,
+    ahead: OnceLock<Ahead>,
 }
 
 /// So much memory is asked of the host at the first access to any of it.
@@ -106,7 +107,8 @@ impl GuestRam {
             low,
             high,
             tracker,
-            populated: zeroed(end.div_ceil(BATCH * 64)),
+            populated: Batches::new(end.div_ceil(BATCH)),
+            ahead: OnceLock::new(),
         })
     }
 
@@ -145,14 +147,30 @@ impl GuestRam {
     /// Says that the page will be accessed: the host is asked for its batch, once.
     #[inline]
     pub fn will_access(&self, gpa: u64) {
-        let batch = gpa / BATCH;
-        let (word, bit) = ((batch / 64) as usize, 1 << (batch % 64));
-        if let Some(word) = self.populated.get(word)
-            && word.load(Ordering::Relaxed) & bit == 0
-        {
-            word.fetch_or(bit, Ordering::Relaxed);
-            self.populate(batch * BATCH, BATCH);
+        if !self.populated.asked(gpa / BATCH) {
+            self.first_access(gpa / BATCH);
         }
+    }
+
+    fn first_access(&self, batch: u64) {
+        self.populated.set(batch);
+        if let Some(ahead) = self.ahead.get() {
+            let gpa = batch * BATCH;
+            let end = match gpa < self.low {
+                true => self.low,
+                false => HIGH_START + self.high,
+            };
+            ahead.follow(&self.populated, batch, end / BATCH, BATCH);
+        }
+        self.populate(batch * BATCH, BATCH);
+    }
+
+    /// From now on a thread asks the host for memory that the guest is likely to access next.
+    pub fn ask_ahead(&self) -> std::io::Result<()> {
+        let ahead = Ahead::start(self.mapping.clone())?;
+        // Where there is one already, the new one ends.
+        let _ = self.ahead.set(ahead);
+        Ok(())
     }
 
     /// Has the host give what of these bytes is RAM now and not page by page when it is touched.
@@ -190,17 +208,18 @@ impl GuestRam {
 
     /// Batches that lie wholly in a range are asked for again when one of their pages is accessed.
     fn forget_populated(&self, from: u64, to: u64) {
-        for batch in from.div_ceil(BATCH)..to / BATCH {
-            if let Some(word) = self.populated.get((batch / 64) as usize) {
-                word.fetch_and(!(1 << (batch % 64)), Ordering::Relaxed);
-            }
-        }
+        (from.div_ceil(BATCH)..to / BATCH).for_each(|batch| self.populated.clear(batch));
+    }
+
+    /// Bytes that the thread of [`Self::ask_ahead`] was told to ask for.
+    pub fn ahead_bytes(&self) -> u64 {
+        let bytes = |a: &Ahead| a.bytes.load(std::sync::atomic::Ordering::Relaxed);
+        self.ahead.get().map_or(0, bytes)
     }
 
     /// Bytes that the host was asked for ahead of their use, about.
     pub fn populated_bytes(&self) -> u64 {
-        let batches = |w: &AtomicU64| u64::from(w.load(Ordering::Relaxed).count_ones());
-        self.populated.iter().map(batches).sum::<u64>() * BATCH
+        self.populated.count() * BATCH
     }
 
     /// Loads a value that lies within one page.
@@ -278,13 +297,31 @@ impl GuestRam {
     }
 }
 
-fn zeroed(words: u64) -> Vec<AtomicU64> {
-    (0..words).map(|_| AtomicU64::new(0)).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_stream_is_asked_for_ahead_and_changes_nothing() {
+        let ram = GuestRam::new(5 << 30).unwrap();
+        ram.ask_ahead().unwrap();
+        for batch in 0..8 {
+            ram.ptr(batch * BATCH).unwrap().write(&[7]);
+            ram.will_access(batch * BATCH);
+        }
+        assert!(ram.ahead_bytes() >= 4 * BATCH, "{}", ram.ahead_bytes());
+        assert_eq!(ram.load::<u8>(7 * BATCH), Some(7));
+        assert_eq!(ram.load::<u8>(8 * BATCH), Some(0));
+        let before = ram.ahead_bytes();
+        for page in [
+            HOLE_START - BATCH,
+            HIGH_START,
+            HIGH_START + (2 << 30) - BATCH,
+        ] {
+            ram.will_access(page);
+        }
+        assert_eq!(ram.ahead_bytes(), before, "no stream at the ends of RAM");
+    }
 
     #[test]
     fn layout_leaves_the_holes_out() {

@@ -13,6 +13,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 
+use crate::huge_unsafe::{HUGE_PAGE, HugePages};
 use crate::mirror_unsafe::mirrored;
 
 /// Memory for translated code.
@@ -21,8 +22,8 @@ pub(crate) struct CodeCache {
     execute: *mut u8,
     /// What the executable mapping and the slots lie in.
     reserved: (*mut u8, usize),
-    /// Ask the host for huge pages.
-    huge: bool,
+    /// Where the host is asked for huge pages.
+    huge: Option<HugePages>,
     /// Those that it gave.
     pub huge_pages: u64,
     len: usize,
@@ -54,7 +55,7 @@ impl CodeCache {
             write,
             execute,
             reserved,
-            huge,
+            huge: huge.then(|| HugePages::new(write, execute)),
             huge_pages: 0,
             len,
             used: 0,
@@ -121,30 +122,33 @@ impl CodeCache {
 
     /// Has the host give both mappings their memory up to some way beyond `end`, so that it need not page by page.
     fn populate(&mut self, end: usize) {
-        while self.huge && end > self.populated && self.populate_huge() {}
-        if end <= self.populated {
-            return;
+        while end > self.populated && self.populate_huge() {}
+        if end > self.populated {
+            let to = (end.next_multiple_of(BATCH) + BATCH).min(self.len);
+            self.populate_to(to);
         }
-        let to = (end.next_multiple_of(BATCH) + BATCH).min(self.len);
-        self.populate_to(to);
+        let next = self.populated;
+        if let Some(huge) = &mut self.huge
+            && end + HUGE_PAGE / 2 > next
+            && next.is_multiple_of(HUGE_PAGE)
+            && next + HUGE_PAGE <= self.len
+        {
+            huge.ask(next);
+        }
     }
 
     /// The same with one huge page, if the host has one.
     fn populate_huge(&mut self) -> bool {
-        let (at, to) = (self.populated, self.populated + HUGE_PAGE);
-        if !at.is_multiple_of(HUGE_PAGE) || to > self.len {
+        let at = self.populated;
+        if !at.is_multiple_of(HUGE_PAGE) || at + HUGE_PAGE > self.len {
             return false;
         }
-        // SAFETY: within both mappings, and nothing stands there yet. The host makes a huge page of a stretch that has one page.
-        let made = unsafe {
-            self.write.add(at).write_volatile(0);
-            libc::madvise(self.execute.add(at).cast(), HUGE_PAGE, MADV_COLLAPSE)
-        };
-        if made == 0 {
+        let made = self.huge.as_mut().is_some_and(|huge| huge.take(at));
+        if made {
             self.huge_pages += 1;
-            self.populate_to(to);
+            self.populated += HUGE_PAGE;
         }
-        made == 0
+        made
     }
 
     fn populate_to(&mut self, to: usize) {
@@ -211,6 +215,8 @@ impl CodeCache {
 
 impl Drop for CodeCache {
     fn drop(&mut self) {
+        // Its thread works in the mappings.
+        self.huge = None;
         // SAFETY: we own both mappings, and no code runs in them once their owner goes.
         unsafe {
             libc::munmap(self.write.cast(), self.len);
@@ -221,12 +227,6 @@ impl Drop for CodeCache {
 
 /// So much memory is asked of the host at a time.
 const BATCH: usize = 64 << 10;
-
-/// Bytes of a huge page.
-const HUGE_PAGE: usize = 2 << 20;
-
-/// Linux 6.1 and later: makes huge pages of a stretch at once, whatever the settings for huge pages in shared memory are.
-const MADV_COLLAPSE: i32 = 25;
 
 /// Code bytes for which there is one slot.
 const BYTES_A_SLOT: usize = 32;

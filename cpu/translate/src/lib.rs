@@ -21,6 +21,7 @@ mod enter_unsafe;
 pub mod explain;
 mod flags;
 mod frontend;
+mod huge_unsafe;
 mod jump_cache;
 mod lookup;
 mod mirror_unsafe;
