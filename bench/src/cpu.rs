@@ -1,5 +1,6 @@
 //! How much of a processor a process got: on a busy host less than one, and its times are then longer than they should be.
 
+use crate::family::{family, time_of_the_gone};
 use anyhow::Result;
 use nix::time::clock_getcpuclockid;
 use nix::unistd::Pid;
@@ -13,10 +14,13 @@ pub struct Mark {
 }
 
 impl Mark {
-    /// Now, by the processor time of the process `pid` and all its threads.
+    /// Now, by the processor time of the process `pid`, of all its threads, and of the processes that it started.
     pub fn now(pid: u32) -> Result<Mark> {
-        let clock = clock_getcpuclockid(Pid::from_raw(pid as i32))?;
-        let used = clock.now()?.into();
+        let mut used = time_of_the_gone(pid)?;
+        for pid in family(pid)? {
+            // Whoever ends meanwhile is among the gone next time.
+            used += time_of(pid).unwrap_or_default();
+        }
         let at = Instant::now();
         Ok(Mark { at, used })
     }
@@ -31,6 +35,11 @@ impl Mark {
         let passed = self.at - earlier.at;
         self.used.saturating_sub(earlier.used).as_secs_f64() / passed.as_secs_f64()
     }
+}
+
+fn time_of(pid: u32) -> Result<Duration> {
+    let clock = clock_getcpuclockid(Pid::from_raw(pid as i32))?;
+    Ok(clock.now()?.into())
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@
 mod chart;
 mod contestant;
 mod cpu;
+mod family;
 mod guest;
 mod memory;
 mod qemu;

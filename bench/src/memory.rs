@@ -1,5 +1,6 @@
 //! How much of the host's memory a monitor takes.
 
+use crate::family::family;
 use anyhow::{Context, Result};
 use serde::Serialize;
 
@@ -15,11 +16,26 @@ pub struct Footprint {
     pub monitor: u64,
 }
 
-/// Of the process `pid`, whose guest has `mebibytes` of RAM.
+/// Of the process `pid`, whose guest has `mebibytes` of RAM, and of those that it started.
 pub fn footprint(pid: u32, mebibytes: u64) -> Result<Footprint> {
-    let path = format!("/proc/{pid}/smaps");
-    let text = std::fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
-    Ok(parse(&text, mebibytes * 1024))
+    let mut sum = Footprint::default();
+    for member in family(pid)? {
+        let path = format!("/proc/{member}/smaps");
+        match std::fs::read_to_string(&path) {
+            Ok(text) => sum.add(parse(&text, mebibytes * 1024)),
+            // It ended meanwhile.
+            Err(_) if member != pid => {}
+            Err(e) => return Err(e).with_context(|| format!("reading {path}")),
+        }
+    }
+    Ok(sum)
+}
+
+impl Footprint {
+    fn add(&mut self, other: Footprint) {
+        self.guest += other.guest;
+        self.monitor += other.monitor;
+    }
 }
 
 fn parse(smaps: &str, ram: u64) -> Footprint {
