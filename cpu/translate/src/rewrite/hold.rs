@@ -64,12 +64,12 @@ impl Work<'_> {
             was_away |= away;
             branched |= i.class == Class::Conditional;
             let until = self.pinned.map_or(0, |pinned| pinned.last);
-            pinned = pinned
-                .filter(|_| at < until)
-                .and_then(|run| run.moved_by(i));
-            match run.moved_by(i) {
-                Some(next) => run = next,
-                None => break,
+            pinned = pinned.filter(|_| at < until);
+            if !pinned.as_mut().is_some_and(|run| run.follow(i)) {
+                pinned = None;
+            }
+            if !run.follow(i) {
+                break;
             }
         }
         comes_back.then_some(plan)
@@ -102,10 +102,7 @@ impl Work<'_> {
     /// Follows an instruction.
     pub(super) fn follow_held(&mut self, i: &GuestInstruction) {
         let at = self.at;
-        self.held.retain_mut(|held| {
-            let next = (at < held.last).then(|| held.run.moved_by(i)).flatten();
-            held.run = next.unwrap_or(held.run);
-            next.is_some()
-        });
+        self.held
+            .retain_mut(|held| at < held.last && held.run.follow(i));
     }
 }

@@ -98,9 +98,8 @@ impl Work<'_> {
                 Some(_) => away = true,
                 None => away |= i.class.checks(),
             }
-            match run.moved_by(i) {
-                Some(next) => run = next,
-                None => break,
+            if !run.follow(i) {
+                break;
             }
         }
         let pin = Pin {
@@ -139,13 +138,12 @@ impl Work<'_> {
 
     /// Follows an instruction; gives the register back after the last access.
     pub(super) fn follow_pin(&mut self, i: &GuestInstruction) {
-        let Some(pinned) = self.pinned else { return };
-        let next = (self.at < pinned.last)
-            .then(|| pinned.run.moved_by(i))
-            .flatten();
-        match next {
-            Some(run) => self.pinned = Some(Pinned { run, ..pinned }),
-            None => self.unpin(),
+        let at = self.at;
+        let Some(pinned) = &mut self.pinned else {
+            return;
+        };
+        if at >= pinned.last || !pinned.run.follow(i) {
+            self.unpin();
         }
     }
 

@@ -149,8 +149,8 @@ impl Run {
     }
 
     /// What remains of the run after an instruction, which accesses nothing outside of it.
-    pub fn after(self, i: &GuestInstruction) -> Option<Self> {
-        leaves_s0(i).then(|| self.moved_by(i)).flatten()
+    pub fn after(mut self, i: &GuestInstruction) -> Option<Self> {
+        (leaves_s0(i) && self.follow(i)).then_some(self)
     }
 
     /// A run off the root of a reference, as if it were checked everywhere: to plan with.
@@ -168,31 +168,32 @@ impl Run {
         r.root == self.root
     }
 
-    /// Follows the root through an instruction; `None` where it is lost.
-    pub fn moved_by(mut self, i: &GuestInstruction) -> Option<Self> {
+    /// Follows the root through an instruction; false where it is lost.
+    pub fn follow(&mut self, i: &GuestInstruction) -> bool {
         if i.class == Class::Leave {
-            return self.after_leave();
+            return self.follow_leave();
         }
         let (moves, by) = i.moves;
         if self.root.uses(i.writes & !moves) {
-            return None;
+            return false;
         }
-        if self.root.uses(moves) {
-            self.moved = self
-                .moved
-                .checked_add(by.checked_mul(self.weight(moves))?)?;
+        if !self.root.uses(moves) {
+            return true;
         }
-        Some(self)
+        let by = by.checked_mul(self.weight(moves));
+        let moved = by.and_then(|by| self.moved.checked_add(by));
+        self.moved = moved.unwrap_or(self.moved);
+        moved.is_some()
     }
 
     /// `leave` makes RSP what RBP was, plus 8.
-    fn after_leave(mut self) -> Option<Self> {
-        if self.root != Root::of_register(Register::RBP) {
-            return None;
+    fn follow_leave(&mut self) -> bool {
+        let framed = self.root == Root::of_register(Register::RBP);
+        if framed {
+            self.root = Root::of_register(Register::RSP);
+            self.moved += 8;
         }
-        self.root = Root::of_register(Register::RSP);
-        self.moved += 8;
-        Some(self)
+        framed
     }
 
     /// How often a register counts in the root.
@@ -280,9 +281,8 @@ pub(super) fn plan(instructions: &[GuestInstruction]) -> Option<Stretch> {
             };
             stretch = longer;
         }
-        match run.after(i) {
-            Some(next) => run = next,
-            None => break,
+        if !(leaves_s0(i) && run.follow(i)) {
+            break;
         }
     }
     Some(stretch)
