@@ -224,23 +224,34 @@ pub(crate) struct GuestInstruction {
 }
 
 impl GuestInstruction {
-    fn new(decoded: Instruction, facts: Facts) -> Self {
-        let mut i = GuestInstruction {
-            offset: decoded.ip() as u16,
-            decoded,
-            class: facts.class,
-            simd: facts.simd,
-            flags: facts.flags,
-            writes: facts.writes,
-            uses: facts.uses,
+    /// To be decoded in place: it is large, and the processor is slow to copy what was just written in pieces.
+    fn blank() -> Self {
+        GuestInstruction {
+            decoded: Instruction::default(),
+            offset: 0,
+            class: Class::Nothing,
+            simd: false,
+            flags: FlagUse::default(),
+            writes: 0,
+            uses: 0,
             live_before: ALL,
             live_after: ALL,
             reference: None,
             moves: (0, 0),
-        };
-        i.reference = reference(&i);
-        i.moves = constant_move(&i);
-        i
+        }
+    }
+
+    /// Fills in what is known of what was decoded.
+    fn learn(&mut self, info: &mut InstructionInfoFactory, how: Decoding) {
+        let facts = Facts::of(info, &self.decoded, how);
+        self.offset = self.decoded.ip() as u16;
+        self.class = facts.class;
+        self.simd = facts.simd;
+        self.flags = facts.flags;
+        self.writes = facts.writes;
+        self.uses = facts.uses;
+        self.reference = reference(self);
+        self.moves = constant_move(self);
     }
 
     /// True where the emitted code may leave to the monitor before the instruction is done.
@@ -356,19 +367,22 @@ impl GuestBlock {
         let mut decoder = Decoder::with_ip(64, bytes, u64::from(start), DecoderOptions::NONE);
         let mut side_exits = 0;
         while self.instructions.len() < MOST_INSTRUCTIONS && decoder.can_decode() {
-            let decoded = decoder.decode();
-            if decoded.is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes {
+            self.instructions.push(GuestInstruction::blank());
+            let Some(i) = self.instructions.last_mut() else {
+                break;
+            };
+            decoder.decode_out(&mut i.decoded);
+            if i.decoded.is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes {
+                self.instructions.pop();
                 self.straddler_follows = true;
                 break;
             }
-            let facts = Facts::of(info, &decoded, how);
-            self.end = decoded.next_ip() as u16;
-            self.instructions
-                .push(GuestInstruction::new(decoded, facts));
-            let goes_on = facts.class == Class::Conditional && how.extend && forwards(&decoded);
+            i.learn(info, how);
+            self.end = i.decoded.next_ip() as u16;
+            let goes_on = i.class == Class::Conditional && how.extend && forwards(&i.decoded);
             if goes_on && side_exits < MOST_SIDE_EXITS {
                 side_exits += 1;
-            } else if facts.class.ends_block() {
+            } else if i.class.ends_block() {
                 break;
             }
         }

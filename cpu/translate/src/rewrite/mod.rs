@@ -305,7 +305,9 @@ impl Work<'_> {
             self.boundary(i);
             self.poll_early();
             self.instruction(i);
-            self.run = self.run.take().and_then(|run| run.after(i));
+            if !self.run.as_mut().is_some_and(|run| run.outlives(i)) {
+                self.run = None;
+            }
             self.follow_pin(i);
             self.follow_held(i);
             self.follow_lost(i);

@@ -148,9 +148,9 @@ impl Run {
         fits.then_some((from - self.at) as i32)
     }
 
-    /// What remains of the run after an instruction, which accesses nothing outside of it.
-    pub fn after(mut self, i: &GuestInstruction) -> Option<Self> {
-        (leaves_s0(i) && self.follow(i)).then_some(self)
+    /// Follows the run through an instruction that accesses nothing outside of it; false where it ends.
+    pub fn outlives(&mut self, i: &GuestInstruction) -> bool {
+        leaves_s0(i) && self.follow(i)
     }
 
     /// A run off the root of a reference, as if it were checked everywhere: to plan with.
@@ -281,7 +281,7 @@ pub(super) fn plan(instructions: &[GuestInstruction]) -> Option<Stretch> {
             };
             stretch = longer;
         }
-        if !(leaves_s0(i) && run.follow(i)) {
+        if !run.outlives(i) {
             break;
         }
     }
