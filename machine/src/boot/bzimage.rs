@@ -1,7 +1,8 @@
-//! bzImage: the 64-bit entry of the Linux boot protocol (Documentation/arch/x86/boot.rst).
+//! bzImage: the 64-bit and the 32-bit entry of the Linux boot protocol (Documentation/arch/x86/boot.rst).
 //!
 //! The file is a boot sector and a 16-bit setup part, of which only the setup header at 0x1f1 is used, and
-//! the protected-mode part, which is copied to its preferred address and entered 0x200 bytes into it.
+//! the protected-mode part, which is copied to its preferred address. A kernel that says that it has a 64-bit entry is entered there,
+//! 0x200 bytes into it, any other at its start in protected mode without paging.
 
 use std::ops::Range;
 
@@ -18,8 +19,10 @@ use super::{Boot, BootError};
 pub const MAGIC_OFFSET: u64 = 0x202;
 const HEADER_OFFSET: u64 = 0x1f1;
 const SECTOR: u64 = 512;
-/// The first protocol that says whether there is a 64-bit entry (`xloadflags`), Linux 3.8.
-const LOWEST_VERSION: u16 = 0x020c;
+/// The first protocol that says where the kernel is best loaded and what it takes (`pref_address`, `init_size`), Linux 2.6.31.
+const LOWEST_VERSION: u16 = 0x020a;
+/// The first that says whether there is a 64-bit entry (`xloadflags`), Linux 3.8.
+const VERSION_OF_XLOADFLAGS: u16 = 0x020c;
 const XLF_KERNEL_64: u16 = 1;
 const LOADED_HIGH: u8 = 1;
 const LOADER_UNDEFINED: u8 = 0xff;
@@ -44,12 +47,24 @@ pub(crate) fn load(boot: &Boot) -> Result<Entry, BootError> {
     let initrd_limit = u64::from(header.initrd_addr_max) + 1;
     let initrd = params::place_initrd(boot, &kernel, initrd_limit)?;
     place_zero_page(boot, header, &initrd)?;
-    let entry = Entry::Linux64 {
-        rip: kernel.start + ENTRY_64,
-        params: ZERO_PAGE_AT,
-    };
+    let entry = entry(&header, kernel.start);
     entry.place_tables(boot.ram)?;
     Ok(entry)
+}
+
+fn entry(header: &setup_header, start: u64) -> Entry {
+    let says = header.version >= VERSION_OF_XLOADFLAGS;
+    match says && header.xloadflags & XLF_KERNEL_64 != 0 {
+        true => Entry::Linux64 {
+            rip: start + ENTRY_64,
+            params: ZERO_PAGE_AT,
+        },
+        false => Entry::Linux32 {
+            // All of the kernel is below 4 GiB.
+            eip: start as u32,
+            params: ZERO_PAGE_AT as u32,
+        },
+    }
 }
 
 /// The setup header, cut to the length that it gives itself.
@@ -73,16 +88,13 @@ fn check_header(kernel: &Image, header: &setup_header) -> Result<(), BootError> 
     let version = header.version;
     if version < LOWEST_VERSION {
         return Err(unsupported(format!(
-            "boot protocol {}.{:02} is too old, 2.12 (Linux 3.8) is the oldest with a 64-bit entry",
+            "boot protocol {}.{:02} is too old, 2.10 (Linux 2.6.31) is the oldest that says where it is to be loaded",
             version >> 8,
             version & 0xff
         )));
     }
     if header.loadflags & LOADED_HIGH == 0 {
         return Err(unsupported("it is a zImage".into()));
-    }
-    if header.xloadflags & XLF_KERNEL_64 == 0 {
-        return Err(unsupported("it is not a 64-bit kernel".into()));
     }
     Ok(())
 }

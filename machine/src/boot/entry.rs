@@ -32,6 +32,13 @@ pub enum Entry {
         /// Address of `boot_params`.
         params: u64,
     },
+    /// 32-bit Linux boot protocol: protected mode, paging off, ESI points to `boot_params`.
+    Linux32 {
+        /// First instruction.
+        eip: u32,
+        /// Address of `boot_params`.
+        params: u32,
+    },
     /// Xen PVH: 32-bit protected mode, paging off, EBX points to the start info.
     Pvh {
         /// First instruction.
@@ -47,7 +54,7 @@ impl Entry {
         place(ram, GDT_AT, &self.gdt())?;
         match self {
             Entry::Linux64 { .. } => place_identity_map(ram),
-            Entry::Pvh { .. } => Ok(()),
+            Entry::Linux32 { .. } | Entry::Pvh { .. } => Ok(()),
         }
     }
 
@@ -66,13 +73,8 @@ impl Entry {
                 cpu.rip = rip;
                 cpu.gpr[Gpr::Rsi as usize] = params;
             }
-            Entry::Pvh { eip, start_info } => {
-                cpu.cr4 = Cr4::empty();
-                cpu.efer = Efer::empty();
-                cpu.cr0 = Cr0::PE | Cr0::ET | Cr0::NE;
-                cpu.rip = eip.into();
-                cpu.gpr[Gpr::Rbx as usize] = start_info.into();
-            }
+            Entry::Linux32 { eip, params } => enter_protected(cpu, eip, Gpr::Rsi, params),
+            Entry::Pvh { eip, start_info } => enter_protected(cpu, eip, Gpr::Rbx, start_info),
         }
         cpu.flush_tlb(true);
     }
@@ -103,7 +105,7 @@ impl Entry {
     fn code(&self) -> u32 {
         match self {
             Entry::Linux64 { .. } => CODE64,
-            Entry::Pvh { .. } => CODE32,
+            Entry::Linux32 { .. } | Entry::Pvh { .. } => CODE32,
         }
     }
 
@@ -117,6 +119,15 @@ impl Entry {
         gdt[0x20..0x28].copy_from_slice(&tss.to_le_bytes());
         gdt
     }
+}
+
+/// Protected mode without paging, with a pointer in `register` and zeros in the others.
+fn enter_protected(cpu: &mut Cpu, eip: u32, register: Gpr, pointer: u32) {
+    cpu.cr4 = Cr4::empty();
+    cpu.efer = Efer::empty();
+    cpu.cr0 = Cr0::PE | Cr0::ET | Cr0::NE;
+    cpu.rip = eip.into();
+    cpu.gpr[register as usize] = pointer.into();
 }
 
 /// A descriptor of base 0 and the highest limit (Intel SDM vol. 3A, figure 3-8).

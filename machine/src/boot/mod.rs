@@ -1,6 +1,6 @@
 //! Boot: a kernel, its initial RAM disk and its command line, placed in guest RAM as a boot loader would.
 //!
-//! Two protocols: the 64-bit Linux boot protocol of a bzImage ([`bzimage`]) and the Xen PVH protocol of an
+//! Two protocols: the Linux boot protocol of a bzImage by its 64-bit or 32-bit entry ([`bzimage`]) and the Xen PVH protocol of an
 //! ELF kernel ([`pvh`]). Both need the same memory map and the same low-memory tables ([`params`]) and end
 //! in a CPU state ([`Entry`]). Every problem with a file is a [`BootError`] that names the file.
 

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use doppel_memory::GuestRam;
-use doppel_x86::{Cpu, CpuMode, Gpr};
+use doppel_x86::{Cpu, CpuMode, Cr0, Gpr, Seg};
 
 use super::params::{MemoryKind, memory_map};
 use super::*;
@@ -151,6 +151,31 @@ fn a_bzimage_is_placed_and_entered_in_long_mode() {
     assert!(ram.tracker().is_dirty(LOAD));
 }
 
+/// Where XLF_KERNEL_64 is clear, and where the protocol is too old to have it.
+#[test]
+fn a_bzimage_without_a_64_bit_entry_is_entered_in_protected_mode() {
+    for (at, value) in [(0x236, &[0, 0]), (0x206, &[0x0b, 0x02])] {
+        let mut kernel = bzimage();
+        put(&mut kernel, at, value);
+        let ram = std::sync::Arc::new(GuestRam::new(64 * MIB).unwrap());
+        let entry = boot(&ram, &kernel, None).unwrap();
+        let expected = Entry::Linux32 {
+            eip: LOAD as u32,
+            params: 0x7000,
+        };
+        assert_eq!(entry, expected);
+        let mut cpu = Cpu::new(0, ram);
+        entry.apply(&mut cpu);
+        assert_eq!((cpu.mode(), cpu.rip), (CpuMode::Bits32, LOAD));
+        let registers: Vec<_> = (0..16).filter(|&r| cpu.gpr[r] != 0).collect();
+        assert_eq!(registers, [Gpr::Rsi as usize]);
+        assert_eq!(cpu.reg(Gpr::Rsi), 0x7000);
+        let selectors = [Seg::Cs, Seg::Ds, Seg::Es, Seg::Ss].map(|s| cpu.seg[s as usize].selector);
+        assert_eq!(selectors, [0x10, 0x18, 0x18, 0x18]);
+        assert!(!cpu.cr0.contains(Cr0::PG));
+    }
+}
+
 #[test]
 fn the_long_mode_entry_maps_memory_to_itself() {
     let ram = std::sync::Arc::new(GuestRam::new(64 * MIB).unwrap());
@@ -234,9 +259,8 @@ fn bzimages_that_cannot_be_entered_are_refused() {
         put(&mut b, at, value);
         error(&b)
     };
-    assert!(with(0x206, &[0x0b, 0x02]).contains("2.11 is too old"));
+    assert!(with(0x206, &[0x09, 0x02]).contains("2.09 is too old"));
     assert!(with(0x211, &[0]).contains("zImage"));
-    assert!(with(0x236, &[0, 0]).contains("not a 64-bit kernel"));
     assert!(with(0x1f4, &[0; 4]).contains("empty"));
     assert!(with(0x1f4, &[0xff; 4]).contains("truncated"));
     assert!(with(0x260, &[0xff; 4]).contains("does not fit"));
