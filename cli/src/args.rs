@@ -104,8 +104,8 @@ pub struct Run {
     /// When the engine direct has the processor run user code: where that is faster, or always (for tests).
     #[arg(long, value_name = "WHEN", default_value = "faster", value_parser = parse_direct)]
     pub direct: DirectOptions,
-    /// Bound of the translated code that is kept, with suffix K, M or G: from 256K to 1G.
-    #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = code_cache)]
+    /// Bound of the translated code that is kept and of the records of it, with suffix K, M or G: from 256K to 1G.
+    #[arg(long, value_name = "SIZE", default_value = "96M", value_parser = code_cache)]
     pub code_cache: u64,
     #[arg(long, value_name = "NAME,...", value_delimiter = ',', value_parser = switch, help = switches_help())]
     pub translate_without: Vec<&'static str>,

@@ -255,7 +255,7 @@ impl Translator {
         match self.blocks.find(&key) {
             Some(block) => Some(block),
             // An emptied cache would leave nothing to go back to.
-            None if self.cache.room() < 2 * CACHE_MARGIN => None,
+            None if self.room() < 2 * CACHE_MARGIN => None,
             None => {
                 let block = self.translate_block(key, u64::from(access.site.offset));
                 // What came while other CPUs were waited for is followed first, outside of translated code.

@@ -17,6 +17,7 @@ use rustc_hash::{FxBuildHasher, FxHashMap};
 use doppel_memory::{CodeGranules, PAGE_MASK, PAGE_SIZE, PageTracker, Peer};
 
 use crate::cache_unsafe::CodeCache;
+use crate::chunks::Chunks;
 use crate::flags::FlagPlace;
 use crate::frontend::Simd;
 use crate::recipes::{Lost, Recipes};
@@ -111,13 +112,13 @@ pub(crate) struct Blocks {
     cache: u64,
     /// Whose they are.
     peer: Arc<Peer>,
-    blocks: Vec<BlockRecord>,
-    boundaries: Vec<BoundaryRecord>,
-    exits: Vec<ExitRecord>,
-    accesses: Vec<AccessRecord>,
+    blocks: Chunks<BlockRecord>,
+    boundaries: Chunks<BoundaryRecord>,
+    exits: Chunks<ExitRecord>,
+    accesses: Chunks<AccessRecord>,
     /// By the number of an access: where its form for two pages begins, or 0.
     forms: Vec<u64>,
-    branches: Vec<BranchRecord>,
+    branches: Chunks<BranchRecord>,
     recipes: Recipes,
     by_key: HashTable<BlockId>,
     /// First of the list of the blocks that begin in a page.
@@ -141,12 +142,12 @@ impl Blocks {
         Blocks {
             cache,
             peer,
-            blocks: Vec::new(),
-            boundaries: Vec::new(),
-            exits: Vec::new(),
-            accesses: Vec::new(),
+            blocks: Chunks::default(),
+            boundaries: Chunks::default(),
+            exits: Chunks::default(),
+            accesses: Chunks::default(),
             forms: Vec::new(),
-            branches: Vec::new(),
+            branches: Chunks::default(),
             recipes: Recipes::default(),
             by_key: HashTable::new(),
             by_page: FxHashMap::default(),
@@ -532,7 +533,8 @@ impl Blocks {
     /// The block that a host address lies in, and the guest instruction there.
     pub fn at_host(&self, pc: u64) -> Option<Place> {
         let pc = u32::try_from(pc.checked_sub(self.cache)?).ok()?;
-        let after = self.blocks.partition_point(|b| b.host <= pc);
+        let all = 0..self.blocks.len();
+        let after = self.blocks.partition_point(all, |b| b.host <= pc);
         let id = after.checked_sub(1)?;
         let block = &self.blocks[id];
         let offset = (pc - block.host <= block.last.into()).then(|| pc - block.host)?;
@@ -544,8 +546,9 @@ impl Blocks {
         let first = self.record(id).first_boundary as usize;
         let end = self.blocks.get(id as usize + 1);
         let end = end.map_or(self.boundaries.len(), |b| b.first_boundary as usize);
-        let until = self.boundaries[first..end].partition_point(|b| b.host() <= position);
-        let n = first + until.checked_sub(1)?;
+        let before = |b: &BoundaryRecord| b.host() <= position;
+        let until = self.boundaries.partition_point(first..end, before);
+        let n = until.checked_sub(1).filter(|n| *n >= first)?;
         Some(Place {
             block: id,
             boundary: self.boundaries[n].unpack(),
@@ -560,18 +563,20 @@ impl Blocks {
 
     /// The exits of a block, in the order of its translation.
     pub fn exits_of(&self, id: BlockId) -> impl Iterator<Item = Exit> {
-        let from = self.exits.partition_point(|e| e.block < id) as u32;
-        let to = self.exits.partition_point(|e| e.block <= id) as u32;
-        (from..to).map(|n| self.exit(n))
+        let len = self.exits.len();
+        let from = self.exits.partition_point(0..len, |e| e.block < id);
+        let to = self.exits.partition_point(from..len, |e| e.block <= id);
+        (from as u32..to as u32).map(|n| self.exit(n))
     }
 
     /// Host bytes that hold metadata, roughly.
     pub fn metadata_bytes(&self) -> u64 {
-        (self.blocks.len() * size_of::<BlockRecord>()
-            + self.boundaries.len() * size_of::<BoundaryRecord>()
-            + self.exits.len() * size_of::<ExitRecord>()
-            + self.accesses.len() * (size_of::<AccessRecord>() + size_of::<u64>())
-            + self.branches.len() * size_of::<BranchRecord>()
+        (self.blocks.bytes()
+            + self.boundaries.bytes()
+            + self.exits.bytes()
+            + self.accesses.bytes()
+            + self.forms.len() * size_of::<u64>()
+            + self.branches.bytes()
             + self.recipes.bytes()
             + self.by_key.allocation_size()
             + self.by_page.capacity() * size_of::<(u64, BlockId)>()) as u64

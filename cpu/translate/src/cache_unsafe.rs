@@ -70,6 +70,11 @@ impl CodeCache {
         self.execute as u64 + self.used as u64
     }
 
+    /// Bytes that there are in all.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
     pub fn used(&self) -> usize {
         self.used
     }

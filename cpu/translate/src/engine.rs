@@ -13,7 +13,7 @@ use crate::translator::Translator;
 /// Switches and bounds of the translator.
 #[derive(Clone, Copy, Debug)]
 pub struct TranslateOptions {
-    /// Bytes of the code cache; when it is full, everything is translated anew.
+    /// Bytes of the code cache, of which the records of the translations take a third; when it is full, everything is translated anew.
     pub cache_size: usize,
     /// Translate only the first so many blocks and interpret the rest: finds a bad block by halving.
     pub translate_limit: Option<u64>,
@@ -124,7 +124,7 @@ impl Switch {
 impl Default for TranslateOptions {
     fn default() -> Self {
         TranslateOptions {
-            cache_size: 64 << 20,
+            cache_size: 96 << 20,
             translate_limit: None,
             link: true,
             flag_liveness: true,

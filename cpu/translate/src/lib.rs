@@ -13,6 +13,7 @@ mod access;
 mod asm;
 mod blocks;
 mod cache_unsafe;
+mod chunks;
 mod code_pages;
 mod context;
 mod context_unsafe;

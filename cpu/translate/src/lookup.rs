@@ -122,7 +122,7 @@ impl Translator {
         guest: &GuestBlock,
         second_page: Option<u64>,
     ) -> Option<BlockId> {
-        if self.cache.room() < CACHE_MARGIN {
+        if self.room() < CACHE_MARGIN {
             self.empty_cache();
         }
         let counters = self.observers.counters(guest);

@@ -6,6 +6,7 @@
 //! Invariant: the next recipe of a chain stands before it, in the same block.
 //! Cost: 8 bytes for a place that needs a recipe, and 12 for a recipe, which the places of a block share.
 
+use crate::chunks::Chunks;
 use crate::records::RecipeRecord;
 use crate::rewrite::{Chained, IN_PLACE, RecipeId, Translated};
 
@@ -17,9 +18,9 @@ type Need = (u32, u32);
 
 #[derive(Default)]
 pub(crate) struct Recipes {
-    recipes: Vec<RecipeRecord>,
-    boundaries: Vec<Need>,
-    exits: Vec<Need>,
+    recipes: Chunks<RecipeRecord>,
+    boundaries: Chunks<Need>,
+    exits: Chunks<Need>,
 }
 
 impl Recipes {
@@ -53,8 +54,7 @@ impl Recipes {
     }
 
     pub fn bytes(&self) -> usize {
-        let needs = self.boundaries.len() + self.exits.len();
-        self.recipes.len() * size_of::<RecipeRecord>() + needs * size_of::<Need>()
+        self.recipes.bytes() + self.boundaries.bytes() + self.exits.bytes()
     }
 }
 
@@ -66,9 +66,10 @@ fn pack((at, (recipe, next)): (usize, &Chained)) -> RecipeRecord {
     RecipeRecord::new(recipe, back as u32)
 }
 
-fn look_up(needs: &[Need], place: u32) -> Lost {
-    let at = needs.binary_search_by_key(&place, |need| need.0).ok()?;
-    Some(needs[at].1)
+fn look_up(needs: &Chunks<Need>, place: u32) -> Lost {
+    let at = needs.partition_point(0..needs.len(), |need| need.0 < place);
+    let (found, first) = *needs.get(at)?;
+    (found == place).then_some(first)
 }
 
 #[cfg(test)]

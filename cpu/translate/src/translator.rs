@@ -75,6 +75,7 @@ pub(crate) const CACHE_MARGIN: usize = 64 << 10;
 impl Translator {
     pub fn new(mut cpu: Box<Cpu>, options: TranslateOptions) -> Result<Self, TranslateError> {
         let size = options.cache_size.clamp(4 * CACHE_MARGIN, 1 << 30);
+        let size = size.next_multiple_of(PAGE_SIZE as usize);
         let mut cache = CodeCache::new(size, options.perf_map, options.huge_code)
             .map_err(|e| TranslateError::Cache(size, e))?;
         let mut asm = Asm::default();
@@ -104,6 +105,13 @@ impl Translator {
             besides: FxHashMap::default(),
             user_code: None,
         })
+    }
+
+    /// Bytes that are left for code and what has to be known of it.
+    pub fn room(&self) -> usize {
+        let known = self.blocks.metadata_bytes() as usize;
+        let taken = self.cache.used() + known;
+        (self.cache.room()).min(self.cache.len().saturating_sub(taken))
     }
 
     pub fn run(&mut self, bus: &mut dyn Bus) -> Exit {

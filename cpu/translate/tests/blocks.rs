@@ -194,3 +194,40 @@ fn code_that_crosses_pages_runs() {
         |cpu| assert_eq!((cpu.gpr[0], cpu.gpr[1]), (12000, 36007)),
     );
 }
+
+/// Four thousand blocks of one access each.
+fn many_blocks(a: &mut CodeAssembler) {
+    a.mov(rbx, DATA).unwrap();
+    for _ in 0..4000 {
+        let mut next = a.create_label();
+        a.mov(rax, qword_ptr(rbx)).unwrap();
+        a.jmp(next).unwrap();
+        a.set_label(&mut next).unwrap();
+    }
+    a.nop().unwrap();
+}
+
+#[test]
+fn the_bound_of_the_cache_counts_what_is_known_of_the_code() {
+    let taken = |cache_size| {
+        let options = TranslateOptions {
+            cache_size,
+            ..Default::default()
+        };
+        let stats = run(options, many_blocks).stats();
+        let number = |name: &str| stats[name] as usize;
+        (
+            number("code_cache_bytes"),
+            number("translation_metadata_bytes"),
+            number("code_cache_flushes"),
+        )
+    };
+    let (code, known, flushes) = taken(64 << 20);
+    assert_eq!(flushes, 0);
+    // The code alone would fit, with what one more block can take.
+    let size = (code + known / 4 + (64 << 10)).next_multiple_of(4096);
+    assert!(known / 4 > 64 << 10, "{known}");
+    let (code, known, flushes) = taken(size);
+    assert!(flushes > 0);
+    assert!(code + known <= size, "{code} and {known} of {size}");
+}
