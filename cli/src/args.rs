@@ -95,6 +95,9 @@ pub struct Run {
     /// A write of v to I/O port 0xf4 ends the machine with status (v << 1) | 1.
     #[arg(long)]
     pub debug_exit: bool,
+    /// QEMU's devices for programs that test a processor: isa-debug-exit (as --debug-exit), pc-testdev and fw_cfg.
+    #[arg(long)]
+    pub test_devices: bool,
     /// Write counters to this file at the end, as JSON.
     #[arg(long, value_name = "FILE")]
     pub stats: Option<PathBuf>,

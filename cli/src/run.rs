@@ -231,6 +231,7 @@ fn configuration(
         virtio: args.virtio,
         no_reboot: args.no_reboot,
         debug_exit: args.debug_exit,
+        test_devices: args.test_devices,
         translate: translate_options(args),
         direct: args.direct,
         count: args.stats.is_some(),

@@ -41,6 +41,8 @@ pub struct MachineConfig {
     pub no_reboot: bool,
     /// Offer the debug-exit port 0xf4.
     pub debug_exit: bool,
+    /// Offer QEMU's devices for test programs: the debug-exit port, pc-testdev, fw_cfg.
+    pub test_devices: bool,
     /// How to translate; `count` and `perf_map` follow from what else is asked for.
     pub translate: TranslateOptions,
     /// How to execute directly.
@@ -68,6 +70,7 @@ impl MachineConfig {
             virtio: VirtioTransport::default(),
             no_reboot: false,
             debug_exit: false,
+            test_devices: false,
             translate: TranslateOptions::default(),
             direct: DirectOptions::default(),
             count: false,

@@ -7,8 +7,9 @@ use doppel_device::{
 };
 use doppel_memory::{GuestRam, HOLE_START};
 use doppel_pc::{
-    AcpiPm, AcpiPmConfig, ApicBus, CpuApic, DebugExit, Ecam, HostBridge, I8042, I8254, I8259,
-    IoApic, Kick, LocalApicConfig, Mc146818, PciBus, PciConfigPorts, Port92, Uart16550,
+    AcpiPm, AcpiPmConfig, ApicBus, CpuApic, DebugExit, Ecam, FwCfg, HostBridge, I8042, I8254,
+    I8259, IoApic, Kick, LocalApicConfig, Mc146818, PciBus, PciConfigPorts, Port92, TEST_LINES,
+    TEST_MEMORY_LEN, TestLines, TestMemory, TestPorts, Uart16550,
 };
 use doppel_x86::APIC_BUS_HZ;
 
@@ -23,7 +24,14 @@ use crate::vcpu::Sleepers;
 use crate::virtio::VirtioDevices;
 
 const KEYBOARD_IRQ: u8 = 1;
+const ISA_IRQS: u8 = 16;
 const DEBUG_EXIT: u16 = 0xf4;
+/// QEMU's: pc-testdev's ports, those that decode single bytes, interrupt lines and memory; fw_cfg.
+const TEST_PORTS: u16 = 0xe0;
+const TEST_BYTE_PORTS: u16 = 0xe8;
+const TEST_IRQ_LINES: u16 = 0x2000;
+const TEST_MEMORY: u64 = 0xff00_0000;
+const FW_CFG: u16 = 0x510;
 
 /// What the chips are wired to.
 pub struct PcParts<'a> {
@@ -86,6 +94,9 @@ impl Pc {
         pc.attach_timers(&parts)?;
         pc.attach_serial(&parts)?;
         pc.attach_power(&parts)?;
+        if parts.config.test_devices {
+            pc.attach_test_devices(parts.config)?;
+        }
         let pci = pc.attach_pci(&parts)?;
         pc.virtio = VirtioDevices::plug_in(&pc, &pci, parts.config, parts.ram)?;
         Ok(pc)
@@ -161,11 +172,34 @@ impl Pc {
         self.at_ports(&[(0x60, 1, 0), (0x64, 1, 1)], &i8042)?;
         let port92 = Wired::new(Port92::new(control.clone()), vec![], &self.timers);
         self.at_ports(&[(0x92, 1, 0)], &port92)?;
-        if parts.config.debug_exit {
+        if parts.config.debug_exit || parts.config.test_devices {
             let exit = Wired::new(DebugExit::new(control.clone()), vec![], &self.timers);
             self.at_ports(&[(DEBUG_EXIT, 4, 0)], &exit)?;
         }
         Ok(())
+    }
+
+    /// What test programs that were written for QEMU expect.
+    fn attach_test_devices(&self, config: &MachineConfig) -> Result<(), MachineError> {
+        let ports = Wired::new(TestPorts::default(), vec![], &self.timers);
+        self.at_ports(&[(TEST_PORTS, 4, 0), (TEST_BYTE_PORTS, 4, 0)], &ports)?;
+        let pins = (0..TEST_LINES).map(|n| self.test_pin(n)).collect();
+        let lines = Wired::new(TestLines::default(), pins, &self.timers);
+        self.at_ports(&[(TEST_IRQ_LINES, TEST_LINES.into(), 0)], &lines)?;
+        let fw_cfg = FwCfg::new(config.cpus as u16, config.memory);
+        let fw_cfg = Wired::new(fw_cfg, vec![], &self.timers);
+        self.at_ports(&[(FW_CFG, 2, 0)], &fw_cfg)?;
+        let memory = Wired::new(TestMemory::default(), vec![], &self.timers);
+        let window = Region::new(TEST_MEMORY, TEST_MEMORY_LEN);
+        Ok(self.memory.attach(window, memory)?)
+    }
+
+    /// A pin on an interrupt line of the test device: the ISA interrupts, and the other inputs of the I/O APIC.
+    fn test_pin(&self, line: u32) -> Pin {
+        match u8::try_from(line) {
+            Ok(irq) if irq < ISA_IRQS => self.isa_pin(irq),
+            _ => Line::new(vec![(self.apics.clone(), line)]).pin(),
+        }
     }
 
     fn attach_pci(&self, parts: &PcParts) -> Result<Arc<PciBus>, MachineError> {

@@ -8,6 +8,7 @@ mod apic_bus;
 mod apic_timer;
 mod calendar;
 mod debug_exit;
+mod fw_cfg;
 mod i8042;
 mod i8254;
 mod i8259;
@@ -15,6 +16,7 @@ mod io_apic;
 mod local_apic;
 mod mc146818;
 mod message;
+mod pc_testdev;
 mod pci_host;
 mod port92;
 mod reset_control;
@@ -26,6 +28,7 @@ mod vector_set;
 pub use acpi_pm::{AcpiPm, AcpiPmConfig, PM_TIMER_HZ};
 pub use apic_bus::{ApicBus, CpuApic, Kick};
 pub use debug_exit::DebugExit;
+pub use fw_cfg::FwCfg;
 pub use i8042::I8042;
 pub use i8254::{I8254, PIT_HZ};
 pub use i8259::I8259;
@@ -35,6 +38,9 @@ pub use local_apic::{
 };
 pub use mc146818::{Mc146818, RTC_CENTURY};
 pub use message::{DeliveryMode, Destination, InterruptMessage};
+pub use pc_testdev::{
+    LINES as TEST_LINES, MEMORY as TEST_MEMORY_LEN, TestLines, TestMemory, TestPorts,
+};
 pub use pci_host::{Ecam, HostBridge, PciBus, PciConfigPorts, PciSlotTaken};
 pub use port92::Port92;
 pub use uart16550::Uart16550;

@@ -1,0 +1,113 @@
+//! A program without an operating system finds the devices that test programs for QEMU rely on.
+
+mod support;
+
+use iced_x86::code_asm::*;
+use std::fs;
+use std::process::Command;
+use std::time::Duration;
+use support::{DOPPEL, Finished, Scratch, run};
+
+const LOAD: u32 = 1 << 20;
+const PASSED: u32 = 0x20;
+
+/// A kernel with a PVH entry (Xen, docs/misc/pvh.pandoc), entered in 32-bit protected mode, as an ELF file.
+fn kernel(code: &[u8]) -> Vec<u8> {
+    let mut file = vec![0; 0x200];
+    let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, b"\x7fELF\x02\x01\x01");
+    put(16, &[2, 0, 62, 0, 1]);
+    put(32, &64u64.to_le_bytes());
+    put(54, &[56, 0, 2]);
+    let (len, load) = (code.len() as u64, u64::from(LOAD));
+    // Kind, offset, physical address, bytes in the file and in memory.
+    for (n, (kind, offset, paddr, len)) in [(4u32, 0x100u64, 0, 20), (1, 0x200, load, len)]
+        .into_iter()
+        .enumerate()
+    {
+        let at = 64 + 56 * n;
+        put(at, &kind.to_le_bytes());
+        for (field, value) in [(8, offset), (24, paddr), (32, len), (40, len)] {
+            put(at + field, &value.to_le_bytes());
+        }
+    }
+    put(0x100, &[4, 0, 0, 0, 4, 0, 0, 0, 18, 0, 0, 0]);
+    put(0x10c, b"Xen\0");
+    put(0x110, &LOAD.to_le_bytes());
+    file.extend(code);
+    file
+}
+
+/// Ends with the number of the first thing that is not as it should be.
+fn program(cpus: u8) -> Result<Vec<u8>, IcedError> {
+    let mut a = CodeAssembler::new(32)?;
+    let mut end = a.create_label();
+    let step = |a: &mut CodeAssembler, n: u32| a.mov(ebx, n);
+    let output = |a: &mut CodeAssembler, port: u32| a.mov(edx, port);
+
+    step(&mut a, 1)?; // fw_cfg: the signature, selected at reset
+    output(&mut a, 0x511)?;
+    for letter in b"QEMU" {
+        a.in_(al, dx)?;
+        a.cmp(al, i32::from(*letter))?;
+        a.jne(end)?;
+    }
+    step(&mut a, 2)?; // fw_cfg: the number of processors
+    output(&mut a, 0x510)?;
+    a.mov(eax, 5)?;
+    a.out(dx, ax)?;
+    a.inc(edx)?;
+    a.in_(al, dx)?;
+    a.cmp(al, i32::from(cpus))?;
+    a.jne(end)?;
+    step(&mut a, 3)?; // the storage behind the ports
+    output(&mut a, 0xe0)?;
+    a.mov(eax, 0x1234_5678)?;
+    a.out(dx, eax)?;
+    output(&mut a, 0xe9)?;
+    a.in_(al, dx)?;
+    a.cmp(al, 0x56)?;
+    a.jne(end)?;
+    step(&mut a, 4)?; // the memory
+    a.mov(esi, 0xff00_fff8u32)?;
+    a.mov(dword_ptr(esi), 0x1122_3344)?;
+    a.cmp(byte_ptr(esi + 1), 0x33)?;
+    a.jne(end)?;
+    for (n, (level, expected)) in [(0, 0), (1, 0x20)].into_iter().enumerate() {
+        step(&mut a, 5 + n as u32)?; // interrupt line 5, as the 8259's request register sees it
+        output(&mut a, 0x2005)?;
+        a.mov(eax, level)?;
+        a.out(dx, al)?;
+        a.mov(eax, 0x0a)?;
+        a.out(0x20, al)?;
+        a.in_(al, 0x20)?;
+        a.and(al, 0x20)?;
+        a.cmp(al, expected)?;
+        a.jne(end)?;
+    }
+    step(&mut a, PASSED)?;
+    a.set_label(&mut end)?;
+    a.mov(eax, ebx)?;
+    output(&mut a, 0xf4)?;
+    a.out(dx, eax)?;
+    a.hlt()?;
+    a.assemble(LOAD.into())
+}
+
+fn execute(flags: &[&str]) -> Finished {
+    let scratch = Scratch::new();
+    let path = scratch.path("kernel");
+    fs::write(&path, kernel(&program(2).unwrap())).unwrap();
+    let mut command = Command::new(DOPPEL);
+    command.args(["run", "--memory", "16M", "--net", "none", "--cpus", "2"]);
+    command.args(["--engine", "translate"]);
+    command.arg("--kernel").arg(&path).args(flags);
+    run(&mut command, Duration::from_secs(20))
+}
+
+#[test]
+fn they_are_there_when_asked_for_and_not_otherwise() {
+    let status = |value: u32| (value as i32) << 1 | 1;
+    execute(&["--test-devices"]).expect(status(PASSED));
+    execute(&["--debug-exit"]).expect(status(1));
+}
