@@ -66,12 +66,15 @@ pub struct Run {
     /// Whether a thread asks the host for memory that the guest is likely to touch next: on or off.
     #[arg(long, value_name = "on|off", default_value = "on", action = ArgAction::Set, value_parser = on_or_off)]
     pub memory_ahead: bool,
-    /// Kernel: a bzImage, or an ELF file with a PVH entry. Without one and without a disk, the default guest.
+    /// Kernel: a bzImage, an ELF file with a PVH entry, or one with a Multiboot header. Without one and without a disk, the default guest.
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
     /// Initial RAM disk; without --kernel it takes the place of the disk's or the default guest's.
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
+    /// A module for a kernel that takes them (PVH, Multiboot), after the initial RAM disk, with its command line: "FILE[ WORDS]".
+    #[arg(long, value_name = "FILE[ WORDS]", value_parser = module)]
+    pub module: Vec<(PathBuf, String)>,
     /// The kernel's command line: "console=ttyS0" unless given, or what the disk says.
     #[arg(long, value_name = "STRING")]
     pub cmdline: Option<String>,
@@ -233,6 +236,14 @@ impl Run {
             true => Serial::None,
             false => Serial::Stdio,
         })
+    }
+}
+
+fn module(text: &str) -> Result<(PathBuf, String), String> {
+    let (file, words) = text.split_once(' ').unwrap_or((text, ""));
+    match file {
+        "" => Err("it begins with the name of a file".to_owned()),
+        _ => Ok((file.into(), words.trim().to_owned())),
     }
 }
 

@@ -51,7 +51,8 @@ pub fn run_observed(
     profile: Option<Arc<Profile>>,
     limit: Option<Duration>,
 ) -> Result<u8> {
-    for file in [&args.kernel, &args.initrd].into_iter().flatten() {
+    let modules = args.module.iter().map(|(file, _)| file);
+    for file in args.kernel.iter().chain(&args.initrd).chain(modules) {
         check_readable(file)?;
     }
     size::check(args.memory, size::of_host())?;
@@ -223,6 +224,7 @@ fn configuration(
         memory_backing: domain::backing(args),
         memory_ahead: args.memory_ahead,
         initrd: boot.initrd,
+        modules: args.module.clone(),
         cmdline: format!("{} {}", boot.cmdline, args.append)
             .trim()
             .to_owned(),

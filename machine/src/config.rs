@@ -29,6 +29,8 @@ pub struct MachineConfig {
     pub kernel: KernelSource,
     /// Initial RAM disk; takes the place of the one on a boot disk.
     pub initrd: Option<PathBuf>,
+    /// Modules with their command lines, for kernels that take them (PVH, Multiboot).
+    pub modules: Vec<(PathBuf, String)>,
     /// Kernel command line; with a boot disk, what is added to the one that it has.
     pub cmdline: String,
     /// The other end of COM1.
@@ -64,6 +66,7 @@ impl MachineConfig {
             memory_ahead: true,
             kernel: kernel.into(),
             initrd: None,
+            modules: Vec::new(),
             cmdline: String::new(),
             serial: SerialBackend::none(),
             devices: Vec::new(),

@@ -1,5 +1,6 @@
 //! One boot of a machine: everything that a power-on makes new, and the threads that run it.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::{self, Scope, ScopedJoinHandle};
 
@@ -148,13 +149,15 @@ fn boot_source(config: &MachineConfig) -> Result<BootSource, BootError> {
     let source = match &config.kernel {
         KernelSource::File(path) => BootSource {
             kernel: path.into(),
-            initrd: None,
             cmdline: config.cmdline.clone(),
+            ..BootSource::default()
         },
         KernelSource::Disk(disk) => disk.read(config.memory, &config.cmdline)?,
     };
     let given = config.initrd.as_ref().map(BootFile::from);
+    let module = |(file, cmdline): &(PathBuf, String)| (file.into(), cmdline.clone());
     Ok(BootSource {
+        modules: config.modules.iter().map(module).collect(),
         initrd: given.or(source.initrd),
         ..source
     })

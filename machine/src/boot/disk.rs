@@ -61,6 +61,7 @@ impl BootDisk {
                 .map(|bytes| BootFile::Memory(name("initial RAM disk"), bytes)),
             kernel: BootFile::Memory(name(&found.place), found.kernel),
             cmdline: join(&cmdline, append),
+            ..BootSource::default()
         })
     }
 }

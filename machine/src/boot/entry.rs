@@ -16,6 +16,9 @@ const CODE_SELECTOR: u16 = 0x10;
 const DATA_SELECTOR: u16 = 0x18;
 const TSS_SELECTOR: u16 = 0x20;
 
+/// What EAX says: the kernel was loaded by Multiboot.
+const MULTIBOOT_LOADER: u64 = 0x2bad_b002;
+
 const FLAT_LIMIT: u32 = u32::MAX;
 const CODE64: u32 = 0xa09b;
 const CODE32: u32 = 0xc09b;
@@ -39,6 +42,13 @@ pub enum Entry {
         /// Address of `boot_params`.
         params: u32,
     },
+    /// Multiboot 1: 32-bit protected mode, paging off, EAX tells so, EBX points to the information.
+    Multiboot {
+        /// First instruction.
+        eip: u32,
+        /// Address of the information structure.
+        info: u32,
+    },
     /// Xen PVH: 32-bit protected mode, paging off, EBX points to the start info.
     Pvh {
         /// First instruction.
@@ -54,7 +64,7 @@ impl Entry {
         place(ram, GDT_AT, &self.gdt())?;
         match self {
             Entry::Linux64 { .. } => place_identity_map(ram),
-            Entry::Linux32 { .. } | Entry::Pvh { .. } => Ok(()),
+            _ => Ok(()),
         }
     }
 
@@ -74,6 +84,10 @@ impl Entry {
                 cpu.gpr[Gpr::Rsi as usize] = params;
             }
             Entry::Linux32 { eip, params } => enter_protected(cpu, eip, Gpr::Rsi, params),
+            Entry::Multiboot { eip, info } => {
+                enter_protected(cpu, eip, Gpr::Rbx, info);
+                cpu.gpr[Gpr::Rax as usize] = MULTIBOOT_LOADER;
+            }
             Entry::Pvh { eip, start_info } => enter_protected(cpu, eip, Gpr::Rbx, start_info),
         }
         cpu.flush_tlb(true);
@@ -105,7 +119,7 @@ impl Entry {
     fn code(&self) -> u32 {
         match self {
             Entry::Linux64 { .. } => CODE64,
-            Entry::Linux32 { .. } | Entry::Pvh { .. } => CODE32,
+            _ => CODE32,
         }
     }
 

@@ -1,13 +1,15 @@
 //! Boot: a kernel, its initial RAM disk and its command line, placed in guest RAM as a boot loader would.
 //!
-//! Two protocols: the Linux boot protocol of a bzImage by its 64-bit or 32-bit entry ([`bzimage`]) and the Xen PVH protocol of an
-//! ELF kernel ([`pvh`]). Both need the same memory map and the same low-memory tables ([`params`]) and end
+//! Three protocols: the Linux boot protocol of a bzImage by its 64-bit or 32-bit entry ([`bzimage`]), the Xen PVH protocol of an
+//! ELF kernel ([`pvh`]), and Multiboot 1 ([`multiboot`]). All need the same memory map and the same low-memory tables ([`params`]) and end
 //! in a CPU state ([`Entry`]). Every problem with a file is a [`BootError`] that names the file.
 
 mod bzimage;
 mod disk;
+mod elf;
 mod entry;
 mod image;
+mod multiboot;
 mod params;
 mod pvh;
 
@@ -37,7 +39,7 @@ pub enum BootError {
     #[error("{}: not a regular file", .0.display())]
     NotAFile(PathBuf),
     /// Neither a bzImage nor an ELF file.
-    #[error("{}: not a kernel: neither a bzImage (such as /boot/vmlinuz-*) nor an ELF file (vmlinux)", .0.display())]
+    #[error("{}: not a kernel: neither a bzImage (such as /boot/vmlinuz-*) nor an ELF file (vmlinux), nor one with a Multiboot header", .0.display())]
     NotAKernel(PathBuf),
     /// The file ends before what its headers promise.
     #[error("{}: the file is truncated; copy it anew", .0.display())]
@@ -82,6 +84,9 @@ pub enum BootError {
         /// What the kernel accepts.
         max: usize,
     },
+    /// More modules than their list has room for.
+    #[error("a kernel takes {0} modules at most, the initial RAM disk counted")]
+    TooManyModules(usize),
     /// The command line holds a NUL byte.
     #[error("the kernel command line contains a NUL byte")]
     CmdlineNul,
@@ -100,6 +105,8 @@ pub struct BootSource {
     pub kernel: BootFile,
     /// Initial RAM disk, passed as it is.
     pub initrd: Option<BootFile>,
+    /// More modules, each with its command line, for kernels that take them.
+    pub modules: Vec<(BootFile, String)>,
     /// Kernel command line.
     pub cmdline: String,
 }
@@ -111,20 +118,32 @@ pub type RsdpAddress = u64;
 pub fn load(ram: &GuestRam, source: &BootSource, rsdp: RsdpAddress) -> Result<Entry, BootError> {
     let kernel = Image::open(&source.kernel)?;
     let initrd = source.initrd.as_ref().map(Image::open).transpose()?;
+    let modules = source.modules.iter().map(|(file, cmdline)| {
+        let image = Image::open(file)?;
+        Ok((image, cmdline.as_bytes()))
+    });
+    let modules = modules.collect::<Result<Vec<_>, BootError>>()?;
     let cmdline = source.cmdline.as_bytes();
-    if cmdline.contains(&0) {
+    let texts = modules.iter().map(|(_, cmdline)| *cmdline);
+    if texts.chain([cmdline]).any(|text| text.contains(&0)) {
         return Err(BootError::CmdlineNul);
     }
     let boot = Boot {
         ram,
         kernel: &kernel,
         initrd: initrd.as_ref(),
+        modules: &modules,
         cmdline,
         rsdp,
     };
     match kind(&kernel)? {
+        Kind::BzImage if !modules.is_empty() => Err(BootError::Unsupported {
+            path: kernel.path().to_owned(),
+            what: "Linux takes an initial RAM disk (--initrd) and no modules".into(),
+        }),
         Kind::BzImage => bzimage::load(&boot),
         Kind::Elf => pvh::load(&boot),
+        Kind::Multiboot(header) => multiboot::load(&boot, &header),
     }
 }
 
@@ -133,6 +152,7 @@ pub(crate) struct Boot<'a> {
     pub ram: &'a GuestRam,
     pub kernel: &'a Image<'a>,
     pub initrd: Option<&'a Image<'a>>,
+    pub modules: &'a [(Image<'a>, &'a [u8])],
     pub cmdline: &'a [u8],
     pub rsdp: RsdpAddress,
 }
@@ -140,9 +160,13 @@ pub(crate) struct Boot<'a> {
 enum Kind {
     BzImage,
     Elf,
+    Multiboot(multiboot::Header),
 }
 
 fn kind(kernel: &Image) -> Result<Kind, BootError> {
+    if let Some(header) = multiboot::header(kernel)? {
+        return Ok(Kind::Multiboot(header));
+    }
     let mut magic = [0; 4];
     if kernel.read_at(0, &mut magic).is_ok() && magic == *b"\x7fELF" {
         return Ok(Kind::Elf);

@@ -5,16 +5,17 @@
 //! | at | what |
 //! |---|---|
 //! | 0x5000 | GDT |
-//! | 0x6000 | PVH start info, then its memory map and module list |
+//! | 0x6000 | PVH start info or Multiboot information, at 0x6200 its memory map, at 0x6800 its module list |
 //! | 0x7000 | `boot_params` (the zero page) |
 //! | 0x9000 | page tables that map the first 4 GiB to themselves |
 //! | 0x20000 | command line |
+//! | 0x30000 | command lines of modules |
 
 use std::ops::Range;
 
 use doppel_memory::{GuestRam, PAGE_MASK, PAGE_SIZE};
 
-use super::image::place;
+use super::image::{Image, place};
 use super::{Boot, BootError};
 use crate::layout;
 
@@ -22,6 +23,14 @@ use crate::layout;
 pub const CMDLINE_AT: u64 = 0x2_0000;
 /// Room for it, with its NUL.
 pub const CMDLINE_ROOM: usize = 0x1_0000;
+/// Command lines of modules, which have as much room together.
+const MODULE_CMDLINES_AT: u64 = CMDLINE_AT + CMDLINE_ROOM as u64;
+/// What PVH and Multiboot pass, each with structures of its own.
+pub const START_INFO_AT: u64 = 0x6000;
+pub const MEMMAP_AT: u64 = 0x6200;
+pub const MODULES_AT: u64 = 0x6800;
+/// So many have room in the list.
+pub const MOST_MODULES: usize = 32;
 
 /// Kinds of memory, with the numbers that e820 and PVH share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,8 +91,7 @@ pub fn place_cmdline(boot: &Boot, max: usize) -> Result<(), BootError> {
         let len = boot.cmdline.len();
         return Err(BootError::CmdlineTooLong { len, max });
     }
-    place(boot.ram, CMDLINE_AT, boot.cmdline)?;
-    place(boot.ram, CMDLINE_AT + boot.cmdline.len() as u64, &[0])
+    place_text(boot.ram, CMDLINE_AT, boot.cmdline)
 }
 
 /// End of the RAM below 4 GiB.
@@ -97,17 +105,74 @@ pub fn place_initrd(boot: &Boot, kernel: &Range<u64>, limit: u64) -> Result<Rang
     let Some(initrd) = boot.initrd else {
         return Ok(0..0);
     };
-    let top = low_end(boot.ram).min(limit);
+    place_high(boot, initrd, kernel, low_end(boot.ram).min(limit))
+}
+
+fn place_high(
+    boot: &Boot,
+    image: &Image,
+    kernel: &Range<u64>,
+    top: u64,
+) -> Result<Range<u64>, BootError> {
     let at = top
-        .checked_sub(initrd.len())
+        .checked_sub(image.len())
         .map(|at| at & !PAGE_MASK)
         .filter(|&at| at >= kernel.end)
         .ok_or_else(|| BootError::TooBig {
-            path: initrd.path().to_owned(),
-            need_mib: mib(kernel.end.saturating_add(initrd.len()) + PAGE_SIZE),
+            path: image.path().to_owned(),
+            need_mib: mib(kernel.end.saturating_add(image.len()) + PAGE_SIZE),
         })?;
-    initrd.copy_to(boot.ram, 0, at, initrd.len())?;
-    Ok(at..at + initrd.len())
+    image.copy_to(boot.ram, 0, at, image.len())?;
+    Ok(at..at + image.len())
+}
+
+/// A module in guest RAM.
+pub struct Placed {
+    /// Where it is.
+    pub range: Range<u64>,
+    /// Address of its command line; 0 where it has none.
+    pub cmdline: u64,
+}
+
+/// Copies the initial RAM disk and the modules to the highest pages below 4 GiB that leave `kernel` alone, the first one highest, and
+/// their command lines, which `text` makes.
+pub fn place_modules(
+    boot: &Boot,
+    kernel: &Range<u64>,
+    text: impl Fn(&Image, &[u8]) -> Vec<u8>,
+) -> Result<Vec<Placed>, BootError> {
+    let initrd = boot.initrd.map(|image| (image, &b""[..]));
+    let given = boot
+        .modules
+        .iter()
+        .map(|(image, cmdline)| (image, *cmdline));
+    let (mut limit, mut text_at) = (low_end(boot.ram), MODULE_CMDLINES_AT);
+    let mut placed = Vec::new();
+    for (image, cmdline) in initrd.into_iter().chain(given) {
+        if placed.len() == MOST_MODULES {
+            return Err(BootError::TooManyModules(MOST_MODULES));
+        }
+        let range = place_high(boot, image, kernel, limit)?;
+        limit = range.start;
+        let text = text(image, cmdline);
+        let cmdline = if text.is_empty() { 0 } else { text_at };
+        if !text.is_empty() {
+            let (len, max) = (text.len(), CMDLINE_ROOM - 1);
+            if text_at + len as u64 > MODULE_CMDLINES_AT + max as u64 {
+                return Err(BootError::CmdlineTooLong { len, max });
+            }
+            place_text(boot.ram, text_at, &text)?;
+            text_at += len as u64 + 1;
+        }
+        placed.push(Placed { range, cmdline });
+    }
+    Ok(placed)
+}
+
+/// Writes a text with its NUL.
+pub fn place_text(ram: &GuestRam, at: u64, text: &[u8]) -> Result<(), BootError> {
+    place(ram, at, text)?;
+    place(ram, at + text.len() as u64, &[0])
 }
 
 /// Bytes as MiB, rounded up.

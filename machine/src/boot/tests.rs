@@ -95,6 +95,7 @@ fn boot(ram: &GuestRam, kernel: &[u8], initrd: Option<&[u8]>) -> Result<Entry, B
         kernel: (&kernel.0).into(),
         initrd: initrd.as_ref().map(|f| (&f.0).into()),
         cmdline: "console=ttyS0".into(),
+        ..BootSource::default()
     };
     load(ram, &source, 0xe0000)
 }
@@ -108,6 +109,7 @@ fn files_in_memory_are_loaded_like_files_of_the_host() {
             kernel,
             initrd: Some(initrd),
             cmdline: "console=ttyS0".into(),
+            ..BootSource::default()
         };
         let entry = load(&ram, &source, 0xe0000).unwrap();
         let bytes = bytes(&ram, MIB, 63 * MIB);
@@ -308,7 +310,7 @@ fn elf_files_that_cannot_be_entered_are_refused() {
         error(&b)
     };
     let segment = 64 + 56;
-    assert!(with(18, &[3]).contains("not one for x86-64"));
+    assert!(with(18, &[3]).contains("it is an ELF file, but not one for x86"));
     assert!(with(0x120, b"Xen!").contains("without a PVH entry"));
     assert!(with(0x124, &[0; 4]).contains("outside"));
     assert!(with(segment + 24, &[0; 8]).contains("impossible address"));
@@ -350,4 +352,131 @@ fn damaged_headers_never_panic() {
         }
     }
     assert!(loaded > 50 && refused > 50, "{loaded} {refused}");
+}
+
+/// A 32-bit ELF file with a Multiboot header at its beginning; `flags` of the header and `addresses` as the header says them.
+fn multiboot(flags: u32, addresses: [u32; 5]) -> Vec<u8> {
+    let mut b = vec![0; 0x100];
+    put(&mut b, 0, b"\x7fELF\x01\x01\x01");
+    put(&mut b, 18, &3u16.to_le_bytes());
+    put(&mut b, 24, &0xc000_0010u32.to_le_bytes());
+    put(&mut b, 28, &52u32.to_le_bytes());
+    put(&mut b, 42, &[32, 0, 1]);
+    let segment = [
+        1,
+        0x100,
+        0xc000_0000,
+        LOAD as u32,
+        PAYLOAD as u32,
+        MIB as u32,
+    ];
+    for (n, field) in segment.into_iter().enumerate() {
+        put(&mut b, 52 + 4 * n, &field.to_le_bytes());
+    }
+    let sum = 0u32.wrapping_sub(0x1bad_b002u32.wrapping_add(flags));
+    for (n, field) in [0x1bad_b002, flags, sum]
+        .into_iter()
+        .chain(addresses)
+        .enumerate()
+    {
+        put(&mut b, 0x80 + 4 * n, &field.to_le_bytes());
+    }
+    b.extend((0..PAYLOAD).map(|i| i as u8));
+    b
+}
+
+fn boot_with_modules(ram: &GuestRam, kernel: &[u8], count: usize) -> Result<Entry, BootError> {
+    let (kernel, initrd, module) = (
+        TempFile::new(kernel),
+        TempFile::new(b"one"),
+        TempFile::new(b"two"),
+    );
+    let source = BootSource {
+        kernel: (&kernel.0).into(),
+        initrd: Some((&initrd.0).into()),
+        modules: vec![((&module.0).into(), "quiet".into()); count],
+        cmdline: "console=ttyS0".into(),
+    };
+    load(ram, &source, 0xe0000)
+}
+
+fn text(ram: &GuestRam, at: u32) -> String {
+    let bytes = (u64::from(at)..).map(|gpa| ram.load::<u8>(gpa).unwrap());
+    String::from_utf8(bytes.take_while(|b| *b != 0).collect()).unwrap()
+}
+
+#[test]
+fn a_multiboot_kernel_gets_its_modules_and_the_memory_map() {
+    let ram = GuestRam::new(64 * MIB).unwrap();
+    let entry = boot_with_modules(&ram, &multiboot(3, [0; 5]), 1).unwrap();
+    let (eip, info) = match entry {
+        Entry::Multiboot { eip, info } => (eip, u64::from(info)),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(eip, LOAD as u32 + 0x10, "a virtual address in the file");
+    assert_eq!(ram.load::<u8>(LOAD + 7), Some(7));
+    let word = |at: u64| ram.load::<u32>(at).unwrap();
+    assert_eq!(
+        word(info) & 0x4d,
+        0x4d,
+        "memory, command line, modules, map"
+    );
+    assert_eq!(word(info + 8), 63 << 10, "KiB above the first MiB");
+    assert!(text(&ram, word(info + 16)).ends_with(" console=ttyS0"));
+    assert_eq!(word(info + 20), 2);
+    let list = u64::from(word(info + 24));
+    for (n, (content, ending)) in [("one", ""), ("two", " quiet")].into_iter().enumerate() {
+        let at = list + 16 * n as u64;
+        let (start, end) = (word(at), word(at + 4));
+        assert_eq!(end - start, 3);
+        assert_eq!(start % 4096, 0);
+        let found: Vec<u8> = (start..end)
+            .map(|gpa| ram.load(gpa.into()).unwrap())
+            .collect();
+        assert_eq!(found, content.as_bytes());
+        assert!(text(&ram, word(at + 8)).ends_with(ending));
+    }
+    let (len, map) = (u64::from(word(info + 44)), u64::from(word(info + 48)));
+    let usable = (map..map + len).step_by(24).filter(|at| word(at + 20) == 1);
+    let bytes: u64 = usable.map(|at| ram.load::<u64>(at + 12).unwrap()).sum();
+    assert!(bytes > 62 * MIB && bytes < 64 * MIB, "{bytes:#x}");
+    let mut cpu = doppel_x86::Cpu::new(0, std::sync::Arc::new(ram));
+    entry.apply(&mut cpu);
+    assert_eq!((cpu.gpr[0], cpu.gpr[3]), (0x2bad_b002, info));
+}
+
+#[test]
+fn the_addresses_of_a_multiboot_header_place_the_file() {
+    let ram = GuestRam::new(64 * MIB).unwrap();
+    let base = 0x20_0000;
+    let addresses = [base + 0x80, base, 0, base + 0x10_0000, base + 0x100];
+    let entry = boot(&ram, &multiboot(1 << 16, addresses), None).unwrap();
+    assert!(matches!(entry, Entry::Multiboot { eip, .. } if eip == base + 0x100));
+    assert_eq!(ram.load::<u32>(u64::from(base) + 0x80), Some(0x1bad_b002));
+    assert_eq!(ram.load::<u8>(u64::from(base) + 0x105), Some(5));
+    for bad in [
+        [base, base + 1, 0, 0, base],
+        [base + 0x90, base, 0, 0, base],
+        [base + 0x80, base, base - 1, 0, base],
+        [base + 0x80, base, 0, 0, base - 1],
+        [0x9_0080, 0x9_0000, 0, 0, 0x9_0000],
+    ] {
+        let e = boot(&ram, &multiboot(1 << 16, bad), None).unwrap_err();
+        assert!(matches!(e, BootError::Damaged { .. }), "{bad:x?}: {e}");
+    }
+    let far = [base + 0x80, base, 0, 0x7000_0000, base];
+    let e = boot(&ram, &multiboot(1 << 16, far), None).unwrap_err();
+    assert!(matches!(e, BootError::TooBig { .. }), "{e}");
+}
+
+#[test]
+fn modules_are_bounded_and_not_for_linux() {
+    let ram = GuestRam::new(64 * MIB).unwrap();
+    let e = boot_with_modules(&ram, &multiboot(0, [0; 5]), 32).unwrap_err();
+    assert!(matches!(e, BootError::TooManyModules(32)), "{e}");
+    let e = boot_with_modules(&ram, &bzimage(), 1).unwrap_err();
+    assert!(matches!(e, BootError::Unsupported { .. }), "{e}");
+    let e = boot(&ram, &multiboot(1 << 3, [0; 5]), None).unwrap_err();
+    assert!(matches!(e, BootError::Unsupported { .. }), "{e}");
+    assert!(boot_with_modules(&ram, &elf(), 31).is_ok());
 }
