@@ -92,6 +92,12 @@ pub struct Run {
     /// How the guest reaches its virtio devices: pci, or mmio for a guest without PCI.
     #[arg(long, value_name = "HOW", default_value = "pci", value_parser = parse_transport)]
     pub virtio: VirtioTransport,
+    /// Whether the monitor gives up, before the guest starts, what it does not need of the host: on or off.
+    #[arg(long, value_name = "on|off", default_value = "on", action = ArgAction::Set, value_parser = on_or_off)]
+    pub sandbox: bool,
+    /// Enter the sandbox that the other options ask for, say what is in force there, and end.
+    #[arg(long)]
+    pub print_sandbox: bool,
     /// End (with status 0) when the guest asks for a reboot, instead of rebooting it.
     #[arg(long)]
     pub no_reboot: bool,

@@ -166,6 +166,14 @@ impl Devices {
         })
     }
 
+    /// The network cards among them.
+    pub fn cards(&self) -> impl Iterator<Item = &NetConfig> {
+        self.0.iter().filter_map(|device| match device {
+            Device::Net(config) => Some(config),
+            _ => None,
+        })
+    }
+
     /// The consoles among them.
     pub fn consoles(&self) -> impl Iterator<Item = &ConsoleSpec> {
         self.0.iter().filter_map(|device| match device {

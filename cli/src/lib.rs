@@ -8,6 +8,7 @@ pub mod explain;
 pub mod guest;
 pub mod image;
 pub mod run;
+pub mod sandbox;
 pub mod signals;
 pub mod size;
 pub mod terminal;

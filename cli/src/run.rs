@@ -5,6 +5,7 @@ use crate::devices::{ConsoleSpec, Opened, VsockSpec};
 use crate::domain::{self, Domain};
 use crate::explain;
 use crate::guest;
+use crate::sandbox;
 use crate::signals::Signals;
 use crate::size;
 use crate::terminal::console::Console;
@@ -51,6 +52,9 @@ pub fn run_observed(
     profile: Option<Arc<Profile>>,
     limit: Option<Duration>,
 ) -> Result<u8> {
+    if args.print_sandbox {
+        return sandbox::print(args);
+    }
     let modules = args.module.iter().map(|(file, _)| file);
     for file in args.kernel.iter().chain(&args.initrd).chain(modules) {
         check_readable(file)?;
@@ -63,11 +67,12 @@ pub fn run_observed(
     let shares = open_shares(args)?;
     let boot = Boot::choose(args, &disks)?;
     let signals = Signals::block()?;
+    let perf_map = explain::perf_map(args)?.map(Arc::new);
+    if args.sandbox {
+        sandbox::enter(args, &boot.files())?;
+    }
     let lines = Lines::open(args)?;
-    let observers = Observers {
-        profile,
-        perf_map: explain::perf_map(args)?.map(Arc::new),
-    };
+    let observers = Observers { profile, perf_map };
     let config = MachineConfig {
         observers,
         ..configuration(args, boot, (&disks, &shares), &lines)?
@@ -139,6 +144,15 @@ struct Boot {
 }
 
 impl Boot {
+    /// The host's files that it is read from.
+    fn files(&self) -> Vec<PathBuf> {
+        let kernel = match &self.kernel {
+            KernelSource::File(path) => Some(path.clone()),
+            KernelSource::Disk(_) => None,
+        };
+        kernel.into_iter().chain(self.initrd.clone()).collect()
+    }
+
     fn choose(args: &Run, disks: &[Arc<dyn BlockBackend>]) -> Result<Boot> {
         let given = args.cmdline.clone();
         if let Some(kernel) = &args.kernel {

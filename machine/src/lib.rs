@@ -48,6 +48,7 @@ pub use doppel_bootdisk as bootdisk;
 pub use doppel_device::{Backed, CharSink, CharSource, InputQueue, OutputQueue};
 pub use doppel_direct::DirectOptions;
 pub use doppel_memory::Backing;
+pub use doppel_net as net;
 pub use doppel_net::NetConfig;
 pub use doppel_share as share;
 pub use doppel_translate::{Switch, TranslateOptions, explain};

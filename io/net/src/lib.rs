@@ -20,6 +20,6 @@ pub use link::{
 };
 pub use options::{NetConfig, NetError, Network};
 pub use port::Port;
-pub use switch::{Switch, SwitchError};
+pub use switch::{Switch, SwitchError, switch_root};
 pub use tap_unsafe::{Tap, TapError};
 pub use user::{Forward, ForwardError, GUEST, Transport, UserConfig, UserError, UserNetwork};

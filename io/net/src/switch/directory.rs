@@ -107,13 +107,19 @@ fn hash(name: &str) -> u16 {
     (hash >> 16) as u16 ^ hash as u16
 }
 
-/// `$XDG_RUNTIME_DIR/doppel/switch/NAME`, or below `/tmp/doppel-UID`.
-fn folder(name: &str) -> Result<PathBuf, SwitchError> {
+/// Where all switches of this user are: `$XDG_RUNTIME_DIR/doppel`, or `/tmp/doppel-UID`.
+#[must_use]
+pub fn switch_root() -> PathBuf {
     let runtime = std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty());
-    let root = match runtime {
+    match runtime {
         Some(dir) => Path::new(&dir).join("doppel"),
         None => format!("/tmp/doppel-{}", rustix::process::geteuid().as_raw()).into(),
-    };
+    }
+}
+
+/// `switch/NAME` there.
+fn folder(name: &str) -> Result<PathBuf, SwitchError> {
+    let root = switch_root();
     let switches = root.join("switch");
     let folder = switches.join(name);
     for folder in [&root, &switches, &folder] {

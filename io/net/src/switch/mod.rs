@@ -25,7 +25,7 @@ use crate::finish::finish;
 use crate::header::HEADER;
 use crate::link::{Accepts, FRAME_MAX, Link, Offload, Received, Sent, Sink};
 use directory::Place;
-pub use directory::SwitchError;
+pub use directory::{SwitchError, switch_root};
 
 /// The sender's number, then what is left undone.
 const PREFIX: usize = 2 + HEADER;
