@@ -180,6 +180,24 @@ fn statistics_are_written() {
 }
 
 #[test]
+fn a_long_computation_is_executed_directly_and_statistics_say_so() {
+    let scratch = Scratch::new();
+    let program = support::program("computation", &[]);
+    let share = |engine: &str| {
+        let path = scratch.path(engine);
+        let boot = Boot::script(CLOUD, "/doppel/computation")
+            .file("doppel/computation", 0o755, &program)
+            .flag(&format!("--stats {}", path.display()));
+        boot.doppel(engine, MINUTE).expect(support::PASSED);
+        let stats: serde_json::Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+        stats["user_direct_share"].as_f64()
+    };
+    let direct = share("direct").expect("user code was interrupted");
+    assert!((0.8..=1.0).contains(&direct), "{direct}");
+    assert_eq!(share("translate"), None, "nobody counts");
+}
+
+#[test]
 fn the_serial_port_can_lead_to_a_file() {
     let scratch = Scratch::new();
     let path = scratch.path("console");

@@ -33,6 +33,9 @@ pub struct Stats {
     pub exits: Exits,
     /// What the engine counted.
     pub counters: EngineStats,
+    /// Of the interruptions that found user code, the share (0 to 1) that found it in the processor itself, not translated (docs/direct.md); `None`
+    /// where nobody counted any.
+    pub user_direct_share: Option<f64>,
     /// What each disk counted.
     pub disk: Vec<DiskStats>,
     /// What each network card counted.
@@ -155,6 +158,7 @@ impl Stats {
         for (name, n) in counters {
             *self.counters.entry(name).or_default() += n;
         }
+        self.user_direct_share = direct_share(&self.counters);
         self.exits.add(bus, run);
         self.seconds.guest += seconds(time.running.saturating_sub(bus.time));
         self.seconds.devices += seconds(bus.time);
@@ -240,6 +244,13 @@ impl Exits {
     }
 }
 
+/// Interruptions are samples of where user code spends its time.
+fn direct_share(counters: &EngineStats) -> Option<f64> {
+    let direct = *counters.get("user_interruptions_direct")?;
+    let all = direct + counters.get("user_interruptions_translated")?;
+    (all > 0).then(|| direct as f64 / all as f64)
+}
+
 /// For people and scripts: microseconds are enough.
 pub fn seconds(d: Duration) -> f64 {
     d.as_micros() as f64 / 1e6
@@ -269,5 +280,24 @@ mod tests {
         assert_eq!(stats.exits.port_read, 4);
         let s = stats.seconds;
         assert_eq!((s.guest, s.devices, s.halted), (1.5, 0.5, 6.0));
+    }
+
+    #[test]
+    fn the_share_of_direct_execution_is_that_of_all_vcpus() {
+        let mut stats = Stats::default();
+        let mut add = |direct, translated| {
+            let counters = EngineStats::from([
+                ("user_interruptions_direct", direct),
+                ("user_interruptions_translated", translated),
+            ]);
+            let (bus, run) = (BusExits::default(), RunExits::default());
+            stats.add_vcpu(&counters, &bus, &run, &VcpuTime::default());
+            stats.user_direct_share
+        };
+        assert_eq!(add(0, 0), None, "nothing was found");
+        assert_eq!(add(3, 1), Some(0.75));
+        assert_eq!(add(9, 3), Some(0.75));
+        assert_eq!(add(0, 16), Some(0.375));
+        assert_eq!(Stats::default().user_direct_share, None);
     }
 }

@@ -82,6 +82,8 @@ struct Counts {
     opened: u64,
     closed: u64,
     emptied: u64,
+    /// Interruptions that found user code in a child, and translated.
+    found: [u64; 2],
 }
 
 /// How user code is executed directly.
@@ -113,6 +115,8 @@ pub struct Direct {
     /// An access that the guest's kernel has to see to first: which address space, where, what.
     missed: Option<(u64, u64, AccessKind)>,
     pin: Pin,
+    /// A child was kicked while it ran, and the engine has not heard of it yet.
+    kicked: bool,
     /// Children that could not be had.
     failures: u32,
     counts: Counts,
@@ -142,6 +146,7 @@ impl Direct {
             ambition: MAPPINGS.0,
             missed: None,
             pin: Pin::default(),
+            kicked: false,
             failures: 0,
             counts: Counts::default(),
             tsc_hz: cpu.tsc_hz,
@@ -219,6 +224,7 @@ impl Direct {
         match stop {
             Stop::Kicked => {
                 self.counts.calls += 1;
+                self.kicked = true;
                 Some(Left::Called)
             }
             Stop::SystemCall(_) => {
@@ -557,6 +563,8 @@ impl Space {
 impl UserCode for Direct {
     fn interrupted(&mut self, cpu: &Cpu, entries: u64) -> bool {
         self.pin.tick();
+        let translated = !std::mem::take(&mut self.kicked);
+        self.counts.found[usize::from(translated)] += 1;
         let look = Look {
             root: root(cpu),
             tsc: host_tsc(),
@@ -577,6 +585,7 @@ impl UserCode for Direct {
 
     fn run(&mut self, cpu: &mut Cpu, called: &dyn Fn() -> bool) -> Left {
         let root = root(cpu);
+        self.kicked = false;
         self.ambition = MAPPINGS.0;
         self.map_missed(cpu, root);
         loop {
@@ -650,6 +659,8 @@ impl UserCode for Direct {
             ("direct_stops_page_fault", c.page_faults),
             ("direct_stops_other_trap", c.other_traps),
             ("direct_stops_called", c.calls),
+            ("user_interruptions_direct", c.found[0]),
+            ("user_interruptions_translated", c.found[1]),
             ("direct_entries_sensitive_page", c.sensitive),
             ("direct_children", children as u64),
             ("direct_children_lost", c.gone),
