@@ -34,6 +34,11 @@ impl Translator {
     fn go_on(&mut self, linear: u64, access: Access, number: u32) -> Option<u64> {
         let site = access.site;
         let host = self.blocks.host(access.block);
+        let end = linear + u64::from(site.span);
+        if self.blocks.mode(access.block).is_narrow() && end > 1 << 32 {
+            // It goes on at address 0.
+            return None;
+        }
         let privilege = PRIVILEGES[usize::from(self.blocks.privilege(access.block))];
         if site.own.size == 0 {
             return self.whole_span(linear, &site, privilege, host);

@@ -32,6 +32,8 @@ pub(crate) const CC_NE: u8 = 5;
 pub(crate) const CC_E: u8 = 4;
 pub(crate) const CC_A: u8 = 7;
 pub(crate) const CC_S: u8 = 8;
+pub(crate) const CC_AE: u8 = 3;
+pub(crate) const CC_G: u8 = 15;
 
 /// Machine code under construction, to be placed at `base`.
 #[derive(Default)]
@@ -297,6 +299,27 @@ impl Asm {
     /// `lea dst, [base + disp]`.
     pub fn lea(&mut self, dst: Reg, base: Reg, disp: i32) {
         self.mem(&[0x8d], true, dst, base, disp);
+    }
+    /// `lea dst, [base + disp]`, cut to 32 bits.
+    pub fn lea32(&mut self, dst: Reg, base: Reg, disp: i32) {
+        self.mem(&[0x8d], false, dst, base, disp);
+    }
+    /// `mov dst, [base + disp]` of 4 bytes.
+    pub fn load_mem32(&mut self, dst: Reg, base: Reg, disp: i32) {
+        self.mem(&[0x8b], false, dst, base, disp);
+    }
+    /// `mov [base + disp], src` of 4 bytes.
+    pub fn store_mem32(&mut self, base: Reg, disp: i32, src: Reg) {
+        self.mem(&[0x89], false, src, base, disp);
+    }
+    /// `mov dword [base + disp], imm`.
+    pub fn store_mem_imm32(&mut self, base: Reg, disp: i32, imm: i32) {
+        self.mem(&[0xc7], false, 0, base, disp);
+        self.imm32(imm);
+    }
+    /// `add reg, gs:[disp]` of 4 bytes.
+    pub fn add_gs32(&mut self, reg: Reg, disp: i32) {
+        self.gs(false, 0x03, reg, disp);
     }
     /// `lea dst, [base + index * scale]`; `base` is not rbp or r13.
     pub fn lea_index(&mut self, dst: Reg, base: Reg, index: Reg, scale: u8) {

@@ -14,12 +14,13 @@ use std::sync::Arc;
 use hashbrown::HashTable;
 use rustc_hash::{FxBuildHasher, FxHashMap};
 
-use doppel_memory::{CodeGranules, PAGE_MASK, PAGE_SIZE, PageTracker, Peer};
+use doppel_memory::{CodeGranules, PAGE_MASK, PAGE_SIZE, PageTracker, Peer, Privilege};
 
 use crate::cache_unsafe::CodeCache;
 use crate::chunks::Chunks;
 use crate::flags::FlagPlace;
 use crate::frontend::Simd;
+use crate::narrow::Mode;
 use crate::recipes::{Lost, Recipes};
 use crate::records::{
     AccessRecord, Before, BlockRecord, BoundaryRecord, BranchRecord, ExitRecord, NONE, PackedKey,
@@ -41,7 +42,20 @@ pub(crate) struct Key {
     pub simd: Simd,
     pub base: Base,
     pub form: Form,
+    pub mode: Mode,
 }
+
+/// Number of the jump cache for code that runs like this: user code of 64-bit mode has another than that of other modes, so that
+/// each stays where they take turns.
+pub(crate) fn jump_cache_of(privilege: u8, mode: Mode) -> u8 {
+    match privilege == Privilege::User as u8 && mode.is_narrow() {
+        true => NARROW_USER,
+        false => privilege,
+    }
+}
+
+/// The jump cache of user code that is not of 64-bit mode.
+pub(crate) const NARROW_USER: u8 = 3;
 
 /// What the block is a translation of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -195,6 +209,10 @@ impl Blocks {
     /// What `rip` is relative to in a block.
     pub fn base(&self, id: BlockId) -> Base {
         self.record(id).key.base()
+    }
+
+    pub fn mode(&self, id: BlockId) -> Mode {
+        self.record(id).key.mode()
     }
 
     pub fn privilege(&self, id: BlockId) -> u8 {
@@ -663,6 +681,7 @@ mod tests {
                 gpa,
                 privilege: 1,
                 simd: Simd::None,
+                mode: Mode::Long,
                 base: Base::Fixed(0),
                 form: Form::Normal,
             };

@@ -12,6 +12,9 @@ use doppel_x86::{Cpu, Segment};
 use crate::jump_cache::{JumpCache, JumpEntry};
 use crate::rewrite::hold::SLOTS;
 
+/// One a privilege, and one for user code of other modes than 64-bit mode.
+pub(crate) const JUMP_CACHES: usize = 4;
+
 /// See [`Context::bounce`].
 #[repr(C, align(64))]
 pub(crate) struct Bounce(pub [u8; 128]);
@@ -81,7 +84,9 @@ pub(crate) struct Context {
     pub vector_loads: u64,
     /// SYSRETs executed by translated code.
     pub user_entries: u64,
-    pub jump_cache: [JumpCache; 3],
+    /// The last offset that may be read, and written, through each segment register (see `narrow`).
+    pub segment_ends: [[i64; 6]; 2],
+    pub jump_cache: [JumpCache; JUMP_CACHES],
 }
 
 macro_rules! displacement {
@@ -123,6 +128,7 @@ displacement! {
     SECOND_JUMPS = second_jumps;
     VECTOR_LOADS = vector_loads;
     USER_ENTRIES = user_entries;
+    SEGMENT_ENDS = segment_ends;
     JUMP_CACHE = jump_cache;
     PAUSES_LEFT = cpu.pauses_left;
     TSC_OFFSET = cpu.tsc_offset;
@@ -163,14 +169,19 @@ segment_displacement! {
     segment_selector = selector;
 }
 
-/// Displacement of the second level of the jump cache of a privilege.
-pub(crate) const fn second_jump_cache(privilege: u8) -> i32 {
-    jump_cache(privilege) + offset_of!(JumpCache, second) as i32
+/// Displacement of the last offset of a segment for reads or writes.
+pub(crate) const fn segment_end(seg: u8, write: bool) -> i32 {
+    SEGMENT_ENDS + 8 * (6 * write as i32 + seg as i32)
 }
 
-/// Displacement of the first level of the jump cache of a privilege.
-pub(crate) const fn jump_cache(privilege: u8) -> i32 {
-    JUMP_CACHE + (size_of::<JumpCache>() as i32) * privilege as i32
+/// Displacement of the second level of a jump cache.
+pub(crate) const fn second_jump_cache(number: u8) -> i32 {
+    jump_cache(number) + offset_of!(JumpCache, second) as i32
+}
+
+/// Displacement of the first level of a jump cache, by its number ([`crate::blocks::jump_cache_of`]).
+pub(crate) const fn jump_cache(number: u8) -> i32 {
+    JUMP_CACHE + (size_of::<JumpCache>() as i32) * number as i32
 }
 
 const _: () = assert!(size_of::<JumpEntry>() == 16);

@@ -8,6 +8,7 @@ use iced_x86::{Decoder, DecoderOptions, FlowControl, IntelFormatter};
 
 use crate::enter_unsafe::{ThreadSetup, host_features};
 use crate::explain::{self, Observers};
+use crate::narrow::Mode;
 use crate::translator::Translator;
 
 /// Switches and bounds of the translator.
@@ -59,6 +60,8 @@ pub struct TranslateOptions {
     pub cross_pages: bool,
     /// Keep what is known of an address space while another is current, where the guest says so (CR4.PCIDE).
     pub keep_spaces: bool,
+    /// Translate 32-bit code too.
+    pub narrow_modes: bool,
     /// Count the blocks and instructions that run (costs six instructions a block) and the time spent in translated code.
     pub count: bool,
     /// Keep code where perf looks for names in a map; see [`crate::explain::PerfMap`].
@@ -105,6 +108,7 @@ impl TranslateOptions {
         "second-jump-cache" => second_jump_cache,
         "cross-pages" => cross_pages,
         "keep-spaces" => keep_spaces,
+        "narrow-modes" => narrow_modes,
     };
 
     /// The same without an accelerator.
@@ -147,6 +151,7 @@ impl Default for TranslateOptions {
             second_jump_cache: true,
             cross_pages: true,
             keep_spaces: true,
+            narrow_modes: true,
             count: false,
             perf_map: false,
         }
@@ -176,7 +181,7 @@ pub fn supported() -> Result<(), TranslateError> {
     Ok(())
 }
 
-/// The engine that translates 64-bit guest code to host code; other modes are interpreted.
+/// The engine that translates 64-bit and 32-bit guest code to host code; other modes are interpreted.
 pub struct Translate {
     t: Box<Translator>,
 }
@@ -256,7 +261,8 @@ fn beginning(cpu: &Cpu, linear: u64) -> String {
     let mut bytes = [0; 15 * INSTRUCTIONS];
     let len = bytes.len().min(code.room());
     code.read(&mut bytes[..len]);
-    let decoder = Decoder::with_ip(64, &bytes[..len], linear, DecoderOptions::NONE);
+    let bits = Mode::of(cpu).unwrap_or_default().bits();
+    let decoder = Decoder::with_ip(bits, &bytes[..len], linear, DecoderOptions::NONE);
     let mut formatter = IntelFormatter::new();
     let mut texts = Vec::new();
     for i in decoder.into_iter().take(INSTRUCTIONS) {

@@ -13,6 +13,7 @@ use doppel_memory::Privilege;
 
 use crate::engine::TranslateOptions;
 use crate::flags::{ALL, FlagSet, FlagUse};
+use crate::narrow::{Mode, Widened, widen};
 use crate::ordinary;
 use crate::rewrite::{Reference, constant_move, reference};
 
@@ -30,6 +31,7 @@ pub(crate) enum Simd {
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Decoding {
     pub simd: Simd,
+    pub mode: Mode,
     /// CPL 3.
     pub user: bool,
     pub flag_liveness: bool,
@@ -43,9 +45,10 @@ pub(crate) struct Decoding {
 
 impl Decoding {
     /// For code that runs with this vector state and at this [`Privilege`].
-    pub fn new(simd: Simd, privilege: u8, options: &TranslateOptions) -> Self {
+    pub fn new(simd: Simd, mode: Mode, privilege: u8, options: &TranslateOptions) -> Self {
         Decoding {
             simd,
+            mode,
             user: privilege == Privilege::User as u8,
             flag_liveness: options.flag_liveness,
             inline_system: options.inline_system,
@@ -184,6 +187,19 @@ impl Facts {
         ordinary::of(i).unwrap_or_else(|| Facts::of_any(info, i, how))
     }
 
+    /// Of what only the interpreter can execute.
+    fn interpreted(info: &mut InstructionInfoFactory, i: &Instruction) -> Self {
+        let (uses, writes) = registers(info, i);
+        let class = Class::Interpret;
+        Facts {
+            class,
+            flags: flag_use(i, class),
+            uses,
+            writes,
+            simd: false,
+        }
+    }
+
     /// Without a look at the table of what is ordinary.
     pub fn of_any(info: &mut InstructionInfoFactory, i: &Instruction, how: Decoding) -> Self {
         let class = match i.is_invalid() {
@@ -221,6 +237,10 @@ pub(crate) struct GuestInstruction {
     pub reference: Option<Reference>,
     /// General registers that it moves by a constant, and by how much.
     pub moves: (u16, i64),
+    /// Bytes that a push, a pop or a near address has in its mode.
+    pub word: u8,
+    /// The host's bytes for it are not the guest's.
+    pub encode: bool,
 }
 
 impl GuestInstruction {
@@ -238,20 +258,40 @@ impl GuestInstruction {
             live_after: ALL,
             reference: None,
             moves: (0, 0),
+            word: 8,
+            encode: false,
         }
     }
 
     /// Fills in what is known of what was decoded.
     fn learn(&mut self, info: &mut InstructionInfoFactory, how: Decoding) {
-        let facts = Facts::of(info, &self.decoded, how);
+        let narrow = how.mode.is_narrow();
+        let widened = match narrow {
+            true => widen(&mut self.decoded),
+            false => Widened::Same,
+        };
+        let mut facts = match widened {
+            Widened::None => Facts::interpreted(info, &self.decoded),
+            _ => Facts::of(info, &self.decoded, how),
+        };
+        if narrow && accesses_code_segment(&self.decoded, facts.class) {
+            facts = Facts::interpreted(info, &self.decoded);
+        }
+        self.word = (how.mode.bits() / 8) as u8;
+        self.encode = widened == Widened::Changed;
         self.offset = self.decoded.ip() as u16;
         self.class = facts.class;
         self.simd = facts.simd;
         self.flags = facts.flags;
         self.writes = facts.writes;
         self.uses = facts.uses;
-        self.reference = reference(self);
+        self.reference = reference(self).filter(|_| how.mode != Mode::Segmented);
         self.moves = constant_move(self);
+    }
+
+    /// It is of 32-bit code.
+    pub fn is_narrow(&self) -> bool {
+        self.word == 4
     }
 
     /// True where the emitted code may leave to the monitor before the instruction is done.
@@ -364,7 +404,8 @@ impl GuestBlock {
         self.instructions.clear();
         self.bytes.clear();
         (self.start, self.end, self.straddler_follows) = (start, start, false);
-        let mut decoder = Decoder::with_ip(64, bytes, u64::from(start), DecoderOptions::NONE);
+        let at = u64::from(start);
+        let mut decoder = Decoder::with_ip(how.mode.bits(), bytes, at, DecoderOptions::NONE);
         let mut side_exits = 0;
         while self.instructions.len() < MOST_INSTRUCTIONS && decoder.can_decode() {
             self.instructions.push(GuestInstruction::blank());
@@ -505,6 +546,9 @@ fn inline_system(i: &Instruction, how: Decoding) -> Option<Class> {
     if !how.inline_system {
         return None;
     }
+    if how.mode.is_narrow() && i.code() == Code::Syscall {
+        return Some(Class::Interpret);
+    }
     match i.code() {
         Code::Pushfq => return Some(Class::Pushf),
         Code::Syscall => return Some(Class::Syscall),
@@ -557,7 +601,7 @@ fn special(i: &Instruction, how: Decoding) -> Option<Class> {
         | Lodsq | Scasb | Scasw | Scasd | Scasq | Cmpsb | Cmpsw | Cmpsd | Cmpsq
             if i.is_string_instruction() =>
         {
-            repeated(i)
+            repeated(i, how)
                 .filter(|_| how.inline_strings)
                 .unwrap_or(Class::Interpret)
         }
@@ -580,7 +624,7 @@ fn special(i: &Instruction, how: Decoding) -> Option<Class> {
         Bt | Bts | Btr | Btc
             if i.op0_kind() == OpKind::Memory && i.op1_kind() == OpKind::Register =>
         {
-            bit_string(i)
+            bit_string(i, how)
         }
         _ => return None,
     })
@@ -595,10 +639,11 @@ fn extended_state(i: &Instruction, how: Decoding) -> Option<Class> {
         Xrstor | Xrstor64 => false,
         _ => return None,
     };
-    (how.inline_xsave && how.simd >= Simd::Avx).then_some(Class::ExtendedState { write })
+    let inline = how.inline_xsave && how.mode == Mode::Long && how.simd >= Simd::Avx;
+    inline.then_some(Class::ExtendedState { write })
 }
 
-fn repeated(i: &Instruction) -> Option<Class> {
+fn repeated(i: &Instruction, how: Decoding) -> Option<Class> {
     let (size, source) = match i.code() {
         Code::Movsb_m8_m8 => (1, true),
         Code::Movsw_m16_m16 => (2, true),
@@ -610,14 +655,17 @@ fn repeated(i: &Instruction) -> Option<Class> {
         Code::Stosq_m64_RAX => (8, false),
         _ => return None,
     };
-    let long = (0..i.op_count())
-        .all(|op| !matches!(i.op_kind(op), OpKind::MemoryESEDI | OpKind::MemorySegESI));
+    let narrow = (0..i.op_count())
+        .any(|op| matches!(i.op_kind(op), OpKind::MemoryESEDI | OpKind::MemorySegESI));
+    let flat = how.mode != Mode::Segmented && narrow == how.mode.is_narrow();
     let plain = i.segment_prefix() == Register::None && !i.has_repne_prefix();
-    (i.has_rep_prefix() && long && plain).then_some(Class::Repeat { size, source })
+    (i.has_rep_prefix() && flat && plain).then_some(Class::Repeat { size, source })
 }
 
-fn bit_string(i: &Instruction) -> Class {
-    if short_addresses(i) {
+fn bit_string(i: &Instruction, how: Decoding) -> Class {
+    let based = matches!(i.memory_segment(), Register::FS | Register::GS);
+    let segmented = how.mode == Mode::Segmented || how.mode == Mode::Flat && based;
+    if segmented || how.mode == Mode::Long && short_addresses(i) {
         Class::Interpret
     } else {
         Class::BitString
@@ -649,6 +697,12 @@ fn classify_pop(i: &Instruction) -> Class {
 
 pub(crate) fn has_memory(i: &Instruction) -> bool {
     (0..i.op_count()).any(|op| i.op_kind(op) == OpKind::Memory)
+}
+
+/// Where it is not to be written, and perhaps not to be read.
+fn accesses_code_segment(i: &Instruction, class: Class) -> bool {
+    let accesses = has_memory(i) && !matches!(class, Class::Lea | Class::Nothing);
+    accesses && i.memory_segment() == Register::CS
 }
 
 fn forwards(i: &Instruction) -> bool {

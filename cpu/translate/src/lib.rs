@@ -26,6 +26,7 @@ mod huge_unsafe;
 mod jump_cache;
 mod lookup;
 mod mirror_unsafe;
+mod narrow;
 mod ordinary;
 mod recipe;
 mod recipes;

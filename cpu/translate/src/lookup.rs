@@ -1,10 +1,13 @@
 //! From a guest address to its translation, and what happens when the memory below changes.
 
 use doppel_memory::{AccessKind, PAGE_MASK, PAGE_SIZE, PageTracker, Privilege};
-use doppel_x86::{Cpu, CpuMode, Cr0, Cr4, Rflags};
+use doppel_x86::{Cpu, Cr0, Cr4, Rflags};
 
-use crate::blocks::{BlockId, Form, Key, Made};
+use crate::blocks::{BlockId, Form, Key, Made, NARROW_USER, jump_cache_of};
+use crate::context::JUMP_CACHES;
+use crate::engine::TranslateOptions;
 use crate::frontend::{Decoding, GuestBlock, MOST_BYTES, Simd};
+use crate::narrow::{self, Mode};
 use crate::records::MAX_CODE;
 use crate::rewrite::{Base, Setting};
 use crate::translator::{CACHE_MARGIN, Translator};
@@ -12,30 +15,39 @@ use crate::translator::{CACHE_MARGIN, Translator};
 /// Bytes that are read for a block, unless they turn out to be too few.
 const USUAL_BYTES: usize = 96;
 
+/// The last page of a 32-bit address space.
+const LAST_NARROW_PAGE: u64 = 0xffff_f000;
+
 impl Translator {
     /// Host address of the translation at the CPU's RIP; `None` where the instruction there has to be interpreted.
     pub fn find_translation(&mut self) -> Option<u64> {
-        if !translatable(&self.context.cpu) {
+        let Some(mode) = translatable(&self.context.cpu, &self.options) else {
             self.counts.untranslatable += 1;
             return None;
-        }
+        };
         self.follow_simd();
+        self.follow_mode(mode);
         let cpu = &self.context.cpu;
         let (rip, privilege) = (cpu.rip, cpu.privilege());
+        let cache = usize::from(jump_cache_of(privilege as u8, mode));
         if self.link_from.is_none()
-            && let Some(host) = self.context.jump_cache[privilege as usize].find(rip)
+            && let Some(host) = self.context.jump_cache[cache].find(rip)
         {
             return Some(host);
         }
         let block = self.find_block(rip)?;
         if !self.link(block) {
             let host = self.blocks.entry_saved(block);
-            self.context.jump_cache[privilege as usize].insert(rip, host, block);
+            self.context.jump_cache[cache].insert(rip, host, block);
         }
         Some(self.blocks.entry_saved(block))
     }
 
     fn find_block(&mut self, rip: u64) -> Option<BlockId> {
+        if self.mode.is_narrow() && rip >= LAST_NARROW_PAGE {
+            // Its code goes on at address 0.
+            return None;
+        }
         let gpa = self.code_page(rip)? | (rip & PAGE_MASK);
         let key = self.key(gpa, rip);
         self.blocks
@@ -49,7 +61,32 @@ impl Translator {
         let simd = simd_of(&self.context.cpu);
         if self.simd != simd {
             self.simd = simd;
-            self.empty_jump_caches(0..3);
+            self.empty_jump_caches(0..JUMP_CACHES);
+        }
+    }
+
+    /// Neither do they tell modes apart: those are emptied that hold another mode's and that code of this one may look into.
+    fn follow_mode(&mut self, mode: Mode) {
+        self.mode = mode;
+        if mode == Mode::Long && self.kernel_mode == Mode::Long {
+            return;
+        }
+        let cpu = &self.context.cpu;
+        let ends = [false, true].map(|write| cpu.seg.map(|s| narrow::last(&s, write)));
+        let user = cpu.cpl == 3;
+        self.context.segment_ends = ends;
+        if mode.is_narrow() && user {
+            self.follow_user_mode(mode);
+        } else if self.kernel_mode != mode {
+            self.kernel_mode = mode;
+            self.empty_jump_caches(1..3);
+        }
+    }
+
+    fn follow_user_mode(&mut self, mode: Mode) {
+        if self.user_mode != mode {
+            self.user_mode = mode;
+            self.empty_jump_caches(NARROW_USER.into()..JUMP_CACHES);
         }
     }
 
@@ -65,6 +102,7 @@ impl Translator {
             simd: self.simd,
             base,
             form: Form::Normal,
+            mode: self.mode,
         }
     }
 
@@ -135,6 +173,7 @@ impl Translator {
             slots: self.cache.slot_cursor(),
             thunks: self.thunks,
             simd: key.simd,
+            mode: key.mode,
         };
         let first = self.blocks.first_sites();
         let translated = self
@@ -146,6 +185,7 @@ impl Translator {
         let host = self.cache.append(&self.rewriter.asm.bytes);
         self.cache.take_slots(translated.slots);
         self.counts.translations += 1;
+        self.counts.narrow += u64::from(key.mode.is_narrow());
         self.counts.unencodable += u64::from(translated.unencodable);
         self.counts.pins += u64::from(translated.pins);
         self.counts.holds += u64::from(translated.holds);
@@ -201,7 +241,7 @@ impl Translator {
 
     /// Decodes the block at `rip`, from its page alone or one instruction from two pages; tells the second page.
     fn read_block(&mut self, guest: &mut GuestBlock, key: &Key, rip: u64) -> Option<Option<u64>> {
-        let how = Decoding::new(key.simd, key.privilege, &self.options);
+        let how = Decoding::new(key.simd, key.mode, key.privilege, &self.options);
         let mut bytes = [0u8; MOST_BYTES + 15];
         let start = (rip & PAGE_MASK) as u16;
         let len = ((PAGE_SIZE - (rip & PAGE_MASK)) as usize).min(MOST_BYTES);
@@ -241,6 +281,7 @@ impl Translator {
         let beyond = !(0..PAGE_SIZE as i64).contains(&e.site.target);
         let across = e.site.slot.is_some() || beyond || to.second_page.is_some();
         let same_mode = from.key.simd == to.key.simd
+            && from.key.mode == to.key.mode
             && (e.site.changes_mode || from.key.privilege == to.key.privilege);
         let may = self.options.link && from.alive && same_mode;
         if may {
@@ -295,7 +336,8 @@ impl Translator {
 
     fn forget_jumps_to(&mut self, block: BlockId) {
         let b = self.blocks.get(block);
-        let cache = &mut self.context.jump_cache[usize::from(b.key.privilege)];
+        let cache = jump_cache_of(b.key.privilege, b.key.mode);
+        let cache = &mut self.context.jump_cache[usize::from(cache)];
         match b.key.base {
             Base::Fixed(page) => cache.forget(page | (b.key.gpa & PAGE_MASK)),
             Base::Dynamic => cache.remove(&b.host_range()),
@@ -309,7 +351,7 @@ impl Translator {
         }
         let lost = self.code_pages.flush(&flushed);
         if lost.user {
-            self.empty_jump_caches(0..1);
+            self.empty_user_jump_caches();
             self.blocks.unlink_cross_page(true, &mut self.cache);
         }
         if lost.kernel {
@@ -328,8 +370,13 @@ impl Translator {
 
     /// Has every entry into user code come by the loop.
     pub fn forget_user_jumps(&mut self) {
-        self.empty_jump_caches(0..1);
+        self.empty_user_jump_caches();
         self.blocks.unlink_cross_page(true, &mut self.cache);
+    }
+
+    fn empty_user_jump_caches(&mut self) {
+        self.empty_jump_caches(0..1);
+        self.empty_jump_caches(NARROW_USER.into()..JUMP_CACHES);
     }
 
     fn empty_jump_caches(&mut self, which: std::ops::Range<usize>) {
@@ -345,18 +392,21 @@ impl Translator {
         self.context.forms = self.blocks.forms();
         self.cache.clear();
         self.link_from = None;
-        self.empty_jump_caches(0..3);
+        self.empty_jump_caches(0..JUMP_CACHES);
         self.spaces.clear();
         self.observe_emptying();
     }
 }
 
-/// True where the code at RIP may be translated in the CPU's present state.
-fn translatable(cpu: &Cpu) -> bool {
+/// The mode for which the code at RIP may be translated in the CPU's present state, if it may.
+fn translatable(cpu: &Cpu, options: &TranslateOptions) -> Option<Mode> {
     let stepping = cpu.rflags.contains(Rflags::TF) || cpu.has_instruction_breakpoints();
     let shadow = cpu.interrupt_shadow || cpu.mov_ss_shadow;
     let checks = cpu.cpl == 3 && needs_checks(cpu);
-    cpu.mode() == CpuMode::Bits64 && !stepping && !shadow && !checks
+    if stepping || shadow || checks {
+        return None;
+    }
+    Mode::of(cpu).filter(|mode| options.narrow_modes || !mode.is_narrow())
 }
 
 /// User code whose RDTSC or unaligned accesses are to fault.

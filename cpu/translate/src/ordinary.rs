@@ -232,6 +232,7 @@ mod tests {
         let (mut ordinary, mut all) = (0, 0);
         for user in [false, true] {
             let how = Decoding {
+                mode: crate::narrow::Mode::Long,
                 simd: Simd::Avx512,
                 user,
                 flag_liveness: true,

@@ -11,6 +11,7 @@
 use crate::blocks::{BlockId, Form, Key};
 use crate::flags::FlagPlace;
 use crate::frontend::Simd;
+use crate::narrow::Mode;
 use crate::recipe::{Kind, Recipe, Source};
 use crate::rewrite::{AccessSite, Base, Boundary, BranchSite, ExitSite, Part};
 
@@ -51,7 +52,7 @@ fn flag_place(saved: bool) -> FlagPlace {
 /// A [`Key`]; equal where the keys are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct PackedKey {
-    /// The physical address, from bit 8 on, and below it privilege, vector state and form.
+    /// The physical address, from bit 8 on, and below it privilege, vector state, form and mode.
     gpa: u64,
     /// The linear page; bit 0 is set where there is none.
     base: u64,
@@ -63,7 +64,10 @@ const FORMS: [Form; 3] = [Form::Normal, Form::TwoPages, Form::Careful];
 impl PackedKey {
     pub fn new(key: &Key) -> Self {
         assert!(key.gpa < 1 << 56 && key.privilege < 4);
-        let low = u64::from(key.privilege) | (key.simd as u64) << 2 | (key.form as u64) << 4;
+        let low = u64::from(key.privilege)
+            | (key.simd as u64) << 2
+            | (key.form as u64) << 4
+            | (key.mode as u64) << 6;
         PackedKey {
             gpa: key.gpa << 8 | low,
             base: match key.base {
@@ -88,6 +92,10 @@ impl PackedKey {
         FORMS[self.gpa as usize >> 4 & 3]
     }
 
+    pub fn mode(self) -> Mode {
+        Mode::ALL[self.gpa as usize >> 6 & 3]
+    }
+
     pub fn privilege(self) -> u8 {
         self.gpa as u8 & 3
     }
@@ -99,6 +107,7 @@ impl PackedKey {
             simd: SIMD[self.gpa as usize >> 2 & 3],
             base: self.base(),
             form: self.form(),
+            mode: self.mode(),
         }
     }
 }
@@ -409,7 +418,9 @@ mod tests {
             Base::Fixed(0),
             Base::Fixed(0xffff_ffff_8100_0000),
         ] {
-            for (simd, form) in SIMD.into_iter().zip(FORMS.into_iter().cycle()) {
+            let modes = Mode::ALL.into_iter().cycle();
+            let forms = FORMS.into_iter().cycle();
+            for ((simd, form), mode) in SIMD.into_iter().zip(forms).zip(modes) {
                 for (gpa, privilege) in [(0, 0), ((1 << 41) - 1, 2), (0x12_3456, 1)] {
                     let key = Key {
                         gpa,
@@ -417,6 +428,7 @@ mod tests {
                         simd,
                         base,
                         form,
+                        mode,
                     };
                     assert_eq!(PackedKey::new(&key).unpack(), key);
                 }

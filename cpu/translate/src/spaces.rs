@@ -10,9 +10,11 @@
 
 use doppel_x86::MOST_KEPT;
 
-use crate::blocks::{BlockId, Link};
+use crate::blocks::{BlockId, Link, NARROW_USER};
 use crate::code_pages::UserPages;
 use crate::frontend::Simd;
+use crate::jump_cache::JumpCache;
+use crate::narrow::Mode;
 use crate::translator::Translator;
 
 const MOST_JUMPS: usize = 512;
@@ -32,8 +34,11 @@ pub(crate) struct Spaces {
 struct Away {
     id: u64,
     simd: Simd,
+    /// Of the jumps outside of 64-bit mode.
+    mode: Mode,
     pages: UserPages,
     jumps: Vec<(u64, BlockId)>,
+    narrow_jumps: Vec<(u64, BlockId)>,
     links: Vec<Link>,
 }
 
@@ -66,6 +71,7 @@ impl Translator {
         let mut there = self.spaces.take(id).unwrap_or_default();
         let mut leaving = std::mem::take(&mut self.spaces.spare);
         (leaving.id, leaving.simd) = (self.spaces.current, self.simd);
+        leaving.mode = self.user_mode;
         let pages = std::mem::take(&mut there.pages);
         let (pages, lost_kernel) = self.code_pages.switch(pages);
         leaving.pages = pages;
@@ -73,6 +79,8 @@ impl Translator {
             self.lost_kernel_code();
         }
         self.context.jump_cache[0].take(&mut leaving.jumps, MOST_JUMPS);
+        let narrow = &mut self.context.jump_cache[usize::from(NARROW_USER)];
+        narrow.take(&mut leaving.narrow_jumps, MOST_JUMPS);
         self.blocks
             .take_cross_page(&mut leaving.links, MOST_LINKS, &mut self.cache);
         self.spaces.put(leaving);
@@ -85,9 +93,20 @@ impl Translator {
             self.blocks.link_again(link, &mut self.cache);
         }
         let same_simd = there.simd == self.simd;
-        for (linear, block) in there.jumps.drain(..) {
-            if let Some(host) = self.blocks.entry_of_alive(block).filter(|_| same_simd) {
-                self.context.jump_cache[0].insert(linear, host, block);
+        let same_mode = there.mode == self.user_mode;
+        for (jumps, number, may) in [
+            (&mut there.jumps, 0, same_simd),
+            (
+                &mut there.narrow_jumps,
+                NARROW_USER.into(),
+                same_simd && same_mode,
+            ),
+        ] {
+            let cache: &mut JumpCache = &mut self.context.jump_cache[number];
+            for (linear, block) in jumps.drain(..).filter(|_| may) {
+                if let Some(host) = self.blocks.entry_of_alive(block) {
+                    cache.insert(linear, host, block);
+                }
             }
         }
     }

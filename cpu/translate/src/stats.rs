@@ -8,6 +8,8 @@ use crate::translator::Translator;
 #[derive(Default)]
 pub(crate) struct Counts {
     pub translations: u64,
+    /// Those of them of 32-bit code.
+    pub narrow: u64,
     pub translated_instructions: u64,
     pub cache_flushes: u64,
     pub dispatches: u64,
@@ -41,6 +43,7 @@ impl Translator {
         let cpu = &self.context.cpu.counters;
         EngineStats::from([
             ("translations", c.translations),
+            ("translations_of_32_bit_code", c.narrow),
             ("instructions_translated", c.translated_instructions),
             ("code_cache_bytes", self.cache.used() as u64),
             ("code_cache_flushes", c.cache_flushes),

@@ -18,7 +18,8 @@ use std::collections::BTreeMap;
 use doppel_memory::{Privilege, TLB_SLOT_SHIFT, Tlb};
 
 use crate::asm::*;
-use crate::context as ctx;
+use crate::blocks::NARROW_USER;
+use crate::context::{self as ctx, JUMP_CACHES};
 use crate::engine::TranslateOptions;
 use crate::jump_cache::{FIRST_INDEX_MASK, SECOND_FACTOR, SECOND_SHIFT};
 use crate::rewrite::{TLB_INDEX_MASK, check_len};
@@ -45,8 +46,10 @@ pub(crate) struct Thunks {
     pub enter: u64,
     pub exit: u64,
     slow: [[[[u64; 2]; 2]; 3]; 2],
-    /// By the privilege of the code at the target.
-    pub lookup: [u64; 3],
+    /// By whether vectors are live: asks the monitor for an access.
+    ask: [u64; 2],
+    /// By the number of the jump cache.
+    pub lookup: [u64; JUMP_CACHES],
 }
 
 /// What the thunks depend on.
@@ -107,8 +110,10 @@ pub(crate) fn assemble(asm: &mut Asm, base: u64, how: How) -> Thunks {
     }
     asm.raw(&[0xc3]);
 
+    let mut asks = [0; 2];
     let slow = [false, true].map(|simd| {
         let ask = asm.pos();
+        asks[usize::from(simd)] = base + ask as u64;
         ask_monitor(asm, simd || !how.lazy_vectors, xsaveopt, leave);
         [0, 1, 2].map(|privilege| {
             [false, true].map(|write| {
@@ -129,15 +134,16 @@ pub(crate) fn assemble(asm: &mut Asm, base: u64, how: How) -> Thunks {
             })
         })
     });
-    let lookup = [0, 1, 2].map(|privilege| {
+    let lookup = std::array::from_fn(|number| {
         let at = base + asm.pos() as u64;
-        lookup(asm, privilege, exit, how);
+        lookup(asm, number as u8, exit, how);
         at
     });
     Thunks {
         enter,
         exit,
         slow,
+        ask: asks,
         lookup,
     }
 }
@@ -149,10 +155,20 @@ impl Thunks {
         of_privilege[usize::from(check.write)][usize::from(check.alone)]
     }
 
+    /// The part of that which asks the monitor whatever the TLB has.
+    pub fn ask(&self, simd: bool) -> u64 {
+        self.ask[usize::from(simd)]
+    }
+
     /// Each with a name, by address.
     pub fn names(&self) -> BTreeMap<u64, String> {
         let fixed = [(self.enter, "enter"), (self.exit, "exit")];
         let mut names: BTreeMap<_, _> = fixed.map(|(at, n)| (at, n.to_owned())).into();
+        let narrow = self.lookup[usize::from(NARROW_USER)];
+        names.insert(narrow, "lookup_user_32".to_owned());
+        for (simd, vectors) in ["", "_vectors"].iter().enumerate() {
+            names.insert(self.ask[simd], format!("ask{vectors}"));
+        }
         for (privilege, of) in PRIVILEGE_NAMES.iter().enumerate() {
             names.insert(self.lookup[privilege], format!("lookup_{of}"));
             for (simd, vectors) in ["", "_vectors"].iter().enumerate() {
@@ -340,11 +356,8 @@ fn ask_monitor(asm: &mut Asm, simd: bool, xsaveopt: bool, leave: usize) {
 }
 
 /// Goes on at the guest address in S0, which the first level of the jump cache does not know.
-fn lookup(asm: &mut Asm, privilege: u8, exit: u64, how: How) {
-    let (first, second) = (
-        ctx::jump_cache(privilege),
-        ctx::second_jump_cache(privilege),
-    );
+fn lookup(asm: &mut Asm, number: u8, exit: u64, how: How) {
+    let (first, second) = (ctx::jump_cache(number), ctx::second_jump_cache(number));
     asm.alu_gs_imm32(Alu::Cmp, ctx::JUMP_MASK, 0);
     let kicked = asm.jcc(CC_E);
     let unasked = (!how.second_jump_cache).then(|| asm.jmp());
@@ -366,7 +379,7 @@ fn lookup(asm: &mut Asm, privilege: u8, exit: u64, how: How) {
     asm.store_indexed8(S1, first, S0);
     asm.store_indexed8(S1, first + 8, RAX);
     asm.bind(stays_empty);
-    if privilege == Privilege::User as u8 {
+    if number == Privilege::User as u8 || number == NARROW_USER {
         asm.alu_imm64(Alu::And, S0, -4096);
         asm.store(ctx::PAGE_BASE, S0);
     }

@@ -22,6 +22,7 @@ use crate::enter_unsafe::{enter, host_features};
 use crate::explain::Observers;
 use crate::flags::{FlagPlace, pack, unpack};
 use crate::frontend::{GuestBlock, Simd};
+use crate::narrow::Mode;
 use crate::recipes::Lost;
 use crate::rewrite::{Base, Rewriter};
 use crate::spaces::Spaces;
@@ -44,6 +45,11 @@ pub(crate) struct Translator {
     pub link_from: Option<u32>,
     /// What the blocks in the jump caches were translated for.
     pub simd: Simd,
+    /// The CPU's mode when a translation was looked for last.
+    pub mode: Mode,
+    /// That of the blocks in the kernel's jump caches, and in that of user code outside of 64-bit mode.
+    pub kernel_mode: Mode,
+    pub user_mode: Mode,
     pub counts: Counts,
     recent: Recent,
     pub observers: Observers,
@@ -99,6 +105,9 @@ impl Translator {
             spaces: Spaces::default(),
             link_from: None,
             simd: Simd::None,
+            mode: Mode::Long,
+            kernel_mode: Mode::Long,
+            user_mode: Mode::Flat,
             counts: Counts::default(),
             recent: Recent::default(),
             observers: Observers::default(),
@@ -325,7 +334,8 @@ impl Translator {
             Base::Fixed(page) => page,
             Base::Dynamic => self.context.page_base,
         };
-        page.wrapping_add(offset as u64)
+        let linear = page.wrapping_add(offset as u64);
+        self.blocks.mode(block).cut(linear)
     }
 }
 

@@ -14,6 +14,7 @@ use crate::asm::Asm;
 use crate::blocks::Form;
 use crate::engine::TranslateOptions;
 use crate::frontend::{Decoding, GuestBlock, GuestInstruction, Simd, decode};
+use crate::narrow::Mode;
 use crate::rewrite::{AccessSite, Base, ExitSite, FirstSites, Rewriter, Setting, Translated};
 use crate::thunk::{self, How};
 
@@ -31,6 +32,7 @@ pub(crate) struct Origin<'a> {
     pub bytes: &'a [u8],
     pub privilege: u8,
     pub simd: Simd,
+    pub mode: Mode,
     pub base: Base,
     pub form: Form,
     pub straddler_follows: bool,
@@ -38,7 +40,7 @@ pub(crate) struct Origin<'a> {
 
 impl<'a> Origin<'a> {
     pub fn decode(&self, options: &TranslateOptions) -> Option<GuestBlock> {
-        let how = Decoding::new(self.simd, self.privilege, options);
+        let how = Decoding::new(self.simd, self.mode, self.privilege, options);
         let start = (self.linear & PAGE_MASK) as u16;
         let mut block = decode(&mut InstructionInfoFactory::new(), self.bytes, start, how)?;
         block.straddler_follows |= self.straddler_follows;
@@ -47,7 +49,8 @@ impl<'a> Origin<'a> {
 
     /// The bytes of the first instruction of `rest`, as far as they are there.
     pub fn first_of(&self, rest: &'a [u8]) -> &'a [u8] {
-        let first = Decoder::with_ip(64, rest, self.linear, DecoderOptions::NONE).decode();
+        let bits = self.mode.bits();
+        let first = Decoder::with_ip(bits, rest, self.linear, DecoderOptions::NONE).decode();
         &rest[..first.len().min(rest.len())]
     }
 }
@@ -110,6 +113,7 @@ impl Dissected {
             slots: SLOTS,
             thunks,
             simd: origin.simd,
+            mode: origin.mode,
         };
         let mut rewriter = Rewriter::new();
         let first = FirstSites {

@@ -106,6 +106,7 @@ impl Record {
             bytes: &self.bytes,
             privilege: self.key.privilege,
             simd: self.key.simd,
+            mode: self.key.mode,
             base: self.key.base,
             form: self.key.form,
             straddler_follows: self.straddler_follows,

@@ -9,6 +9,7 @@ use super::{Symbols, text};
 use crate::blocks::Form;
 use crate::engine::TranslateOptions;
 use crate::frontend::Simd;
+use crate::narrow::Mode;
 use crate::rewrite::Base;
 
 /// Bytes of code, and where they are meant to stand.
@@ -72,6 +73,7 @@ impl Sample<'_> {
             bytes: &rest[..room.min(rest.len())],
             privilege,
             simd: Simd::Avx512,
+            mode: Mode::Long,
             base: match self.user {
                 true => Base::Dynamic,
                 false => Base::Fixed(linear & !PAGE_MASK),

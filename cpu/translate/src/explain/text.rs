@@ -158,7 +158,12 @@ fn is_target(block: &Dissected, at: u32) -> bool {
 fn guest_texts(origin: &Origin<'_>, symbols: &Symbols) -> Vec<String> {
     let names = GuestNames(symbols.clone());
     let mut formatter = IntelFormatter::with_options(Some(Box::new(names)), None);
-    let decoder = Decoder::with_ip(64, origin.bytes, origin.linear, DecoderOptions::NONE);
+    let decoder = Decoder::with_ip(
+        origin.mode.bits(),
+        origin.bytes,
+        origin.linear,
+        DecoderOptions::NONE,
+    );
     decoder
         .into_iter()
         .map(|i| format(&mut formatter, &i))

@@ -140,7 +140,8 @@ impl View<'_> {
             return Some((h, self.page(h).to_owned()));
         }
         if host.slot().is_some() && host.decoded.mnemonic() == Mnemonic::Cmp {
-            let cache = (0..3).any(|p| host.slot() == Some(ctx::jump_cache(p)));
+            let cache =
+                (0..ctx::JUMP_CACHES as u8).any(|p| host.slot() == Some(ctx::jump_cache(p)));
             if cache {
                 let text = "is the target in the jump cache? (after a kick the mask is 0)";
                 return Some((back(2), text.to_owned()));

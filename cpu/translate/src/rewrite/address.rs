@@ -15,7 +15,15 @@ impl Work<'_> {
     /// `dst` = linear address of an offset from the block's page.
     pub(super) fn guest_address(&mut self, dst: Reg, offset: i64) {
         match self.s.base {
-            Base::Fixed(page) => self.asm().mov_imm(dst, page.wrapping_add(offset as u64)),
+            Base::Fixed(page) => {
+                let at = self.s.mode.cut(page.wrapping_add(offset as u64));
+                self.asm().mov_imm(dst, at);
+            }
+            Base::Dynamic if self.is_narrow() => {
+                let a = self.asm();
+                a.load32(dst, ctx::PAGE_BASE);
+                a.lea32(dst, dst, offset as i32);
+            }
             Base::Dynamic => {
                 self.asm().load(dst, ctx::PAGE_BASE);
                 self.add_constant(dst, offset);
@@ -32,6 +40,17 @@ impl Work<'_> {
                 self.asm().lea(r, r, half);
                 self.asm().lea(r, r, (v - i64::from(half)) as i32);
             }
+        }
+    }
+
+    /// S0 = the linear address of the memory operand plus a constant, for an access of so many bytes that may write.
+    pub(super) fn linear_address(&mut self, i: &GuestInstruction, plus: i64, access: (u8, bool)) {
+        let d = moved(&i.decoded, plus);
+        if self.is_narrow() {
+            self.base_index_address(&d);
+            self.segment(i, d.memory_segment(), access);
+        } else {
+            self.address(&d, true);
         }
     }
 
@@ -60,7 +79,8 @@ impl Work<'_> {
         let (base, index) = (i.memory_base(), i.memory_index());
         let disp = i.memory_displacement64();
         if base == Register::None && index == Register::None {
-            self.asm().mov_imm(S0, disp);
+            let at = self.s.mode.cut(disp);
+            self.asm().mov_imm(S0, at);
             return;
         }
         for r in [base, index] {
@@ -77,12 +97,12 @@ impl Work<'_> {
             let n = base.number() as Reg;
             match disp as i32 {
                 0 if n == S0 => {}
-                0 => self.asm().mov(S0, n),
-                d => self.asm().lea(S0, n, d),
+                0 => self.mov_word(S0, n),
+                d => self.lea_word(S0, n, d),
             }
             return;
         }
-        let code = if base.size() == 4 || index.size() == 4 {
+        let code = if self.is_narrow() || base.size() == 4 || index.size() == 4 {
             Code::Lea_r32_m
         } else {
             Code::Lea_r64_m
@@ -101,7 +121,7 @@ impl Work<'_> {
         operand.set_memory_displacement64(disp);
         operand.set_memory_displ_size(match (disp, code) {
             (0, _) if base != Register::None => 0,
-            (_, Code::Lea_r32_m) => 4,
+            (_, Code::Lea_r32_m) if !self.is_narrow() => 4,
             _ => 8,
         });
         self.encode(&operand);
@@ -140,12 +160,12 @@ impl Work<'_> {
             Some((r, held.or_else(|| share::plan(rest))?))
         });
         let Some((r, stretch)) = plan else {
-            self.own_address(i, 0);
+            self.own_address(i, 0, (size, write));
             self.check(i, size.into(), write);
             return (S0, 0);
         };
         let from = r.disp - stretch.low;
-        self.own_address(i, -from);
+        self.own_address(i, -from, (size, write));
         let part = Part {
             from: from as u16,
             size,
@@ -173,13 +193,18 @@ impl Work<'_> {
     }
 
     /// S0 = linear address of the instruction's one memory access, explicit or on the stack, plus a constant.
-    pub(super) fn own_address(&mut self, i: &GuestInstruction, plus: i64) {
-        let d = &i.decoded;
+    pub(super) fn own_address(&mut self, i: &GuestInstruction, plus: i64, access: (u8, bool)) {
+        let word = i32::from(self.word());
         match i.class {
-            Class::Memory { .. } | Class::JumpIndirect => self.address(&moved(d, plus), true),
-            Class::Pop | Class::Return => self.asm().lea(S0, RSP, plus as i32),
-            Class::Leave => self.asm().lea(S0, RBP, plus as i32),
-            _ => self.asm().lea(S0, RSP, plus as i32 - 8),
+            Class::Memory { .. } | Class::JumpIndirect => {
+                return self.linear_address(i, plus, access);
+            }
+            Class::Pop | Class::Return => self.lea_word(S0, RSP, plus as i32),
+            Class::Leave => self.lea_word(S0, RBP, plus as i32),
+            _ => self.lea_word(S0, RSP, plus as i32 - word),
+        }
+        if self.is_narrow() {
+            self.segment(i, Register::SS, access);
         }
     }
 
@@ -315,8 +340,16 @@ impl Work<'_> {
                 self.asm().xor_indexed(S0, S1, s.tag);
             }
             let thunk = thunks.slow(self.block.simd, s.check);
+            let narrow = self.is_narrow();
+            let ask = thunks.ask(self.block.simd);
             let a = self.asm();
             a.store_imm32(ctx::SLOW_SITE, s.site);
+            if narrow {
+                // What follows the last page is the first, which the thunk does not know.
+                a.alu_imm32(Alu::Cmp, S0, -4096);
+                let last = a.jcc(CC_AE);
+                a.bind_to(last, ask);
+            }
             a.lea_pos(S1, s.done);
             a.jmp_to(thunk);
         }

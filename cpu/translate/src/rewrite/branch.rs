@@ -23,20 +23,20 @@ pub(crate) struct BranchSite {
 
 impl Work<'_> {
     /// Lets a jump that missed go on to the look-up, by way of the stub of this branch.
-    pub(super) fn miss(&mut self, miss: Fixup, privilege: u8, i: &GuestInstruction) {
+    pub(super) fn miss(&mut self, miss: Fixup, cache: u8, i: &GuestInstruction) {
         let site = self.out.branches.len();
         self.out.branches.push(BranchSite {
             offset: i.offset,
             moves_rsp: moves_rsp(i),
             stub: 0,
         });
-        self.stubs.push((miss, Stub::Lookup { site, privilege }));
+        self.stubs.push((miss, Stub::Lookup { site, cache }));
     }
 
-    pub(super) fn lookup_stub(&mut self, site: usize, privilege: u8) {
+    pub(super) fn lookup_stub(&mut self, site: usize, cache: u8) {
         self.out.branches[site].stub = self.r.asm.pos() as u32;
         let number = self.first.branch + site as u32;
-        let lookup = self.s.thunks.lookup[usize::from(privilege)];
+        let lookup = self.s.thunks.lookup[usize::from(cache)];
         self.asm().store_imm32(ctx::BRANCH, number);
         self.asm().jmp_to(lookup);
     }

@@ -6,6 +6,7 @@
 use doppel_memory::PAGE_MASK;
 
 use super::*;
+use crate::blocks::{NARROW_USER, jump_cache_of};
 
 impl Work<'_> {
     /// A load that faults once the engine was kicked; every cycle of linked blocks passes one.
@@ -55,6 +56,9 @@ impl Work<'_> {
     pub(super) fn counted(&mut self, i: &GuestInstruction, target: i64) {
         let from = usize::from(i.offset - self.block.start);
         let opcode = &self.block.bytes[from..from + i.decoded.len() - 1];
+        if i.is_narrow() {
+            self.r.asm.raw(&[0x67]); // ECX, not RCX
+        }
         self.r.asm.raw(opcode);
         self.asm().raw(&[2, 0xeb, 0]); // to the next but one; jmp short to the end
         let short = self.asm().pos();
@@ -104,8 +108,7 @@ impl Work<'_> {
         if self.s.base != Base::Dynamic || by == 0 {
             return None;
         }
-        self.asm().load(S0, ctx::PAGE_BASE);
-        self.add_constant(S0, by);
+        self.guest_address(S0, by);
         self.asm().store(ctx::PAGE_BASE, S0);
         Some(target - by)
     }
@@ -162,7 +165,7 @@ impl Work<'_> {
             let at = self.asm().pos() as u32;
             self.asm().bind(jump);
             match stub {
-                Stub::Lookup { site, privilege } => self.lookup_stub(site, privilege),
+                Stub::Lookup { site, cache } => self.lookup_stub(site, cache),
                 Stub::Leave(n, pinned) => {
                     self.pinned = pinned;
                     self.leave_stub(n, at);
@@ -217,7 +220,11 @@ impl Work<'_> {
             self.asm().store(ctx::SPILL, S0);
         } else {
             // Not through S0, which may reach the stack.
-            let r = self.source(i.decoded.op0_register(), S1);
+            let mut r = self.source(i.decoded.op0_register(), S1);
+            if i.is_narrow() {
+                self.asm().mov32(S1, r);
+                r = S1;
+            }
             self.asm().store(ctx::SPILL, r);
         }
         self.push_return_address(i);
@@ -236,18 +243,18 @@ impl Work<'_> {
         let d = &i.decoded;
         if d.op0_kind() == OpKind::Memory {
             if i.class == Class::JumpIndirect {
-                let (base, at) = self.operand(i, 8, false);
-                self.asm().load_mem(S0, base, at);
+                let (base, at) = self.operand(i, self.word(), false);
+                self.load_word(S0, base, at);
             } else {
-                self.address(d, true);
-                self.check(i, 8, false);
-                self.asm().load_mem(S0, S0, 0);
+                self.linear_address(i, 0, (self.word(), false));
+                self.check(i, self.word().into(), false);
+                self.load_word(S0, S0, 0);
             }
             return;
         }
         match self.source(d.op0_register(), S0) {
             S0 => {}
-            n => self.asm().mov(S0, n),
+            n => self.mov_word(S0, n),
         }
     }
 
@@ -262,28 +269,29 @@ impl Work<'_> {
     }
 
     pub(super) fn ret(&mut self, i: &GuestInstruction) {
-        let (base, at) = self.operand(i, 8, false);
+        let (base, at) = self.operand(i, self.word(), false);
         self.before_check(i);
-        self.asm().load_mem(S0, base, at);
+        self.load_word(S0, base, at);
         let extra = if i.decoded.op_count() > 0 {
             i.decoded.immediate16()
         } else {
             0
         };
-        self.asm().lea(RSP, RSP, 8 + i32::from(extra));
+        let by = i32::from(self.word()) + i32::from(extra);
+        self.lea_word(RSP, RSP, by);
         self.indirect(i);
     }
 
     /// Goes on at the guest address in S0, through the jump cache. The flags are saved here.
     pub(super) fn indirect(&mut self, i: &GuestInstruction) {
-        self.indirect_at(self.s.privilege, i);
+        self.indirect_at(jump_cache_of(self.s.privilege, self.s.mode), i);
     }
 
-    /// The same into code of any privilege.
-    pub(super) fn indirect_at(&mut self, privilege: u8, i: &GuestInstruction) {
+    /// The same into code of any jump cache.
+    pub(super) fn indirect_at(&mut self, number: u8, i: &GuestInstruction) {
         self.unpin();
-        let cache = ctx::jump_cache(privilege);
-        let dynamic = privilege == Privilege::User as u8;
+        let cache = ctx::jump_cache(number);
+        let dynamic = number == Privilege::User as u8 || number == NARROW_USER;
         let a = self.asm();
         a.mov32(S1, S0);
         a.and_gs32(S1, ctx::JUMP_MASK);
@@ -294,6 +302,6 @@ impl Work<'_> {
             a.store(ctx::PAGE_BASE, S0);
         }
         a.jmp_indexed8(S1, cache + 8);
-        self.miss(miss, privilege, i);
+        self.miss(miss, number, i);
     }
 }

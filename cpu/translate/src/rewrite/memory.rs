@@ -137,7 +137,7 @@ impl Work<'_> {
         let bit = d.op1_register();
         let n = bit.full_register().number() as Reg;
         self.before_check(i);
-        self.address(d, true);
+        self.linear_address(i, 0, (0, true));
         let shift = match bit.size() {
             8 => 6,
             4 => 5,
@@ -159,6 +159,9 @@ impl Work<'_> {
         let scale = bit.size().trailing_zeros() as u8;
         a.shl64(S1, scale);
         a.add64(S0, S1);
+        if i.is_narrow() {
+            a.mov32(S0, S0);
+        }
         let write = d.mnemonic() != iced_x86::Mnemonic::Bt;
         self.check(i, bit.size() as u16, write);
         // Flags first: the mask destroys them, so it goes through the spill slot's copy in S1.

@@ -18,6 +18,7 @@ mod fuse;
 pub(crate) mod hold;
 mod lost;
 mod memory;
+mod narrow;
 mod patch;
 mod pin;
 mod rebuild;
@@ -38,6 +39,7 @@ use crate::context as ctx;
 use crate::engine::TranslateOptions;
 use crate::flags::{ALL, FlagPlace, FlagSet};
 use crate::frontend::{Class, GuestBlock, GuestInstruction, Simd};
+use crate::narrow::Mode;
 use crate::recipe::Recipe;
 use crate::thunk::{Check, Thunks, load_simd};
 pub(crate) use address::check_len;
@@ -76,6 +78,7 @@ pub(crate) struct Setting {
     pub thunks: Thunks,
     /// What the block is keyed by.
     pub simd: Simd,
+    pub mode: Mode,
 }
 
 struct SlowJump {
@@ -240,7 +243,7 @@ enum Stub {
     /// Leaves to the monitor with this exit.
     Leave(usize, Option<Pinned>),
     /// Looks the target of this indirect branch up.
-    Lookup { site: usize, privilege: u8 },
+    Lookup { site: usize, cache: u8 },
     /// Goes on at this offset from the page, which is in another page.
     OtherPage(i64, FlagPlace, Option<Pinned>),
     /// Goes on in this page with an exit, once the borrowed register is given back.
@@ -534,6 +537,9 @@ impl Work<'_> {
 
     /// The instruction as the guest has it.
     fn own_bytes(&mut self, i: &GuestInstruction) {
+        if i.encode {
+            return self.encode(&i.decoded);
+        }
         let bytes = self.block.bytes_of(i);
         self.r.asm.raw(bytes);
     }

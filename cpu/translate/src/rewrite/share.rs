@@ -84,25 +84,32 @@ impl Root {
 
 /// The one memory access of an instruction, where it may share a check. [`GuestInstruction::reference`] holds it.
 pub(crate) fn reference(i: &GuestInstruction) -> Option<Reference> {
+    let word = i64::from(i.word);
     let stack = |base, disp, write| {
         Some(Reference {
             root: Root::of_register(base),
             disp,
-            size: 8,
+            size: word as u16,
             write,
         })
     };
     let d = &i.decoded;
     let register = d.op0_kind() != OpKind::Memory;
     match i.class {
+        _ if i.is_narrow() && !register && based(d) => None,
         Class::Memory { size, write } => of_operand(d, size, write),
-        Class::JumpIndirect if !register => of_operand(d, 8, false),
-        Class::Push | Class::CallIndirect if register => stack(Register::RSP, -8, true),
-        Class::Call => stack(Register::RSP, -8, true),
+        Class::JumpIndirect if !register => of_operand(d, i.word, false),
+        Class::Push | Class::CallIndirect if register => stack(Register::RSP, -word, true),
+        Class::Call => stack(Register::RSP, -word, true),
         Class::Pop | Class::Return => stack(Register::RSP, 0, false),
         Class::Leave => stack(Register::RBP, 0, false),
         _ => None,
     }
+}
+
+/// Its address is not the offset.
+fn based(d: &Instruction) -> bool {
+    matches!(d.memory_segment(), Register::FS | Register::GS)
 }
 
 fn of_operand(d: &Instruction, size: u8, write: bool) -> Option<Reference> {
@@ -171,7 +178,7 @@ impl Run {
     /// Follows the root through an instruction; false where it is lost.
     pub fn follow(&mut self, i: &GuestInstruction) -> bool {
         if i.class == Class::Leave {
-            return self.follow_leave();
+            return self.follow_leave(i.word.into());
         }
         let (moves, by) = i.moves;
         if self.root.uses(i.writes & !moves) {
@@ -186,12 +193,12 @@ impl Run {
         moved.is_some()
     }
 
-    /// `leave` makes RSP what RBP was, plus 8.
-    fn follow_leave(&mut self) -> bool {
+    /// `leave` makes RSP what RBP was, plus a word.
+    fn follow_leave(&mut self, word: i64) -> bool {
         let framed = self.root == Root::of_register(Register::RBP);
         if framed {
             self.root = Root::of_register(Register::RSP);
-            self.moved += 8;
+            self.moved += word;
         }
         framed
     }
@@ -213,6 +220,7 @@ impl Run {
 pub(crate) fn constant_move(i: &GuestInstruction) -> (u16, i64) {
     let d = &i.decoded;
     let stack = 1u16 << RSP;
+    let word = i64::from(i.word);
     let by = match d.code() {
         Code::Add_rm64_imm8 | Code::Add_rm64_imm32 | Code::Add_RAX_imm32 => d.immediate(1) as i64,
         Code::Sub_rm64_imm8 | Code::Sub_rm64_imm32 | Code::Sub_RAX_imm32 => {
@@ -225,14 +233,35 @@ pub(crate) fn constant_move(i: &GuestInstruction) -> (u16, i64) {
         {
             d.memory_displacement64() as i64
         }
-        _ if matches!(i.class, Class::Push | Class::Call) => return (stack, -8),
-        _ if i.class == Class::Pop && d.op0_register() != Register::RSP => return (stack, 8),
+        _ if matches!(i.class, Class::Push | Class::Call) => return (stack, -word),
+        _ if i.class == Class::Pop && d.op0_register() != Register::RSP => return (stack, word),
+        code if i.is_narrow() => match narrow_move(d, code) {
+            Some(by) => by,
+            None => return (0, 0),
+        },
         _ => return (0, 0),
     };
     match d.op0_kind() {
         OpKind::Register => (1 << d.op0_register().number(), by),
         _ => (0, 0),
     }
+}
+
+/// The same for what moves the low half of a register, which is all that counts in 32-bit code.
+fn narrow_move(d: &Instruction, code: Code) -> Option<i64> {
+    let immediate = || i64::from(d.immediate(1) as i32);
+    Some(match code {
+        Code::Add_rm32_imm8 | Code::Add_rm32_imm32 | Code::Add_EAX_imm32 => immediate(),
+        Code::Sub_rm32_imm8 | Code::Sub_rm32_imm32 | Code::Sub_EAX_imm32 => -immediate(),
+        Code::Inc_rm32 => 1,
+        Code::Dec_rm32 => -1,
+        Code::Lea_r32_m => {
+            let own = d.memory_base() == d.op0_register().full_register();
+            (own && d.memory_index() == Register::None)
+                .then_some(d.memory_displacement64() as i64)?
+        }
+        _ => return None,
+    })
 }
 
 /// True where the translation of an instruction leaves S0 as the address of its own access, or alone.

@@ -17,6 +17,11 @@ impl Work<'_> {
         self.before_check(i);
         self.asm().test_gs_imm32(ctx::RFLAGS, DF);
         self.leave_if(CC_NE, i);
+        if i.is_narrow() {
+            for r in [RCX, RSI, RDI] {
+                self.asm().mov32(r, r);
+            }
+        }
         self.asm().test64(RCX, RCX);
         let nothing = self.asm().jcc(CC_E);
         let again = self.r.asm.pos();
@@ -26,15 +31,22 @@ impl Work<'_> {
             self.asm().store(SOURCE, S0);
         }
         self.shorten(i, RDI, size, true);
+        let narrow = self.is_narrow();
         let a = self.asm();
         a.load(S1, NOW);
         a.sub64(RCX, S1);
         a.xchg(RCX, S1);
-        a.lea_index(RDI, RDI, RCX, size);
-        a.store(NEXT_RDI, RDI);
+        for (r, slot) in [(RDI, NEXT_RDI), (RSI, NEXT_RSI)] {
+            if r == RSI && !source {
+                continue;
+            }
+            a.lea_index(r, r, RCX, size);
+            if narrow {
+                a.mov32(r, r);
+            }
+            a.store(slot, r);
+        }
         if source {
-            a.lea_index(RSI, RSI, RCX, size);
-            a.store(NEXT_RSI, RSI);
             a.load(RSI, SOURCE);
         }
         a.mov(RDI, S0);

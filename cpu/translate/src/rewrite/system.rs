@@ -97,21 +97,21 @@ impl Work<'_> {
         self.whole_flags();
         let a = self.asm();
         a.store(ctx::SPILL, S0);
-        a.lea(S0, RSP, -8);
-        self.check(i, 8, true);
-        let a = self.asm();
-        a.load(S1, ctx::SPILL);
-        a.store_mem(S0, 0, S1);
-        a.lea(RSP, RSP, -8);
+        let word = i32::from(self.word());
+        self.stack_address(i, -word, true);
+        self.check(i, self.word().into(), true);
+        self.asm().load(S1, ctx::SPILL);
+        self.store_word(S0, 0, S1);
+        self.lea_word(RSP, RSP, -word);
     }
 
     /// POPFQ at CPL 0 that changes nothing but IF and the arithmetic flags; anything else is interpreted.
     pub(super) fn popf(&mut self, i: &GuestInstruction) {
         self.before_check(i);
-        self.asm().mov(S0, RSP);
-        self.check(i, 8, false);
+        self.stack_address(i, 0, false);
+        self.check(i, self.word().into(), false);
+        self.load_word(S0, S0, 0);
         let a = self.asm();
-        a.load_mem(S0, S0, 0);
         a.load(S1, ctx::RFLAGS);
         a.xor64(S1, S0);
         a.test_imm32(S1, !(ARITHMETIC | IF));
@@ -124,7 +124,8 @@ impl Work<'_> {
         a.store(ctx::RFLAGS, S0);
         a.alu_gs_imm32(Alu::Add, ctx::USER_ENTRIES, 1);
         self.set_arithmetic_flags();
-        self.asm().lea(RSP, RSP, 8);
+        let word = i32::from(self.word());
+        self.lea_word(RSP, RSP, word);
     }
 
     pub(super) fn rdtsc(&mut self, i: &GuestInstruction) {

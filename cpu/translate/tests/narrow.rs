@@ -1,0 +1,340 @@
+//! Random 32-bit code, translated and interpreted: registers, flags and memory must end up the same.
+
+use std::sync::Arc;
+
+use doppel_memory::GuestRam;
+use doppel_translate::{Translate, TranslateOptions};
+use doppel_x86::{Cpu, Cr0, Cr4, Dtr, EmptyBus, Engine, Exit, Rflags, Seg, Segment};
+use iced_x86::{
+    CpuidFeature, Decoder, DecoderOptions, Encoder, FlowControl, Instruction, Mnemonic, OpKind,
+    Register,
+};
+
+const GDT: u64 = 0x4000;
+const IDT: u64 = 0x5000;
+const HANDLERS: u64 = 0x6000;
+const CODE: u64 = 0x10000;
+const DATA: u64 = 0x20000;
+const STACK: u64 = 0x30000;
+const COUNT: u64 = 0x38000;
+const END: u64 = 0x40000;
+
+const CASES: u64 = 600;
+const ROUNDS: u32 = 3;
+
+struct Random(u64);
+
+impl Random {
+    fn bits(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16
+    }
+
+    fn below(&mut self, n: u64) -> u64 {
+        self.bits() % n
+    }
+}
+
+/// Descriptors by their selectors: flat code, flat data, data with a base and a limit, flat data that is read only.
+const DESCRIPTORS: [u64; 5] = [
+    0,
+    0x00cf_9b00_0000_ffff,
+    0x00cf_9300_0000_ffff,
+    0x0043_9300_0040_4fff,
+    0x00cf_9100_0000_ffff,
+];
+
+fn segment(selector: u16, base: u64, limit: u32, attributes: u32) -> Segment {
+    let mut s = Segment {
+        base,
+        limit,
+        attributes: 0,
+        selector,
+    };
+    s.attributes = attributes;
+    s
+}
+
+/// A CPU in protected mode at CPL 0 without paging; each exception stops it at an address of its own.
+fn cpu_with(code: &[u8], random: &mut Random) -> Box<Cpu> {
+    let ram = Arc::new(GuestRam::new(1 << 20).unwrap());
+    for (n, d) in (0..).zip(DESCRIPTORS) {
+        ram.store::<u64>(GDT + 8 * n, d).unwrap();
+    }
+    for n in 0..32 {
+        let gate = 0x0000_8e00_0008_0000 | (HANDLERS + n);
+        ram.store::<u64>(IDT + 8 * n, gate).unwrap();
+    }
+    ram.ptr(HANDLERS).unwrap().write(&[0xf4; 32]);
+    for at in (DATA..DATA + 0x2000).step_by(8) {
+        ram.store::<u64>(at, random.bits()).unwrap();
+    }
+    ram.store::<u32>(COUNT, ROUNDS).unwrap();
+    ram.ptr(CODE).unwrap().write(code);
+    let mut cpu = Cpu::new(0, ram);
+    cpu.cr0 = Cr0::PE | Cr0::ET | Cr0::NE | Cr0::WP;
+    cpu.cr4 = Cr4::OSFXSR | Cr4::OSXMMEXCPT;
+    cpu.gdtr = Dtr {
+        base: GDT,
+        limit: 8 * 5 - 1,
+    };
+    cpu.idtr = Dtr {
+        base: IDT,
+        limit: 8 * 32 - 1,
+    };
+    for s in [Seg::Es, Seg::Ss, Seg::Ds] {
+        cpu.seg[s as usize] = segment(0x10, 0, !0, 0xc093);
+    }
+    cpu.seg[Seg::Cs as usize] = segment(8, 0, !0, 0xc09b);
+    cpu.seg[Seg::Fs as usize] = segment(0x18, 0x340, 0x34fff, 0x4093);
+    cpu.seg[Seg::Gs as usize] = segment(0x18, 0x80, 0x20fff, 0x4093);
+    for r in &mut cpu.gpr[..8] {
+        *r = random.bits() & 0xffff_ffff;
+    }
+    cpu.rflags = Rflags::from_bits_retain(2);
+    cpu.rip = CODE;
+    cpu.gpr[4] = STACK;
+    cpu
+}
+
+/// A random instruction of the integer set that goes on behind itself.
+fn plain(random: &mut Random) -> Instruction {
+    loop {
+        let bytes: Vec<u8> = (0..15).map(|_| random.bits() as u8).collect();
+        let i = Decoder::with_ip(32, &bytes, 0, DecoderOptions::NONE).decode();
+        if fits(&i) {
+            return i;
+        }
+    }
+}
+
+fn fits(i: &Instruction) -> bool {
+    let integer = |f: &CpuidFeature| {
+        use CpuidFeature::*;
+        matches!(
+            f,
+            INTEL8086 | INTEL186 | INTEL286 | INTEL386 | INTEL486 | CMOV | CX8 | BMI1 | BMI2
+        )
+    };
+    let selector = (0..i.op_count())
+        .any(|op| i.op_kind(op) == OpKind::Register && i.op_register(op).is_segment_register());
+    let stack = i.op_count() > 0 && matches!(i.op0_register(), Register::ESP | Register::SP);
+    !i.is_invalid()
+        && i.flow_control() == FlowControl::Next
+        && !i.is_privileged()
+        && i.cpuid_features().iter().all(integer)
+        && !selector
+        && !stack
+        // What is left undefined differs between the host and the interpreter.
+        && i.rflags_undefined() == 0
+        && !matches!(
+            i.mnemonic(),
+            Mnemonic::Enter | Mnemonic::Leave | Mnemonic::Popa | Mnemonic::Popad | Mnemonic::Les | Mnemonic::Lds
+                | Mnemonic::Lss | Mnemonic::Lfs | Mnemonic::Lgs | Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Sti
+                | Mnemonic::Cli | Mnemonic::Xlatb | Mnemonic::Bound
+        )
+}
+
+fn emit(code: &mut Vec<u8>, i: &Instruction) -> bool {
+    let mut encoder = Encoder::new(32);
+    let at = CODE + code.len() as u64;
+    let done = encoder.encode(i, at).is_ok();
+    if done {
+        code.extend(encoder.take_buffer());
+    }
+    done
+}
+
+fn immediate(code: &mut Vec<u8>, number: u8, value: u64) {
+    code.push(0xb8 + number);
+    code.extend((value as u32).to_le_bytes());
+}
+
+/// An instruction, with its address in the data for the most part.
+fn ordinary(code: &mut Vec<u8>, random: &mut Random) {
+    let mut i = plain(random);
+    if i.is_string_instruction() {
+        immediate(code, 1, random.below(20));
+        immediate(code, 6, DATA + random.below(0x1000));
+        immediate(code, 7, DATA + random.below(0x1000));
+    }
+    let memory = (0..i.op_count()).any(|op| i.op_kind(op) == OpKind::Memory);
+    if memory {
+        const BASES: [(Register, u8); 4] = [
+            (Register::EBX, 3),
+            (Register::EBP, 5),
+            (Register::ESI, 6),
+            (Register::EDI, 7),
+        ];
+        let (base, number) = BASES[random.below(4) as usize];
+        immediate(code, number, DATA + 0x200 + random.below(0x1000));
+        let disp = random.below(256) as i64 - 128;
+        i.set_memory_base(base);
+        i.set_memory_index(Register::None);
+        i.set_memory_displacement64(disp as u64 & 0xffff_ffff);
+        i.set_memory_displ_size(1);
+        match random.below(4) {
+            0 => {
+                i.set_memory_base(Register::None);
+                i.set_memory_displacement64(DATA + random.below(0x1000));
+                i.set_memory_displ_size(4);
+            }
+            1 => {
+                immediate(code, 1, random.below(0x100));
+                i.set_memory_index(Register::ECX);
+                i.set_memory_index_scale(1 << random.below(4));
+            }
+            _ => (),
+        }
+    }
+    emit(code, &i);
+}
+
+/// A sequence that changes a segment, or goes somewhere.
+fn special(code: &mut Vec<u8>, random: &mut Random) {
+    let next = |code: &Vec<u8>, more: u64| CODE + code.len() as u64 + more;
+    match random.below(7) {
+        // mov edx, selector; mov ds/es/fs/gs, edx
+        0 => {
+            immediate(code, 2, 0x10 + 8 * (random.below(8) / 3).min(2));
+            code.extend([0x8e, [0xda, 0xc2, 0xe2, 0xea][random.below(4) as usize]]);
+        }
+        // call over a byte; add esp, 4 or pop
+        1 => code.extend([0xe8, 1, 0, 0, 0, 0xf4, 0x58]),
+        // mov eax, next; call eax; pop edx
+        2 => {
+            immediate(code, 0, next(code, 7));
+            code.extend([0xff, 0xd0, 0x5a]);
+        }
+        // push next; ret
+        3 => {
+            let target = next(code, 6);
+            code.push(0x68);
+            code.extend((target as u32).to_le_bytes());
+            code.push(0xc3);
+        }
+        // jcc over a move
+        4 => {
+            code.extend([0x70 | random.below(16) as u8, 5]);
+            immediate(code, random.below(4) as u8, random.bits());
+        }
+        // mov ecx, n; back: add eax, ecx; loop back
+        5 => {
+            immediate(code, 1, 1 + random.below(9));
+            code.extend([0x01, 0xc8, 0xe2, 0xfc]);
+        }
+        // pushfd; popfd
+        _ => code.extend([0x9c, 0x9d]),
+    }
+}
+
+/// Code that runs some rounds and stops.
+fn program(random: &mut Random) -> Vec<u8> {
+    let mut code = Vec::new();
+    for _ in 0..4 + random.below(24) {
+        match random.below(5) {
+            0 => special(&mut code, random),
+            _ => ordinary(&mut code, random),
+        }
+    }
+    // mov esp, STACK; dec dword ss:[COUNT]; jz +5; jmp CODE; hlt
+    immediate(&mut code, 4, STACK);
+    code.extend([0x36, 0xff, 0x0d]);
+    code.extend((COUNT as u32).to_le_bytes());
+    code.extend([0x74, 5, 0xe9]);
+    let back = -(code.len() as i32 + 4);
+    code.extend(back.to_le_bytes());
+    code.push(0xf4);
+    code
+}
+
+#[derive(PartialEq)]
+struct Outcome {
+    exit: Exit,
+    gpr: [u64; 8],
+    rip: u64,
+    flags: u64,
+    cr2: u64,
+    memory: Vec<u64>,
+}
+
+fn run(seed: u64, narrow_modes: bool) -> (Outcome, Vec<u8>) {
+    let mut random = Random(seed);
+    let code = program(&mut random);
+    // Without `entry_flags` the frame of a fault may show stale flags.
+    let options = TranslateOptions {
+        entry_flags: true,
+        narrow_modes,
+        ..Default::default()
+    };
+    let mut engine = Translate::new(cpu_with(&code, &mut random), options).unwrap();
+    let exit = engine.run(&mut EmptyBus);
+    let cpu = engine.cpu();
+    let mut gpr = [0; 8];
+    for (to, from) in gpr.iter_mut().zip(cpu.gpr) {
+        *to = from & 0xffff_ffff;
+    }
+    let memory = (0..END)
+        .step_by(8)
+        .map(|at| cpu.ram.load::<u64>(at).unwrap());
+    let outcome = Outcome {
+        exit,
+        gpr,
+        rip: cpu.rip,
+        flags: cpu.rflags.bits(),
+        cr2: cpu.cr2,
+        memory: memory.collect(),
+    };
+    (outcome, code)
+}
+
+fn difference(ours: &Outcome, theirs: &Outcome) -> String {
+    let mut text = format!(
+        "{:?} {:x?} rip {:x} flags {:x}\n{:?} {:x?} rip {:x} flags {:x}\n",
+        ours.exit,
+        ours.gpr,
+        ours.rip,
+        ours.flags,
+        theirs.exit,
+        theirs.gpr,
+        theirs.rip,
+        theirs.flags
+    );
+    for (n, (a, b)) in ours.memory.iter().zip(&theirs.memory).enumerate() {
+        if a != b {
+            text += &format!("[{:x}] {a:x} {b:x}\n", 8 * n);
+        }
+    }
+    text
+}
+
+fn listing(code: &[u8]) -> String {
+    let decoder = Decoder::with_ip(32, code, CODE, DecoderOptions::NONE);
+    let line = |i: Instruction| format!("{:x} {:?} {i}\n", i.ip(), i.code());
+    decoder.into_iter().map(line).collect()
+}
+
+#[test]
+fn random_32_bit_code_does_what_the_interpreter_does() {
+    let (mut ended, mut failed) = (0, 0);
+    for case in 1..=CASES {
+        let seed = case.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let (ours, code) = run(seed, true);
+        let (theirs, _) = run(seed, false);
+        if ours != theirs {
+            failed += 1;
+            if failed < 6 {
+                eprintln!(
+                    "case {case}\n{}{}",
+                    difference(&ours, &theirs),
+                    listing(&code)
+                );
+            }
+        }
+        ended += usize::from(ours.rip > CODE);
+    }
+    assert_eq!(failed, 0, "of {CASES}");
+    assert!(ended > CASES as usize / 4, "most programs fault: {ended}");
+}
