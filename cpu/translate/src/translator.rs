@@ -190,8 +190,13 @@ impl Translator {
         if self.context.cpu.cpl != 3 || !user_code.takes(&self.context.cpu) {
             return false;
         }
+        let from = self.context.cpu.rip;
         let (cpu, called) = self.context.cpu_and_call();
         let left = user_code.run(cpu, &called);
+        if self.context.cpu.rip != from {
+            // The exit that led here does not lead to where user code has come by now.
+            self.link_from = None;
+        }
         if left == Left::Declined {
             return false;
         }
