@@ -192,9 +192,8 @@ fn select_auto(host: &Host) -> Selection {
         Err(reason) => format!("no usable /dev/kvm: {reason}"),
     };
     match (&host.translate, &host.direct) {
-        // Not direct: a guest's program has been seen to die of it (docs/direct.md, known limits).
         (Ok(()), Ok(())) => Selection {
-            engine: EngineKind::Translate,
+            engine: EngineKind::Direct,
             reason: no_kvm,
         },
         (Ok(()), Err(reason)) => Selection {
@@ -227,7 +226,7 @@ mod tests {
         for (host, line) in [
             (
                 host(Ok(()), Ok(()), Err("there is none")),
-                "engine: translate (no usable /dev/kvm: there is none)",
+                "engine: direct (no usable /dev/kvm: there is none)",
             ),
             (
                 host(Ok(()), Err("no seccomp"), Err("there is none")),
