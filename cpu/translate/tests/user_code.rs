@@ -101,7 +101,7 @@ fn an_exit_is_not_linked_to_where_others_have_taken_the_code() {
     let mut engine = Translate::new(cpu, TranslateOptions::default())
         .unwrap()
         .leaving_user_code_to(Box::new(mover));
-    assert_eq!(engine.run(&mut EmptyBus::default()), Exit::Shutdown);
+    assert_eq!(engine.run(&mut EmptyBus), Exit::Shutdown);
     let counts = [0, 3, 1].map(|n| engine.cpu().gpr[n]);
     assert_eq!(counts, [2, 1, 1], "begun, at the target, elsewhere");
 }
