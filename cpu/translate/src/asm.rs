@@ -245,6 +245,12 @@ impl Asm {
         let rel = pos as i64 - (self.pos() as i64 + 4);
         self.imm32(rel as i32);
     }
+    /// `bts qword gs:[disp], index`: sets a bit of those that begin there.
+    pub fn set_bit_gs(&mut self, index: Reg, disp: i32) {
+        let rex = Self::rex(true, index, 0, 0);
+        self.raw(&[0x65, rex, 0x0f, 0xab, (index & 7) << 3 | 4, 0x25]);
+        self.imm32(disp);
+    }
     /// `jmp reg`.
     pub fn jmp_reg(&mut self, reg: Reg) {
         self.raw(&[Self::rex(false, 0, 0, reg), 0xff, 0xe0 | (reg & 7)]);

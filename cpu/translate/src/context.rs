@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64};
 use doppel_memory::Tlb;
 use doppel_x86::{Cpu, Segment};
 
+use crate::code_map::{self, CodeMap};
 use crate::jump_cache::{JumpCache, JumpEntry};
 use crate::rewrite::hold::SLOTS;
 
@@ -80,6 +81,8 @@ pub(crate) struct Context {
     pub crossings: u64,
     /// Targets that the second level of the jump cache knew, and not the first.
     pub second_jumps: u64,
+    /// Targets that the code map knew.
+    pub map_jumps: u64,
     /// How often the vector state was loaded.
     pub vector_loads: u64,
     /// SYSRETs executed by translated code.
@@ -87,6 +90,7 @@ pub(crate) struct Context {
     /// The last offset that may be read, and written, through each segment register (see `narrow`).
     pub segment_ends: [[i64; 6]; 2],
     pub jump_cache: [JumpCache; JUMP_CACHES],
+    pub code_map: CodeMap,
 }
 
 macro_rules! displacement {
@@ -126,10 +130,12 @@ displacement! {
     VICTIMS_RECALLED = victims_recalled;
     CROSSINGS = crossings;
     SECOND_JUMPS = second_jumps;
+    MAP_JUMPS = map_jumps;
     VECTOR_LOADS = vector_loads;
     USER_ENTRIES = user_entries;
     SEGMENT_ENDS = segment_ends;
     JUMP_CACHE = jump_cache;
+    CODE_MAP = code_map;
     PAUSES_LEFT = cpu.pauses_left;
     TSC_OFFSET = cpu.tsc_offset;
     TSC_AUX = cpu.msr.tsc_aux;
@@ -178,6 +184,15 @@ pub(crate) const fn segment_end(seg: u8, write: bool) -> i32 {
 pub(crate) const fn second_jump_cache(number: u8) -> i32 {
     jump_cache(number) + offset_of!(JumpCache, second) as i32
 }
+
+/// Displacement of the bits of what was brought to a jump cache.
+pub(crate) const fn brought(number: u8) -> i32 {
+    jump_cache(number) + offset_of!(JumpCache, brought) as i32
+}
+
+/// Displacements of the tables of the code map.
+pub(crate) const MAP_PAGES: i32 = CODE_MAP + code_map::PAGES_AT as i32;
+pub(crate) const MAP_BLOCKS: i32 = CODE_MAP + code_map::BLOCKS_AT as i32;
 
 /// Displacement of the first level of a jump cache, by its number ([`crate::blocks::jump_cache_of`]).
 pub(crate) const fn jump_cache(number: u8) -> i32 {

@@ -48,6 +48,7 @@ impl ContextBox {
         for cache in &mut ctx.jump_cache {
             cache.initialize();
         }
+        ctx.code_map.initialize();
         ctx.host_mxcsr = 0x1f80;
         ctx.bounce_at = &raw const ctx.bounce as u64;
         let at = NonNull::from(Box::leak(ctx));

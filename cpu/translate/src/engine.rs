@@ -56,6 +56,8 @@ pub struct TranslateOptions {
     pub lazy_vectors: bool,
     /// Look for the target of an indirect branch in the second level of the jump cache before the monitor is asked.
     pub second_jump_cache: bool,
+    /// Look for the target of an indirect branch of user code in the code map before the monitor is asked.
+    pub code_map: bool,
     /// Let an access across two pages go on without the monitor where both are in the TLB.
     pub cross_pages: bool,
     /// Keep what is known of an address space while another is current, where the guest says so (CR4.PCIDE).
@@ -106,6 +108,7 @@ impl TranslateOptions {
         "huge-code" => huge_code,
         "lazy-vectors" => lazy_vectors,
         "second-jump-cache" => second_jump_cache,
+        "code-map" => code_map,
         "cross-pages" => cross_pages,
         "keep-spaces" => keep_spaces,
         "narrow-modes" => narrow_modes,
@@ -149,6 +152,7 @@ impl Default for TranslateOptions {
             huge_code: true,
             lazy_vectors: true,
             second_jump_cache: true,
+            code_map: true,
             cross_pages: true,
             keep_spaces: true,
             narrow_modes: true,

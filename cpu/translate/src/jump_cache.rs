@@ -5,7 +5,8 @@
 //! brings what it finds into the first. Only what is in neither asks the monitor. (With one way, some pair of hot return addresses
 //! shared a slot in every workload, and each use of one drove the other out.)
 //! Invariants: an entry's address leads to a block that is alive and that the guest's page tables give for its linear address.
-//! Whatever is in the first level is in the second, and the second lists the slots it uses, so that emptying both (each change of
+//! Whatever is in the first level is in the second or was brought from the code map; the second lists the slots it uses, and a
+//! bit for each slot of the first says that such was brought there, so that emptying both (each change of
 //! address space does) costs what was entered since. Slot 0 of the first level is always empty: a kick makes every look-up
 //! end there, and the thunk looks for kicks. An unused entry is all zeros but in the slots where address 0 belongs.
 
@@ -70,6 +71,8 @@ pub(crate) struct JumpCache {
     blocks: [BlockId; SECOND],
     filled: [u16; SECOND],
     len: usize,
+    /// A bit for each slot of the first level that the thunk filled with what the second does not have; set by generated code.
+    pub brought: [u64; FIRST / 64],
 }
 
 fn first_slot(linear: u64) -> usize {
@@ -163,6 +166,23 @@ impl JumpCache {
             self.empty_second(usize::from(self.filled[n]));
         }
         self.len = 0;
+        self.forget_brought(|_| true);
+    }
+
+    /// Forgets those entries that came from the code map and lead to such a host address.
+    fn forget_brought(&mut self, leads: impl Fn(u64) -> bool) {
+        for (n, word) in self.brought.iter_mut().enumerate() {
+            let mut left = *word;
+            while left != 0 {
+                let bit = left.trailing_zeros();
+                left &= left - 1;
+                let slot = 64 * n + bit as usize;
+                if leads(self.first[slot].host) {
+                    self.first[slot] = JumpEntry::empty(slot);
+                    *word &= !(1 << bit);
+                }
+            }
+        }
     }
 
     fn empty_second(&mut self, slot: usize) {
@@ -191,6 +211,7 @@ impl JumpCache {
             }
         }
         self.len = kept;
+        self.forget_brought(|at| host.contains(&at));
     }
 }
 
@@ -206,6 +227,7 @@ mod tests {
             blocks: [0; SECOND],
             filled: [0; SECOND],
             len: 0,
+            brought: [0; FIRST / 64],
         });
         cache.initialize();
         cache
@@ -241,6 +263,24 @@ mod tests {
         check(&cache);
         assert_eq!(cache.len, 0);
         assert!(cache.first.iter().all(|e| e.host == 0));
+    }
+
+    #[test]
+    fn what_was_brought_goes_with_the_rest() {
+        let mut cache = empty();
+        let mut bring = |linear: u64, host| {
+            let slot = first_slot(linear);
+            cache.first[slot] = JumpEntry { linear, host };
+            cache.brought[slot / 64] |= 1 << (slot % 64);
+        };
+        bring(0x1234, 100);
+        bring(0x5678, 200);
+        cache.remove(&(150..250));
+        assert_eq!(cache.first[first_slot(0x1234)].host, 100);
+        assert_eq!(cache.first[first_slot(0x5678)].host, 0);
+        cache.clear();
+        assert!(cache.first.iter().all(|e| e.host == 0));
+        assert_eq!(cache.brought, [0; FIRST / 64]);
     }
 
     #[test]

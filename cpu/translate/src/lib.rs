@@ -14,6 +14,7 @@ mod asm;
 mod blocks;
 mod cache_unsafe;
 mod chunks;
+mod code_map;
 mod code_pages;
 mod context;
 mod context_unsafe;

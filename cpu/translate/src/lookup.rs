@@ -50,10 +50,15 @@ impl Translator {
         }
         let gpa = self.code_page(rip)? | (rip & PAGE_MASK);
         let key = self.key(gpa, rip);
-        self.blocks
-            .find(&key)
+        let found = self.blocks.find(&key);
+        let block = found
             .filter(|b| self.still_straddles(*b, rip))
-            .or_else(|| self.translate_block(key, rip))
+            .or_else(|| self.translate_block(key, rip))?;
+        if self.blocks.second_page(block).is_none() {
+            let host = self.blocks.entry_saved(block);
+            self.context.code_map.note_block(&key, host);
+        }
+        Some(block)
     }
 
     /// Jump caches do not tell blocks of different [`Simd`] apart: they are emptied when it changes.
@@ -112,6 +117,7 @@ impl Translator {
         let user = cpu.cpl == 3;
         let page = rip & !PAGE_MASK;
         if let Some(gpa) = self.code_pages.get(user, page) {
+            self.note_page(user, page, gpa);
             return Some(gpa);
         }
         if !Cpu::canonical(rip) {
@@ -128,7 +134,14 @@ impl Translator {
             return None;
         }
         self.code_pages.insert(user, page, &t);
+        self.note_page(user, page, gpa);
         Some(gpa)
+    }
+
+    fn note_page(&mut self, user: bool, linear: u64, gpa: u64) {
+        if user && self.mode == Mode::Long {
+            self.context.code_map.note_page(linear, gpa, self.simd);
+        }
     }
 
     fn still_straddles(&mut self, block: BlockId, rip: u64) -> bool {
@@ -340,7 +353,10 @@ impl Translator {
         let cache = &mut self.context.jump_cache[usize::from(cache)];
         match b.key.base {
             Base::Fixed(page) => cache.forget(page | (b.key.gpa & PAGE_MASK)),
-            Base::Dynamic => cache.remove(&b.host_range()),
+            Base::Dynamic => {
+                cache.remove(&b.host_range());
+                self.context.code_map.forget_block(&b.key);
+            }
         }
     }
 
@@ -380,6 +396,9 @@ impl Translator {
     }
 
     fn empty_jump_caches(&mut self, which: std::ops::Range<usize>) {
+        if which.contains(&(Privilege::User as usize)) {
+            self.context.code_map.forget_pages();
+        }
         for cache in &mut self.context.jump_cache[which] {
             cache.clear();
         }
@@ -393,6 +412,7 @@ impl Translator {
         self.cache.clear();
         self.link_from = None;
         self.empty_jump_caches(0..JUMP_CACHES);
+        self.context.code_map.clear();
         self.spaces.clear();
         self.observe_emptying();
     }

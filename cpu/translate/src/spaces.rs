@@ -78,6 +78,7 @@ impl Translator {
         if lost_kernel {
             self.lost_kernel_code();
         }
+        self.context.code_map.forget_pages();
         self.context.jump_cache[0].take(&mut leaving.jumps, MOST_JUMPS);
         let narrow = &mut self.context.jump_cache[usize::from(NARROW_USER)];
         narrow.take(&mut leaving.narrow_jumps, MOST_JUMPS);

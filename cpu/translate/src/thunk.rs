@@ -19,6 +19,7 @@ use doppel_memory::{Privilege, TLB_SLOT_SHIFT, Tlb};
 
 use crate::asm::*;
 use crate::blocks::NARROW_USER;
+use crate::code_map;
 use crate::context::{self as ctx, JUMP_CACHES};
 use crate::engine::TranslateOptions;
 use crate::jump_cache::{FIRST_INDEX_MASK, SECOND_FACTOR, SECOND_SHIFT};
@@ -62,6 +63,8 @@ pub(crate) struct How {
     pub lazy_vectors: bool,
     /// The second level of the jump cache is looked at.
     pub second_jump_cache: bool,
+    /// The code map is looked at.
+    pub code_map: bool,
     /// Accesses across two pages go on without the monitor.
     pub cross_pages: bool,
     /// Bytes of a check.
@@ -75,6 +78,7 @@ impl How {
             victims: options.victims,
             lazy_vectors: options.lazy_vectors,
             second_jump_cache: options.second_jump_cache,
+            code_map: options.code_map,
             cross_pages: options.cross_pages,
             check_len: check_len(options.rorx),
         }
@@ -379,6 +383,7 @@ fn lookup(asm: &mut Asm, number: u8, exit: u64, how: How) {
     asm.store_indexed8(S1, first, S0);
     asm.store_indexed8(S1, first + 8, RAX);
     asm.bind(stays_empty);
+    let stays = asm.pos();
     if number == Privilege::User as u8 || number == NARROW_USER {
         asm.alu_imm64(Alu::And, S0, -4096);
         asm.store(ctx::PAGE_BASE, S0);
@@ -386,12 +391,54 @@ fn lookup(asm: &mut Asm, number: u8, exit: u64, how: How) {
     asm.mov(S1, RAX);
     asm.load(RAX, ctx::SPILL);
     asm.jmp_reg(S1);
-    for jump in [Some(miss), Some(kicked), unasked].into_iter().flatten() {
+    for jump in [Some(miss), unasked].into_iter().flatten() {
         asm.bind(jump);
     }
+    if how.code_map && number == Privilege::User as u8 {
+        look_at_code_map(asm, number, stays);
+    }
+    asm.bind(kicked);
     asm.store(ctx::SPILL + 8, S0);
     asm.store_imm32(ctx::EXIT, EXIT_INDIRECT);
     asm.jmp_to(exit);
+}
+
+/// Goes on at `found` with the host address in RAX where the code map knows the target, which it brings to the first level of the jump
+/// cache.
+fn look_at_code_map(asm: &mut Asm, number: u8, found: usize) {
+    let first = ctx::jump_cache(number);
+    asm.store(ctx::SPILL, RAX);
+    asm.mov32(S1, S0);
+    asm.shr32(S1, code_map::PAGE_SHIFT);
+    asm.alu_imm32(Alu::And, S1, code_map::PAGE_INDEX_MASK);
+    asm.mov(RAX, S0);
+    asm.alu_imm64(Alu::And, RAX, -4096);
+    asm.cmp_indexed8(RAX, S1, ctx::MAP_PAGES);
+    let no_page = asm.jcc(CC_NE);
+    asm.load_indexed8(S1, S1, ctx::MAP_PAGES + 8);
+    asm.mov32(RAX, S0);
+    asm.alu_imm32(Alu::And, RAX, 4095);
+    asm.add64(S1, RAX);
+    asm.imul_imm32(RAX, S1, code_map::FACTOR);
+    asm.shr32(RAX, code_map::SHIFT);
+    asm.add64(RAX, RAX);
+    asm.cmp_indexed8(S1, RAX, ctx::MAP_BLOCKS);
+    let no_block = asm.jcc(CC_NE);
+    asm.load_indexed8(RAX, RAX, ctx::MAP_BLOCKS + 8);
+    asm.count(ctx::MAP_JUMPS);
+    asm.mov32(S1, S0);
+    asm.alu_imm32(Alu::And, S1, FIRST_INDEX_MASK);
+    let stays_empty = asm.jcc(CC_E);
+    asm.store_indexed8(S1, first, S0);
+    asm.store_indexed8(S1, first + 8, RAX);
+    asm.shr32(S1, 1);
+    asm.set_bit_gs(S1, ctx::brought(number));
+    for jump in [asm.jmp(), stays_empty] {
+        asm.bind_at(jump, found);
+    }
+    asm.bind(no_page);
+    asm.bind(no_block);
+    asm.load(RAX, ctx::SPILL);
 }
 
 /// Saves the vector state where it is live; it is not afterwards. Destroys RAX, RDX and the flags.
