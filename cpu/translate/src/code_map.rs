@@ -21,7 +21,7 @@ use crate::narrow::Mode;
 /// Entries of the table of pages, a power of two.
 const PAGES: usize = 128;
 /// log2 of the entries of the table of blocks.
-const BLOCKS_BITS: u32 = 13;
+const BLOCKS_BITS: u32 = 14;
 /// The linear address shifted right by so much and masked with [`PAGE_INDEX_MASK`] and scaled by 8 is the place of its page.
 pub(crate) const PAGE_SHIFT: u8 = 11;
 pub(crate) const PAGE_INDEX_MASK: i32 = 2 * (PAGES as i32 - 1);
