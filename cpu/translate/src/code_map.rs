@@ -28,6 +28,8 @@ pub(crate) const PAGE_INDEX_MASK: i32 = 2 * (PAGES as i32 - 1);
 /// The number of a block's entry is the top bits of the 32-bit product of its tag and this.
 pub(crate) const FACTOR: i32 = 0x61c8_8647;
 pub(crate) const SHIFT: u8 = (32 - BLOCKS_BITS) as u8;
+/// Of the direct branches to another page that are not linked, one in so many is linked when it is taken.
+pub(crate) const CROSSINGS_A_LINK: u32 = 8;
 /// No page begins there.
 const NO_PAGE: u64 = 1;
 /// In every tag, so that zero is none.

@@ -81,6 +81,8 @@ pub(crate) struct Context {
     pub crossings: u64,
     /// Targets that the second level of the jump cache knew, and not the first.
     pub second_jumps: u64,
+    /// Branches to another page that are still taken before one is linked.
+    pub crossings_to_link: u32,
     /// Targets that the code map knew.
     pub map_jumps: u64,
     /// How often the vector state was loaded.
@@ -130,6 +132,7 @@ displacement! {
     VICTIMS_RECALLED = victims_recalled;
     CROSSINGS = crossings;
     SECOND_JUMPS = second_jumps;
+    CROSSINGS_TO_LINK = crossings_to_link;
     MAP_JUMPS = map_jumps;
     VECTOR_LOADS = vector_loads;
     USER_ENTRIES = user_entries;
@@ -142,6 +145,8 @@ displacement! {
     STAR = cpu.msr.star;
     LSTAR = cpu.msr.lstar;
     SFMASK = cpu.msr.sfmask;
+    CR2 = cpu.cr2;
+    CR3 = cpu.cr3;
     CR4 = cpu.cr4;
     EFER = cpu.efer;
     CPL = cpu.cpl;

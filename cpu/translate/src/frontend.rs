@@ -104,6 +104,10 @@ pub(crate) enum Class {
     Syscall,
     /// To 64-bit code.
     Sysret,
+    /// CLD and STD.
+    DirectionFlag,
+    /// MOV from CR2 or CR3.
+    ReadControl,
     Serialize,
     /// PAUSE, of which the monitor is told now and then.
     Pause,
@@ -162,6 +166,7 @@ impl Class {
                 | Sysret
                 | Cli
                 | Sti
+                | DirectionFlag
                 | Pushf
                 | Popf
                 | Repeat { .. }
@@ -298,9 +303,13 @@ impl GuestInstruction {
     pub fn may_leave(&self) -> bool {
         match self.class {
             Class::Copy => !self.always_completes(),
-            Class::Lea | Class::Nothing | Class::ReadSelector | Class::Rdpid | Class::Swapgs => {
-                false
-            }
+            Class::Lea
+            | Class::Nothing
+            | Class::ReadSelector
+            | Class::ReadControl
+            | Class::DirectionFlag
+            | Class::Rdpid
+            | Class::Swapgs => false,
             _ => true,
         }
     }
@@ -553,6 +562,7 @@ fn inline_system(i: &Instruction, how: Decoding) -> Option<Class> {
         Code::Pushfq => return Some(Class::Pushf),
         Code::Syscall => return Some(Class::Syscall),
         Code::Rdpid_r64 => return Some(Class::Rdpid),
+        Code::Cld | Code::Std => return Some(Class::DirectionFlag),
         Code::Mov_rm16_Sreg | Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg
             if i.op0_kind() == OpKind::Register =>
         {
@@ -572,6 +582,9 @@ fn inline_system(i: &Instruction, how: Decoding) -> Option<Class> {
         Code::Sti => Some(Class::Sti),
         Code::Clac | Code::Stac => Some(Class::AlignmentFlag),
         Code::Popfq => Some(Class::Popf),
+        Code::Mov_r64_cr if matches!(i.op1_register(), Register::CR2 | Register::CR3) => {
+            Some(Class::ReadControl)
+        }
         _ => None,
     }
 }

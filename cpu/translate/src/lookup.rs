@@ -4,6 +4,7 @@ use doppel_memory::{AccessKind, PAGE_MASK, PAGE_SIZE, PageTracker, Privilege};
 use doppel_x86::{Cpu, Cr0, Cr4, Rflags};
 
 use crate::blocks::{BlockId, Form, Key, Made, NARROW_USER, jump_cache_of};
+use crate::code_map::CROSSINGS_A_LINK;
 use crate::context::JUMP_CACHES;
 use crate::engine::TranslateOptions;
 use crate::frontend::{Decoding, GuestBlock, MOST_BYTES, Simd};
@@ -299,6 +300,7 @@ impl Translator {
         let may = self.options.link && from.alive && same_mode;
         if may {
             self.blocks.link(exit, block, across, &mut self.cache);
+            self.context.crossings_to_link = CROSSINGS_A_LINK - 1;
         }
         may
     }

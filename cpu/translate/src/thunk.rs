@@ -22,6 +22,7 @@ use crate::blocks::NARROW_USER;
 use crate::code_map;
 use crate::context::{self as ctx, JUMP_CACHES};
 use crate::engine::TranslateOptions;
+use crate::flags::FlagPlace;
 use crate::jump_cache::{FIRST_INDEX_MASK, SECOND_FACTOR, SECOND_SHIFT};
 use crate::rewrite::{TLB_INDEX_MASK, check_len};
 
@@ -51,6 +52,8 @@ pub(crate) struct Thunks {
     ask: [u64; 2],
     /// By the number of the jump cache.
     pub lookup: [u64; JUMP_CACHES],
+    /// By where the flags are: a direct branch to another page that is not linked.
+    cross: Option<[u64; 2]>,
 }
 
 /// What the thunks depend on.
@@ -143,12 +146,20 @@ pub(crate) fn assemble(asm: &mut Asm, base: u64, how: How) -> Thunks {
         lookup(asm, number as u8, exit, how);
         at
     });
+    let cross = how.code_map.then(|| {
+        [FlagPlace::Saved, FlagPlace::Registers].map(|place| {
+            let at = base + asm.pos() as u64;
+            cross(asm, place, exit);
+            at
+        })
+    });
     Thunks {
         enter,
         exit,
         slow,
         ask: asks,
         lookup,
+        cross,
     }
 }
 
@@ -164,12 +175,21 @@ impl Thunks {
         self.ask[usize::from(simd)]
     }
 
+    /// Where a direct branch of user code goes on whose target in the page at `PAGE_BASE` stands in S0, and whose exit in the context.
+    pub fn cross(&self, flags: FlagPlace) -> Option<u64> {
+        let number = usize::from(flags == FlagPlace::Registers);
+        self.cross.map(|cross| cross[number])
+    }
+
     /// Each with a name, by address.
     pub fn names(&self) -> BTreeMap<u64, String> {
         let fixed = [(self.enter, "enter"), (self.exit, "exit")];
         let mut names: BTreeMap<_, _> = fixed.map(|(at, n)| (at, n.to_owned())).into();
         let narrow = self.lookup[usize::from(NARROW_USER)];
         names.insert(narrow, "lookup_user_32".to_owned());
+        for (at, flags) in self.cross.into_iter().flatten().zip(["", "_with_flags"]) {
+            names.insert(at, format!("cross_user{flags}"));
+        }
         for (simd, vectors) in ["", "_vectors"].iter().enumerate() {
             names.insert(self.ask[simd], format!("ask{vectors}"));
         }
@@ -403,11 +423,9 @@ fn lookup(asm: &mut Asm, number: u8, exit: u64, how: How) {
     asm.jmp_to(exit);
 }
 
-/// Goes on at `found` with the host address in RAX where the code map knows the target, which it brings to the first level of the jump
-/// cache.
-fn look_at_code_map(asm: &mut Asm, number: u8, found: usize) {
-    let first = ctx::jump_cache(number);
-    asm.store(ctx::SPILL, RAX);
+/// RAX = the host address of user code at the linear address in S0; where the code map does not know it, a jump is taken of those that are
+/// returned. Destroys S1.
+fn find_in_map(asm: &mut Asm) -> [Fixup; 2] {
     asm.mov32(S1, S0);
     asm.shr32(S1, code_map::PAGE_SHIFT);
     asm.alu_imm32(Alu::And, S1, code_map::PAGE_INDEX_MASK);
@@ -426,6 +444,15 @@ fn look_at_code_map(asm: &mut Asm, number: u8, found: usize) {
     let no_block = asm.jcc(CC_NE);
     asm.load_indexed8(RAX, RAX, ctx::MAP_BLOCKS + 8);
     asm.count(ctx::MAP_JUMPS);
+    [no_page, no_block]
+}
+
+/// Goes on at `found` with the host address in RAX where the code map knows the target, which it brings to the first level of the jump
+/// cache.
+fn look_at_code_map(asm: &mut Asm, number: u8, found: usize) {
+    let first = ctx::jump_cache(number);
+    asm.store(ctx::SPILL, RAX);
+    let unknown = find_in_map(asm);
     asm.mov32(S1, S0);
     asm.alu_imm32(Alu::And, S1, FIRST_INDEX_MASK);
     let stays_empty = asm.jcc(CC_E);
@@ -436,9 +463,36 @@ fn look_at_code_map(asm: &mut Asm, number: u8, found: usize) {
     for jump in [asm.jmp(), stays_empty] {
         asm.bind_at(jump, found);
     }
-    asm.bind(no_page);
-    asm.bind(no_block);
+    for jump in unknown {
+        asm.bind(jump);
+    }
     asm.load(RAX, ctx::SPILL);
+}
+
+/// Goes on in the page at `PAGE_BASE` at the offset in S0 where the code map knows that place; else the exit is taken, as is one in
+/// [`code_map::CROSSINGS_A_LINK`], for the monitor to link it.
+fn cross(asm: &mut Asm, flags: FlagPlace, exit: u64) {
+    asm.store(ctx::SPILL, RAX);
+    if flags == FlagPlace::Registers {
+        asm.flags_to_ax();
+        asm.store32(ctx::FLAGS, RAX);
+    }
+    asm.alu_gs_imm32(Alu::Sub, ctx::CROSSINGS_TO_LINK, 1);
+    let link = asm.jcc(CC_S);
+    asm.add_gs(S0, ctx::PAGE_BASE);
+    let unknown = find_in_map(asm);
+    asm.mov(S1, RAX);
+    asm.load(RAX, ctx::SPILL);
+    asm.jmp_reg(S1);
+    for jump in unknown.into_iter().chain([link]) {
+        asm.bind(jump);
+    }
+    if flags == FlagPlace::Registers {
+        asm.load32(RAX, ctx::FLAGS);
+        asm.flags_from_ax();
+    }
+    asm.load(RAX, ctx::SPILL);
+    asm.jmp_to(exit);
 }
 
 /// Saves the vector state where it is live; it is not afterwards. Destroys RAX, RDX and the flags.

@@ -440,6 +440,8 @@ fn virtual_state(class: Class) -> &'static str {
         Class::Sysret => "back to virtual CPL 3",
         Class::Pause => "the monitor is told of one in many, to give the host's processor away",
         Class::Serialize => "a fence will do: code is followed by other means",
+        Class::DirectionFlag => "DF of the virtual RFLAGS",
+        Class::ReadControl => "the virtual control register",
         Class::Cli => "IF of the virtual RFLAGS",
         Class::Sti => "IF of the virtual RFLAGS, unless an interrupt waits for it",
         Class::AlignmentFlag => {

@@ -190,8 +190,7 @@ impl Work<'_> {
         }
         let mut slot_stubs = std::mem::take(&mut self.slot_stubs);
         for n in slot_stubs.drain(..) {
-            let at = self.asm().pos() as u32;
-            self.leave_stub(n, at);
+            self.slot_stub(n);
         }
         (self.stubs, self.slot_stubs) = (stubs, slot_stubs);
     }
@@ -203,6 +202,23 @@ impl Work<'_> {
         self.unpin();
         self.asm().store_imm32(ctx::EXIT, id);
         self.asm().jmp_to(thunk);
+        self.out.exits[n].stub = at;
+    }
+
+    /// Goes on in another page without a link where that is possible, else leaves to the monitor.
+    fn slot_stub(&mut self, n: usize) {
+        let at = self.asm().pos() as u32;
+        let exit = &self.out.exits[n];
+        let long = self.s.mode == Mode::Long;
+        let (cross, target) = (self.s.thunks.cross(exit.flags).filter(|_| long), exit.target);
+        let Some(cross) = cross else {
+            return self.leave_stub(n, at);
+        };
+        let id = self.first.exit + n as u32;
+        let a = self.asm();
+        a.mov_imm(S0, target as u64);
+        a.store_imm32(ctx::EXIT, id);
+        a.jmp_to(cross);
         self.out.exits[n].stub = at;
     }
 

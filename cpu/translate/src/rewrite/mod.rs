@@ -514,6 +514,8 @@ impl Work<'_> {
             Class::Sysret => self.sysret(i),
             Class::Serialize => self.serialize(),
             Class::Pause => self.pause(i),
+            Class::DirectionFlag => self.direction_flag(i),
+            Class::ReadControl => self.read_control(i),
             Class::Cli => self.cli(i),
             Class::Sti => self.sti(i),
             Class::AlignmentFlag => self.alignment_flag(i),

@@ -23,6 +23,15 @@ impl Work<'_> {
         self.asm().alu_gs_imm32(Alu::And, ctx::RFLAGS, !IF);
     }
 
+    pub(super) fn direction_flag(&mut self, i: &GuestInstruction) {
+        self.before_check(i);
+        let a = self.asm();
+        match i.decoded.code() {
+            Code::Std => a.alu_gs_imm32(Alu::Or, ctx::RFLAGS, DF),
+            _ => a.alu_gs_imm32(Alu::And, ctx::RFLAGS, !DF),
+        }
+    }
+
     /// A fence; and what others have written to the code before is followed, since that comes with a kick.
     pub(super) fn serialize(&mut self) {
         self.asm().raw(&[0x0f, 0xae, 0xf0]); // mfence
@@ -122,7 +131,6 @@ impl Work<'_> {
         let a = self.asm();
         a.bind(masked);
         a.store(ctx::RFLAGS, S0);
-        a.alu_gs_imm32(Alu::Add, ctx::USER_ENTRIES, 1);
         self.set_arithmetic_flags();
         let word = i32::from(self.word());
         self.lea_word(RSP, RSP, word);
@@ -162,6 +170,14 @@ impl Work<'_> {
 
     pub(super) fn rdpid(&mut self, i: &GuestInstruction) {
         self.load_slot(i.decoded.op0_register(), ctx::TSC_AUX, false);
+    }
+
+    pub(super) fn read_control(&mut self, i: &GuestInstruction) {
+        let slot = match i.decoded.op1_register() {
+            Register::CR2 => ctx::CR2,
+            _ => ctx::CR3,
+        };
+        self.load_slot(i.decoded.op0_register(), slot, true);
     }
 
     /// `mov r, sreg`: the selector, zero extended where the register has more than 16 bits.
