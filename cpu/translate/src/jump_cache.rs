@@ -17,7 +17,7 @@ use crate::blocks::BlockId;
 /// Entries of the first level; a power of two.
 const FIRST: usize = 4096;
 /// log2 of the entries of the second level.
-const SECOND_BITS: u32 = 15;
+const SECOND_BITS: u32 = 14;
 const SECOND: usize = 1 << SECOND_BITS;
 /// Generated code ands a linear address with this and scales by 8 to reach its entry in the first level: bit 0 does not count.
 pub(crate) const FIRST_INDEX_MASK: i32 = 2 * (FIRST as i32 - 1);
