@@ -18,6 +18,8 @@
 //! Not here, for they trap or are the same in the guest: RDTSC (the guest's TSC is the host's), CPUID where the host makes it fault, PUSHF and POPF (user code changes and sees the same bits), reads of selectors (equal by condition), RDPMC,
 //! far transfers and loads of selectors (a load that does not fault is looked at when user code stops).
 
+use std::ops::RangeInclusive;
+
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
 
 /// Which of them count.
@@ -137,34 +139,39 @@ const ONE_IN: usize = 2;
 fn leads_to(page: &[u8], at: usize) -> bool {
     let Some(last) = at.checked_sub(STARTS.1) else {
         // Little is known of what comes before; perhaps nothing does.
-        let hits = (0..=at).filter(|start| decodes_to(page, *start, at));
-        return decodes_to(page, 0, at) || 2 * hits.count() > at + 1;
+        let hits = starts_that_lead_to(page, 0..=at, at);
+        return hits.first() == Some(&true) || 2 * count(&hits) > at + 1;
     };
-    let starts = at.saturating_sub(STARTS.0)..=last;
-    let count = starts.clone().count();
-    let hits = starts.filter(|start| decodes_to(page, *start, at));
-    hits.count() * ONE_IN >= count
+    let hits = starts_that_lead_to(page, at.saturating_sub(STARTS.0)..=at, at);
+    let starts = &hits[..hits.len() - (at - last)];
+    count(starts) * ONE_IN >= starts.len()
+}
+
+fn count(hits: &[bool]) -> usize {
+    hits.iter().filter(|hit| **hit).count()
 }
 
 /// Bytes of the longest instruction.
 const MOST_BYTES: usize = 15;
 
-fn decodes_to(page: &[u8], start: usize, at: usize) -> bool {
+/// For each of these bytes, whether decoding from there on leads to a common one at `at`: from the last to the first, since what
+/// comes after an instruction is known already then.
+fn starts_that_lead_to(page: &[u8], starts: RangeInclusive<usize>, at: usize) -> Vec<bool> {
+    let first = *starts.start();
+    let mut hits = vec![false; starts.clone().count()];
     let end = page.len().min(at + MOST_BYTES);
-    let mut decoder = Decoder::with_ip(64, &page[start..end], 0, DecoderOptions::NO_INVALID_CHECK);
     let mut instruction = Instruction::default();
-    loop {
-        let begin = start + decoder.position();
-        if begin > at || !decoder.can_decode() {
-            return false;
-        }
+    for start in starts.rev() {
+        let code = &page[start..end];
+        let mut decoder = Decoder::with_ip(64, code, 0, DecoderOptions::NO_INVALID_CHECK);
         decoder.decode_out(&mut instruction);
-        if start + decoder.position() <= at {
-            continue;
-        }
         let next = start + decoder.position();
-        return is_common(instruction.mnemonic()) && goes_on(&page[next.min(page.len())..]);
+        hits[start - first] = match hits.get(next - first) {
+            Some(hit) => *hit,
+            None => is_common(instruction.mnemonic()) && goes_on(&page[next.min(page.len())..]),
+        };
     }
+    hits
 }
 
 /// True where what comes next is code as user programs have it, as far as it can be told: tables between code hardly ever are.
