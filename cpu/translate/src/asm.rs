@@ -194,10 +194,6 @@ impl Asm {
     pub fn load_indexed8(&mut self, reg: Reg, index: Reg, disp: i32) {
         self.gs_indexed8(true, 0x8b, reg, index, disp);
     }
-    /// `mov gs:[index * 8 + disp], reg`.
-    pub fn store_indexed8(&mut self, index: Reg, disp: i32, reg: Reg) {
-        self.gs_indexed8(true, 0x89, reg, index, disp);
-    }
     /// `lea dst, [index * scale]`.
     pub fn lea_index_only(&mut self, dst: Reg, index: Reg, scale: u8) {
         let sib = (scale.trailing_zeros() as u8) << 6 | (index & 7) << 3 | 5;
@@ -255,12 +251,23 @@ impl Asm {
     pub fn jmp_reg(&mut self, reg: Reg) {
         self.raw(&[Self::rex(false, 0, 0, reg), 0xff, 0xe0 | (reg & 7)]);
     }
-    /// `jmp gs:[index * 8 + disp]`.
-    pub fn jmp_indexed8(&mut self, index: Reg, disp: i32) {
-        self.gs_indexed8(false, 0xff, 4, index, disp);
+    /// `cmp reg, gs:[index * 4 + disp]`.
+    pub fn cmp_indexed4(&mut self, reg: Reg, index: Reg, disp: i32) {
+        self.gs_scaled(true, 0x3b, reg, (index, 2), disp);
+    }
+    /// `mov gs:[index * 4 + disp], reg`.
+    pub fn store_indexed4(&mut self, index: Reg, disp: i32, reg: Reg) {
+        self.gs_scaled(true, 0x89, reg, (index, 2), disp);
+    }
+    /// `jmp gs:[index * 4 + disp]`.
+    pub fn jmp_indexed4(&mut self, index: Reg, disp: i32) {
+        self.gs_scaled(false, 0xff, 4, (index, 2), disp);
     }
     fn gs_indexed8(&mut self, w: bool, op: u8, reg: Reg, index: Reg, disp: i32) {
-        let (modrm, sib) = ((reg & 7) << 3 | 4, 3 << 6 | (index & 7) << 3 | 5);
+        self.gs_scaled(w, op, reg, (index, 3), disp);
+    }
+    fn gs_scaled(&mut self, w: bool, op: u8, reg: Reg, (index, shift): (Reg, u8), disp: i32) {
+        let (modrm, sib) = ((reg & 7) << 3 | 4, shift << 6 | (index & 7) << 3 | 5);
         self.raw(&[0x65, Self::rex(w, reg, index, 0), op, modrm, sib]);
         self.imm32(disp);
     }

@@ -15,12 +15,14 @@ use std::ops::Range;
 use crate::blocks::BlockId;
 
 /// Entries of the first level; a power of two.
-const FIRST: usize = 4096;
+const FIRST: usize = 8192;
 /// log2 of the entries of the second level.
 const SECOND_BITS: u32 = 14;
 const SECOND: usize = 1 << SECOND_BITS;
-/// Generated code ands a linear address with this and scales by 8 to reach its entry in the first level: bit 0 does not count.
-pub(crate) const FIRST_INDEX_MASK: i32 = 2 * (FIRST as i32 - 1);
+/// log2 of the addresses that share a slot of the first level: targets of branches are hardly ever nearer to one another.
+pub(crate) const FIRST_SHIFT: u8 = 2;
+/// Generated code ands a linear address with this and scales by 4 to reach its entry in the first level.
+pub(crate) const FIRST_INDEX_MASK: i32 = (FIRST as i32 - 1) << FIRST_SHIFT;
 /// Slots of the second level where an address may be.
 const WAYS: usize = 2;
 /// The number of a pair of slots of the second level is the top bits of the 32-bit product of the linear address and this.
@@ -38,7 +40,7 @@ pub(crate) struct JumpEntry {
 
 /// An address that belongs in another slot of either level than address 0. (One that is not canonical would not do: a guest may jump
 /// to any.)
-const NOT_IN_SLOT_0: u64 = 4;
+const NOT_IN_SLOT_0: u64 = 8;
 /// No host address.
 const FORGOTTEN: u64 = 1;
 
@@ -76,7 +78,7 @@ pub(crate) struct JumpCache {
 }
 
 fn first_slot(linear: u64) -> usize {
-    (linear as i32 & FIRST_INDEX_MASK) as usize / 2
+    (linear as i32 & FIRST_INDEX_MASK) as usize >> FIRST_SHIFT
 }
 
 /// The slots of the second level where an address may be.

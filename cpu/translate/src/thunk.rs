@@ -23,7 +23,7 @@ use crate::code_map;
 use crate::context::{self as ctx, JUMP_CACHES};
 use crate::engine::TranslateOptions;
 use crate::flags::FlagPlace;
-use crate::jump_cache::{FIRST_INDEX_MASK, SECOND_FACTOR, SECOND_SHIFT};
+use crate::jump_cache::{FIRST_INDEX_MASK, FIRST_SHIFT, SECOND_FACTOR, SECOND_SHIFT};
 use crate::rewrite::{TLB_INDEX_MASK, check_len};
 
 /// Exit numbers that are not indices of the exit table.
@@ -400,8 +400,8 @@ fn lookup(asm: &mut Asm, number: u8, exit: u64, how: How) {
     asm.mov32(S1, S0);
     asm.alu_imm32(Alu::And, S1, FIRST_INDEX_MASK);
     let stays_empty = asm.jcc(CC_E);
-    asm.store_indexed8(S1, first, S0);
-    asm.store_indexed8(S1, first + 8, RAX);
+    asm.store_indexed4(S1, first, S0);
+    asm.store_indexed4(S1, first + 8, RAX);
     asm.bind(stays_empty);
     let stays = asm.pos();
     if number == Privilege::User as u8 || number == NARROW_USER {
@@ -456,9 +456,9 @@ fn look_at_code_map(asm: &mut Asm, number: u8, found: usize) {
     asm.mov32(S1, S0);
     asm.alu_imm32(Alu::And, S1, FIRST_INDEX_MASK);
     let stays_empty = asm.jcc(CC_E);
-    asm.store_indexed8(S1, first, S0);
-    asm.store_indexed8(S1, first + 8, RAX);
-    asm.shr32(S1, 1);
+    asm.store_indexed4(S1, first, S0);
+    asm.store_indexed4(S1, first + 8, RAX);
+    asm.shr32(S1, FIRST_SHIFT);
     asm.set_bit_gs(S1, ctx::brought(number));
     for jump in [asm.jmp(), stays_empty] {
         asm.bind_at(jump, found);

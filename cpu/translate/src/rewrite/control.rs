@@ -210,7 +210,10 @@ impl Work<'_> {
         let at = self.asm().pos() as u32;
         let exit = &self.out.exits[n];
         let long = self.s.mode == Mode::Long;
-        let (cross, target) = (self.s.thunks.cross(exit.flags).filter(|_| long), exit.target);
+        let (cross, target) = (
+            self.s.thunks.cross(exit.flags).filter(|_| long),
+            exit.target,
+        );
         let Some(cross) = cross else {
             return self.leave_stub(n, at);
         };
@@ -311,13 +314,13 @@ impl Work<'_> {
         let a = self.asm();
         a.mov32(S1, S0);
         a.and_gs32(S1, ctx::JUMP_MASK);
-        a.cmp_indexed8(S0, S1, cache);
+        a.cmp_indexed4(S0, S1, cache);
         let miss = a.jcc(CC_NE);
         if dynamic {
             a.alu_imm64(Alu::And, S0, -4096);
             a.store(ctx::PAGE_BASE, S0);
         }
-        a.jmp_indexed8(S1, cache + 8);
+        a.jmp_indexed4(S1, cache + 8);
         self.miss(miss, number, i);
     }
 }
