@@ -127,7 +127,9 @@ fn sensitive_instructions_act_on_the_virtual_state() {
         a.cli()?;
         a.swapgs()?;
         a.popfq()?;
-        a.mov(rax, cr3)
+        a.cld()?;
+        a.mov(rax, cr2)?;
+        a.mov(rax, cr0)
     });
 }
 

@@ -37,6 +37,8 @@ const SLOTS: &[(i32, i32, &str)] = &[
     (ctx::STAR, 8, "star"),
     (ctx::LSTAR, 8, "lstar"),
     (ctx::SFMASK, 8, "sfmask"),
+    (ctx::CR2, 8, "cr2"),
+    (ctx::CR3, 8, "cr3"),
     (ctx::CR4, 8, "cr4"),
     (ctx::EFER, 8, "efer"),
     (ctx::CPL, 1, "cpl"),

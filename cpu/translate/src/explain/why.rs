@@ -351,8 +351,11 @@ impl View<'_> {
         if patched.filter_map(careful).any(|p| p == Some(h.end() - 4)) {
             notes.push("leads to the careful form, once that is needed".to_owned());
         }
+        let of = b.code.exits.iter().find(|e| e.stub == h.at);
+        if of.is_some_and(|e| e.slot.is_some()) && h.slot().is_none() {
+            notes.push("by the code map, or the monitor, which links one jump in eight".to_owned());
+        }
         if h.slot() == Some(ctx::EXIT) {
-            let of = b.code.exits.iter().find(|e| e.stub == h.at);
             notes.extend(of.map(|e| match e.interpret {
                 true => "tells the monitor what to interpret".to_owned(),
                 false => "asks the monitor, which links the jump".to_owned(),
