@@ -253,6 +253,72 @@ fn the_same_address_under_two_pcids_without_flush() {
     });
 }
 
+/// The same program in two address spaces calls a routine in the next page, which is another in each.
+fn a_routine_in_the_next_page(pcids: bool) {
+    each_engine(|m| {
+        let routine = X + 0x1000;
+        m.map(0, SPARE, P | US);
+        let second = second_address_space(m, SPARE, P | US);
+        let routines = [(OTHER, 1), (SPARE + 0x2000, 0x1_0000)];
+        m.map(1, routines[0].0, P | US);
+        m.put(TABLES + 0x3008, routines[1].0 | P | US);
+        for (page, n) in routines {
+            m.place_at(64, page, routine, |a: &mut CodeAssembler| {
+                a.add(rax, n)?;
+                a.ret()
+            });
+        }
+        let kernel = CODE + 0x400;
+        m.place(64, kernel, |a: &mut CodeAssembler| {
+            a.mov(r8, cr3)?;
+            a.xor(r8, r14)?;
+            a.or(r8, r13)?;
+            a.mov(cr3, r8)?;
+            a.iretq()
+        });
+        m.gate(0x80, kernel, 0xe, 0, 3);
+        m.place_at(64, SPARE, X, |a: &mut CodeAssembler| {
+            let mut again = a.create_label();
+            a.set_label(&mut again)?;
+            a.call(routine)?;
+            a.mov(r9, routine)?;
+            a.call(r9)?;
+            a.int(0x80)?;
+            a.dec(ecx)?;
+            a.jnz(again)?;
+            machine::stop(a)
+        });
+        let (tags, keep) = if pcids {
+            ((1, 2), 1 << 63)
+        } else {
+            ((0, 0), 0)
+        };
+        if pcids {
+            m.enable(Cr4::PCIDE);
+        }
+        m.to_user();
+        m.set_reg(Gpr::Rax, 0);
+        m.set_reg(Gpr::Rcx, 400);
+        m.set_reg(Gpr::R13, keep);
+        m.set_reg(Gpr::R14, (PML4 | tags.0) ^ (second | tags.1));
+        m.cpu_mut().cr3 = PML4 | tags.0;
+        m.cpu_mut().flush_tlb(true);
+        m.go(X);
+        m.run();
+        assert_eq!(m.reg(Gpr::Rax), 400 * 0x1_0001);
+    });
+}
+
+#[test]
+fn calls_into_the_next_page_in_two_address_spaces() {
+    a_routine_in_the_next_page(false);
+}
+
+#[test]
+fn calls_into_the_next_page_under_two_pcids() {
+    a_routine_in_the_next_page(true);
+}
+
 #[test]
 fn invpcid_of_another_context_and_a_flush_on_return() {
     each_engine(|m| {
