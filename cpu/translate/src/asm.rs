@@ -330,6 +330,11 @@ impl Asm {
         self.mem(&[0xc7], false, 0, base, disp);
         self.imm32(imm);
     }
+    /// `cmp dword [base + disp], imm`.
+    pub fn cmp_mem_imm32(&mut self, base: Reg, disp: i32, imm: i32) {
+        self.mem(&[0x81], false, Alu::Cmp as u8, base, disp);
+        self.imm32(imm);
+    }
     /// `add reg, gs:[disp]` of 4 bytes.
     pub fn add_gs32(&mut self, reg: Reg, disp: i32) {
         self.gs(false, 0x03, reg, disp);

@@ -20,6 +20,19 @@ pub(crate) const JUMP_CACHES: usize = 4;
 #[repr(C, align(64))]
 pub(crate) struct Bounce(pub [u8; 128]);
 
+/// See [`crate::user_return`]. Zero in `code`: nothing is known.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct ReturnSegments {
+    /// Host addresses of the descriptors.
+    pub code: u64,
+    pub stack: u64,
+    /// The selector of the code segment; that of the stack is 8 less.
+    pub cs: u64,
+    pub gdt_base: u64,
+    pub gdt_limit: u64,
+}
+
 /// The memory behind the GS base.
 #[repr(C, align(64))]
 pub(crate) struct Context {
@@ -87,8 +100,10 @@ pub(crate) struct Context {
     pub map_jumps: u64,
     /// How often the vector state was loaded.
     pub vector_loads: u64,
-    /// SYSRETs executed by translated code.
+    /// SYSRETs and IRETs to user code executed by translated code, and the latter alone.
     pub user_entries: u64,
+    pub interrupt_returns: u64,
+    pub returns: ReturnSegments,
     /// The last offset that may be read, and written, through each segment register (see `narrow`).
     pub segment_ends: [[i64; 6]; 2],
     pub jump_cache: [JumpCache; JUMP_CACHES],
@@ -136,6 +151,15 @@ displacement! {
     MAP_JUMPS = map_jumps;
     VECTOR_LOADS = vector_loads;
     USER_ENTRIES = user_entries;
+    INTERRUPT_RETURNS = interrupt_returns;
+    RETURN_CODE = returns.code;
+    RETURN_STACK = returns.stack;
+    RETURN_CS = returns.cs;
+    RETURN_GDT_BASE = returns.gdt_base;
+    RETURN_GDT_LIMIT = returns.gdt_limit;
+    GDTR_BASE = cpu.gdtr.base;
+    GDTR_LIMIT = cpu.gdtr.limit;
+    NMI_BLOCKED = cpu.nmi_blocked;
     SEGMENT_ENDS = segment_ends;
     JUMP_CACHE = jump_cache;
     CODE_MAP = code_map;

@@ -104,6 +104,8 @@ pub(crate) enum Class {
     Syscall,
     /// To 64-bit code.
     Sysret,
+    /// IRETQ to user code.
+    Iret,
     /// CLD and STD.
     DirectionFlag,
     /// MOV from CR2 or CR3.
@@ -140,6 +142,7 @@ impl Class {
                 | AlignmentFlag
                 | Syscall
                 | Sysret
+                | Iret
                 | Interpret
         )
     }
@@ -164,6 +167,7 @@ impl Class {
                 | SegmentBase { .. }
                 | Syscall
                 | Sysret
+                | Iret
                 | Cli
                 | Sti
                 | DirectionFlag
@@ -456,7 +460,7 @@ impl GuestBlock {
 /// What leaves to the monitor, or stores RFLAGS, shows all flags as they are.
 fn flag_use(i: &Instruction, class: Class) -> FlagUse {
     match class {
-        Class::Interpret | Class::Syscall | Class::Pushf => FlagUse {
+        Class::Interpret | Class::Syscall | Class::Iret | Class::Pushf => FlagUse {
             reads: ALL,
             ..FlagUse::default()
         },
@@ -578,6 +582,7 @@ fn inline_system(i: &Instruction, how: Decoding) -> Option<Class> {
     match i.code() {
         Code::Swapgs => Some(Class::Swapgs),
         Code::Sysretq => Some(Class::Sysret),
+        Code::Iretq => Some(Class::Iret),
         Code::Cli => Some(Class::Cli),
         Code::Sti => Some(Class::Sti),
         Code::Clac | Code::Stac => Some(Class::AlignmentFlag),

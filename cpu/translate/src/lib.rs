@@ -37,5 +37,6 @@ mod spaces;
 mod stats;
 mod thunk;
 mod translator;
+mod user_return;
 
 pub use engine::{Switch, Translate, TranslateError, TranslateOptions, supported};

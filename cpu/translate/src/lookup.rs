@@ -367,6 +367,7 @@ impl Translator {
         if let Some(user_code) = &mut self.user_code {
             user_code.flushed(&self.context.cpu, &flushed);
         }
+        self.forget_user_return(&flushed);
         let lost = self.code_pages.flush(&flushed);
         if lost.user {
             self.empty_user_jump_caches();

@@ -67,6 +67,10 @@ impl Translator {
             ("page_crossings_without_exit", c.page_crossings),
             ("page_crossings_without_monitor", self.context.crossings),
             ("second_jump_cache_hits", self.context.second_jumps),
+            (
+                "interrupt_returns_translated",
+                self.context.interrupt_returns,
+            ),
             ("code_map_hits", self.context.map_jumps),
             ("vector_state_loads", self.context.vector_loads),
             ("checks_shared", c.shared_checks),

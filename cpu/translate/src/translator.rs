@@ -28,6 +28,7 @@ use crate::rewrite::{Base, Rewriter};
 use crate::spaces::Spaces;
 use crate::stats::Counts;
 use crate::thunk::{self, EXIT_ACCESS, EXIT_FAULT, EXIT_INDIRECT, How, Thunks};
+use crate::user_return::DescriptorPage;
 
 /// What [`crate::Translate`] owns; generated code calls back into it.
 pub(crate) struct Translator {
@@ -55,6 +56,7 @@ pub(crate) struct Translator {
     pub observers: Observers,
     /// Writes beside the code of pages: how many, and how many it takes until the code is thrown away.
     pub besides: FxHashMap<u64, (u32, u32)>,
+    pub descriptor_page: DescriptorPage,
     /// Who executes user code that is left to it.
     pub user_code: Option<Box<dyn UserCode>>,
 }
@@ -112,6 +114,7 @@ impl Translator {
             recent: Recent::default(),
             observers: Observers::default(),
             besides: FxHashMap::default(),
+            descriptor_page: DescriptorPage::default(),
             user_code: None,
         })
     }
@@ -263,7 +266,11 @@ impl Translator {
                 if e.site.interpret {
                     self.counts.exit_interpret += 1;
                     self.rebuild_flags(self.blocks.recipes().at_exit(n));
+                    let kernel = self.context.cpu.cpl == 0;
                     self.step(bus);
+                    if kernel && self.context.cpu.cpl == 3 {
+                        self.note_user_return();
+                    }
                 } else {
                     self.counts.exit_direct += 1;
                     self.link_from = Some(n);

@@ -5,6 +5,7 @@ mod debug;
 mod exceptions;
 mod extended_state;
 mod hostile;
+mod interrupt_returns;
 mod interrupts;
 mod paging;
 mod privilege;

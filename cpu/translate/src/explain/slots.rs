@@ -45,6 +45,15 @@ const SLOTS: &[(i32, i32, &str)] = &[
     (ctx::KERNEL_GS_BASE, 8, "kernel_gs_base"),
     (ctx::FPU, 64, "vector_state"),
     (ctx::USER_ENTRIES, 8, "user_entries"),
+    (ctx::INTERRUPT_RETURNS, 8, "interrupt_returns"),
+    (ctx::RETURN_CODE, 8, "return.code"),
+    (ctx::RETURN_STACK, 8, "return.stack"),
+    (ctx::RETURN_CS, 8, "return.cs"),
+    (ctx::RETURN_GDT_BASE, 8, "return.gdt_base"),
+    (ctx::RETURN_GDT_LIMIT, 8, "return.gdt_limit"),
+    (ctx::GDTR_BASE, 8, "gdtr.base"),
+    (ctx::GDTR_LIMIT, 2, "gdtr.limit"),
+    (ctx::NMI_BLOCKED, 1, "nmi_blocked"),
     (ctx::VECTOR_LOADS, 8, "vector_loads"),
 ];
 

@@ -16,6 +16,7 @@ pub(crate) mod counter;
 mod extended_state;
 mod fuse;
 pub(crate) mod hold;
+mod iret;
 mod lost;
 mod memory;
 mod narrow;
@@ -512,6 +513,7 @@ impl Work<'_> {
             Class::SegmentBase { segment, write } => self.segment_base(i, segment, write),
             Class::Syscall => self.syscall(i),
             Class::Sysret => self.sysret(i),
+            Class::Iret => self.iret(i),
             Class::Serialize => self.serialize(),
             Class::Pause => self.pause(i),
             Class::DirectionFlag => self.direction_flag(i),

@@ -8,12 +8,12 @@ use doppel_x86::flat_attributes;
 use super::*;
 
 const RF: i32 = 1 << 16;
-const TF: i32 = 1 << 8;
+pub(super) const TF: i32 = 1 << 8;
 /// What SYSRET takes from R11.
 const SYSRET_FLAGS: i32 = 0x3c_7fd7;
 const EFER_SCE: i32 = 1;
 const CR4_FSGSBASE: i32 = 1 << 16;
-const CR4_TSD: i32 = 1 << 2;
+pub(super) const CR4_TSD: i32 = 1 << 2;
 const CS: u8 = 1;
 const SS: u8 = 2;
 
@@ -89,7 +89,7 @@ impl Work<'_> {
     }
 
     /// The arithmetic flags become those of an RFLAGS value in S0, which is destroyed, as is S1.
-    fn set_arithmetic_flags(&mut self) {
+    pub(super) fn set_arithmetic_flags(&mut self) {
         let a = self.asm();
         a.mov32(S1, S0);
         a.alu_imm32(Alu::And, S1, 0xd5);
@@ -309,7 +309,7 @@ impl Work<'_> {
 
     /// CS and SS become flat segments of a privilege. The selector of CS stands in S0; that of SS is 8 more on the way into
     /// the kernel and 8 less on the way out.
-    fn flat_segments(&mut self, code: u32, data: u32, cpl: u8) {
+    pub(super) fn flat_segments(&mut self, code: u32, data: u32, cpl: u8) {
         let to_ss = if cpl == 0 { 8 } else { -8 };
         for (segment, attributes, step) in [(CS, code, 0), (SS, data, to_ss)] {
             let a = self.asm();

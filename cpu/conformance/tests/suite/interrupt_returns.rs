@@ -1,0 +1,207 @@
+//! IRETQ to user code that has been executed often: it is what it was the first time, and what changes meanwhile is seen.
+
+use doppel_conformance::paging::{P, RW};
+use doppel_conformance::*;
+use doppel_x86::Gpr;
+use iced_x86::IcedError;
+use iced_x86::code_asm::*;
+
+const HANDLER: u64 = CODE + 0x400;
+const CF: i32 = 1;
+const ZF: i32 = 1 << 6;
+const DF: i32 = 1 << 10;
+const ID: i32 = 1 << 21;
+const OFTEN: u64 = 200;
+
+/// As a 64-bit Linux has them for its programs.
+fn without_data_segments(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.xor(eax, eax)?;
+    a.mov(ds, ax)?;
+    a.mov(es, ax)?;
+    a.mov(fs, ax)?;
+    a.mov(gs, ax)
+}
+
+#[test]
+fn flags_of_the_frame_come_back_each_time() {
+    each_engine(|m| {
+        m.place(64, HANDLER, |a: &mut CodeAssembler| {
+            a.xor(qword_ptr(rsp + 16), CF | DF | ID)?;
+            a.iretq()
+        });
+        m.gate(0x80, HANDLER, 0xe, 0, 3);
+        m.set_reg(Gpr::Rcx, OFTEN);
+        m.set_reg(Gpr::Rbx, 0);
+        m.run_user(|a| {
+            without_data_segments(a)?;
+            let mut again = a.create_label();
+            a.set_label(&mut again)?;
+            a.xor(eax, eax)?;
+            a.int(0x80)?;
+            a.pushfq()?;
+            a.pop(rax)?;
+            a.and(eax, CF | ZF | DF | ID)?;
+            a.add(rbx, rax)?;
+            a.dec(ecx)?;
+            a.jnz(again)
+        });
+        let each = (CF | ZF) as u64;
+        let every_other = (DF | ID) as u64;
+        assert_eq!(m.reg(Gpr::Rbx), OFTEN * each + OFTEN / 2 * every_other);
+    });
+}
+
+#[test]
+fn a_frame_may_lie_in_two_pages() {
+    each_engine(|m| {
+        m.place(64, HANDLER, |a: &mut CodeAssembler| {
+            for word in 0..5 {
+                a.mov(rax, qword_ptr(rsp + 8 * word))?;
+                a.mov(qword_ptr(DATA + 0xff0 + 8 * word as u64), rax)?;
+            }
+            a.mov(rsp, DATA + 0xff0)?;
+            a.iretq()
+        });
+        m.gate(0x80, HANDLER, 0xe, 0, 3);
+        m.set_reg(Gpr::Rcx, OFTEN);
+        m.set_reg(Gpr::Rbx, 0);
+        m.run_user(|a| {
+            without_data_segments(a)?;
+            let mut again = a.create_label();
+            a.set_label(&mut again)?;
+            a.int(0x80)?;
+            a.inc(rbx)?;
+            a.dec(ecx)?;
+            a.jnz(again)
+        });
+        assert_eq!(m.reg(Gpr::Rbx), OFTEN);
+    });
+}
+
+type Change = fn(&mut CodeAssembler) -> Result<(), IcedError>;
+
+/// Byte 5 of a descriptor: present, privilege, type.
+const fn access_byte(selector: u64) -> u64 {
+    GDT + (selector & !7) + 5
+}
+
+/// What is made of the way back, the exception that comes of it, and its error code.
+const CHANGES: &[(&str, Change, u64, u64)] = &[
+    (
+        "the code segment is not present",
+        |a| a.mov(byte_ptr(access_byte(USER_CS)), 0x7b),
+        11,
+        USER_CS & !3,
+    ),
+    (
+        "the stack segment cannot be written to",
+        |a| a.mov(byte_ptr(access_byte(USER_DS)), 0xf1),
+        13,
+        USER_DS & !3,
+    ),
+    (
+        "the descriptors' page is another",
+        |a| {
+            a.mov(qword_ptr(PT + 8 * (GDT >> 12)), (SPARE | P | RW) as i32)?;
+            a.invlpg(byte_ptr(GDT))
+        },
+        11,
+        USER_CS & !3,
+    ),
+    (
+        "the table is shorter",
+        |a| {
+            a.mov(word_ptr(DATA), (USER_CS & !7) as i32)?;
+            a.mov(rax, GDT)?;
+            a.mov(qword_ptr(DATA + 2), rax)?;
+            a.lgdt(tword_ptr(DATA))
+        },
+        13,
+        USER_CS & !3,
+    ),
+    (
+        "the selector of the code segment is null",
+        |a| a.mov(qword_ptr(rsp + 8), 0),
+        13,
+        0,
+    ),
+    (
+        "the selector of the stack segment is null",
+        |a| a.mov(qword_ptr(rsp + 32), 0),
+        13,
+        0,
+    ),
+    (
+        "the address is not canonical",
+        |a| {
+            a.mov(rax, 1u64 << 47)?;
+            a.mov(qword_ptr(rsp), rax)
+        },
+        13,
+        0,
+    ),
+    (
+        "a nested task",
+        |a| {
+            a.pushfq()?;
+            a.or(dword_ptr(rsp), 1 << 14)?;
+            a.popfq()
+        },
+        13,
+        0,
+    ),
+    (
+        "a single step",
+        |a| a.or(dword_ptr(rsp + 16), 1 << 8),
+        1,
+        Record::NO_ERROR,
+    ),
+];
+
+#[test]
+fn what_changes_after_many_returns_is_seen() {
+    each_engine(|m| {
+        for (what, change, vector, error) in CHANGES {
+            println!("{what}");
+            let table: Vec<u64> = (0..12).map(|n| m.get(GDT + 8 * n)).collect();
+            let (page, gdtr) = (m.get(PT + 8 * (GDT >> 12)), m.cpu().gdtr);
+            for (n, descriptor) in table.iter().enumerate() {
+                m.put(SPARE + 8 * n as u64, *descriptor);
+            }
+            m.put(SPARE + (access_byte(USER_CS) & 0xfff), 0x7bu8);
+            m.place(64, HANDLER, |a: &mut CodeAssembler| {
+                let mut back = a.create_label();
+                a.dec(r12)?;
+                a.jnz(back)?;
+                change(a)?;
+                a.set_label(&mut back)?;
+                a.iretq()
+            });
+            m.gate(0x80, HANDLER, 0xe, 0, 3);
+            m.action(1, Action::Stop);
+            m.forget();
+            m.set_reg(Gpr::R12, OFTEN);
+            m.set_reg(Gpr::R15, 0);
+            m.set_reg(Gpr::Rsi, 0);
+            m.run_user(|a| {
+                without_data_segments(a)?;
+                let mut again = a.create_label();
+                a.set_label(&mut again)?;
+                a.int(0x80)?;
+                a.inc(rsi)?;
+                a.jmp(again)
+            });
+            let r = m.records()[0];
+            assert_eq!((r.vector, r.error), (*vector, *error), "{what}");
+            let came_back = OFTEN - u64::from(*vector != 1);
+            assert_eq!(m.reg(Gpr::Rsi), came_back, "{what}");
+            for (n, descriptor) in table.iter().enumerate() {
+                m.put(GDT + 8 * n as u64, *descriptor);
+            }
+            m.put(PT + 8 * (GDT >> 12), page);
+            m.cpu_mut().gdtr = gdtr;
+            m.cpu_mut().rflags.remove(doppel_x86::Rflags::NT);
+            m.cpu_mut().flush_tlb(true);
+        }
+    });
+}
