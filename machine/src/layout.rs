@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-/// Extended BIOS data area: reserved, empty.
+/// Extended BIOS data area: reserved; the code behind the interrupt vectors of real mode is in it.
 pub const EBDA: Range<u64> = 0x9_fc00..0xa_0000;
 /// ACPI and SMBIOS tables.
 pub const FIRMWARE_TABLES: Range<u64> = 0xe_0000..0x10_0000;

@@ -1,9 +1,10 @@
 //! Boot: a kernel, its initial RAM disk and its command line, placed in guest RAM as a boot loader would.
 //!
 //! Three protocols: the Linux boot protocol of a bzImage by its 64-bit or 32-bit entry ([`bzimage`]), the Xen PVH protocol of an
-//! ELF kernel ([`pvh`]), and Multiboot 1 ([`multiboot`]). All need the same memory map and the same low-memory tables ([`params`]) and end
-//! in a CPU state ([`Entry`]). Every problem with a file is a [`BootError`] that names the file.
+//! ELF kernel ([`pvh`]), and Multiboot 1 ([`multiboot`]). All need the same memory map and the same low-memory tables ([`params`]), find what
+//! a BIOS would have left ([`bios`]), and end in a CPU state ([`Entry`]). Every problem with a file is a [`BootError`] that names the file.
 
+mod bios;
 mod bzimage;
 mod disk;
 mod elf;
@@ -136,7 +137,9 @@ pub fn load(ram: &GuestRam, source: &BootSource, rsdp: RsdpAddress) -> Result<En
         cmdline,
         rsdp,
     };
-    match kind(&kernel)? {
+    let kind = kind(&kernel)?;
+    bios::place_data(ram)?;
+    match kind {
         Kind::BzImage if !modules.is_empty() => Err(BootError::Unsupported {
             path: kernel.path().to_owned(),
             what: "Linux takes an initial RAM disk (--initrd) and no modules".into(),

@@ -5,6 +5,7 @@
 
 use std::ops::Range;
 
+use super::bios;
 use super::elf::{self, Elf, LOWEST_LOAD, u32_at};
 use super::entry::Entry;
 use super::image::{Image, place};
@@ -25,8 +26,6 @@ const INFO_FLAGS: u32 = 1 | 1 << 2 | 1 << 3 | 1 << 6 | 1 << 9;
 const INFO_SIZE: usize = 88;
 const LOADER_NAME_AT: u64 = START_INFO_AT + 0x80;
 const LOADER_NAME: &[u8] = b"doppel\0";
-/// KiB of conventional memory.
-const LOWER_MEMORY: u32 = 639;
 
 /// The header, and where in the file it is.
 pub(crate) struct Header {
@@ -133,7 +132,7 @@ fn place_info(boot: &Boot, modules: &[params::Placed]) -> Result<(), BootError> 
     let mut info = [0; INFO_SIZE];
     for (at, value) in [
         (0, INFO_FLAGS),
-        (4, LOWER_MEMORY),
+        (4, u32::from(bios::CONVENTIONAL_KIB)),
         (8, upper as u32),
         (16, CMDLINE_AT as u32),
         (20, modules.len() as u32),

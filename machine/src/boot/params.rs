@@ -4,6 +4,7 @@
 //!
 //! | at | what |
 //! |---|---|
+//! | 0x0 | interrupt vectors of real mode and BIOS data area, [`super::bios`] |
 //! | 0x5000 | GDT |
 //! | 0x6000 | PVH start info or Multiboot information, at 0x6200 its memory map, at 0x6800 its module list |
 //! | 0x7000 | `boot_params` (the zero page) |
