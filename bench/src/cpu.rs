@@ -30,6 +30,11 @@ impl Mark {
         Mark { at, used }
     }
 
+    /// Processor time since the process began.
+    pub fn used(&self) -> Duration {
+        self.used
+    }
+
     /// The share of a processor that the process had from `earlier` until now.
     pub fn share_since(&self, earlier: &Mark) -> f64 {
         let passed = self.at - earlier.at;

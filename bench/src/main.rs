@@ -5,8 +5,6 @@
 
 mod chart;
 mod contestant;
-mod cpu;
-mod family;
 mod guest;
 mod memory;
 mod qemu;

@@ -1,7 +1,7 @@
 //! How much of the host's memory a monitor takes.
 
-use crate::family::family;
 use anyhow::{Context, Result};
+use doppel_bench::family::family;
 use serde::Serialize;
 
 /// Doppel's guest RAM is a memfd of this name.

@@ -1,9 +1,9 @@
 //! One run of one contestant: starts it, reads what it says as it says it, and looks at its memory meanwhile.
 
 use crate::contestant::MEMORY;
-use crate::cpu::Mark;
 use crate::memory::{self, Footprint};
 use anyhow::{Context, Result, bail, ensure};
+use doppel_bench::cpu::Mark;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};

@@ -15,6 +15,9 @@ const PASSED: i32 = 33;
 
 #[derive(Args)]
 pub struct Boots {
+    /// Boot real operating systems instead; the arguments that follow go to the systems crate (try --systems --help).
+    #[arg(long, num_args = 0.., allow_hyphen_values = true, value_name = "ARGUMENTS")]
+    pub systems: Option<Vec<String>>,
     /// How many.
     #[arg(long, default_value_t = 100)]
     count: usize,

@@ -26,7 +26,7 @@ enum Task {
     Tidy,
     /// Do all that CI does: format, lints, tidy, every test.
     Test,
-    /// Boot the default guest again and again; tell how long it takes.
+    /// Boot the default guest again and again, or real operating systems (--systems); tell how long it takes.
     Boots(boots::Boots),
     /// Do the same work natively, in QEMU and in Doppel, and compare; the arguments go to the bench crate (try --help).
     #[command(disable_help_flag = true)]
@@ -61,7 +61,10 @@ fn main() -> Result<()> {
         Task::Test => test(),
         Task::Boots(args) => {
             cargo("build", &["--release", "--package", "doppel"])?;
-            boots::boots(&root()?, &args)
+            match &args.systems {
+                Some(arguments) => run("doppel-systems", arguments),
+                None => boots::boots(&root()?, &args),
+            }
         }
         Task::Bench { arguments } => {
             cargo("build", &["--release", "--package", "doppel"])?;

@@ -62,6 +62,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ),
     ("bench", &["cli"]),
     ("bench/guest", &[]),
+    ("systems", &["cli", "bench"]),
     ("xtask", &[]),
 ];
 

@@ -3,8 +3,10 @@
 //! apt keeps its lists and its cache where only root may write. Both move to a directory of the caller's here, while
 //! the host's sources, keys, proxies and pins stay in force: apt fetches from where the host's owner said and verifies
 //! every package against the archive's signature as always. The lists are fetched afresh, because a host's own may
-//! be stale (their packages gone from the mirror) or, in a container, missing altogether.
+//! be stale (their packages gone from the mirror) or, in a container, missing altogether. They are those of one architecture,
+//! whatever others the host's dpkg knows, and those of one suite where the caller names it.
 
+use crate::image::sources;
 use anyhow::{Context, Result, bail};
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -15,6 +17,7 @@ const CONFIGURATION: &str = "\
 #clear APT::Update::Pre-Invoke;
 #clear APT::Update::Post-Invoke;
 #clear APT::Update::Post-Invoke-Success;
+#clear APT::Architectures;
 ";
 
 const OPTIONS: &[&str] = &[
@@ -26,24 +29,40 @@ const OPTIONS: &[&str] = &[
     "Acquire::http::Timeout=30",
     "Acquire::https::Timeout=30",
     "APT::Sandbox::User=root", // no second user: the caller is one that can do no harm
-    "APT::Architecture=amd64",
 ];
+
+/// Where packages come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Source<'a> {
+    /// The architecture, by Debian's name for it. The host need not know it.
+    pub architecture: &'a str,
+    /// One suite of Debian's archive, such as `bookworm-backports`, at the mirror that the host uses; else all sources of the host.
+    pub suite: Option<&'a str>,
+}
+
+/// The host's sources.
+pub const HOST: Source<'static> = Source {
+    architecture: "amd64",
+    suite: None,
+};
 
 /// apt with lists and cache of its own in a directory.
 pub struct Apt<'a> {
     directory: PathBuf,
+    options: Vec<String>,
     progress: &'a dyn Fn(&str),
 }
 
 impl<'a> Apt<'a> {
-    /// Sets up a private apt in `directory` and fetches the package lists; `progress` is given a line at a time.
-    pub fn update(directory: &Path, progress: &'a dyn Fn(&str)) -> Result<Apt<'a>> {
+    /// Sets up a private apt in `directory` and fetches the package lists of `source`; `progress` is given a line at a time.
+    pub fn update(directory: &Path, source: Source, progress: &'a dyn Fn(&str)) -> Result<Apt<'a>> {
         for folder in ["state/lists/partial", "cache/archives/partial", "packages"] {
             std::fs::create_dir_all(directory.join(folder))?;
         }
         std::fs::write(directory.join("apt.conf"), CONFIGURATION)?;
         let apt = Apt {
             directory: directory.to_owned(),
+            options: options(directory, source)?,
             progress,
         };
         apt.run(apt.command("apt-get").arg("update"))?;
@@ -84,11 +103,8 @@ impl<'a> Apt<'a> {
             .env("LC_ALL", "C")
             .arg("-c")
             .arg(self.directory.join("apt.conf"));
-        for (key, folder) in [("Dir::State", "state"), ("Dir::Cache", "cache")] {
-            let folder = self.directory.join(folder);
-            command.arg("-o").arg(format!("{key}={}", folder.display()));
-        }
-        for option in OPTIONS {
+        let own = self.options.iter().map(String::as_str);
+        for option in OPTIONS.iter().copied().chain(own) {
             command.args(["-o", option]);
         }
         command
@@ -116,6 +132,24 @@ impl<'a> Apt<'a> {
         let status = child.wait()?;
         conclude(&program, status, &complaints.join().unwrap_or_default())
     }
+}
+
+/// What differs from caller to caller. A suite needs a list of sources of its own.
+fn options(directory: &Path, source: Source) -> Result<Vec<String>> {
+    let within = |name: &str| directory.join(name).display().to_string();
+    let mut options = vec![
+        format!("Dir::State={}", within("state")),
+        format!("Dir::Cache={}", within("cache")),
+        format!("APT::Architecture={}", source.architecture),
+        format!("APT::Architectures::={}", source.architecture),
+    ];
+    if let Some(suite) = source.suite {
+        let list = directory.join("suite.sources");
+        std::fs::write(&list, sources::of_suite(suite)?)?;
+        options.push(format!("Dir::Etc::sourcelist={}", list.display()));
+        options.push("Dir::Etc::sourceparts=/dev/null".to_owned());
+    }
+    Ok(options)
 }
 
 fn conclude(program: &str, status: ExitStatus, complaints: &str) -> Result<()> {
@@ -153,6 +187,7 @@ fn find(folder: &Path, name: &str) -> Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn a_meta_package_names_what_it_stands_for() {
@@ -161,6 +196,37 @@ mod tests {
         let names: Vec<&str> = dependencies(record).collect();
         assert_eq!(names, ["linux-image-6.1.0-56-cloud-amd64", "other"]);
         assert_eq!(dependencies("Package: a\n").count(), 0);
+    }
+
+    #[test]
+    fn foreign_architectures_of_the_host_are_not_asked_for() {
+        let directory = std::env::temp_dir().join(format!("doppel-apt-{}", std::process::id()));
+        std::fs::create_dir_all(&directory).unwrap();
+        std::fs::write(directory.join("apt.conf"), CONFIGURATION).unwrap();
+        let source = Source {
+            architecture: "i386",
+            suite: None,
+        };
+        let apt = Apt {
+            directory: directory.clone(),
+            options: options(&directory, source).unwrap(),
+            progress: &|_| {},
+        };
+        let mut command = apt.command("apt-config");
+        let dpkg = directory.join("dpkg");
+        std::fs::write(&dpkg, "#!/bin/sh\necho armhf\n").unwrap();
+        std::fs::set_permissions(&dpkg, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let dpkg = format!("Dir::Bin::dpkg={}", dpkg.display());
+        let command = command.args(["-o", &dpkg, "dump"]);
+        let output = command.output().unwrap();
+        std::fs::remove_dir_all(&directory).unwrap();
+        let dump = String::from_utf8(output.stdout).unwrap();
+        let lines = dump.lines().filter(|l| l.starts_with("APT::Architecture"));
+        let lines: Vec<&str> = lines.collect();
+        assert!(lines.contains(&"APT::Architecture \"i386\";"), "{dump}");
+        assert!(lines.contains(&"APT::Architectures:: \"i386\";"), "{dump}");
+        let others = |line: &&str| line.contains("amd64") || line.contains("armhf");
+        assert!(!lines.iter().any(others), "{lines:?}");
     }
 
     #[test]

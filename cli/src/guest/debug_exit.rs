@@ -9,23 +9,35 @@ use iced_x86::code_asm::*;
 
 /// The port of `--debug-exit` (the address that QEMU's isa-debug-exit is commonly given).
 const PORT: u32 = 0xf4;
-const IOPERM: u32 = 173;
-const EXIT: u32 = 60;
-const LOAD_ADDRESS: u64 = 0x40_0000;
-const HEADERS: usize = 64 + 56;
+const LOAD_ADDRESS: u32 = 0x40_0000;
+/// Sizes of the file header and of a program header in ELF-64 and ELF-32.
+const HEADERS_64: (u16, u16) = (64, 56);
+const HEADERS_32: (u16, u16) = (52, 32);
 
-/// The program as a static ELF file.
-pub fn program() -> Result<Vec<u8>> {
-    let entry = LOAD_ADDRESS + HEADERS as u64;
-    let code = code()?.assemble(entry)?;
-    let size = (HEADERS + code.len()) as u64;
-    let mut file = file_header(entry);
-    file.extend(program_header(size));
-    file.extend(code);
-    Ok(file)
+/// The program as a static ELF file for an architecture by Debian's name: amd64, else i386.
+pub fn program(architecture: &str) -> Result<Vec<u8>> {
+    let bits = if architecture == "amd64" { 64 } else { 32 };
+    let (file, segment) = if bits == 64 { HEADERS_64 } else { HEADERS_32 };
+    let headers = u32::from(file + segment);
+    let entry = LOAD_ADDRESS + headers;
+    let mut code = match bits {
+        64 => code_64()?,
+        _ => code_32()?,
+    };
+    let code = code.assemble(entry.into())?;
+    let size = headers + code.len() as u32;
+    let mut elf = Elf {
+        bits,
+        bytes: vec![],
+    };
+    elf.file_header(entry);
+    elf.program_header(size);
+    elf.bytes.extend(code);
+    Ok(elf.bytes)
 }
 
-fn code() -> Result<CodeAssembler> {
+/// System calls by their numbers of x86-64: ioperm 173, exit 60.
+fn code_64() -> Result<CodeAssembler> {
     let mut a = CodeAssembler::new(64)?;
     let (mut digit, mut done) = (a.create_label(), a.create_label());
     a.xor(ebx, ebx)?;
@@ -44,43 +56,104 @@ fn code() -> Result<CodeAssembler> {
     a.mov(edi, PORT)?;
     a.mov(esi, 4)?;
     a.mov(edx, 1)?;
-    a.mov(eax, IOPERM)?;
+    a.mov(eax, 173)?;
     a.syscall()?;
     a.mov(edx, PORT)?;
     a.mov(eax, ebx)?;
     a.out(dx, eax)?;
     a.mov(edi, ebx)?;
-    a.mov(eax, EXIT)?;
+    a.mov(eax, 60)?;
     a.syscall()?;
     Ok(a)
 }
 
-/// ELF-64 file header (System V ABI, figure 4-3) of an executable with one program header.
-fn file_header(entry: u64) -> Vec<u8> {
-    let mut header = b"\x7fELF\x02\x01\x01".to_vec();
-    header.resize(16, 0);
-    header.extend(2u16.to_le_bytes()); // ET_EXEC
-    header.extend(62u16.to_le_bytes()); // EM_X86_64
-    header.extend(1u32.to_le_bytes());
-    header.extend(entry.to_le_bytes());
-    header.extend(64u64.to_le_bytes()); // the program header follows
-    header.extend(0u64.to_le_bytes());
-    header.extend(0u32.to_le_bytes());
-    for half in [64u16, 56, 1, 0, 0, 0] {
-        header.extend(half.to_le_bytes());
-    }
-    header
+/// System calls by their numbers of i386: ioperm 101, exit 1.
+fn code_32() -> Result<CodeAssembler> {
+    let mut a = CodeAssembler::new(32)?;
+    let (mut digit, mut done) = (a.create_label(), a.create_label());
+    a.xor(edi, edi)?;
+    a.mov(esi, dword_ptr(esp + 8))?; // argv[1], or the null that ends argv
+    a.test(esi, esi)?;
+    a.je(done)?;
+    a.set_label(&mut digit)?;
+    a.movzx(eax, byte_ptr(esi))?;
+    a.test(eax, eax)?;
+    a.je(done)?;
+    a.imul_3(edi, edi, 10)?;
+    a.lea(edi, dword_ptr(edi + eax - i32::from(b'0')))?;
+    a.inc(esi)?;
+    a.jmp(digit)?;
+    a.set_label(&mut done)?;
+    a.mov(ebx, PORT)?;
+    a.mov(ecx, 4)?;
+    a.mov(edx, 1)?;
+    a.mov(eax, 101)?;
+    a.int(0x80)?;
+    a.mov(edx, PORT)?;
+    a.mov(eax, edi)?;
+    a.out(dx, eax)?;
+    a.mov(ebx, edi)?;
+    a.mov(eax, 1)?;
+    a.int(0x80)?;
+    Ok(a)
 }
 
-/// One PT_LOAD segment, readable and executable: the whole file.
-fn program_header(size: u64) -> Vec<u8> {
-    let mut header = Vec::new();
-    header.extend(1u32.to_le_bytes());
-    header.extend(5u32.to_le_bytes());
-    for word in [0, LOAD_ADDRESS, LOAD_ADDRESS, size, size, 0x1000] {
-        header.extend(word.to_le_bytes());
+/// An ELF file being written.
+struct Elf {
+    bits: u32,
+    bytes: Vec<u8>,
+}
+
+impl Elf {
+    fn halves(&mut self, values: &[u16]) {
+        let bytes = values.iter().flat_map(|value| value.to_le_bytes());
+        self.bytes.extend(bytes);
     }
-    header
+
+    /// A field of 4 bytes in both.
+    fn word(&mut self, value: u32) {
+        self.bytes.extend(value.to_le_bytes());
+    }
+
+    /// An address, offset or size: 8 bytes in ELF-64.
+    fn wide(&mut self, value: u32) {
+        self.word(value);
+        if self.bits == 64 {
+            self.word(0);
+        }
+    }
+
+    /// The file header (System V ABI, figure 4-3) of an executable with one program header.
+    fn file_header(&mut self, entry: u32) {
+        let is_64 = self.bits == 64;
+        let (class, machine) = if is_64 { (2, 62) } else { (1, 3) };
+        let (file, segment) = if is_64 { HEADERS_64 } else { HEADERS_32 };
+        self.bytes.extend([0x7f, b'E', b'L', b'F', class, 1, 1]);
+        self.bytes.resize(16, 0);
+        self.halves(&[2, machine]); // ET_EXEC; EM_X86_64 or EM_386
+        self.word(1);
+        self.wide(entry);
+        self.wide(file.into()); // the program header follows
+        self.wide(0);
+        self.word(0);
+        self.halves(&[file, segment, 1, 0, 0, 0]);
+    }
+
+    /// One PT_LOAD segment, readable and executable: the whole file. The flags have another place in either.
+    fn program_header(&mut self, size: u32) {
+        const READ_EXECUTE: u32 = 5;
+        self.word(1);
+        if self.bits == 64 {
+            self.word(READ_EXECUTE);
+        }
+        for value in [0, LOAD_ADDRESS, LOAD_ADDRESS, size, size] {
+            self.wide(value);
+        }
+        if self.bits == 32 {
+            self.word(READ_EXECUTE);
+        }
+        self.wide(0x1000);
+    }
 }
 
 #[cfg(test)]
@@ -93,18 +166,28 @@ mod tests {
     /// is a program that the kernel takes.
     #[test]
     fn the_host_runs_it_to_the_port_instruction() {
-        let directory =
-            std::env::temp_dir().join(format!("doppel-debug-exit-{}", std::process::id()));
-        std::fs::create_dir_all(&directory).unwrap();
-        let path = directory.join("debug-exit");
-        std::fs::write(&path, program().unwrap()).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
-        let status = std::process::Command::new(&path).arg("42").status();
-        std::fs::remove_dir_all(&directory).unwrap();
-        let status = status.unwrap();
-        assert!(
-            status.signal() == Some(libc::SIGSEGV) || status.code() == Some(42),
-            "{status:?}"
-        );
+        for architecture in ["amd64", "i386"] {
+            let directory = std::env::temp_dir().join(format!(
+                "doppel-debug-exit-{architecture}-{}",
+                std::process::id()
+            ));
+            std::fs::create_dir_all(&directory).unwrap();
+            let path = directory.join("debug-exit");
+            std::fs::write(&path, program(architecture).unwrap()).unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+            let status = std::process::Command::new(&path).arg("42").status();
+            std::fs::remove_dir_all(&directory).unwrap();
+            let status = match status {
+                Err(e) if architecture == "i386" => {
+                    eprintln!("SKIPPED: this host runs no 32-bit programs ({e})");
+                    continue;
+                }
+                status => status.unwrap(),
+            };
+            assert!(
+                status.signal() == Some(libc::SIGSEGV) || status.code() == Some(42),
+                "{architecture}: {status:?}"
+            );
+        }
     }
 }

@@ -1,7 +1,6 @@
 //! The default guest's initial root file system: busybox, kernel modules and an init.
 
 use super::cpio::Archive;
-use super::debug_exit;
 use super::modules::{self, Module};
 use anyhow::Result;
 
@@ -64,18 +63,26 @@ pub fn recipe() -> u32 {
     crc32fast::hash(inputs.as_bytes())
 }
 
+/// The programs that it brings.
+pub struct Programs<'a> {
+    /// All of user land.
+    pub busybox: &'a [u8],
+    /// What tells the monitor how a script ended.
+    pub debug_exit: &'a [u8],
+}
+
 /// The archive for a kernel of the given release. It is not compressed: the guest boots faster for it.
-pub fn build(busybox: &[u8], release: &str, available: Vec<Module>) -> Result<Vec<u8>> {
+pub fn build(programs: &Programs, release: &str, available: Vec<Module>) -> Result<Vec<u8>> {
     let mut archive = Archive::new();
     for directory in DIRECTORIES {
         archive.directory(directory);
     }
     archive.character_device("dev/console", 0o600, 5, 1);
     archive.file("init", 0o755, INIT.as_bytes());
-    archive.file("bin/busybox", 0o755, busybox);
+    archive.file("bin/busybox", 0o755, programs.busybox);
     archive.symlink("bin/sh", "busybox");
     archive.symlink("sbin/modprobe", "../bin/busybox");
-    archive.file("sbin/debug-exit", 0o755, &debug_exit::program()?);
+    archive.file("sbin/debug-exit", 0o755, programs.debug_exit);
     archive.file("etc/udhcpc.sh", 0o755, UDHCPC.as_bytes());
     archive.file("etc/profile", 0o644, PROFILE.as_bytes());
     archive.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\n");

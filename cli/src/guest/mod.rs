@@ -13,6 +13,8 @@ mod modules;
 pub mod package;
 
 use anyhow::{Context, Result};
+use apt::Apt;
+pub use apt::{HOST, Source};
 use modules::Module;
 use std::path::{Path, PathBuf};
 
@@ -60,9 +62,44 @@ pub struct Guest {
 /// The guest with Debian's kernel `package`, from the cache or assembled now; `progress` is told what happens, a line
 /// at a time.
 pub fn debian(package: &str, progress: &dyn Fn(&str)) -> Result<Guest> {
+    let parts = Parts {
+        package,
+        kernel: HOST,
+        programs: HOST,
+    };
+    assembled(&parts, progress)
+}
+
+/// What a guest is assembled from.
+#[derive(Clone, Copy, Debug)]
+pub struct Parts<'a> {
+    /// The package that has the kernel, or depends on it.
+    pub package: &'a str,
+    /// Where it comes from.
+    pub kernel: Source<'a>,
+    /// Where the programs come from, busybox above all: their architecture is that of the user land.
+    pub programs: Source<'a>,
+}
+
+impl Parts<'_> {
+    /// What the folder in the cache is called.
+    fn name(&self) -> String {
+        let mut name = self.package.to_owned();
+        for source in [self.kernel, self.programs] {
+            if source != HOST {
+                let suite = source.suite.unwrap_or("host");
+                name = format!("{name}.{suite}-{}", source.architecture);
+            }
+        }
+        name
+    }
+}
+
+/// A guest of these parts, as [`debian`] has it.
+pub fn assembled(parts: &Parts, progress: &dyn Fn(&str)) -> Result<Guest> {
     let root = cache::root()?.join("guests");
-    let assemble = |work: &Path| assemble(package, work, progress);
-    let folder = cache::folder(&root, package, initramfs::recipe(), assemble)?;
+    let assemble = |work: &Path| assemble(parts, work, progress);
+    let folder = cache::folder(&root, &parts.name(), initramfs::recipe(), assemble)?;
     Ok(Guest {
         kernel: folder.join("vmlinuz"),
         initrd: folder.join("initrd"),
@@ -76,7 +113,7 @@ pub fn packages(set: &str, names: &[&str], progress: &dyn Fn(&str)) -> Result<Ve
     let file = |name: &str| format!("{name}.deb");
     let assemble = |work: &Path| {
         let scratch = work.join("apt");
-        let apt = apt::Apt::update(&scratch, progress)?;
+        let apt = Apt::update(&scratch, HOST, progress)?;
         for (deb, name) in apt.download(names)?.iter().zip(names) {
             std::fs::rename(deb, work.join(file(name)))?;
         }
@@ -86,22 +123,42 @@ pub fn packages(set: &str, names: &[&str], progress: &dyn Fn(&str)) -> Result<Ve
     Ok(names.iter().map(|name| folder.join(file(name))).collect())
 }
 
-fn assemble(package: &str, work: &Path, progress: &dyn Fn(&str)) -> Result<()> {
+fn assemble(parts: &Parts, work: &Path, progress: &dyn Fn(&str)) -> Result<()> {
+    let package = parts.package;
     progress(&format!(
         "assembling a guest from Debian's {package} and {BUSYBOX_PACKAGE} (once; kept in the cache)"
     ));
     let scratch = work.join("apt");
-    let apt = apt::Apt::update(&scratch, progress)?;
+    let apt = Apt::update(&scratch, parts.kernel, progress)?;
     let kernel_package = apt.resolve(package, "linux-image-")?;
-    let debs = apt.download(&[&kernel_package, BUSYBOX_PACKAGE])?;
+    let debs = match parts.kernel == parts.programs {
+        true => apt.download(&[&kernel_package, BUSYBOX_PACKAGE])?,
+        false => {
+            let more = work.join("apt-programs");
+            let programs = Apt::update(&more, parts.programs, progress)?;
+            let mut debs = apt.download(&[&kernel_package])?;
+            debs.extend(programs.download(&[BUSYBOX_PACKAGE])?);
+            debs
+        }
+    };
     progress(&format!("unpacking {kernel_package}"));
     let kernel = read_kernel(&debs[0])?;
     let busybox = read_busybox(&debs[1])?;
     progress("writing the initramfs");
-    let initrd = initramfs::build(&busybox, &kernel.release, kernel.modules)?;
+    let programs = initramfs::Programs {
+        busybox: &busybox,
+        debug_exit: &debug_exit::program(parts.programs.architecture)?,
+    };
+    let initrd = initramfs::build(&programs, &kernel.release, kernel.modules)?;
     std::fs::write(work.join("vmlinuz"), kernel.image)?;
     std::fs::write(work.join("initrd"), initrd)?;
-    Ok(std::fs::remove_dir_all(scratch)?)
+    for folder in ["apt", "apt-programs"] {
+        let folder = work.join(folder);
+        if folder.exists() {
+            std::fs::remove_dir_all(folder)?;
+        }
+    }
+    Ok(())
 }
 
 struct Kernel {

@@ -8,7 +8,7 @@
 pub mod args;
 mod debian;
 mod ext4;
-mod sources;
+pub(crate) mod sources;
 mod tree;
 mod work;
 

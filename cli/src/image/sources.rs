@@ -36,7 +36,18 @@ pub fn choose(file: Option<&Path>, release: &str) -> Result<String> {
     }
 }
 
+/// The sources of one suite, such as `trixie` or `bookworm-backports`: where the host has its own release from.
+pub fn of_suite(suite: &str) -> Result<String> {
+    let host = host_release()?;
+    chosen(&host, |stanza| for_suite(stanza, &host, suite))
+}
+
 fn of_host(host: &str, release: &str) -> Result<String> {
+    chosen(host, |stanza| for_release(stanza, host, release))
+}
+
+/// Those stanzas of the host's that `choose` takes, as it changes them.
+fn chosen(host: &str, choose: impl Fn(Stanza) -> Option<Stanza>) -> Result<String> {
     let mut stanzas = Vec::new();
     for path in files()? {
         // Files of other people's may be closed to us.
@@ -52,7 +63,7 @@ fn of_host(host: &str, release: &str) -> Result<String> {
     }
     let chosen: Vec<String> = stanzas
         .into_iter()
-        .filter_map(|stanza| for_release(stanza, host, release))
+        .filter_map(choose)
         .map(|stanza| written(&stanza))
         .collect();
     if chosen.is_empty() {
@@ -82,8 +93,7 @@ fn files() -> Result<Vec<PathBuf>> {
 
 /// The stanza with the suites of the host's release made those of the one wanted; none where it has none.
 fn for_release(mut stanza: Stanza, host: &str, release: &str) -> Option<Stanza> {
-    let disabled = |(key, value): &(String, String)| key == "Enabled" && value == "no";
-    if stanza.iter().any(disabled) {
+    if is_disabled(&stanza) {
         return None;
     }
     let (_, suites) = stanza.iter_mut().find(|(key, _)| key == "Suites")?;
@@ -95,6 +105,24 @@ fn for_release(mut stanza: Stanza, host: &str, release: &str) -> Option<Stanza> 
     });
     *suites = wanted.collect::<Vec<_>>().join(" ");
     (!suites.is_empty()).then_some(stanza)
+}
+
+/// The stanza of the host's release itself with another suite in its place; none of those that have only updates to it.
+fn for_suite(mut stanza: Stanza, host: &str, suite: &str) -> Option<Stanza> {
+    if is_disabled(&stanza) {
+        return None;
+    }
+    let (_, suites) = stanza.iter_mut().find(|(key, _)| key == "Suites")?;
+    if !suites.split_whitespace().any(|s| s == host) {
+        return None;
+    }
+    *suites = suite.to_owned();
+    Some(stanza)
+}
+
+fn is_disabled(stanza: &Stanza) -> bool {
+    let mut fields = stanza.iter();
+    fields.any(|(key, value)| key == "Enabled" && value == "no")
 }
 
 fn written(stanza: &Stanza) -> String {
@@ -174,6 +202,20 @@ mod tests {
         assert_eq!(chosen.len(), 1, "{chosen:?}");
         assert!(chosen[0].contains("Suites: trixie trixie-updates\n"));
         assert!(chosen[0].contains("Signed-By: /usr"));
+    }
+
+    #[test]
+    fn a_suite_comes_from_where_the_release_does() {
+        let suites = |text| -> Vec<String> {
+            let stanzas = deb822(text).into_iter();
+            let chosen = stanzas.filter_map(|s| for_suite(s, "bookworm", "bookworm-backports"));
+            chosen.map(|s| written(&s)).collect()
+        };
+        let chosen = suites(SOURCES);
+        assert_eq!(chosen.len(), 1, "{chosen:?}");
+        assert!(chosen[0].contains("Suites: bookworm-backports\n"));
+        let security = "Types: deb\nURIs: http://host.example\nSuites: bookworm-security\n";
+        assert!(suites(security).is_empty());
     }
 
     #[test]

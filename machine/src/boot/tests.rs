@@ -4,7 +4,9 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use doppel_memory::GuestRam;
-use doppel_x86::{Cpu, CpuMode, Cr0, Gpr, Seg};
+use doppel_x86::{
+    Activity, Cpu, CpuMode, Cr0, EmptyBus, Engine, Exit, Gpr, Rflags, Seg, interpret::Interpret,
+};
 
 use super::params::{MemoryKind, memory_map};
 use super::*;
@@ -227,6 +229,45 @@ fn a_kernel_without_room_at_its_preferred_address_is_refused() {
         if let Err(e) = outcome {
             assert!(matches!(e, BootError::TooBig { need_mib: 20, .. }), "{e}");
         }
+    }
+}
+
+#[test]
+fn low_memory_is_as_a_bios_leaves_it() {
+    let ram = GuestRam::new(64 * MIB).unwrap();
+    boot(&ram, &bzimage(), None).unwrap();
+    assert_eq!(ram.load::<u16>(0x40e), Some(0x9fc0), "segment of the EBDA");
+    assert_eq!(ram.load::<u16>(0x413), Some(639), "KiB below it");
+    assert_eq!(ram.load::<u16>(0x400), Some(0x3f8), "COM1");
+    assert_eq!(ram.load::<u8>(0x9_fc00), Some(1), "KiB of the EBDA");
+}
+
+/// Kernels that call a BIOS in real mode are told that it does not have the service; interrupts of hardware change nothing.
+#[test]
+fn bios_services_are_refused() {
+    let flags_after = |vector: u8| {
+        let ram = std::sync::Arc::new(GuestRam::new(64 * MIB).unwrap());
+        boot(&ram, &bzimage(), None).unwrap();
+        // mov sp, 0x7000; clc; int vector; hlt
+        let code = [0xbc, 0x00, 0x70, 0xf8, 0xcd, vector, 0xf4];
+        place(&ram, 0x8000, &code).unwrap();
+        let mut cpu = Cpu::new(0, ram);
+        cpu.activity = Activity::WaitForSipi;
+        cpu.start_up(8);
+        let mut engine = Interpret::new(cpu);
+        assert_eq!(engine.run(&mut EmptyBus), Exit::Halted, "{vector:#x}");
+        let cpu = engine.cpu();
+        assert_eq!((cpu.rip, cpu.reg(Gpr::Rsp)), (7, 0x7000), "{vector:#x}");
+        cpu.rflags
+    };
+    for service in [0x10, 0x13, 0x15, 0x1a, 0xff] {
+        assert!(flags_after(service).contains(Rflags::CF), "{service:#x}");
+    }
+    for interrupt in [0x08, 0x0d, 0x70, 0x77] {
+        assert!(
+            !flags_after(interrupt).contains(Rflags::CF),
+            "{interrupt:#x}"
+        );
     }
 }
 
