@@ -66,16 +66,22 @@ fn loaded(segment: Seg, selector: u16) -> Segment {
     }
 }
 
-/// A trap came whose exception the interpreter does not raise by itself: a single step, after user code has set TF. Otherwise RIP is where
+/// A trap came whose exception the interpreter would not raise as the processor did: a single step, after user code has set TF (RF is set between the
+/// parts of a string instruction), or a SIMD floating-point exception, whose flags in MXCSR depend on what is masked. Otherwise RIP is where
 /// an instruction begins that is to be interpreted; behind INT1, INT3 and INT with their vectors, which trap, it is led back there.
-pub(crate) fn single_step(cpu: &mut Cpu, vector: u8, dr6: u64) -> Option<Exception> {
+pub(crate) fn raised(cpu: &mut Cpu, user: &UserState, vector: u8, dr6: u64) -> Option<Exception> {
     const DR6_BS: u64 = 1 << 14;
     const DB: u8 = 1;
     const BP: u8 = 3;
     const OF: u8 = 4;
+    const XM: u8 = 19;
     let before = |n: u64| code_byte(cpu, cpu.rip.wrapping_sub(n));
     let back = match vector {
-        DB if dr6 & DR6_BS != 0 => return Some(Exception::db(DR6_BS, true)),
+        DB if dr6 & DR6_BS != 0 => {
+            cpu.rflags |= Rflags::from_bits_retain(user.rflags) & Rflags::RF;
+            return Some(Exception::db(DR6_BS, true));
+        }
+        XM => return Some(Exception::XM),
         DB if before(1) == Some(0xf1) => 1,
         BP if before(1) == Some(0xcc) => 1,
         BP | OF if before(2) == Some(0xcd) => 2,

@@ -2,7 +2,7 @@
 //!
 //! Problem: the processor executes user code under the host kernel's rules, in a process whose mappings stand in for the guest's page tables. Each trap has to
 //! become what the guest would have seen.
-//! Idea: a trap never becomes an exception here. Either it means that the shadow lacks a page, then that is mapped and the code goes on; or the
+//! Idea: a trap hardly ever becomes an exception here ([`transfer::raised`]). Either it means that the shadow lacks a page, then that is mapped and the code goes on; or the
 //! instruction at RIP is left to the interpreter, which raises whatever it raises, by the one implementation there is.
 //! Invariants:
 //! * user code runs in a child only where its whole state is what the child's can be ([`eligible`]);
@@ -243,8 +243,8 @@ impl Direct {
                 vector, address, ..
             } => {
                 self.counts.other_traps += 1;
-                let step = transfer::single_step(cpu, vector, address);
-                Some(step.map_or(Left::Interpret, Left::Raise))
+                let raised = transfer::raised(cpu, &self.user, vector, address);
+                Some(raised.map_or(Left::Interpret, Left::Raise))
             }
             Stop::Gone { lost: false } => Some(Left::Called),
             // What user code has done since it was entered is done, and its registers are lost.

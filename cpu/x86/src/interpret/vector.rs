@@ -159,6 +159,24 @@ fn activate(fpu: &mut FpuArea, layout: &Layout, component: u64) {
     set_in_use(fpu, in_use(fpu) | component);
 }
 
+/// Gives the bytes of components that are in their initial state its values: whoever saved the area may have left them as they were.
+pub(super) fn settle(fpu: &mut FpuArea, layout: &Layout) {
+    const X87_REGISTERS: std::ops::Range<usize> = 32..XMM;
+    let initial = layout.supported & !in_use(fpu);
+    if initial & component::X87 != 0 {
+        let reset = FpuArea::reset();
+        fpu.bytes[..24].copy_from_slice(&reset.bytes[..24]);
+        fpu.bytes[X87_REGISTERS].fill(0);
+    }
+    if initial & component::SSE != 0 {
+        fpu.bytes[XMM..XMM + 256].fill(0);
+    }
+    for n in (2..63).filter(|n| initial >> n & 1 != 0) {
+        let (at, len) = layout.place(n);
+        fpu.bytes[at..at + len].fill(0);
+    }
+}
+
 /// Mask register `n` (0 to 7).
 pub(super) fn read_mask(fpu: &FpuArea, layout: &Layout, n: usize) -> u64 {
     if in_use(fpu) & component::OPMASK & layout.supported == 0 {

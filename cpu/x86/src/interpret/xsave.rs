@@ -130,7 +130,8 @@ fn fx_address(cpu: &Cpu, i: &Instruction, write: bool) -> Result<u64, Exception>
 
 fn fxsave(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     let at = fx_address(cpu, i, true)?;
-    let (_, mask) = host_layout(cpu)?;
+    let (layout, mask) = host_layout(cpu)?;
+    vector::settle(&mut cpu.fpu, &layout);
     let image = legacy_image(&cpu.fpu, i, mask);
     let end = if fast_fxsave(cpu) { XMM } else { xmm_end(cpu) };
     let privilege = cpu.privilege();
@@ -144,7 +145,8 @@ fn fxsave(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
 
 fn fxrstor(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     let at = fx_address(cpu, i, false)?;
-    let (_, mask) = host_layout(cpu)?;
+    let (layout, mask) = host_layout(cpu)?;
+    vector::settle(&mut cpu.fpu, &layout);
     let mut image = [0; FX_SIZE];
     let privilege = cpu.privilege();
     cpu.load_bytes(bus, at, privilege, &mut image)?;
@@ -209,6 +211,7 @@ impl Request {
             return Err(Exception::gp(0));
         }
         let (layout, mxcsr_mask) = host_layout(cpu)?;
+        vector::settle(&mut cpu.fpu, &layout);
         let mask = cpu.reg(Gpr::Rdx) << 32 | cpu.reg(Gpr::Rax) & 0xffff_ffff;
         Ok(Request {
             at,

@@ -291,3 +291,25 @@ fn bit_offsets_reach_beyond_the_operand() {
     run(&mut cpu, &[0x48, 0x0f, 0xab, 0x07]); // bts [rdi], rax
     assert_eq!(get::<8>(&cpu, DATA + 56), (1u64 << 61).to_le_bytes());
 }
+
+#[test]
+fn components_in_their_initial_state_are_saved_as_such_whatever_their_bytes_are() {
+    const SAVES: [(&str, &[u8]); 2] = [
+        ("fxsave64", &[0x48, 0x0f, 0xae, 0x07]),
+        ("xsave64", &[0x48, 0x0f, 0xae, 0x27]),
+    ];
+    for (name, save) in SAVES {
+        let mut cpu = machine(64);
+        cpu.gpr[7] = DATA;
+        cpu.gpr[0] = u64::MAX;
+        cpu.gpr[2] = u64::MAX;
+        cpu.fpu.bytes[..24].fill(0xaa);
+        cpu.fpu.bytes[32..416].fill(0xaa);
+        cpu.fpu.bytes[512..520].fill(0);
+        run(&mut cpu, save);
+        let saved: [u8; 416] = get(&cpu, DATA);
+        let reset = crate::FpuArea::reset();
+        assert_eq!(saved[..24], reset.bytes[..24], "{name}");
+        assert_eq!(saved[32..416], reset.bytes[32..416], "{name}");
+    }
+}
