@@ -1,4 +1,4 @@
-//! The project's own tasks: `tidy`, `test`, `boots`, `bench`, `fuzz`, `disks`, `debian`, `soak`; `cargo xtask --help` says what each does.
+//! The project's own tasks: `tidy`, `test`, `boots`, `bench`, `fuzz`, `disks`, `debian`, `soak`, `stress`; `cargo xtask --help` says what each does.
 
 mod boots;
 mod console;
@@ -47,6 +47,12 @@ enum Task {
     Debian(debian::Debian),
     /// Load a Debian with stress-ng for long, and see that neither it nor the monitor takes harm.
     Soak(soak::Soak),
+    /// Load a small guest of two processors with stressors of processor, memory, processes and signals, under the engine `direct`.
+    Stress {
+        /// Seconds for each of the five groups of stressors.
+        #[arg(long, default_value_t = 60)]
+        seconds: u32,
+    },
     /// Run a long differential campaign; the arguments go to the fuzz crate (try --help).
     #[command(disable_help_flag = true)]
     Fuzz {
@@ -79,6 +85,7 @@ fn main() -> Result<()> {
             cargo("build", &["--release", "--package", "doppel"])?;
             soak::soak(&root()?, &args)
         }
+        Task::Stress { seconds } => stress(seconds),
         Task::Fuzz { arguments } => run("doppel-fuzz", &arguments),
     }
 }
@@ -148,6 +155,28 @@ fn disks(rounds: u32, damaged: u32) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The tests with stress-ng take their length from the environment.
+fn stress(seconds: u32) -> Result<()> {
+    let status = Command::new(cargo_program())
+        .args([
+            "test",
+            "--release",
+            "--package",
+            "doppel",
+            "--test",
+            "stress",
+        ])
+        .args(["--", "--test-threads=1", "--nocapture"])
+        .env("DOPPEL_STRESS_SECONDS", seconds.to_string())
+        .current_dir(root()?)
+        .status()
+        .context("running cargo")?;
+    match status.success() {
+        true => Ok(()),
+        false => bail!("a stressor failed"),
+    }
 }
 
 /// Whether the toolchain has a cargo subcommand; says so where it has not.
