@@ -5,7 +5,7 @@
 //! Idea: guest and host speak the same language, so nearly every instruction is copied; only memory operands, branches
 //! and sensitive instructions are rewritten. There is no intermediate representation.
 //!
-//! Reading order: `frontend` (guest bytes → decoded block), `flags` (liveness), `rewrite` (block → host code), `asm`,
+//! Reading order: `frontend` (guest bytes → decoded block), `classify` (what an instruction is), `flags` (liveness), `rewrite` (block → host code), `asm`,
 //! `thunk` (the way in and out), `blocks` (cache, links, self-modifying code), `engine` (the loop), `enter_unsafe` (signals).
 //! docs/translate.md explains the whole.
 
@@ -14,6 +14,7 @@ mod asm;
 mod blocks;
 mod cache_unsafe;
 mod chunks;
+mod classify;
 mod code_map;
 mod code_pages;
 mod context;

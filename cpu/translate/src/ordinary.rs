@@ -4,7 +4,7 @@
 //! each instruction of each block was a third of what a translation cost.
 //! Idea: moves, arithmetic on general registers, pushes, pops and direct branches are nine in ten instructions, and a short table says the same of
 //! them.
-//! Invariant: where [`of`] gives an answer it is the one that `frontend` works out from iced-x86; a test compares them for every opcode.
+//! Invariant: where [`of`] gives an answer it is the one that `classify` works out from iced-x86; a test compares them for every opcode.
 
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
