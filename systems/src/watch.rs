@@ -12,6 +12,9 @@ use std::time::{Duration, Instant};
 /// How long a monitor may take to end once its guest has passed.
 const ENDING: Duration = Duration::from_secs(20);
 
+/// After that nothing comes.
+const PANIC: &str = "Kernel panic";
+
 /// A monitor that is killed when it is dropped.
 struct Process(Child);
 
@@ -53,6 +56,7 @@ fn follow(
     let missing = |text: &str, why: Silence| match why {
         Silence::Late => format!("no {text:?} within {limit} s"),
         Silence::Ended => format!("it ended without {text:?}"),
+        Silence::Panic => format!("{PANIC:?} instead of {text:?}"),
     };
     let pid = child.id();
     let mut time = |text: &'static str| match listener.until(text) {
@@ -101,6 +105,7 @@ fn end(child: &mut Child) -> Option<ExitStatus> {
 enum Silence {
     Late,
     Ended,
+    Panic,
 }
 
 struct Listener {
@@ -143,6 +148,9 @@ impl Listener {
             if let Some(at) = self.said[self.seen..].find(text) {
                 self.seen += at + text.len();
                 return Ok(last);
+            }
+            if self.said.contains(PANIC) {
+                return Err(Silence::Panic);
             }
             let left = self.end.saturating_duration_since(Instant::now());
             match self.output.recv_timeout(left) {
@@ -199,6 +207,8 @@ mod tests {
         assert!(error("echo done; echo begin", None).contains("it ended"));
         assert!(error("echo begin; exec sleep 60", None).contains("within 2 s"));
         assert!(error("echo begin; echo done; exit 2", Some(33)).contains("ended with"));
+        let panic = error("echo begin; echo Kernel panic; exec sleep 60", None);
+        assert!(panic.contains("instead of"), "{panic}");
         let complaint = error("echo begin; echo kernel BUG: x; echo done", None);
         assert!(complaint.contains("said \"BUG:\""), "{complaint}");
     }

@@ -72,6 +72,12 @@ impl<'a> Apt<'a> {
     /// The first package that `package` depends on and whose name starts with `prefix`: what a meta package stands for
     /// today. `package` itself where there is none.
     pub fn resolve(&self, package: &str, prefix: &str) -> Result<String> {
+        let found = self.depends(package, &[prefix])?.into_iter().next();
+        Ok(found.unwrap_or_else(|| package.to_owned()))
+    }
+
+    /// The packages that `package` depends on and whose names start with one of `prefixes`.
+    pub fn depends(&self, package: &str, prefixes: &[&str]) -> Result<Vec<String>> {
         let output = self
             .command("apt-cache")
             .args(["show", "--no-all-versions", package])
@@ -85,15 +91,19 @@ impl<'a> Apt<'a> {
             );
         }
         let text = String::from_utf8_lossy(&output.stdout);
-        let found = dependencies(&text).find(|name| name.starts_with(prefix));
-        Ok(found.unwrap_or(package).to_owned())
+        let wanted = |name: &&str| prefixes.iter().any(|prefix| name.starts_with(prefix));
+        Ok(dependencies(&text)
+            .filter(wanted)
+            .map(str::to_owned)
+            .collect())
     }
 
     /// Downloads packages, verified by apt; the `.deb` files in the order of `names`.
-    pub fn download(&self, names: &[&str]) -> Result<Vec<PathBuf>> {
+    pub fn download(&self, names: &[impl AsRef<str>]) -> Result<Vec<PathBuf>> {
+        let names: Vec<&str> = names.iter().map(AsRef::as_ref).collect();
         let folder = self.directory.join("packages");
         let mut command = self.command("apt-get");
-        self.run(command.arg("download").args(names).current_dir(&folder))?;
+        self.run(command.arg("download").args(&names).current_dir(&folder))?;
         names.iter().map(|name| find(&folder, name)).collect()
     }
 

@@ -21,6 +21,8 @@ use std::path::{Path, PathBuf};
 /// The kernel that a guest gets when nobody names one.
 pub const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
 const BUSYBOX_PACKAGE: &str = "busybox-static";
+/// What a kernel's package depends on where it has neither image nor modules itself, as from Debian 14 on.
+const KERNEL_PARTS: &[&str] = &["linux-binary-", "linux-modules-"];
 
 /// Folders of the modules tree in which the wanted modules and all their needs are.
 const MODULE_FOLDERS: &[&str] = &[
@@ -131,19 +133,19 @@ fn assemble(parts: &Parts, work: &Path, progress: &dyn Fn(&str)) -> Result<()> {
     let scratch = work.join("apt");
     let apt = Apt::update(&scratch, parts.kernel, progress)?;
     let kernel_package = apt.resolve(package, "linux-image-")?;
-    let debs = match parts.kernel == parts.programs {
-        true => apt.download(&[&kernel_package, BUSYBOX_PACKAGE])?,
+    let mut names = apt.depends(&kernel_package, KERNEL_PARTS)?;
+    names.push(kernel_package.clone());
+    let kernel_debs = apt.download(&names)?;
+    let busybox_deb = match parts.kernel == parts.programs {
+        true => apt.download(&[BUSYBOX_PACKAGE])?,
         false => {
             let more = work.join("apt-programs");
-            let programs = Apt::update(&more, parts.programs, progress)?;
-            let mut debs = apt.download(&[&kernel_package])?;
-            debs.extend(programs.download(&[BUSYBOX_PACKAGE])?);
-            debs
+            Apt::update(&more, parts.programs, progress)?.download(&[BUSYBOX_PACKAGE])?
         }
     };
     progress(&format!("unpacking {kernel_package}"));
-    let kernel = read_kernel(&debs[0])?;
-    let busybox = read_busybox(&debs[1])?;
+    let kernel = read_kernel(&kernel_debs)?;
+    let busybox = read_busybox(&busybox_deb[0])?;
     progress("writing the initramfs");
     let programs = initramfs::Programs {
         busybox: &busybox,
@@ -167,23 +169,35 @@ struct Kernel {
     modules: Vec<Module>,
 }
 
-fn read_kernel(deb: &Path) -> Result<Kernel> {
+/// Of the packages that make up a kernel.
+fn read_kernel(debs: &[PathBuf]) -> Result<Kernel> {
     let (mut image, mut modules) = (None, Vec::new());
-    package::visit(deb, |mut member| {
-        if let Some(release) = member.path.strip_prefix("boot/vmlinuz-") {
-            image = Some((release.to_owned(), member.read()?));
-        } else if let Some(path) = module_path(&member.path) {
-            let path = path.to_owned();
-            modules.push(Module::read(&path, member.read()?)?);
-        }
-        Ok(())
-    })?;
-    let (release, image) = image.context("the kernel package has no boot/vmlinuz-*")?;
+    for deb in debs {
+        package::visit(deb, |mut member| {
+            if let Some(release) = image_release(&member.path).map(str::to_owned) {
+                image = Some((release, member.read()?));
+            } else if let Some(path) = module_path(&member.path) {
+                let path = path.to_owned();
+                modules.push(Module::read(&path, member.read()?)?);
+            }
+            Ok(())
+        })?;
+    }
+    let (release, image) = image.context("the kernel package has no vmlinuz")?;
     Ok(Kernel {
         image,
         release,
         modules,
     })
+}
+
+/// The release of the kernel whose image a file is, by the path: `/boot/vmlinuz-RELEASE`, or among its modules.
+fn image_release(path: &str) -> Option<&str> {
+    let among_modules = || {
+        let below = path.strip_prefix("usr/lib/modules/")?;
+        below.strip_suffix("/vmlinuz")
+    };
+    path.strip_prefix("boot/vmlinuz-").or_else(among_modules)
 }
 
 /// The path below `lib/modules/RELEASE/` of a module in one of `MODULE_FOLDERS`.
@@ -210,6 +224,19 @@ fn read_busybox(deb: &Path) -> Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn images_are_found_where_either_debian_release_has_them() {
+        assert_eq!(
+            image_release("boot/vmlinuz-6.1.0-1-amd64"),
+            Some("6.1.0-1-amd64")
+        );
+        assert_eq!(
+            image_release("usr/lib/modules/7.2+deb14/vmlinuz"),
+            Some("7.2+deb14")
+        );
+        assert_eq!(image_release("boot/System.map-6.1.0"), None);
+    }
 
     #[test]
     fn modules_are_found_where_either_debian_release_has_them() {

@@ -76,8 +76,23 @@ pub(crate) enum Class {
         size: u8,
         source: bool,
     },
+    /// One element of so many bytes of a string.
+    Element {
+        size: u8,
+        element: Element,
+    },
     /// The monitor's interpreter executes it; ends the block.
     Interpret,
+}
+
+/// What is done with an element of a string.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Element {
+    Load,
+    Store,
+    Scan,
+    Move,
+    Compare,
 }
 
 impl Class {
@@ -126,6 +141,7 @@ impl Class {
                 | Pushf
                 | Popf
                 | Repeat { .. }
+                | Element { .. }
         )
     }
 }
@@ -328,7 +344,7 @@ fn special(i: &Instruction, how: Decoding) -> Option<Class> {
         | Lodsq | Scasb | Scasw | Scasd | Scasq | Cmpsb | Cmpsw | Cmpsd | Cmpsq
             if i.is_string_instruction() =>
         {
-            repeated(i, how)
+            string(i, how)
                 .filter(|_| how.inline_strings)
                 .unwrap_or(Class::Interpret)
         }
@@ -370,23 +386,32 @@ fn extended_state(i: &Instruction, how: Decoding) -> Option<Class> {
     inline.then_some(Class::ExtendedState { write })
 }
 
-fn repeated(i: &Instruction, how: Decoding) -> Option<Class> {
-    let (size, source) = match i.code() {
-        Code::Movsb_m8_m8 => (1, true),
-        Code::Movsw_m16_m16 => (2, true),
-        Code::Movsd_m32_m32 => (4, true),
-        Code::Movsq_m64_m64 => (8, true),
-        Code::Stosb_m8_AL => (1, false),
-        Code::Stosw_m16_AX => (2, false),
-        Code::Stosd_m32_EAX => (4, false),
-        Code::Stosq_m64_RAX => (8, false),
-        _ => return None,
+/// A string instruction at addresses of the mode's width, in flat segments. Of the repeated ones, those that move and store.
+fn string(i: &Instruction, how: Decoding) -> Option<Class> {
+    use Mnemonic::*;
+    let element = match i.mnemonic() {
+        Lodsb | Lodsw | Lodsd | Lodsq => Element::Load,
+        Stosb | Stosw | Stosd | Stosq => Element::Store,
+        Scasb | Scasw | Scasd | Scasq => Element::Scan,
+        Movsb | Movsw | Movsd | Movsq => Element::Move,
+        _ => Element::Compare,
     };
     let narrow = (0..i.op_count())
         .any(|op| matches!(i.op_kind(op), OpKind::MemoryESEDI | OpKind::MemorySegESI));
     let flat = how.mode != Mode::Segmented && narrow == how.mode.is_narrow();
-    let plain = i.segment_prefix() == Register::None && !i.has_repne_prefix();
-    (i.has_rep_prefix() && flat && plain).then_some(Class::Repeat { size, source })
+    if !flat || i.segment_prefix() != Register::None {
+        return None;
+    }
+    let size = i.memory_size().size() as u8;
+    match (i.has_rep_prefix(), i.has_repne_prefix(), element) {
+        (false, false, _) => Some(Class::Element { size, element }),
+        (true, false, Element::Move) => Some(Class::Repeat { size, source: true }),
+        (true, false, Element::Store) => Some(Class::Repeat {
+            size,
+            source: false,
+        }),
+        _ => None,
+    }
 }
 
 fn bit_string(i: &Instruction, how: Decoding) -> Class {

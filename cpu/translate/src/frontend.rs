@@ -10,7 +10,7 @@ use iced_x86::{
 
 use doppel_memory::Privilege;
 
-pub(crate) use crate::classify::{Class, Facts, has_memory};
+pub(crate) use crate::classify::{Class, Element, Facts, has_memory};
 use crate::engine::TranslateOptions;
 use crate::flags::{ALL, FlagSet, FlagUse};
 use crate::narrow::{Mode, Widened, widen};

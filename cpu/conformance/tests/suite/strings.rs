@@ -169,6 +169,178 @@ fn comparisons_and_scans_stop_where_they_must() {
     });
 }
 
+/// As i386's kernel compares strings.
+#[test]
+fn strings_are_compared_an_element_at_a_time() {
+    each_engine(|m| {
+        for (one, other, difference) in [
+            (&b"doppel\0"[..], &b"doppel\0"[..], 0u64),
+            (b"doppel\0", b"dopple\0", u64::MAX),
+            (b"dot\0", b"dop\0", 1),
+            (b"do\0", b"dop\0", u64::MAX),
+        ] {
+            // Across pages that are next to each other.
+            let (from, to) = (SPARE + 0xffd, SPARE + 0x10_0ffe);
+            m.put_bytes(from, one);
+            m.put_bytes(to, other);
+            m.run_code(|a| {
+                let (mut next, mut differ, mut done) =
+                    (a.create_label(), a.create_label(), a.create_label());
+                a.mov(rsi, from)?;
+                a.mov(rdi, to)?;
+                a.set_label(&mut next)?;
+                a.lodsb()?;
+                a.scasb()?;
+                a.jne(differ)?;
+                a.test(al, al)?;
+                a.jne(next)?;
+                a.xor(eax, eax)?;
+                a.jmp(done)?;
+                a.set_label(&mut differ)?;
+                a.sbb(rax, rax)?;
+                a.or(rax, 1)?;
+                a.set_label(&mut done)?;
+                a.nop()
+            });
+            assert_eq!(m.reg(Gpr::Rax), difference, "{one:?} {other:?}");
+        }
+    });
+}
+
+#[test]
+fn one_element_is_moved_loaded_stored_and_compared_in_either_direction() {
+    const VALUE: u64 = 0x8877_6655_4433_2211;
+    let forms: [(u64, [Emit; 5]); 4] = [
+        (
+            1,
+            [
+                |a| a.lodsb(),
+                |a| a.stosb(),
+                |a| a.scasb(),
+                |a| a.movsb(),
+                |a| a.cmpsb(),
+            ],
+        ),
+        (
+            2,
+            [
+                |a| a.lodsw(),
+                |a| a.stosw(),
+                |a| a.scasw(),
+                |a| a.movsw(),
+                |a| a.cmpsw(),
+            ],
+        ),
+        (
+            4,
+            [
+                |a| a.lodsd(),
+                |a| a.stosd(),
+                |a| a.scasd(),
+                |a| a.movsd(),
+                |a| a.cmpsd(),
+            ],
+        ),
+        (
+            8,
+            [
+                |a| a.lodsq(),
+                |a| a.stosq(),
+                |a| a.scasq(),
+                |a| a.movsq(),
+                |a| a.cmpsq(),
+            ],
+        ),
+    ];
+    // Within a page and over the edge of one.
+    let places = [SPARE + 0x100, SPARE + 0x1fff];
+    each_engine(|m| {
+        for ((size, forms), at, down) in forms
+            .iter()
+            .flat_map(|(size, forms)| places.map(|at| ((size, forms), at)))
+            .flat_map(|((size, forms), at)| [false, true].map(|down| ((size, forms), at, down)))
+        {
+            let (source, destination) = (at, at + 0x10_0000);
+            let step = if down { size.wrapping_neg() } else { *size };
+            let mask = u64::MAX >> (64 - 8 * size);
+            for (n, form) in forms.iter().enumerate() {
+                m.put_bytes(source, &VALUE.to_le_bytes());
+                m.put_bytes(destination, &(VALUE + 1).to_le_bytes());
+                m.run_code(|a| {
+                    a.mov(rsi, source)?;
+                    a.mov(rdi, destination)?;
+                    a.mov(rax, -1i64 as u64)?;
+                    if down {
+                        a.std()?;
+                    }
+                    form(a)?;
+                    a.setb(bl)?;
+                    a.cld()
+                });
+                let what = format!("form {n} of {size} at {at:#x}, down {down}");
+                let (moves_rsi, moves_rdi) = (n != 1 && n != 2, n != 0);
+                let expected = |moves, from: u64| match moves {
+                    true => from.wrapping_add(step),
+                    false => from,
+                };
+                assert_eq!(m.reg(Gpr::Rsi), expected(moves_rsi, source), "{what}");
+                assert_eq!(m.reg(Gpr::Rdi), expected(moves_rdi, destination), "{what}");
+                let mut bytes = [0; 8];
+                for (n, byte) in bytes.iter_mut().enumerate() {
+                    *byte = m.ram.load(destination + n as u64).expect("RAM");
+                }
+                let written = match n {
+                    1 => VALUE + 1 | mask,
+                    3 => (VALUE + 1) & !mask | VALUE & mask,
+                    _ => VALUE + 1,
+                };
+                assert_eq!(u64::from_le_bytes(bytes), written, "{what}");
+                let loaded = match (n, size) {
+                    (0, 4) => VALUE & mask,
+                    (0, _) => !mask | VALUE & mask,
+                    _ => u64::MAX,
+                };
+                assert_eq!(m.reg(Gpr::Rax), loaded, "{what}");
+                // -1 is above what is scanned; the source is below the destination.
+                match n {
+                    2 => assert_eq!(m.reg(Gpr::Rbx) & 1, 0, "{what}"),
+                    4 => assert_eq!(m.reg(Gpr::Rbx) & 1, 1, "{what}"),
+                    _ => {}
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn an_element_that_faults_changes_nothing() {
+    let forms: [(Emit, u64, u64, u64, u64); 7] = [
+        // Where both fault.
+        (|a| a.cmpsd(), X + 0x2000, X + 0x6000, X + 0x6000, 0),
+        (|a| a.movsd(), X + 0x2000, X + 0x6000, X + 0x2000, 0),
+        (|a| a.lodsd(), X + 0x2000, X + 0x4000, X + 0x2000, 0),
+        (|a| a.stosd(), X, X + 0x6000, X + 0x6000, error::W),
+        (|a| a.scasd(), X, X + 0x5ffe, X + 0x6000, 0),
+        (|a| a.movsd(), X, X + 0x6000, X + 0x6000, error::W),
+        (|a| a.cmpsd(), X + 0x1ffe, X + 0x4000, X + 0x2000, 0),
+    ];
+    each_engine(|m| {
+        for (n, (code, from, to, at, wanted)) in forms.into_iter().enumerate() {
+            m.forget();
+            m.to_kernel();
+            pages(m);
+            m.cpu_mut().flush_tlb(true);
+            for (r, v) in [(Gpr::Rsi, from), (Gpr::Rdi, to), (Gpr::Rax, 0x1234)] {
+                m.set_reg(r, v);
+            }
+            let f = m.faults(|_| Ok(()), code);
+            assert_eq!((f.vector, f.cr2, f.error), (14, at, wanted), "{n}");
+            assert_eq!((m.reg(Gpr::Rsi), m.reg(Gpr::Rdi)), (from, to), "{n}");
+            assert_eq!(m.reg(Gpr::Rax), 0x1234, "{n}");
+        }
+    });
+}
+
 #[test]
 fn a_count_of_zero_touches_nothing() {
     each_engine(|m| {

@@ -454,6 +454,7 @@ fn virtual_state(class: Class) -> &'static str {
         Class::Pushf => "the virtual RFLAGS and the saved arithmetic flags",
         Class::Popf => "the virtual RFLAGS, where only IF and arithmetic flags change",
         Class::Repeat { .. } => "page by page on host addresses",
+        Class::Element { .. } => "a move or a comparison on host addresses, upwards",
         Class::ExtendedState { .. } => "of the guest's components alone, at a host address",
         _ => "on the virtual state",
     }

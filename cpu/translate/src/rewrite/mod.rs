@@ -39,7 +39,7 @@ use crate::blocks::Form;
 use crate::context as ctx;
 use crate::engine::TranslateOptions;
 use crate::flags::{ALL, FlagPlace, FlagSet};
-use crate::frontend::{Class, GuestBlock, GuestInstruction, Simd};
+use crate::frontend::{Class, Element, GuestBlock, GuestInstruction, Simd};
 use crate::narrow::Mode;
 use crate::recipe::Recipe;
 use crate::thunk::{Check, Thunks, load_simd};
@@ -524,6 +524,7 @@ impl Work<'_> {
             Class::Pushf => self.pushf(i),
             Class::Popf => self.popf(i),
             Class::Repeat { size, source } => self.repeat(i, size, source),
+            Class::Element { size, element } => self.element(i, size, element),
             Class::Interpret => self.interpret(i),
         }
     }
