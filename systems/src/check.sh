@@ -2,7 +2,8 @@
 # Looks whether the system works: every CPU there is, arithmetic, files, processes, the clock. Any failure ends it.
 set -eu
 step="start"
-trap '[ "$step" = end ] || echo "systems: failed at $step"' EXIT
+# What is said last is still on its way to the serial line when the port is written that ends the machine.
+trap '[ "$step" = end ] || echo "systems: failed at $step"; sleep 0.5' EXIT
 echo "systems: $(uname -srm)"
 for word in $(cat /proc/cmdline); do
     case $word in systems.cpus=*) cpus=${word#*=} ;; esac

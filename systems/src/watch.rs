@@ -53,12 +53,15 @@ fn follow(
     start: Instant,
     limit: u64,
 ) -> Result<Outcome, String> {
-    let missing = |text: &str, why: Silence| match why {
+    let pid = child.id();
+    let mut missing = |text: &str, why: Silence| match why {
         Silence::Late => format!("no {text:?} within {limit} s"),
-        Silence::Ended => format!("it ended without {text:?}"),
+        Silence::Ended => {
+            let status = end(child).map_or("nothing".to_owned(), |status| status.to_string());
+            format!("it ended with {status}, without {text:?}")
+        }
         Silence::Panic => format!("{PANIC:?} instead of {text:?}"),
     };
-    let pid = child.id();
     let mut time = |text: &'static str| match listener.until(text) {
         Ok(at) => Ok(Time {
             seconds: (at - start).as_secs_f64(),
@@ -203,8 +206,8 @@ mod tests {
     #[test]
     fn whatever_else_is_a_failure() {
         let error = |script, status| shell(script, status).unwrap_err();
-        assert!(error("echo begin", None).contains("it ended without \"done\""));
-        assert!(error("echo done; echo begin", None).contains("it ended"));
+        assert!(error("echo begin", None).contains("exit status: 0, without \"done\""));
+        assert!(error("echo done; echo begin", None).contains("it ended with"));
         assert!(error("echo begin; exec sleep 60", None).contains("within 2 s"));
         assert!(error("echo begin; echo done; exit 2", Some(33)).contains("ended with"));
         let panic = error("echo begin; echo Kernel panic; exec sleep 60", None);

@@ -290,14 +290,14 @@ fn one_element_is_moved_loaded_stored_and_compared_in_either_direction() {
                     *byte = m.ram.load(destination + n as u64).expect("RAM");
                 }
                 let written = match n {
-                    1 => VALUE + 1 | mask,
-                    3 => (VALUE + 1) & !mask | VALUE & mask,
+                    1 => (VALUE + 1) | mask,
+                    3 => ((VALUE + 1) & !mask) | (VALUE & mask),
                     _ => VALUE + 1,
                 };
                 assert_eq!(u64::from_le_bytes(bytes), written, "{what}");
                 let loaded = match (n, size) {
                     (0, 4) => VALUE & mask,
-                    (0, _) => !mask | VALUE & mask,
+                    (0, _) => !mask | (VALUE & mask),
                     _ => u64::MAX,
                 };
                 assert_eq!(m.reg(Gpr::Rax), loaded, "{what}");
