@@ -6,7 +6,7 @@ use std::thread::{self, Scope, ScopedJoinHandle};
 
 use doppel_direct::{Direct, DirectHost};
 use doppel_memory::GuestRam;
-use doppel_translate::{Translate, TranslateOptions};
+use doppel_translate::{SharedCode, Translate, TranslateOptions};
 use doppel_x86::interpret::Interpret;
 use doppel_x86::{Activity, Cpu, CpuidModel, Engine};
 
@@ -192,6 +192,7 @@ struct Engines<'a> {
     kind: EngineKind,
     /// What the engines share that execute user code directly.
     direct: Option<Arc<DirectHost>>,
+    code: SharedCode,
 }
 
 impl<'a> Engines<'a> {
@@ -208,6 +209,7 @@ impl<'a> Engines<'a> {
             config,
             kind,
             direct,
+            code: SharedCode::default(),
         })
     }
 
@@ -227,8 +229,12 @@ impl<'a> Engines<'a> {
             cpu.tsc_offset = 0;
             Direct::new(host.clone(), &cpu, config.direct)
         });
-        let engine = Translate::new(cpu, options).map_err(refused)?;
-        let engine = engine.observed(config.observers.clone());
+        let observers = config.observers.clone();
+        let engine = match config.cpus > 1 {
+            true => Translate::sharing(cpu, options, &self.code, observers),
+            false => Translate::new(cpu, options).map(|engine| engine.observed(observers)),
+        };
+        let engine = engine.map_err(refused)?;
         Ok(Box::new(match direct {
             Some(direct) => engine.leaving_user_code_to(Box::new(direct)),
             None => engine,

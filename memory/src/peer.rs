@@ -38,7 +38,8 @@ pub struct Requests {
     pub protect: BTreeSet<u64>,
     /// Every page must.
     pub protect_all: bool,
-    /// Granules of pages that were written where it has translations.
+    /// Granules of pages that were written where it has translations. Where it shares these ([`Peer::share_code`]), which are to be thrown
+    /// away stands with the one whose record of them is used ([`Peer::take_written`]).
     pub code: BTreeMap<u64, CodeGranules>,
 }
 
@@ -65,6 +66,12 @@ pub struct Peer {
     waiting: AtomicU32,
     changed: Condvar,
     nudge: OnceLock<Nudge>,
+    /// Who has the record of the translations that it shares.
+    leader: OnceLock<Weak<Peer>>,
+    /// All who share the translations that stand in its record.
+    sharers: AtomicU64,
+    /// Granules of these that were written, and not thrown away yet.
+    written: Mutex<BTreeMap<u64, CodeGranules>>,
     /// What it has translated, where it translates.
     pub(crate) code: Granules,
     /// What of that the processor executes as it is.
@@ -178,7 +185,44 @@ impl Peer {
             waiting: AtomicU32::new(0),
             changed: Condvar::new(),
             nudge: OnceLock::new(),
+            leader: OnceLock::new(),
+            sharers: AtomicU64::new(bit),
+            written: Mutex::default(),
         }
+    }
+
+    /// True where any of these granules of the page hold code that it has translated or claimed.
+    pub(crate) fn has_code(&self, gpa: u64, granules: CodeGranules) -> bool {
+        (self.code.get(gpa) | self.claimed.get(gpa)) & granules != 0
+    }
+
+    /// From now on its translations are those of `leader`, who has the record of them (itself, at
+    /// first) and outlives them.
+    pub fn share_code(&self, leader: &Arc<Peer>) {
+        leader.sharers.fetch_or(self.bit, Ordering::SeqCst);
+        let _ = self.leader.set(Arc::downgrade(leader));
+    }
+
+    /// The bits of those who share translations with it, and its own. They are told of its writes in any case: another write may have had the
+    /// translations thrown away, and not all know yet.
+    pub(crate) fn group(&self) -> u64 {
+        let leader = self.leader.get().and_then(Weak::upgrade);
+        leader.map_or(self.bit, |l| l.sharers.load(Ordering::SeqCst))
+    }
+
+    /// Its translations of these granules are to be thrown away, by the first of those who share them; the bits of all of these.
+    pub(crate) fn note_written(&self, page: u64, granules: CodeGranules) -> u64 {
+        let leader = self.leader.get().map(Weak::as_ptr);
+        if leader.is_some_and(|l| std::ptr::eq(l, self)) {
+            *lock(&self.written).entry(page).or_default() |= granules;
+        }
+        self.sharers.load(Ordering::SeqCst)
+    }
+
+    /// Takes the granules whose translations are to be thrown away, of those that stand in its record. The caller lets nobody else look at the
+    /// translations until that is done.
+    pub fn take_written(&self) -> BTreeMap<u64, CodeGranules> {
+        std::mem::take(&mut *lock(&self.written))
     }
 
     /// Its bit in the masks of pages.
@@ -334,7 +378,7 @@ impl Peer {
 
 impl Drop for Peer {
     fn drop(&mut self) {
-        for page in self.code.used() {
+        for page in self.code.used().chain(self.claimed.used()) {
             self.peers.owners.remove(page, self.bit);
         }
     }

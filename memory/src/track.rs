@@ -191,22 +191,29 @@ impl PageTracker {
     /// Notes that the processor itself executes the page as code of a CPU: all of it counts as translated until [`Self::release_code`].
     /// [`Self::protect`] is to follow.
     pub fn claim_code(&self, gpa: u64, by: &Peer) {
+        let _changes = lock(&self.changes);
         by.claimed.add(gpa, CodeGranules::MAX);
-        self.add_code(gpa, PAGE_SIZE, by);
+        self.peers.owners.add(gpa, by.bit());
+        self.set(gpa, CODE);
     }
 
-    /// Ends a claim; `granules` of the page still hold translated code.
-    pub fn release_code(&self, gpa: u64, granules: CodeGranules, by: &Peer) {
+    /// Ends a claim; translated code stays noted.
+    pub fn release_code(&self, gpa: u64, by: &Peer) {
+        let _changes = lock(&self.changes);
         by.claimed.remove(gpa, CodeGranules::MAX);
-        self.set_code(gpa, granules, by);
+        self.own(gpa, by);
     }
 
-    /// Sets which granules of the page still hold code of a CPU, after it threw blocks away. Those it has claimed do.
+    /// Sets which granules of the page still hold code of a CPU, after it threw blocks away.
     pub fn set_code(&self, gpa: u64, granules: CodeGranules, by: &Peer) {
-        let granules = granules | by.claimed.get(gpa);
         let _changes = lock(&self.changes);
         by.code.set(gpa, granules);
-        if granules != 0 {
+        self.own(gpa, by);
+    }
+
+    /// Makes a CPU an owner of the page where it has code there.
+    fn own(&self, gpa: u64, by: &Peer) {
+        if by.has_code(gpa, CodeGranules::MAX) {
             self.peers.owners.add(gpa, by.bit());
             self.set(gpa, CODE);
             return;
@@ -224,7 +231,7 @@ impl PageTracker {
         self.has_code(gpa) && {
             let owners = self.peers.of(self.peers.owners.get(gpa));
             let bits = granules(gpa, len);
-            owners.iter().any(|o| o.code.get(gpa) & bits != 0)
+            owners.iter().any(|o| o.has_code(gpa, bits))
         }
     }
 
@@ -292,13 +299,10 @@ impl PageTracker {
     /// Tells all other CPUs that have translated any of `len` bytes at `gpa` (within one page) of a write to them.
     pub fn tell_others(&self, gpa: u64, len: u64, by: &Peer) -> Asked {
         let (page, bits) = (gpa & !PAGE_MASK, granules(gpa, len));
-        let mut owners = self.peers.owners.get(gpa);
-        for owner in self.peers.of(owners & !by.bit()) {
-            if owner.code.get(gpa) & bits == 0 {
-                owners &= !owner.bit();
-            }
-        }
-        by.ask_others(owners, |r| *r.code.entry(page).or_default() |= bits)
+        let concerned = concerned(&self.peers, self.peers.owners.get(gpa), page, bits);
+        by.ask_others(concerned | by.group(), |r| {
+            *r.code.entry(page).or_default() |= bits;
+        })
     }
 
     /// Notes a write that no CPU made to `len` bytes, after it was made: the pages are dirty, and every CPU that has translated from
@@ -312,13 +316,19 @@ impl PageTracker {
                 continue;
             }
             let (page, bits) = (at & !PAGE_MASK, granules(at, len));
-            for owner in self.peers.of(self.peers.owners.get(at)) {
-                if owner.code.get(at) & bits != 0 {
-                    let _ = owner.ask(|r| *r.code.entry(page).or_default() |= bits);
-                }
+            let concerned = concerned(&self.peers, self.peers.owners.get(at), page, bits);
+            for peer in self.peers.of(concerned) {
+                let _ = peer.ask(|r| *r.code.entry(page).or_default() |= bits);
             }
         }
     }
+}
+
+/// Notes a write to granules of a page for those of `owners` that have translated them; the bits of all CPUs that use the translations.
+fn concerned(peers: &Peers, owners: u64, page: u64, bits: CodeGranules) -> u64 {
+    let owners = peers.of(owners);
+    let hit = owners.iter().filter(|o| o.has_code(page, bits));
+    hit.fold(0, |all, owner| all | owner.note_written(page, bits))
 }
 
 /// Cuts a range at the ends of pages, as far as there are pages.

@@ -81,11 +81,14 @@ impl Machine {
 }
 
 /// Rows with an engine of each kind; the accelerators that matter between CPUs have one of their own.
-const ROWS: [&str; 4] = [
+const ROWS: [&str; 7] = [
     "interpret",
     "translate",
     "translate, link off",
     "translate, smallest cache, counting",
+    "translate, shared cache",
+    "translate, shared cache, link off",
+    "translate, smallest shared cache, counting",
 ];
 
 /// Runs a test with `n` CPUs on engines of every kind.

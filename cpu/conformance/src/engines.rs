@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use doppel_direct::{Direct, DirectHost, DirectOptions};
 use doppel_translate::explain::Observers;
-use doppel_translate::{Translate, TranslateOptions};
+use doppel_translate::{SharedCode, Translate, TranslateOptions};
 use doppel_x86::interpret::Interpret;
 use doppel_x86::{Cpu, Engine};
 
@@ -12,11 +12,11 @@ use doppel_x86::{Cpu, Engine};
 pub struct Row {
     /// What a failing test shows.
     pub name: &'static str,
-    /// Makes the engine for a CPU.
-    pub make: fn(Box<Cpu>) -> Box<dyn Engine>,
+    /// Makes the engine for a CPU; those of one RAM have the same [`SharedCode`].
+    pub make: fn(Box<Cpu>, &SharedCode) -> Box<dyn Engine>,
 }
 
-fn interpret(cpu: Box<Cpu>) -> Box<dyn Engine> {
+fn interpret(cpu: Box<Cpu>, _: &SharedCode) -> Box<dyn Engine> {
     Box::new(Interpret::new(cpu))
 }
 
@@ -27,7 +27,18 @@ fn translate(cpu: Box<Cpu>, options: TranslateOptions) -> Box<dyn Engine> {
     }
 }
 
-fn translate_observed(cpu: Box<Cpu>) -> Box<dyn Engine> {
+fn translate_shared(
+    cpu: Box<Cpu>,
+    code: &SharedCode,
+    options: TranslateOptions,
+) -> Box<dyn Engine> {
+    match Translate::sharing(cpu, options, code, Observers::default()) {
+        Ok(engine) => Box::new(engine),
+        Err(e) => panic!("the translator does not run on this host: {e}"),
+    }
+}
+
+fn translate_observed(cpu: Box<Cpu>, _: &SharedCode) -> Box<dyn Engine> {
     let observers = Observers {
         profile: Some(Arc::default()),
         perf_map: None,
@@ -43,7 +54,7 @@ fn translate_observed(cpu: Box<Cpu>) -> Box<dyn Engine> {
 }
 
 /// User code on the processor from its first instruction on; translated, and said aloud, where the host does not let it.
-fn direct(mut cpu: Box<Cpu>) -> Box<dyn Engine> {
+fn direct(mut cpu: Box<Cpu>, code: &SharedCode) -> Box<dyn Engine> {
     let host = match DirectHost::new(&cpu.ram) {
         Ok(host) => Arc::new(host),
         Err(e) => {
@@ -53,7 +64,8 @@ fn direct(mut cpu: Box<Cpu>) -> Box<dyn Engine> {
     };
     cpu.tsc_offset = 0;
     let direct = Direct::new(host, &cpu, DirectOptions { always: true });
-    match Translate::new(cpu, TranslateOptions::default()) {
+    let options = TranslateOptions::default();
+    match Translate::sharing(cpu, options, code, Observers::default()) {
         Ok(engine) => Box::new(engine.leaving_user_code_to(Box::new(direct))),
         Err(e) => panic!("the translator does not run on this host: {e}"),
     }
@@ -63,11 +75,25 @@ macro_rules! translate_with {
     ($name:literal $(, $field:ident: $value:expr)*) => {
         Row {
             name: $name,
-            make: |cpu| {
+            make: |cpu, _| {
                 #[allow(unused_mut)]
                 let mut options = TranslateOptions::default();
                 $(options.$field = $value;)*
                 translate(cpu, options)
+            },
+        }
+    };
+}
+
+macro_rules! shared_with {
+    ($name:literal $(, $field:ident: $value:expr)*) => {
+        Row {
+            name: $name,
+            make: |cpu, code| {
+                #[allow(unused_mut)]
+                let mut options = TranslateOptions::default();
+                $(options.$field = $value;)*
+                translate_shared(cpu, code, options)
             },
         }
     };
@@ -84,6 +110,9 @@ pub const ENGINES: &[Row] = &[
         make: direct,
     },
     translate_with!("translate"),
+    shared_with!("translate, shared cache"),
+    shared_with!("translate, smallest shared cache, counting", cache_size: 0, count: true),
+    shared_with!("translate, shared cache, link off", link: false),
     translate_with!("translate, link off", link: false),
     translate_with!("translate, flag_liveness off", flag_liveness: false),
     translate_with!("translate, inline_system off", inline_system: false),

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use doppel_memory::{Backing, GuestRam, Word};
+use doppel_translate::SharedCode;
 use doppel_x86::{
     Activity, Cpu, CpuidLeaf, CpuidModel, Cr0, Cr4, Dtr, Efer, Engine, Exit, Gpr, Kick, Rflags,
     Seg, Segment,
@@ -74,6 +75,8 @@ const WITH_ERROR_CODE: [u8; 8] = [8, 10, 11, 12, 13, 14, 17, 21];
 /// A machine that a test runs.
 pub struct Machine {
     engine: Box<dyn Engine>,
+    /// What the engines of its CPUs share.
+    code: SharedCode,
     /// The machine around the CPU.
     pub bus: TestBus,
     /// Its RAM.
@@ -110,7 +113,12 @@ impl Machine {
 
     pub(crate) fn with_model(row: &Row, model: Arc<CpuidModel>) -> Self {
         let ram = Arc::new(GuestRam::with_backing(RAM, Backing::Memfd).expect("RAM for a guest"));
-        let machine = Self::cpu_on(row, Cpu::with_model(0, ram.clone(), model), ram);
+        let machine = Self::cpu_on(
+            row,
+            Cpu::with_model(0, ram.clone(), model),
+            ram,
+            SharedCode::default(),
+        );
         machine.write_page_tables();
         machine.write_descriptors();
         machine.write_handlers();
@@ -120,12 +128,14 @@ impl Machine {
     /// Another CPU on the same RAM.
     pub(crate) fn beside(&self, row: &Row, id: u32) -> Self {
         let (ram, model) = (self.ram.clone(), self.cpu().cpuid.clone());
-        Self::cpu_on(row, Cpu::with_model(id, ram.clone(), model), ram)
+        let cpu = Cpu::with_model(id, ram.clone(), model);
+        Self::cpu_on(row, cpu, ram, self.code.clone())
     }
 
-    fn cpu_on(row: &Row, cpu: Box<Cpu>, ram: Arc<GuestRam>) -> Self {
+    fn cpu_on(row: &Row, cpu: Box<Cpu>, ram: Arc<GuestRam>, code: SharedCode) -> Self {
         let mut machine = Machine {
-            engine: (row.make)(cpu),
+            engine: (row.make)(cpu, &code),
+            code,
             bus: TestBus::new(ram.clone()),
             ram,
         };

@@ -639,7 +639,7 @@ impl UserCode for Direct {
 
     fn written(&mut self, cpu: &Cpu, page: u64) {
         if self.claims.remove(&page).is_some() {
-            cpu.ram.tracker().release_code(page, 0, &cpu.peer);
+            cpu.ram.tracker().release_code(page, &cpu.peer);
             self.revoke(page, Revoked::Execute);
         }
     }

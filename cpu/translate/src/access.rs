@@ -23,8 +23,11 @@ impl Translator {
     /// Called by generated code: returns where to go on, or 0 to leave and interpret the instruction.
     pub fn access(&mut self, linear: u64, site: u32) -> u64 {
         self.counts.tlb_misses += 1;
-        let access = self.blocks.access(site);
-        self.go_on(linear, access, site).unwrap_or_else(|| {
+        self.hold();
+        let access = self.code.blocks.access(site);
+        let on = self.go_on(linear, access, site);
+        self.code.put_back();
+        on.unwrap_or_else(|| {
             self.context.exit = EXIT_ACCESS;
             self.context.fault_pc = u64::from(site);
             0
@@ -33,13 +36,13 @@ impl Translator {
 
     fn go_on(&mut self, linear: u64, access: Access, number: u32) -> Option<u64> {
         let site = access.site;
-        let host = self.blocks.host(access.block);
+        let host = self.code.blocks.host(access.block);
         let end = linear + u64::from(site.span);
-        if self.blocks.mode(access.block).is_narrow() && end > 1 << 32 {
+        if self.code.blocks.mode(access.block).is_narrow() && end > 1 << 32 {
             // It goes on at address 0.
             return None;
         }
-        let privilege = PRIVILEGES[usize::from(self.blocks.privilege(access.block))];
+        let privilege = PRIVILEGES[usize::from(self.code.blocks.privilege(access.block))];
         if site.own.size == 0 {
             return self.whole_span(linear, &site, privilege, host);
         }
@@ -112,11 +115,11 @@ impl Translator {
         self.counts.careful += 1;
         let exit = access.site.careful?;
         let block = self.form(access, Form::Careful)?;
-        let from = self.blocks.get(access.block);
+        let from = self.code.blocks.get(access.block);
         let (alive, simd) = (from.alive, from.simd);
         self.give_back(access.site.borrowed);
         if alive {
-            self.blocks.link(exit, block, false, &mut self.cache);
+            self.connect((exit, block), false);
         }
         Some(self.enter_form(block, access, simd))
     }
@@ -124,13 +127,13 @@ impl Translator {
     /// Where another form of the block is entered; flags that are worked out are saved.
     fn enter_form(&mut self, block: BlockId, from: Access, simd: bool) -> u64 {
         let mut place = from.site.flags;
-        let lost = self.blocks.lost_at(&from);
+        let lost = self.code.blocks.lost_at(&from);
         if lost.is_some() {
             let saved = unpack(self.context.flags);
             self.context.flags = pack(self.rebuilt(lost, saved));
             place = FlagPlace::Saved;
         }
-        self.blocks.get(block).entry(place, simd)
+        self.code.blocks.get(block).entry(place, simd)
     }
 
     /// Enters the page into the TLB; its host address at `linear`, where translated code may access it, or else the translation if
@@ -210,7 +213,7 @@ impl Translator {
         let first = self.page(linear, site.write, privilege).ok()?;
         let next = (linear | PAGE_MASK).wrapping_add(1);
         let second = self.page(next, site.write, privilege).ok()?;
-        let behind = self.blocks.get(access.block).host + u64::from(site.done);
+        let behind = self.code.blocks.get(access.block).host + u64::from(site.done);
         if first.addr() + first.room() as u64 == second.addr() {
             self.context.slow_linear = first.addr();
             return Some(behind);
@@ -236,19 +239,19 @@ impl Translator {
         if !access.site.own_operand {
             return None;
         }
-        let simd = self.blocks.get(access.block).simd;
+        let simd = self.code.blocks.get(access.block).simd;
         let block = self.form(access, Form::TwoPages)?;
         let at = self.enter_form(block, access, simd);
         // A register has to be given back first where one is borrowed: only the monitor can.
         if access.site.borrowed.is_none() {
-            self.context.forms = self.blocks.set_form(site, at);
+            self.code.cache.set_form(site, at);
         }
         Some(at)
     }
 
     /// The block from the instruction of the access on, in another form.
     fn form(&mut self, access: Access, form: Form) -> Option<BlockId> {
-        let from = self.blocks.get(access.block);
+        let from = self.code.blocks.get(access.block);
         if from.second_page.is_some() {
             return None;
         }
@@ -257,12 +260,15 @@ impl Translator {
             form,
             ..from.key
         };
-        match self.blocks.find(&key) {
+        match self.code.blocks.find(&key) {
             Some(block) => Some(block),
             // An emptied cache would leave nothing to go back to.
-            None if self.room() < 2 * CACHE_MARGIN => None,
+            None if self.code.room() < 2 * CACHE_MARGIN => None,
             None => {
+                // Translated code is gone back to even where others are waited for, so it stays.
+                self.code.busy += 1;
                 let block = self.translate_block(key, u64::from(access.site.offset));
+                self.code.busy -= 1;
                 // What came while other CPUs were waited for is followed first, outside of translated code.
                 block.filter(|_| !self.context.cpu.peer.has_requests())
             }

@@ -211,13 +211,6 @@ impl Asm {
         self.raw(&[Self::rex(false, dst, 0, src), 0x69, modrm]);
         self.imm32(imm);
     }
-    /// `jmp [at]`, relative to RIP.
-    pub fn jmp_mem_at(&mut self, at: u64) {
-        self.raw(&[0xff, 0x25]);
-        let rel = at.wrapping_sub(self.base + self.pos() as u64 + 4) as i64;
-        debug_assert!(i32::try_from(rel).is_ok());
-        self.imm32(rel as i32);
-    }
     /// `mov dst, [base + index * 8]`; `base` is not rbp or r13.
     pub fn load_mem_index8(&mut self, dst: Reg, base: Reg, index: Reg) {
         let sib = 3 << 6 | (index & 7) << 3 | (base & 7);
@@ -493,6 +486,18 @@ impl Asm {
         self.raw(&[0x04, 0x7f, 0x9e]); // add al, 0x7f; sahf
     }
 
+    /// Has the displacement of a jump that comes next, behind so many bytes of opcode, lie within eight aligned bytes, so that it can be
+    /// patched by one store while others execute it.
+    pub fn align_link(&mut self, opcode: u64) {
+        let at = (self.base + self.pos() as u64 + opcode) % 8;
+        let nop: &[u8] = match at {
+            0..=4 => &[],
+            5 => &[0x0f, 0x1f, 0x00],
+            6 => &[0x66, 0x90],
+            _ => &[0x90],
+        };
+        self.raw(nop);
+    }
     pub fn jcc(&mut self, cc: u8) -> Fixup {
         self.raw(&[0x0f, 0x80 | cc, 0, 0, 0, 0]);
         Fixup(self.pos() - 4)

@@ -4,7 +4,7 @@
 //! for all processes that map it. A direct branch within a page is linked for good. A link across pages assumes that the other page
 //! is still mapped where it was: kernel blocks ([`Base::Fixed`]) are linked across pages too, and every such link is listed, to be cut when a
 //! code page's mapping changes; user code, whose mappings change with every process, goes across pages through slots (see
-//! `cache_unsafe`), which are quick to set back.
+//! `context`), which are quick to set back and each CPU's own (`slot_links`). So does all code that several CPUs run.
 //! The tables keep all of this packed (see `records`); what is given out is unpacked.
 //! Invariant: no linked jump and no jump cache entry leads to a block that was thrown away.
 
@@ -18,6 +18,7 @@ use doppel_memory::{CodeGranules, PAGE_MASK, PAGE_SIZE, PageTracker, Peer, Privi
 
 use crate::cache_unsafe::CodeCache;
 use crate::chunks::Chunks;
+use crate::context_unsafe::Slots;
 use crate::flags::FlagPlace;
 use crate::frontend::Simd;
 use crate::narrow::Mode;
@@ -130,8 +131,6 @@ pub(crate) struct Blocks {
     boundaries: Chunks<BoundaryRecord>,
     exits: Chunks<ExitRecord>,
     accesses: Chunks<AccessRecord>,
-    /// By the number of an access: where its form for two pages begins, or 0.
-    forms: Vec<u64>,
     branches: Chunks<BranchRecord>,
     recipes: Recipes,
     by_key: HashTable<BlockId>,
@@ -142,6 +141,12 @@ pub(crate) struct Blocks {
     by_second_page: FxHashMap<u64, Vec<BlockId>>,
     /// Links that lead to another page, of kernel and of user code.
     cross_page: [Vec<Link>; 2],
+    /// The slots of all CPUs that run them.
+    slots: Vec<Slots>,
+    /// Those that were thrown away, in this order.
+    pub removed: Vec<BlockId>,
+    /// How often all were.
+    pub generation: u64,
     pub links: u64,
     pub invalidated: u64,
 }
@@ -160,7 +165,6 @@ impl Blocks {
             boundaries: Chunks::default(),
             exits: Chunks::default(),
             accesses: Chunks::default(),
-            forms: Vec::new(),
             branches: Chunks::default(),
             recipes: Recipes::default(),
             by_key: HashTable::new(),
@@ -168,9 +172,38 @@ impl Blocks {
             second_pages: FxHashMap::default(),
             by_second_page: FxHashMap::default(),
             cross_page: [Vec::new(), Vec::new()],
+            slots: Vec::new(),
+            removed: Vec::new(),
+            generation: 0,
             links: 0,
             invalidated: 0,
         }
+    }
+
+    /// Whose record of translated bytes they stand in.
+    pub fn peer(&self) -> &Arc<Peer> {
+        &self.peer
+    }
+
+    /// A CPU more runs them.
+    pub fn add_slots(&mut self, slots: Slots) {
+        for exit in 0..self.exits.len() as u32 {
+            if let Some(slot) = self.exit(exit).site.slot {
+                slots.set(slot, self.stub(exit));
+            }
+        }
+        self.slots.push(slots);
+    }
+
+    /// Several CPUs run them.
+    fn are_shared(&self) -> bool {
+        self.slots.len() > 1
+    }
+
+    /// Where an exit leaves that is not linked.
+    pub fn stub(&self, exit: u32) -> u64 {
+        let e = self.exit(exit);
+        self.host(e.block) + u64::from(e.site.stub)
     }
 
     pub fn first_sites(&self) -> FirstSites {
@@ -235,7 +268,7 @@ impl Blocks {
         let e = &self.exits[n as usize];
         Exit {
             block: e.block,
-            site: e.site(self.cache),
+            site: e.site(),
         }
     }
 
@@ -245,17 +278,6 @@ impl Blocks {
             block: a.block,
             site: a.site(),
         }
-    }
-
-    /// Notes where an access goes on that crosses pages; returns the address of the whole table, which `forms` must be told.
-    pub fn set_form(&mut self, access: u32, at: u64) -> u64 {
-        self.forms[access as usize] = at;
-        self.forms.as_ptr() as u64
-    }
-
-    /// Address of the table of forms.
-    pub fn forms(&self) -> u64 {
-        self.forms.as_ptr() as u64
     }
 
     pub fn branch(&self, n: u32) -> BranchRecord {
@@ -275,14 +297,8 @@ impl Blocks {
         self.by_key.find(hash(key), same).copied()
     }
 
-    /// Enters a block whose code stands at `host`.
-    pub fn insert(
-        &mut self,
-        key: Key,
-        made: Made,
-        tracker: &PageTracker,
-        cache: &mut CodeCache,
-    ) -> BlockId {
+    /// Enters a block whose code stands at `host`. It is found only once it is [published](Self::publish).
+    pub fn insert(&mut self, key: Key, made: Made, tracker: &PageTracker) -> BlockId {
         let (id, t, key) = (
             self.blocks.len() as BlockId,
             made.code,
@@ -304,8 +320,7 @@ impl Blocks {
             alive: true,
             straddles: made.second_page.is_some(),
         });
-        self.insert_sites(id, made.host, t, cache);
-        self.insert_key(key, id);
+        self.insert_sites(id, made.host, t);
         self.insert_pages(id, made.second_page);
         for (gpa, len) in self.get(id).guest_ranges() {
             tracker.add_code(gpa, len, &self.peer);
@@ -313,28 +328,32 @@ impl Blocks {
         id
     }
 
-    fn insert_sites(&mut self, id: BlockId, host: u64, t: &Translated, cache: &mut CodeCache) {
-        let base = self.cache;
+    fn insert_sites(&mut self, id: BlockId, host: u64, t: &Translated) {
         let first = (self.boundaries.len() as u32, self.exits.len() as u32);
         self.recipes.add(t, first.0, first.1);
         let boundaries = t.boundaries.iter().map(BoundaryRecord::new);
         self.boundaries.extend(boundaries);
-        let exits = t.exits.iter().map(|site| ExitRecord::new(id, site, base));
+        let exits = t.exits.iter().map(|site| ExitRecord::new(id, site));
         self.exits.extend(exits);
         let accesses = t.accesses.iter().map(|site| AccessRecord::new(id, site));
         self.accesses.extend(accesses);
-        self.forms.resize(self.accesses.len(), 0);
         let branches = t.branches.iter().map(|site| BranchRecord::new(id, site));
         self.branches.extend(branches);
         for site in &t.exits {
             if let Some(slot) = site.slot {
-                cache.set_slot(slot, host + u64::from(site.stub));
+                let stub = host + u64::from(site.stub);
+                self.slots.iter().for_each(|slots| slots.set(slot, stub));
             }
         }
     }
 
-    /// Lets the key find the block from now on.
-    fn insert_key(&mut self, key: PackedKey, id: BlockId) {
+    pub fn is_alive(&self, id: BlockId) -> bool {
+        self.record(id).alive
+    }
+
+    /// Lets its key find the block from now on.
+    pub fn publish(&mut self, id: BlockId) {
+        let key = self.record(id).key;
         let Blocks { blocks, by_key, .. } = self;
         let key_of = |id: &BlockId| blocks[*id as usize].key;
         match by_key.find_mut(hash(key), |other| key_of(other) == key) {
@@ -355,11 +374,17 @@ impl Blocks {
         }
     }
 
-    /// Links an exit to a block, so that the monitor is not asked again.
-    pub fn link(&mut self, exit: u32, to: BlockId, across_pages: bool, cache: &mut CodeCache) {
+    /// Where an exit leads that is linked to a block.
+    pub fn entry_for(&self, exit: u32, to: BlockId) -> u64 {
         let e = self.exit(exit);
         let simd = self.record(e.block).simd;
-        let entry = self.get(to).entry(e.site.flags, simd);
+        self.get(to).entry(e.site.flags, simd)
+    }
+
+    /// Links an exit without a slot to a block, so that the monitor is not asked again.
+    pub fn link(&mut self, exit: u32, to: BlockId, across_pages: bool, cache: &mut CodeCache) {
+        let e = self.exit(exit);
+        let entry = self.entry_for(exit, to);
         self.leave_list(exit);
         self.enter_list(exit, to);
         self.lead(exit, entry, cache);
@@ -398,28 +423,24 @@ impl Blocks {
     /// Lets an exit lead to a host address.
     fn lead(&self, exit: u32, to: u64, cache: &mut CodeCache) {
         let e = self.exit(exit);
-        match (e.site.slot, e.site.patch) {
-            (Some(slot), _) => cache.set_slot(slot, to),
-            (None, Some(at)) => {
-                let host = self.host(e.block);
-                cache.patch(host + u64::from(at), to);
-                if let Some((gate, open)) = e.site.gate {
-                    let shut = host + u64::from(e.site.stub);
-                    let on = if to == shut {
-                        shut
-                    } else {
-                        host + u64::from(open)
-                    };
-                    cache.patch(host + u64::from(gate), on);
-                }
-            }
-            (None, None) => {}
+        let Some(at) = e.site.patch else {
+            return;
+        };
+        let host = self.host(e.block);
+        cache.patch(host + u64::from(at), to);
+        if let Some((gate, open)) = e.site.gate {
+            let shut = host + u64::from(e.site.stub);
+            let on = if to == shut {
+                shut
+            } else {
+                host + u64::from(open)
+            };
+            cache.patch(host + u64::from(gate), on);
         }
     }
 
     fn unlink(&mut self, exit: u32, cache: &mut CodeCache) {
-        let e = self.exit(exit);
-        let stub = self.host(e.block) + u64::from(e.site.stub);
+        let stub = self.stub(exit);
         self.leave_list(exit);
         self.lead(exit, stub, cache);
     }
@@ -440,14 +461,6 @@ impl Blocks {
         self.unlink_cross_page(true, cache);
     }
 
-    /// Links an exit again to the block that it led to, where both are still there.
-    pub fn link_again(&mut self, (exit, to): Link, cache: &mut CodeCache) {
-        let from = self.exits[exit as usize].block;
-        if self.record(from).alive && self.record(to).alive {
-            self.link(exit, to, true, cache);
-        }
-    }
-
     /// Where a block that is still there is entered by callers that saved their flags.
     pub fn entry_of_alive(&self, id: BlockId) -> Option<u64> {
         self.record(id).alive.then(|| self.entry_saved(id))
@@ -462,14 +475,8 @@ impl Blocks {
         begin.chain(second.into_iter().flatten().copied())
     }
 
-    /// Throws away the blocks that were made from any of `len` bytes at `gpa`; returns which they were.
-    pub fn invalidate(
-        &mut self,
-        gpa: u64,
-        len: u64,
-        cache: &mut CodeCache,
-        tracker: &PageTracker,
-    ) -> Vec<BlockId> {
+    /// Throws away the blocks that were made from any of `len` bytes at `gpa`.
+    pub fn invalidate(&mut self, gpa: u64, len: u64, cache: &mut CodeCache, tracker: &PageTracker) {
         let page = gpa & !PAGE_MASK;
         let written = |id: &BlockId| {
             let mut ranges = self.get(*id).guest_ranges();
@@ -480,7 +487,15 @@ impl Blocks {
             self.remove(*id, cache);
         }
         tracker.set_code(page, self.granules(page), &self.peer);
-        hit
+    }
+
+    /// Throws away a block that nobody has found yet.
+    pub fn discard(&mut self, id: BlockId, cache: &mut CodeCache, tracker: &PageTracker) {
+        let pages = [Some(self.record(id).key.gpa()), self.second_page(id)];
+        self.remove(id, cache);
+        for page in pages.into_iter().flatten().map(|gpa| gpa & !PAGE_MASK) {
+            tracker.set_code(page, self.granules(page), &self.peer);
+        }
     }
 
     fn remove(&mut self, id: BlockId, cache: &mut CodeCache) {
@@ -489,15 +504,27 @@ impl Blocks {
             return;
         }
         self.invalidated += 1;
+        self.removed.push(id);
         self.blocks[id as usize].alive = false;
         if self.record(id).key.form() == Form::TwoPages {
-            self.forms.fill(0);
+            cache.clear_forms();
         }
+        let mut gated = Vec::new();
         while self.record(id).incoming != NONE {
-            self.unlink(self.record(id).incoming, cache);
+            let exit = self.record(id).incoming;
+            if self.are_shared() && self.exit(exit).site.gate.is_some() {
+                // Another CPU may be between the gate and the jump.
+                self.leave_list(exit);
+                gated.push(self.exit(exit).block);
+            } else {
+                self.unlink(exit, cache);
+            }
         }
         self.remove_key(id);
         self.remove_pages(id);
+        for block in gated {
+            self.remove(block, cache);
+        }
     }
 
     fn remove_key(&mut self, id: BlockId) {
@@ -544,6 +571,8 @@ impl Blocks {
         *self = Blocks {
             links: self.links,
             invalidated: self.invalidated,
+            generation: self.generation + 1,
+            slots: std::mem::take(&mut self.slots),
             ..Blocks::new(self.cache, self.peer.clone())
         };
     }
@@ -593,7 +622,7 @@ impl Blocks {
             + self.boundaries.bytes()
             + self.exits.bytes()
             + self.accesses.bytes()
-            + self.forms.len() * size_of::<u64>()
+            + self.accesses.len() * size_of::<u64>()
             + self.branches.bytes()
             + self.recipes.bytes()
             + self.by_key.allocation_size()
@@ -692,8 +721,9 @@ mod tests {
                 len: 32,
                 code: &code,
             };
-            self.blocks
-                .insert(key, made, &self.tracker, &mut self.cache)
+            let id = self.blocks.insert(key, made, &self.tracker);
+            self.blocks.publish(id);
+            id
         }
 
         fn link(&mut self, exit: u32, to: BlockId) {
@@ -701,8 +731,10 @@ mod tests {
         }
 
         fn write(&mut self, gpa: u64) -> Vec<BlockId> {
+            let before = self.blocks.removed.len();
             self.blocks
-                .invalidate(gpa, 1, &mut self.cache, &self.tracker)
+                .invalidate(gpa, 1, &mut self.cache, &self.tracker);
+            self.blocks.removed[before..].to_vec()
         }
 
         fn incoming(&self, id: BlockId) -> Vec<u32> {
@@ -759,11 +791,9 @@ mod tests {
         let other = rig.add(PAGE + 0x100, None);
         let id = rig.add(PAGE + 0xff8, Some(PAGE));
         rig.add(PAGE + 0x200, None);
-        assert!(
-            rig.blocks
-                .invalidate(PAGE, 4096, &mut rig.cache, &rig.tracker)
-                .contains(&id)
-        );
+        rig.blocks
+            .invalidate(PAGE, 4096, &mut rig.cache, &rig.tracker);
+        assert!(rig.blocks.removed.contains(&id));
         assert!(!rig.blocks.get(other).alive);
         assert_eq!(rig.blocks.in_page(PAGE).count(), 0);
         assert_eq!(rig.blocks.invalidated, 3);

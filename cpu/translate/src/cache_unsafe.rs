@@ -4,14 +4,16 @@
 //! Idea: two mappings of the same memory; code runs at its address in the executable one, and the translator
 //! writes through the other.
 //! Invariant: only bytes that the translator emitted stand in the cache; it is filled from the bottom and emptied
-//! as a whole when it is full. One thread translates, patches and executes, so a displacement may stand anywhere.
-//! Behind the executable mapping lie *slots*, ordinary data that cannot be executed: host addresses that code jumps through. A link
-//! that may have to be cut often goes through a slot, since writing code that runs costs the processor a flush of its pipeline.
+//! as a whole when it is full. A displacement that several threads execute is patched by one store within eight aligned bytes
+//! (`Asm::align_link`), so that nobody fetches half of it; where one thread translates, patches and executes, it may stand anywhere.
+//! Behind the executable mapping lies the table of *forms*, ordinary data that cannot be executed: by the number of an access, where
+//! its translation for two pages begins. All threads read it, so it never moves.
 //! Cost: both mappings share the host's page cache; a part beyond the code costs nothing, but for at most two batches.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::huge_unsafe::{HUGE_PAGE, HugePages};
 use crate::mirror_unsafe::mirrored;
@@ -20,7 +22,7 @@ use crate::mirror_unsafe::mirrored;
 pub(crate) struct CodeCache {
     write: *mut u8,
     execute: *mut u8,
-    /// What the executable mapping and the slots lie in.
+    /// What the executable mapping and the table of forms lie in.
     reserved: (*mut u8, usize),
     /// Where the host is asked for huge pages.
     huge: Option<HugePages>,
@@ -29,6 +31,7 @@ pub(crate) struct CodeCache {
     len: usize,
     used: usize,
     slots_used: usize,
+    forms_used: usize,
     /// So much of both mappings has memory; whole batches, so whole pages.
     populated: usize,
     /// The part at the start that survives [`Self::clear`].
@@ -41,7 +44,7 @@ unsafe impl Send for CodeCache {}
 impl CodeCache {
     /// With `for_perf`, memory that perf takes for anonymous.
     pub fn new(len: usize, for_perf: bool, huge: bool) -> io::Result<Self> {
-        let (execute, reserved) = reserve_aligned(len + slots_len(len))?;
+        let (execute, reserved) = reserve_aligned(len + forms_len(len))?;
         let write = match for_perf {
             true => mirrored(execute, len)?,
             false => map_twice(execute, len)?,
@@ -49,8 +52,8 @@ impl CodeCache {
         let data = libc::PROT_READ | libc::PROT_WRITE;
         let private = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         // SAFETY: within the reservation.
-        let slots = unsafe { execute.add(len) };
-        map_at(slots, slots_len(len), data, private, -1)?;
+        let forms = unsafe { execute.add(len) };
+        map_at(forms, forms_len(len), data, private, -1)?;
         Ok(CodeCache {
             write,
             execute,
@@ -60,6 +63,7 @@ impl CodeCache {
             len,
             used: 0,
             slots_used: 0,
+            forms_used: 0,
             populated: 0,
             pinned: 0,
         })
@@ -84,45 +88,49 @@ impl CodeCache {
         self.execute as u64..self.execute as u64 + self.len as u64
     }
 
-    /// Bytes that are left, counting the slots that go with them.
+    /// Bytes that are left, counting the slots and forms that go with them.
     pub fn room(&self) -> usize {
-        let slots = slots_len(self.len) / 8 - self.slots_used;
-        (self.len - self.used).min(slots * BYTES_A_SLOT)
+        let slots = slots(self.len) - self.slots_used;
+        let forms = forms_len(self.len) / 8 - self.forms_used;
+        let room = (self.len - self.used).min(slots * BYTES_A_SLOT);
+        room.min(forms * BYTES_A_FORM)
     }
 
-    /// Host address of the next slot that will be taken.
-    pub fn slot_cursor(&self) -> u64 {
-        self.execute as u64 + self.len as u64 + 8 * self.slots_used as u64
+    /// Slots that are taken.
+    pub fn slots_used(&self) -> usize {
+        self.slots_used
     }
 
-    /// Takes the next `n` slots.
-    pub fn take_slots(&mut self, n: usize) {
-        self.slots_used += n;
-        assert!(8 * self.slots_used <= slots_len(self.len));
+    /// Takes the next slots, and the next forms.
+    pub fn take(&mut self, slots_taken: usize, forms_taken: usize) {
+        self.slots_used += slots_taken;
+        self.forms_used += forms_taken;
+        assert!(self.slots_used <= slots(self.len) && 8 * self.forms_used <= forms_len(self.len));
     }
 
-    /// Lets the slot at host address `at` lead to `target`.
-    pub fn set_slot(&mut self, at: u64, target: u64) {
-        let offset = (at - self.execute as u64) as usize;
-        assert!(offset >= self.len && offset + 8 <= self.len + 8 * self.slots_used);
-        assert!(offset.is_multiple_of(8) && self.range().contains(&target));
-        // SAFETY: in bounds of the slots and aligned (asserted); code only loads from there, atomically.
-        unsafe {
-            (*self
-                .execute
-                .add(offset)
-                .cast::<std::sync::atomic::AtomicU64>())
-            .store(target, std::sync::atomic::Ordering::Release)
-        };
+    fn form(&self, n: usize) -> &AtomicU64 {
+        assert!(n < self.forms_used);
+        // SAFETY: in bounds of the table (asserted in `take`) and aligned, since the code is whole pages; everybody, translated code
+        // too, accesses it atomically.
+        unsafe { &*self.execute.add(self.len).cast::<AtomicU64>().add(n) }
     }
 
-    /// Where the slot at host address `at` leads.
-    pub fn slot(&self, at: u64) -> u64 {
-        let offset = (at - self.execute as u64) as usize;
-        assert!(offset >= self.len && offset + 8 <= self.len + 8 * self.slots_used);
-        assert!(offset.is_multiple_of(8));
-        // SAFETY: in bounds of the slots and aligned (asserted); only `set_slot` writes there, on this thread.
-        unsafe { self.execute.add(offset).cast::<u64>().read() }
+    /// Address of the table of forms.
+    pub fn forms(&self) -> u64 {
+        self.execute as u64 + self.len as u64
+    }
+
+    /// Lets the form of an access begin at host address `at`; 0 where it has none.
+    pub fn set_form(&mut self, access: u32, at: u64) {
+        assert!(at == 0 || self.range().contains(&at));
+        self.form(access as usize).store(at, Ordering::Release);
+    }
+
+    /// No access has a form any more.
+    pub fn clear_forms(&mut self) {
+        for n in 0..self.forms_used {
+            self.form(n).store(0, Ordering::Release);
+        }
     }
 
     /// Has the host give both mappings their memory up to some way beyond `end`, so that it need not page by page.
@@ -190,8 +198,10 @@ impl CodeCache {
 
     /// Throws away everything that is not pinned.
     pub fn clear(&mut self) {
+        self.clear_forms();
         self.used = self.pinned;
         self.slots_used = 0;
+        self.forms_used = 0;
     }
 
     /// Where the displacement that stands at host address `at` leads.
@@ -208,13 +218,21 @@ impl CodeCache {
         let offset = (at - self.execute as u64) as usize;
         assert!(offset + 4 <= self.used);
         let rel = target.wrapping_sub(at + 4) as i32;
-        // SAFETY: in bounds (asserted). The thread that executes the code is the one that is here, so nobody sees half of it.
-        unsafe {
-            self.write
-                .add(offset)
-                .cast::<u32>()
-                .write_unaligned(rel as u32)
-        };
+        if offset % 8 > 4 {
+            // SAFETY: in bounds (asserted). Nobody else executes it: see the invariant.
+            unsafe {
+                self.write
+                    .add(offset)
+                    .cast::<u32>()
+                    .write_unaligned(rel as u32)
+            };
+            return;
+        }
+        let shift = 8 * (offset % 8);
+        // SAFETY: in bounds, for the length is a multiple of 8, and aligned. Only the owner of this value writes there.
+        let around = unsafe { &*self.write.add(offset - offset % 8).cast::<AtomicU64>() };
+        let others = around.load(Ordering::Relaxed) & !(u64::from(u32::MAX) << shift);
+        around.store(others | u64::from(rel as u32) << shift, Ordering::Release);
     }
 }
 
@@ -236,8 +254,16 @@ const BATCH: usize = 64 << 10;
 /// Code bytes for which there is one slot.
 const BYTES_A_SLOT: usize = 32;
 
-fn slots_len(len: usize) -> usize {
-    (len / BYTES_A_SLOT * 8).next_multiple_of(4096)
+/// Slots for that much code.
+pub(crate) fn slots(len: usize) -> usize {
+    len / BYTES_A_SLOT
+}
+
+/// Code bytes for which there is one form: a check takes more.
+const BYTES_A_FORM: usize = 32;
+
+fn forms_len(len: usize) -> usize {
+    (len / BYTES_A_FORM * 8).next_multiple_of(4096)
 }
 
 /// Maps a memfd at `execute` and, to be written, elsewhere.

@@ -11,7 +11,7 @@ use doppel_x86::{Cpu, Segment};
 
 use crate::code_map::{self, CodeMap};
 use crate::jump_cache::{JumpCache, JumpEntry};
-use crate::rewrite::hold::SLOTS;
+use crate::rewrite::hold::SLOTS as HELD_SLOTS;
 
 /// One a privilege, and one for user code of other modes than 64-bit mode.
 pub(crate) const JUMP_CACHES: usize = 4;
@@ -44,7 +44,7 @@ pub(crate) struct Context {
     /// The guest's value of a register that a block has borrowed (see `rewrite::pin`).
     pub pinned: u64,
     /// Host addresses that a block comes back to (see `rewrite::hold`).
-    pub held: [u64; SLOTS],
+    pub held: [u64; HELD_SLOTS],
     /// Linear address of the guest page that executes, for position-independent blocks.
     pub page_base: u64,
     /// Loaded through at each back edge; a kick makes it point where no memory is.
@@ -177,6 +177,15 @@ displacement! {
     KERNEL_GS_BASE = cpu.msr.kernel_gs_base;
     SEG = cpu.seg;
     TLB_AT = cpu.tlb;
+}
+
+/// Behind the context lie the *slots*: host addresses that code jumps through, where a link assumes what is right for one CPU or may have to be
+/// cut often (writing code that runs costs the processor a flush of its pipeline). Each CPU has its own of every slot.
+pub(crate) const SLOTS: usize = size_of::<Context>().next_multiple_of(4096);
+
+/// Displacement of a slot that code jumps through.
+pub(crate) const fn slot(n: u32) -> i32 {
+    SLOTS as i32 + 8 * n as i32
 }
 
 /// Displacement of a general register's slot.

@@ -1,12 +1,14 @@
-//! The owned context: allocated once, at one address for the life of the engine, and shared with kickers.
+//! The owned context: allocated once, at one address for the life of the engine, and shared with kickers; behind it the CPU's slots, which
+//! whoever translates code for it fills in.
 
+use std::io;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use doppel_x86::{Cpu, Kick};
 
-use crate::context::Context;
+use crate::context::{Context, SLOTS};
 use crate::jump_cache::FIRST_INDEX_MASK;
 
 /// The owned context, at a fixed address; shared with kickers, which touch nothing but `poll`.
@@ -16,6 +18,7 @@ pub(crate) struct ContextBox {
 
 struct Shared {
     at: NonNull<Context>,
+    memory: Arc<Memory>,
     kicked: AtomicBool,
     /// Who executes user code by other means, and has to be called as well.
     user_code: OnceLock<Arc<dyn Kick>>,
@@ -28,22 +31,79 @@ unsafe impl Sync for Shared {}
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        // SAFETY: made by `Box::into_raw` in `ContextBox::new`, and this is the last owner.
-        drop(unsafe { Box::from_raw(self.at.as_ptr()) });
+        // SAFETY: initialized in `ContextBox::new`, and this is the last owner; the memory goes after it.
+        unsafe { self.at.as_ptr().drop_in_place() };
+    }
+}
+
+/// What the context and its slots lie in.
+struct Memory {
+    at: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: owned memory; `Shared` and `Slots` say who reaches which part of it.
+unsafe impl Send for Memory {}
+// SAFETY: as for Send.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    /// Zeroed, for a context and so many slots.
+    fn new(slots: usize) -> io::Result<Self> {
+        let len = SLOTS + (8 * slots).next_multiple_of(4096);
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a new mapping at an address of the kernel's choice touches nothing of ours.
+        let p = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, flags, -1, 0) };
+        match NonNull::new(p.cast()) {
+            Some(at) if p != libc::MAP_FAILED => Ok(Memory { at, len }),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `new`, and nobody has it any more.
+        unsafe { libc::munmap(self.at.as_ptr().cast(), self.len) };
+    }
+}
+
+/// The slots of one CPU: host addresses that its code jumps through.
+pub(crate) struct Slots(Arc<Memory>);
+
+impl Slots {
+    fn slot(&self, n: u32) -> &AtomicU64 {
+        let at = SLOTS + 8 * n as usize;
+        assert!(at + 8 <= self.0.len);
+        // SAFETY: in bounds (asserted) and aligned; everybody, translated code too, accesses it atomically.
+        unsafe { &*self.0.at.as_ptr().add(at).cast::<AtomicU64>() }
+    }
+
+    /// Lets a slot lead to a host address.
+    pub fn set(&self, n: u32, target: u64) {
+        self.slot(n).store(target, Ordering::Release);
+    }
+
+    /// Where it leads.
+    pub fn get(&self, n: u32) -> u64 {
+        self.slot(n).load(Ordering::Acquire)
     }
 }
 
 impl ContextBox {
-    pub fn new(cpu: Box<Cpu>) -> Self {
-        let mut place = Box::<Context>::new_zeroed();
-        let at = place.as_mut_ptr();
-        // SAFETY: `cpu` is moved bitwise into its field, and its box is freed without dropping the value;
-        // every other field is plain data (integers, atomics) for which zero is valid.
-        let mut ctx = unsafe {
+    /// With so many slots behind it.
+    pub fn new(cpu: Box<Cpu>, slots: usize) -> io::Result<Self> {
+        let memory = Arc::new(Memory::new(slots)?);
+        let place = memory.at.cast::<Context>();
+        let at = place.as_ptr();
+        // SAFETY: the memory is ours alone, zeroed, whole pages and long enough. `cpu` is moved bitwise into its field, and its box is freed
+        // without dropping the value; every other field is plain data (integers, atomics) for which zero is valid.
+        let ctx = unsafe {
             let raw = Box::into_raw(cpu);
             std::ptr::copy_nonoverlapping(raw, &raw mut (*at).cpu, 1);
             drop(Box::from_raw(raw.cast::<std::mem::MaybeUninit<Cpu>>()));
-            place.assume_init()
+            &mut *at
         };
         for cache in &mut ctx.jump_cache {
             cache.initialize();
@@ -51,14 +111,18 @@ impl ContextBox {
         ctx.code_map.initialize();
         ctx.host_mxcsr = 0x1f80;
         ctx.bounce_at = &raw const ctx.bounce as u64;
-        let at = NonNull::from(Box::leak(ctx));
-        ContextBox {
+        Ok(ContextBox {
             shared: Arc::new(Shared {
-                at,
+                at: place,
+                memory,
                 kicked: AtomicBool::new(false),
                 user_code: OnceLock::new(),
             }),
-        }
+        })
+    }
+
+    pub fn slots(&self) -> Slots {
+        Slots(self.shared.memory.clone())
     }
 
     pub fn kicker(&self) -> Arc<dyn Kick> {

@@ -9,6 +9,7 @@ use iced_x86::{Decoder, DecoderOptions, FlowControl, IntelFormatter};
 use crate::enter_unsafe::{ThreadSetup, host_features};
 use crate::explain::{self, Observers};
 use crate::narrow::Mode;
+use crate::shared::SharedCode;
 use crate::translator::Translator;
 
 /// Switches and bounds of the translator.
@@ -64,6 +65,8 @@ pub struct TranslateOptions {
     pub keep_spaces: bool,
     /// Translate 32-bit code too.
     pub narrow_modes: bool,
+    /// Share translations between the CPUs of a machine ([`Translate::sharing`]).
+    pub shared_cache: bool,
     /// Count the blocks and instructions that run (costs six instructions a block) and the time spent in translated code.
     pub count: bool,
     /// Keep code where perf looks for names in a map; see [`crate::explain::PerfMap`].
@@ -112,6 +115,7 @@ impl TranslateOptions {
         "cross-pages" => cross_pages,
         "keep-spaces" => keep_spaces,
         "narrow-modes" => narrow_modes,
+        "shared-cache" => shared_cache,
     };
 
     /// The same without an accelerator.
@@ -156,6 +160,7 @@ impl Default for TranslateOptions {
             cross_pages: true,
             keep_spaces: true,
             narrow_modes: true,
+            shared_cache: true,
             count: false,
             perf_map: false,
         }
@@ -195,8 +200,23 @@ impl Translate {
     pub fn new(cpu: Box<Cpu>, options: TranslateOptions) -> Result<Self, TranslateError> {
         supported()?;
         Ok(Translate {
-            t: Box::new(Translator::new(cpu, options)?),
+            t: Box::new(Translator::new(cpu, options, None)?),
         })
+    }
+
+    /// An engine that shares its translations with the others made with the same `code`, which run CPUs of the same RAM with the same options; one
+    /// with translations of its own where these are not to be shared, or where blocks are counted or named one by one ([`Self::observed`]).
+    pub fn sharing(
+        cpu: Box<Cpu>,
+        options: TranslateOptions,
+        code: &SharedCode,
+        observers: Observers,
+    ) -> Result<Self, TranslateError> {
+        supported()?;
+        let alone = observers.profile.is_some() || observers.perf_map.is_some();
+        let with = (options.shared_cache && !alone).then_some(code);
+        let t = Box::new(Translator::new(cpu, options, with)?);
+        Ok(Translate { t }.observed(observers))
     }
 
     /// Leaves user code to somebody else as they say.
@@ -223,7 +243,7 @@ impl Drop for Translate {
 impl Engine for Translate {
     fn run(&mut self, bus: &mut dyn Bus) -> Exit {
         let t = &mut *self.t;
-        let _setup = ThreadSetup::new(&t.context, t.cache.range(), t.thunks.exit);
+        let _setup = ThreadSetup::new(&t.context, t.range.clone(), t.thunks.exit);
         t.run(bus)
     }
 

@@ -34,6 +34,8 @@ mod recipe;
 mod recipes;
 mod records;
 mod rewrite;
+mod shared;
+mod slot_links;
 mod spaces;
 mod stats;
 mod thunk;
@@ -41,3 +43,4 @@ mod translator;
 mod user_return;
 
 pub use engine::{Switch, Translate, TranslateError, TranslateOptions, supported};
+pub use shared::SharedCode;

@@ -1,9 +1,9 @@
 //! From a guest address to its translation, and what happens when the memory below changes.
 
-use doppel_memory::{AccessKind, PAGE_MASK, PAGE_SIZE, PageTracker, Privilege};
+use doppel_memory::{AccessKind, CodeGranules, PAGE_MASK, PAGE_SIZE, PageTracker, Privilege};
 use doppel_x86::{Cpu, Cr0, Cr4, Rflags};
 
-use crate::blocks::{BlockId, Form, Key, Made, NARROW_USER, jump_cache_of};
+use crate::blocks::{BlockId, Form, Key, Link, Made, NARROW_USER, jump_cache_of};
 use crate::code_map::CROSSINGS_A_LINK;
 use crate::context::JUMP_CACHES;
 use crate::engine::TranslateOptions;
@@ -36,12 +36,13 @@ impl Translator {
         {
             return Some(host);
         }
+        self.hold();
         let block = self.find_block(rip)?;
         if !self.link(block) {
-            let host = self.blocks.entry_saved(block);
+            let host = self.code.blocks.entry_saved(block);
             self.context.jump_cache[cache].insert(rip, host, block);
         }
-        Some(self.blocks.entry_saved(block))
+        Some(self.code.blocks.entry_saved(block))
     }
 
     fn find_block(&mut self, rip: u64) -> Option<BlockId> {
@@ -51,12 +52,12 @@ impl Translator {
         }
         let gpa = self.code_page(rip)? | (rip & PAGE_MASK);
         let key = self.key(gpa, rip);
-        let found = self.blocks.find(&key);
+        let found = self.code.blocks.find(&key);
         let block = found
             .filter(|b| self.still_straddles(*b, rip))
             .or_else(|| self.translate_block(key, rip))?;
-        if self.blocks.second_page(block).is_none() {
-            let host = self.blocks.entry_saved(block);
+        if self.code.blocks.second_page(block).is_none() {
+            let host = self.code.blocks.entry_saved(block);
             self.context.code_map.note_block(&key, host);
         }
         Some(block)
@@ -146,7 +147,7 @@ impl Translator {
     }
 
     fn still_straddles(&mut self, block: BlockId, rip: u64) -> bool {
-        match self.blocks.second_page(block) {
+        match self.code.blocks.second_page(block) {
             None => true,
             Some(second) => self.code_page((rip | PAGE_MASK).wrapping_add(1)) == Some(second),
         }
@@ -174,8 +175,8 @@ impl Translator {
         guest: &GuestBlock,
         second_page: Option<u64>,
     ) -> Option<BlockId> {
-        if self.room() < CACHE_MARGIN {
-            self.empty_cache();
+        if self.code.room() < CACHE_MARGIN && !self.make_room() {
+            return None;
         }
         let counters = self.observers.counters(guest);
         let setting = Setting {
@@ -184,20 +185,21 @@ impl Translator {
             privilege: key.privilege,
             options: self.options,
             counters: counters.as_ref().map(|c| c.as_ptr() as u64),
-            slots: self.cache.slot_cursor(),
+            slots: self.code.cache.slots_used() as u32,
+            shared: self.code.is_shared(),
             thunks: self.thunks,
             simd: key.simd,
             mode: key.mode,
         };
-        let first = self.blocks.first_sites();
+        let first = self.code.blocks.first_sites();
         let translated = self
             .rewriter
-            .translate(guest, setting, self.cache.cursor(), first);
+            .translate(guest, setting, self.code.cache.cursor(), first);
         if self.rewriter.asm.bytes.len() > MAX_CODE {
             return None;
         }
-        let host = self.cache.append(&self.rewriter.asm.bytes);
-        self.cache.take_slots(translated.slots);
+        let host = self.code.cache.append(&self.rewriter.asm.bytes);
+        (self.code.cache).take(translated.slots, translated.accesses.len());
         self.counts.translations += 1;
         self.counts.narrow += u64::from(key.mode.is_narrow());
         self.counts.unencodable += u64::from(translated.unencodable);
@@ -220,19 +222,27 @@ impl Translator {
         let mine = |page: u64| !tracker.has_code(page) || tracker.is_writer(page, peer);
         let pages = [Some(key.gpa), second_page];
         let fresh = pages.map(|page| page.filter(|p| mine(*p)));
-        let id = self.blocks.insert(key, made, tracker, &mut self.cache);
+        let id = self.code.blocks.insert(key, made, tracker);
         self.rewriter.recycle(translated);
-        self.context.forms = self.blocks.forms();
+        let generation = self.code.blocks.generation;
         for page in fresh.into_iter().flatten() {
             self.context.cpu.give_up_writing_to(page);
         }
         for page in pages.into_iter().flatten() {
             self.protect_elsewhere(page);
         }
-        if !self.stands(guest, key.gpa, second_page) {
-            self.throw_away(key.gpa, 1);
+        self.hold();
+        let code = &mut *self.code;
+        if code.blocks.generation != generation || !code.blocks.is_alive(id) {
             return None;
         }
+        if !self.stands(guest, key.gpa, second_page) {
+            let tracker = self.context.cpu.ram.tracker();
+            let code = &mut *self.code;
+            code.blocks.discard(id, &mut code.cache, tracker);
+            return None;
+        }
+        self.code.blocks.publish(id);
         self.observe(id, rip, guest, counters);
         Some(id)
     }
@@ -241,7 +251,10 @@ impl Translator {
     fn protect_elsewhere(&mut self, page: u64) {
         let cpu = &mut self.context.cpu;
         let asked = cpu.ram.tracker().protect(page, &cpu.peer);
-        cpu.wait_for_peers(asked);
+        if !asked.is_empty() {
+            self.code.put_back();
+            cpu.wait_for_peers(asked);
+        }
     }
 
     /// True where memory still holds what the block was made from.
@@ -290,19 +303,46 @@ impl Translator {
         let Some(exit) = self.link_from.take() else {
             return false;
         };
-        let e = self.blocks.exit(exit);
-        let (from, to) = (self.blocks.get(e.block), self.blocks.get(block));
+        let e = self.code.blocks.exit(exit);
+        let (from, to) = (self.code.blocks.get(e.block), self.code.blocks.get(block));
         let beyond = !(0..PAGE_SIZE as i64).contains(&e.site.target);
         let across = e.site.slot.is_some() || beyond || to.second_page.is_some();
         let same_mode = from.key.simd == to.key.simd
             && from.key.mode == to.key.mode
             && (e.site.changes_mode || from.key.privilege == to.key.privilege);
         let may = self.options.link && from.alive && same_mode;
-        if may {
-            self.blocks.link(exit, block, across, &mut self.cache);
+        let linked = may && self.connect((exit, block), across);
+        if linked {
             self.context.crossings_to_link = CROSSINGS_A_LINK - 1;
         }
-        may
+        linked
+    }
+
+    /// Links an exit to a block, in the code or through the exit's slot. A link that assumes where other pages are is in no code that several
+    /// CPUs run.
+    pub fn connect(&mut self, (exit, to): Link, across: bool) -> bool {
+        let shared = self.code.is_shared();
+        let code = &mut *self.code;
+        let e = code.blocks.exit(exit);
+        if let Some(slot) = e.site.slot {
+            let user = code.blocks.base(e.block) == Base::Dynamic;
+            (self.slot_links).link(slot, (exit, to), user, &code.blocks);
+            code.blocks.links += 1;
+            return true;
+        }
+        if across && shared {
+            return false;
+        }
+        code.blocks.link(exit, to, across, &mut code.cache);
+        true
+    }
+
+    /// Cuts every link of user or of kernel code that leads to another page.
+    fn unlink_cross_page(&mut self, user: bool) {
+        self.hold();
+        let code = &mut *self.code;
+        code.blocks.unlink_cross_page(user, &mut code.cache);
+        self.slot_links.cut(user, &code.blocks);
     }
 
     // ---- what changes under the translations ----
@@ -321,36 +361,74 @@ impl Translator {
     }
 
     fn follow_code_writes(&mut self) {
-        for (gpa, len) in self.context.cpu.publish_code_writes() {
-            self.throw_away(gpa, u64::from(len));
-        }
+        self.code.put_back();
+        let writes = self.context.cpu.publish_code_writes();
+        let writes = writes.into_iter().map(|(gpa, len)| (gpa, u64::from(len)));
+        self.throw_away(writes.collect());
     }
 
     /// Does what other CPUs ask for.
     fn follow_requests(&mut self) {
+        self.code.put_back();
         let (requests, number) = self.context.cpu.peer.take_requests();
         self.context.cpu.give_up_writing(&requests);
-        for (page, granules) in requests.code {
-            let (from, len) = PageTracker::extent(granules);
-            self.throw_away(page + from, len);
-        }
+        self.throw_away(requests.code.into_iter().map(extent).collect());
         self.context.cpu.peer.answer(number);
     }
 
-    /// Throws the blocks away that were made from any of these bytes.
-    pub fn throw_away(&mut self, gpa: u64, len: u64) {
+    /// Throws the blocks away that were made from any of these bytes. Where CPUs share them, the first of those who are told does.
+    fn throw_away(&mut self, mut writes: Vec<(u64, u64)>) {
         if let Some(user_code) = &mut self.user_code {
-            user_code.written(&self.context.cpu, gpa & !PAGE_MASK);
+            for (gpa, _) in &writes {
+                user_code.written(&self.context.cpu, gpa & !PAGE_MASK);
+            }
+        }
+        self.hold();
+        if self.code.is_shared() {
+            if self.context.cpu.peer.is_shared() {
+                // All that was told stands there, unless another did it already.
+                writes.clear();
+            }
+            let written = self.code.blocks.peer().take_written();
+            writes.extend(written.into_iter().map(extent));
         }
         let tracker = self.context.cpu.ram.tracker();
-        let gone = self.blocks.invalidate(gpa, len, &mut self.cache, tracker);
-        for block in gone {
-            self.forget_jumps_to(block);
+        let code = &mut *self.code;
+        for (gpa, len) in writes {
+            code.blocks.invalidate(gpa, len, &mut code.cache, tracker);
+        }
+        self.follow_removed();
+    }
+
+    /// Takes the code, and follows what others have thrown away since.
+    #[inline]
+    pub fn hold(&mut self) {
+        if self.code.take() {
+            self.follow_removed();
         }
     }
 
+    /// Forgets every way to blocks that were thrown away.
+    fn follow_removed(&mut self) {
+        let (generation, followed) = self.followed;
+        if self.code.blocks.generation != generation {
+            return self.forget_all();
+        }
+        let removed = self.code.blocks.removed.len();
+        if removed == followed {
+            return;
+        }
+        self.followed.1 = removed;
+        for n in followed..removed {
+            self.forget_jumps_to(self.code.blocks.removed[n]);
+        }
+        let blocks = &self.code.blocks;
+        let removed = &blocks.removed[followed..];
+        self.slot_links.cut_to(removed, blocks);
+    }
+
     fn forget_jumps_to(&mut self, block: BlockId) {
-        let b = self.blocks.get(block);
+        let b = self.code.blocks.get(block);
         let cache = jump_cache_of(b.key.privilege, b.key.mode);
         let cache = &mut self.context.jump_cache[usize::from(cache)];
         match b.key.base {
@@ -370,8 +448,7 @@ impl Translator {
         self.forget_user_return(&flushed);
         let lost = self.code_pages.flush(&flushed);
         if lost.user {
-            self.empty_user_jump_caches();
-            self.blocks.unlink_cross_page(true, &mut self.cache);
+            self.forget_user_jumps();
         }
         if lost.kernel {
             self.lost_kernel_code();
@@ -384,13 +461,13 @@ impl Translator {
 
     pub fn lost_kernel_code(&mut self) {
         self.empty_jump_caches(1..3);
-        self.blocks.unlink_cross_page(false, &mut self.cache);
+        self.unlink_cross_page(false);
     }
 
     /// Has every entry into user code come by the loop.
     pub fn forget_user_jumps(&mut self) {
         self.empty_user_jump_caches();
-        self.blocks.unlink_cross_page(true, &mut self.cache);
+        self.unlink_cross_page(true);
     }
 
     fn empty_user_jump_caches(&mut self) {
@@ -407,18 +484,49 @@ impl Translator {
         }
     }
 
+    /// Empties the full cache; false where that has to wait. Where CPUs share it, all others are outside meanwhile.
+    fn make_room(&mut self) -> bool {
+        if !self.code.is_shared() {
+            self.empty_cache();
+            return true;
+        }
+        let full = self.followed.0;
+        self.code.put_back();
+        let peer = self.context.cpu.peer.clone();
+        peer.alone(|| {
+            self.hold();
+            if self.followed.0 == full && self.code.busy == 0 {
+                self.empty_cache();
+            }
+        });
+        self.code.room() >= CACHE_MARGIN
+    }
+
     fn empty_cache(&mut self) {
         self.counts.cache_flushes += 1;
         let tracker = self.context.cpu.ram.tracker();
-        self.blocks.clear(tracker);
-        self.context.forms = self.blocks.forms();
-        self.cache.clear();
-        self.link_from = None;
-        self.empty_jump_caches(0..JUMP_CACHES);
-        self.context.code_map.clear();
-        self.spaces.clear();
+        let code = &mut *self.code;
+        code.blocks.clear(tracker);
+        code.cache.clear();
+        self.forget_all();
         self.observe_emptying();
     }
+
+    /// All blocks are gone.
+    fn forget_all(&mut self) {
+        self.followed = (self.code.blocks.generation, self.code.blocks.removed.len());
+        self.link_from = None;
+        self.empty_jump_caches(0..JUMP_CACHES);
+        self.slot_links.forget();
+        self.context.code_map.clear();
+        self.spaces.clear();
+    }
+}
+
+/// The bytes that granules of a page stand for: where they begin, and how many.
+fn extent((page, granules): (u64, CodeGranules)) -> (u64, u64) {
+    let (from, len) = PageTracker::extent(granules);
+    (page + from, len)
 }
 
 /// The mode for which the code at RIP may be translated in the CPU's present state, if it may.

@@ -153,7 +153,7 @@ pub(crate) struct ExitRecord {
     /// The target from bit 24 on, signed; the stub from bit 8 on; booleans.
     word: i64,
     pub block: BlockId,
-    /// Position of the displacement and, in the upper half, of the gate's; or the slot as an offset in the cache.
+    /// Position of the displacement and, in the upper half, of the gate's; or the number of the slot.
     place: u32,
     before: u32,
     /// The next exit that leads to the same block.
@@ -172,8 +172,8 @@ const BEHIND_GATE: u32 = 4;
 const FIRST: u32 = 1 << 31;
 
 impl ExitRecord {
-    /// For an exit of `block`; `cache` is the address that slots count from.
-    pub fn new(block: BlockId, site: &ExitSite, cache: u64) -> Self {
+    /// For an exit of `block`.
+    pub fn new(block: BlockId, site: &ExitSite) -> Self {
         let is = |flag, is| if is { flag } else { 0 };
         let word = site.target << 24
             | i64::from(narrow(site.stub)) << 8
@@ -185,7 +185,7 @@ impl ExitRecord {
             | is(EXIT_GATE, site.gate.is_some());
         assert!(word >> 24 == site.target && !(site.patch.is_some() && site.slot.is_some()));
         let place = match site.slot {
-            Some(slot) => u32::try_from(slot - cache).expect("a slot is near the cache"),
+            Some(slot) => slot,
             None => {
                 let gate = site.gate.map_or(0, |(gate, open)| {
                     assert!(open == gate + BEHIND_GATE);
@@ -203,7 +203,7 @@ impl ExitRecord {
         }
     }
 
-    pub fn site(&self, cache: u64) -> ExitSite {
+    pub fn site(&self) -> ExitSite {
         let is = |flag| self.word & flag != 0;
         ExitSite {
             target: self.word >> 24,
@@ -212,7 +212,7 @@ impl ExitRecord {
             gate: is(EXIT_GATE).then_some((self.place >> 16, (self.place >> 16) + BEHIND_GATE)),
             flags: flag_place(is(EXIT_SAVED)),
             interpret: is(EXIT_INTERPRET),
-            slot: is(EXIT_SLOT).then(|| cache + u64::from(self.place)),
+            slot: is(EXIT_SLOT).then_some(self.place),
             changes_mode: is(EXIT_CHANGES_MODE),
         }
     }
@@ -438,21 +438,20 @@ mod tests {
 
     #[test]
     fn exits_come_out_as_they_went_in() {
-        const CACHE: u64 = 0x7f00_0000_0000;
         for n in 0..128u32 {
             let is = |bit: u32| n >> bit & 1 != 0;
             let site = ExitSite {
                 target: if is(0) { -(1 << 32) } else { (1 << 32) + 4095 },
                 patch: (is(1) && !is(2)).then_some(0x7ffc),
-                slot: is(2).then_some(CACHE + (5 << 28)),
+                slot: is(2).then_some(5 << 28),
                 stub: 0x7fff,
                 gate: (is(6) && !is(2)).then_some((0x7ff0, 0x7ff4)),
                 flags: flag_place(is(3)),
                 interpret: is(4),
                 changes_mode: is(5),
             };
-            let packed = ExitRecord::new(n, &site, CACHE);
-            assert_eq!(format!("{:?}", packed.site(CACHE)), format!("{site:?}"));
+            let packed = ExitRecord::new(n, &site);
+            assert_eq!(format!("{:?}", packed.site()), format!("{site:?}"));
             assert_eq!((packed.block, packed.before()), (n, Before::Nothing));
         }
     }

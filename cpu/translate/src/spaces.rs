@@ -82,16 +82,21 @@ impl Translator {
         self.context.jump_cache[0].take(&mut leaving.jumps, MOST_JUMPS);
         let narrow = &mut self.context.jump_cache[usize::from(NARROW_USER)];
         narrow.take(&mut leaving.narrow_jumps, MOST_JUMPS);
-        self.blocks
-            .take_cross_page(&mut leaving.links, MOST_LINKS, &mut self.cache);
+        self.hold();
+        let code = &mut *self.code;
+        (code.blocks).take_cross_page(&mut leaving.links, MOST_LINKS, &mut code.cache);
+        (self.slot_links).take(&mut leaving.links, MOST_LINKS, &code.blocks);
         self.spaces.put(leaving);
         self.come_back_to(&mut there);
         self.spaces.spare = there;
     }
 
     fn come_back_to(&mut self, there: &mut Away) {
-        for link in there.links.drain(..) {
-            self.blocks.link_again(link, &mut self.cache);
+        for (exit, to) in there.links.drain(..) {
+            let blocks = &self.code.blocks;
+            if blocks.is_alive(blocks.exit(exit).block) && blocks.is_alive(to) {
+                self.connect((exit, to), true);
+            }
         }
         let same_simd = there.simd == self.simd;
         let same_mode = there.mode == self.user_mode;
@@ -105,7 +110,7 @@ impl Translator {
         ] {
             let cache: &mut JumpCache = &mut self.context.jump_cache[number];
             for (linear, block) in jumps.drain(..).filter(|_| may) {
-                if let Some(host) = self.blocks.entry_of_alive(block) {
+                if let Some(host) = self.code.blocks.entry_of_alive(block) {
                     cache.insert(linear, host, block);
                 }
             }

@@ -2,6 +2,7 @@
 
 use doppel_x86::EngineStats;
 
+use crate::shared::Code;
 use crate::translator::Translator;
 
 /// Counters of the monitor's side; generated code counts in the context.
@@ -36,20 +37,31 @@ pub(crate) struct Counts {
     pub translated_nanoseconds: u64,
 }
 
+/// Of the code, whoever runs it.
+#[derive(Default)]
+struct CodeStats {
+    bytes: u64,
+    metadata: u64,
+    invalidated: u64,
+    links: u64,
+    huge_pages: u64,
+}
+
 impl Translator {
     /// Everything counted so far.
     pub fn stats(&self) -> EngineStats {
         let c = &self.counts;
         let cpu = &self.context.cpu.counters;
+        let code = self.code_stats();
         EngineStats::from([
             ("translations", c.translations),
             ("translations_of_32_bit_code", c.narrow),
             ("instructions_translated", c.translated_instructions),
-            ("code_cache_bytes", self.cache.used() as u64),
+            ("code_cache_bytes", code.bytes),
             ("code_cache_flushes", c.cache_flushes),
-            ("translation_metadata_bytes", self.blocks.metadata_bytes()),
-            ("blocks_invalidated", self.blocks.invalidated),
-            ("block_links", self.blocks.links),
+            ("translation_metadata_bytes", code.metadata),
+            ("blocks_invalidated", code.invalidated),
+            ("block_links", code.links),
             ("translated_blocks_run", self.context.blocks_run),
             ("translated_instructions_run", self.context.instructions_run),
             ("translated_code_nanoseconds", c.translated_nanoseconds),
@@ -77,7 +89,7 @@ impl Translator {
             ("checks_with_rorx", c.rorx_checks),
             ("comparisons_fused", c.fused),
             ("state_moves_translated", c.state_moves),
-            ("code_cache_huge_pages", self.cache.huge_pages),
+            ("code_cache_huge_pages", code.huge_pages),
             ("careful_entries", c.careful),
             ("writes_beside_code", c.beside_code),
             ("code_pages_turned_to_data", c.pages_turned_to_data),
@@ -101,6 +113,19 @@ impl Translator {
             ("hypercalls", cpu.hypercalls),
             ("deferred_tlb_flushes", cpu.deferred_flushes),
         ])
+    }
+
+    /// What is counted for all that share the code: the first tells it.
+    fn code_stats(&self) -> CodeStats {
+        let look = |code: &Code| CodeStats {
+            bytes: code.cache.used() as u64,
+            metadata: code.blocks.metadata_bytes(),
+            invalidated: code.blocks.invalidated,
+            links: code.blocks.links,
+            huge_pages: code.cache.huge_pages,
+        };
+        let first = self.code.first.then(|| self.code.look(look));
+        first.flatten().unwrap_or_default()
     }
 
     /// Lookups in translated code that found what they looked for. They are counted only where blocks count.

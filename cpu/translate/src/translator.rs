@@ -4,6 +4,7 @@
 //! TLB cannot serve (a fault, a device, a page with code, an access across pages) and a fault that the processor raised are
 //! handled in one way: go back to the beginning of the guest instruction and interpret it, which gives the exact outcome.
 
+use std::ops::Range;
 use std::time::Instant;
 
 use doppel_memory::{InGuest, PAGE_MASK, PAGE_SIZE, Privilege};
@@ -12,29 +13,34 @@ use doppel_x86::{
 };
 use rustc_hash::FxHashMap;
 
-use crate::asm::Asm;
 use crate::blocks::{BlockId, Blocks};
-use crate::cache_unsafe::CodeCache;
+use crate::cache_unsafe::slots;
 use crate::code_pages::CodePages;
 use crate::context_unsafe::ContextBox;
 use crate::engine::{TranslateError, TranslateOptions};
-use crate::enter_unsafe::{enter, host_features};
+use crate::enter_unsafe::enter;
 use crate::explain::Observers;
 use crate::flags::{FlagPlace, pack, unpack};
 use crate::frontend::{GuestBlock, Simd};
 use crate::narrow::Mode;
 use crate::recipes::Lost;
 use crate::rewrite::{Base, Rewriter};
+use crate::shared::{Code, Held, SharedCode};
+use crate::slot_links::SlotLinks;
 use crate::spaces::Spaces;
 use crate::stats::Counts;
-use crate::thunk::{self, EXIT_ACCESS, EXIT_FAULT, EXIT_INDIRECT, How, Thunks};
+use crate::thunk::{EXIT_ACCESS, EXIT_FAULT, EXIT_INDIRECT, Thunks};
 use crate::user_return::DescriptorPage;
 
 /// What [`crate::Translate`] owns; generated code calls back into it.
 pub(crate) struct Translator {
     pub context: ContextBox,
-    pub cache: CodeCache,
-    pub blocks: Blocks,
+    pub code: Held,
+    /// Host addresses of the code.
+    pub range: Range<u64>,
+    /// What is followed of that which was thrown away: how often it was all, and how many blocks since.
+    pub followed: (u64, usize),
+    pub slot_links: SlotLinks,
     pub rewriter: Rewriter,
     /// A decoded block that is done with, for its buffers.
     pub spare: GuestBlock,
@@ -81,27 +87,43 @@ impl Recent {
 pub(crate) const CACHE_MARGIN: usize = 64 << 10;
 
 impl Translator {
-    pub fn new(mut cpu: Box<Cpu>, options: TranslateOptions) -> Result<Self, TranslateError> {
-        let size = options.cache_size.clamp(4 * CACHE_MARGIN, 1 << 30);
-        let size = size.next_multiple_of(PAGE_SIZE as usize);
-        let mut cache = CodeCache::new(size, options.perf_map, options.huge_code)
-            .map_err(|e| TranslateError::Cache(size, e))?;
-        let mut asm = Asm::default();
-        let how = How::new(&options, host_features().1);
-        let thunks = thunk::assemble(&mut asm, cache.cursor(), how);
-        cache.append(&asm.bytes);
-        cache.pin();
+    /// With code of its own, or that of others.
+    pub fn new(
+        mut cpu: Box<Cpu>,
+        options: TranslateOptions,
+        with: Option<&SharedCode>,
+    ) -> Result<Self, TranslateError> {
         let peer = cpu.peer.clone();
         cpu.spaces.keep = options.keep_spaces;
-        let context = ContextBox::new(cpu);
+        let size = Code::size(&options);
+        let context =
+            ContextBox::new(cpu, slots(size)).map_err(|e| TranslateError::Cache(size, e))?;
         peer.set_nudge(context.nudge());
-        Ok(Translator {
+        let blocks = |at| Blocks::new(at, peer.clone());
+        let mut code = match with {
+            None => Held::own(&options, blocks)?,
+            Some(with) => Held::shared(with, &options, blocks)?,
+        };
+        if code.is_shared() {
+            peer.share_code(code.blocks.peer());
+        }
+        code.blocks.add_slots(context.slots());
+        let mut t = Self::with(context, code, options);
+        t.context.forms = t.code.cache.forms();
+        t.code.put_back();
+        Ok(t)
+    }
+
+    fn with(context: ContextBox, code: Held, options: TranslateOptions) -> Self {
+        Translator {
+            slot_links: SlotLinks::new(context.slots()),
+            range: code.cache.range(),
+            followed: (code.blocks.generation, code.blocks.removed.len()),
+            thunks: code.thunks,
             context,
-            blocks: Blocks::new(cache.range().start, peer),
-            cache,
+            code,
             rewriter: Rewriter::new(),
             spare: GuestBlock::default(),
-            thunks,
             options,
             code_pages: CodePages::default(),
             spaces: Spaces::default(),
@@ -116,19 +138,19 @@ impl Translator {
             besides: FxHashMap::default(),
             descriptor_page: DescriptorPage::default(),
             user_code: None,
-        })
-    }
-
-    /// Bytes that are left for code and what has to be known of it.
-    pub fn room(&self) -> usize {
-        let known = self.blocks.metadata_bytes() as usize;
-        let taken = self.cache.used() + known;
-        (self.cache.room()).min(self.cache.len().saturating_sub(taken))
+        }
     }
 
     pub fn run(&mut self, bus: &mut dyn Bus) -> Exit {
         let _in_guest = InGuest::new(&self.context.cpu.peer);
+        let exit = self.run_until_exit(bus);
+        self.code.put_back();
+        exit
+    }
+
+    fn run_until_exit(&mut self, bus: &mut dyn Bus) -> Exit {
         loop {
+            self.code.put_back();
             // First: a request that comes after it is looked for leaves a new kick.
             let kicked = self.context.take_kick();
             self.follow_memory_changes();
@@ -220,6 +242,7 @@ impl Translator {
     /// Interprets one instruction.
     fn step(&mut self, bus: &mut dyn Bus) {
         self.link_from = None;
+        self.code.put_back();
         // The outcome shows in `activity`, which the loop looks at.
         let _: Outcome = interpret::step(&mut self.context.cpu, bus);
     }
@@ -233,6 +256,7 @@ impl Translator {
         ctx.page_base = ctx.cpu.rip & !PAGE_MASK;
         ctx.flags = pack(ctx.cpu.rflags.bits());
         ctx.cpu.rflags.remove(Rflags::RF);
+        self.code.put_back();
         let began = self.options.count.then(Instant::now);
         enter(self, self.thunks.enter);
         if let Some(began) = began {
@@ -243,6 +267,7 @@ impl Translator {
 
     /// Brings the CPU's state up to date after translated code was left, and does what it was left for.
     fn left(&mut self, bus: &mut dyn Bus) {
+        self.hold();
         match self.context.exit {
             EXIT_INDIRECT => {
                 self.counts.exit_indirect += 1;
@@ -251,21 +276,21 @@ impl Translator {
             }
             EXIT_ACCESS => {
                 self.counts.exit_access += 1;
-                let access = self.blocks.access(self.context.fault_pc as u32);
+                let access = self.code.blocks.access(self.context.fault_pc as u32);
                 self.set_flags(access.site.flags);
                 self.give_back(access.site.borrowed);
-                self.rebuild_flags(self.blocks.lost_at(&access));
+                self.rebuild_flags(self.code.blocks.lost_at(&access));
                 self.context.cpu.rip = self.rip_in(access.block, i64::from(access.site.offset));
                 self.step(bus);
             }
             EXIT_FAULT => self.faulted(bus),
             n => {
-                let e = self.blocks.exit(n);
+                let e = self.code.blocks.exit(n);
                 self.set_flags(e.site.flags);
                 self.context.cpu.rip = self.rip_in(e.block, e.site.target);
                 if e.site.interpret {
                     self.counts.exit_interpret += 1;
-                    self.rebuild_flags(self.blocks.recipes().at_exit(n));
+                    self.rebuild_flags(self.code.blocks.recipes().at_exit(n));
                     let kernel = self.context.cpu.cpl == 0;
                     self.step(bus);
                     if kernel && self.context.cpu.cpl == 3 {
@@ -284,7 +309,7 @@ impl Translator {
         self.counts.exit_fault += 1;
         // The handler only sends faults inside the cache here, and every block has a boundary at its start; the
         // entry conversions before the first boundary cannot fault.
-        let Some(place) = self.blocks.at_host(self.context.fault_pc) else {
+        let Some(place) = self.code.blocks.at_host(self.context.fault_pc) else {
             self.context.cpu.activity = Activity::Shutdown;
             return;
         };
@@ -314,7 +339,7 @@ impl Translator {
     /// RFLAGS with the flags that recipes give.
     pub fn rebuilt(&mut self, lost: Lost, rflags: u64) -> u64 {
         self.counts.rebuilt_flags += u64::from(lost.is_some());
-        let recipes = self.blocks.recipes();
+        let recipes = self.code.blocks.recipes();
         recipes.apply(lost, rflags, &self.context.cpu.gpr)
     }
 
@@ -324,7 +349,7 @@ impl Translator {
             self.context.cpu.rip = target;
             return;
         }
-        let branch = self.blocks.branch(self.context.branch);
+        let branch = self.code.blocks.branch(self.context.branch);
         self.context.cpu.rip = self.rip_in(branch.block, branch.offset().into());
         let rsp = &mut self.context.cpu.gpr[Gpr::Rsp as usize];
         *rsp = rsp.wrapping_sub(branch.moves_rsp() as u64);
@@ -342,12 +367,12 @@ impl Translator {
     }
 
     fn rip_in(&self, block: BlockId, offset: i64) -> u64 {
-        let page = match self.blocks.base(block) {
+        let page = match self.code.blocks.base(block) {
             Base::Fixed(page) => page,
             Base::Dynamic => self.context.page_base,
         };
         let linear = page.wrapping_add(offset as u64);
-        self.blocks.mode(block).cut(linear)
+        self.code.blocks.mode(block).cut(linear)
     }
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use doppel_memory::PAGE_MASK;
 use iced_x86::{
-    Decoder, DecoderOptions, Formatter, Instruction, InstructionInfoFactory, IntelFormatter,
+    Code, Decoder, DecoderOptions, Formatter, Instruction, InstructionInfoFactory, IntelFormatter,
     Mnemonic, OpKind, Register, SymbolResolver, SymbolResult,
 };
 
@@ -22,8 +22,6 @@ use crate::thunk::{self, How};
 const HOST: u64 = 0x1000_0000;
 /// Where the thunks are then.
 const THUNKS: u64 = HOST - 0x1_0000;
-/// Where its slots are, beyond the longest block.
-const SLOTS: u64 = HOST + 0x10_0000;
 
 /// All that a block's translation depends on, apart from the options.
 #[derive(Clone, Copy)]
@@ -110,7 +108,8 @@ impl Dissected {
                 ..*options
             },
             counters: None,
-            slots: SLOTS,
+            slots: 0,
+            shared: false,
             thunks,
             simd: origin.simd,
             mode: origin.mode,
@@ -195,9 +194,8 @@ impl Dissected {
     /// The exit that an instruction takes, with its number: by its slot, its displacement where that can be linked, else by the stub.
     pub fn exit_of(&self, h: &Host) -> Option<(usize, &ExitSite)> {
         let d = &h.decoded;
-        let slot = d
-            .is_ip_rel_memory_operand()
-            .then(|| d.ip_rel_memory_address());
+        let jumps = d.code() == Code::Jmp_rm64;
+        let slot = h.slot().filter(|_| jumps).and_then(slots::exit_slot);
         let to = self.position(h);
         let patched = |e: &ExitSite| e.patch == Some(h.end() - 4) && to.is_some();
         let mine = |e: &ExitSite| match slot {
@@ -305,10 +303,6 @@ impl SymbolResolver for HostNames {
         match i.op_kind(operand) {
             OpKind::NearBranch64 => {
                 let name = self.place(address)?;
-                Some(SymbolResult::with_string(address, name))
-            }
-            OpKind::Memory if address >= SLOTS && i.is_ip_rel_memory_operand() => {
-                let name = format!("slot{}", (address - SLOTS) / 8);
                 Some(SymbolResult::with_string(address, name))
             }
             OpKind::Memory if i.is_ip_rel_memory_operand() => {

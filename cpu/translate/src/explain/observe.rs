@@ -56,7 +56,9 @@ impl Translator {
         };
         let named = self.thunks.names();
         let ends = named.keys().skip(1).copied();
-        let ends: Vec<_> = ends.chain([self.cache.cursor()]).collect();
+        let ends: Vec<_> = ends
+            .chain(self.code.look(|code| code.cache.cursor()))
+            .collect();
         for ((at, name), end) in named.iter().zip(ends) {
             map.line(*at, end - at, &format!("doppel:{name}"));
         }
@@ -70,7 +72,7 @@ impl Translator {
         guest: &GuestBlock,
         counters: Option<Counters>,
     ) {
-        let block = self.blocks.get(id);
+        let block = self.code.blocks.get(id);
         let linear = match (block.key.form, block.key.base) {
             (Form::Normal, _) => rip,
             (_, Base::Fixed(page)) => page | (rip & PAGE_MASK),
@@ -97,21 +99,23 @@ impl Translator {
             map.flush();
         }
         if let Some(profile) = self.observers.profile.clone() {
+            self.hold();
             profile.end(self.context.cpu.msr.lstar, |id| self.links(id));
         }
     }
 
     /// Which exits of a block are linked; nothing of one that was thrown away.
     fn links(&self, id: BlockId) -> Vec<bool> {
-        let block = self.blocks.get(id);
+        let (blocks, cache) = (&self.code.blocks, &self.code.cache);
+        let block = blocks.get(id);
         let linked = |site: ExitSite| {
             let patch = site
                 .patch
-                .map(|at| self.cache.target(block.host + u64::from(at)));
-            let leads = site.slot.map(|at| self.cache.slot(at)).or(patch);
+                .map(|at| cache.target(block.host + u64::from(at)));
+            let leads = site.slot.map(|at| self.slot_links.target(at)).or(patch);
             leads.is_some_and(|to| to != block.host + u64::from(site.stub))
         };
-        let exits = self.blocks.exits_of(id).filter(|_| block.alive);
+        let exits = blocks.exits_of(id).filter(|_| block.alive);
         exits.map(|e| linked(e.site)).collect()
     }
 }

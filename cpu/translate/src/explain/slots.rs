@@ -63,6 +63,13 @@ pub(crate) fn name(displacement: i32) -> Option<(i32, String)> {
         .or_else(|| fixed(displacement))
         .or_else(|| segment(displacement))
         .or_else(|| table(displacement))
+        .or_else(|| Some((displacement, format!("slot{}", exit_slot(displacement)?))))
+}
+
+/// Number of the slot at a displacement that code jumps through.
+pub(crate) fn exit_slot(displacement: i32) -> Option<u32> {
+    let behind = displacement.checked_sub(ctx::slot(0))?;
+    u32::try_from(behind).ok().map(|at| at / 8)
 }
 
 fn general(at: i32) -> Option<(i32, String)> {

@@ -304,7 +304,7 @@ impl Work<'_> {
 
     /// A jump to what follows, which linking makes one to the careful form.
     fn careful_gate(&mut self, n: usize, pinned: Option<Pinned>) {
-        let gate = self.asm().jmp();
+        let gate = self.link_jump();
         if pinned.is_none() {
             self.out.exits[n].patch = Some(gate.0 as u32);
         } else {
@@ -312,7 +312,7 @@ impl Work<'_> {
             let open = self.asm().pos() as u32;
             self.pinned = pinned;
             self.unpin();
-            let on = self.asm().jmp();
+            let on = self.link_jump();
             self.asm().bind(on);
             self.out.exits[n].patch = Some(on.0 as u32);
             self.out.exits[n].gate = Some((gate.0 as u32, open));

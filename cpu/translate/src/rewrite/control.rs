@@ -37,6 +37,7 @@ impl Work<'_> {
         if i.class == Class::Conditional {
             // iced-x86 counts conditions in the order of their encoding, from 1.
             let cc = i.decoded.condition_code() as u8 - 1;
+            self.align_link(2);
             let taken = self.asm().jcc(cc);
             self.exit(target, taken);
         } else {
@@ -62,7 +63,7 @@ impl Work<'_> {
         self.r.asm.raw(opcode);
         self.asm().raw(&[2, 0xeb, 0]); // to the next but one; jmp short to the end
         let short = self.asm().pos();
-        let taken = self.asm().jmp();
+        let taken = self.link_jump();
         self.exit(target, taken);
         let skip = (self.asm().pos() - short) as u8;
         self.asm().bytes[short - 1] = skip;
@@ -72,8 +73,9 @@ impl Work<'_> {
         self.unpin();
         match self.turn(target) {
             Some(turned) => self.slot_exit(turned),
+            None if self.leaves_page(target) => self.slot_exit(target),
             None => {
-                let jump = self.asm().jmp();
+                let jump = self.link_jump();
                 self.exit(target, jump);
             }
         }
@@ -81,7 +83,7 @@ impl Work<'_> {
 
     /// On to the instruction after the block, which may be one that straddles the end of the page.
     pub(super) fn fall_through(&mut self, target: i64) {
-        if self.s.base == Base::Dynamic && self.block.straddler_follows {
+        if (self.s.base == Base::Dynamic || self.s.shared) && self.block.straddler_follows {
             // A link within the page would outlive a change of the next one.
             self.slot_exit(target);
         } else {
@@ -90,7 +92,7 @@ impl Work<'_> {
     }
 
     pub(super) fn exit(&mut self, target: i64, jump: Fixup) {
-        if self.s.base == Base::Dynamic && !(0..4096).contains(&target) {
+        if self.leaves_page(target) {
             let stub = Stub::OtherPage(target, self.place, self.pinned);
             self.stubs.push((jump, stub));
         } else if let Some(pinned) = self.pinned {
@@ -99,6 +101,28 @@ impl Work<'_> {
         } else {
             self.leave_exit(target, jump, Some(jump.0 as u32), false);
         }
+    }
+
+    /// A link there would assume where another page is, so it goes through a slot. Of a kernel that one CPU alone executes it need not, since
+    /// such links are few to cut. (An instruction at the very end of the page may go on in the next.)
+    fn leaves_page(&self, target: i64) -> bool {
+        match self.s.shared {
+            true => !(0..4096 - 14).contains(&target),
+            false => self.s.base == Base::Dynamic && !(0..4096).contains(&target),
+        }
+    }
+
+    /// Has the displacement of a jump that comes next lie where it can be patched while other CPUs execute it.
+    pub(super) fn align_link(&mut self, opcode: u64) {
+        if self.s.shared {
+            self.asm().align_link(opcode);
+        }
+    }
+
+    /// A jump that can be linked.
+    pub(super) fn link_jump(&mut self) -> Fixup {
+        self.align_link(1);
+        self.asm().jmp()
     }
 
     /// Makes `page_base` that of a target in another page; the target then counts from there. Blocks that run at one
@@ -113,11 +137,11 @@ impl Work<'_> {
         Some(target - by)
     }
 
-    /// An exit of user code to another page: through a slot, which is cheap to set back.
+    /// An exit to another page: through a slot, which is the CPU's own, and cheap to set back.
     fn slot_exit(&mut self, target: i64) {
-        let slot = self.s.slots + 8 * self.out.slots as u64;
+        let slot = self.s.slots + self.out.slots as u32;
         self.out.slots += 1;
-        self.asm().jmp_mem_at(slot);
+        self.asm().jmp_gs(ctx::slot(slot));
         let n = self.new_exit(target);
         self.out.exits[n].slot = Some(slot);
         self.slot_stubs.push(n);
@@ -173,7 +197,7 @@ impl Work<'_> {
                 Stub::GiveBack(n, pinned) => {
                     self.pinned = Some(pinned);
                     self.unpin();
-                    let on = self.asm().jmp();
+                    let on = self.link_jump();
                     self.out.exits[n].patch = Some(on.0 as u32);
                     self.asm().bind(on);
                     let at = self.asm().pos() as u32;
@@ -209,7 +233,7 @@ impl Work<'_> {
     fn slot_stub(&mut self, n: usize) {
         let at = self.asm().pos() as u32;
         let exit = &self.out.exits[n];
-        let long = self.s.mode == Mode::Long;
+        let long = self.s.mode == Mode::Long && self.s.base == Base::Dynamic;
         let (cross, target) = (
             self.s.thunks.cross(exit.flags).filter(|_| long),
             exit.target,

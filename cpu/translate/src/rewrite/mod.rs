@@ -74,8 +74,10 @@ pub(crate) struct Setting {
     pub options: TranslateOptions,
     /// Where each part of the block counts its runs; see `counter`.
     pub counters: Option<u64>,
-    /// Host address of the first slot that is free.
-    pub slots: u64,
+    /// Number of the first slot that is free.
+    pub slots: u32,
+    /// Other CPUs run the block too.
+    pub shared: bool,
     pub thunks: Thunks,
     /// What the block is keyed by.
     pub simd: Simd,

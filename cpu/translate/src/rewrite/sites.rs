@@ -18,8 +18,8 @@ pub(crate) struct ExitSite {
     pub flags: FlagPlace,
     /// The instruction at the target is to be interpreted.
     pub interpret: bool,
-    /// It jumps through this slot (host address), and has turned the page when it does: `target` counts from the new page.
-    pub slot: Option<u64>,
+    /// It jumps through this slot. Where user code does, it has turned the page: `target` counts from the new one.
+    pub slot: Option<u32>,
     /// The next block is of another privilege (EFLAGS.AC changed); which, is known from this one.
     pub changes_mode: bool,
 }
