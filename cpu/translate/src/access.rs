@@ -19,13 +19,40 @@ use crate::translator::{CACHE_MARGIN, PRIVILEGES, Translator};
 /// Pages that are counted at a time.
 const MOST_BESIDES: usize = 4096;
 
+/// What a slow path has to know of its check.
+#[derive(Clone, Copy)]
+pub(crate) struct Site {
+    access: Access,
+    /// Host address of the block.
+    host: u64,
+    narrow: bool,
+    privilege: Privilege,
+}
+
+/// Sites whose checks failed lately, with their numbers.
+#[derive(Default)]
+pub(crate) struct KnownSites(Vec<(u32, Site)>);
+
+impl KnownSites {
+    const SIZE: usize = 1024;
+
+    fn note(&mut self, number: u32, site: Site) {
+        self.0.resize(Self::SIZE, (number, site));
+        self.0[number as usize % Self::SIZE] = (number, site);
+    }
+
+    /// The numbers stand for others from now on.
+    pub fn clear(&mut self) {
+        self.0.clear();
+    }
+}
+
 impl Translator {
     /// Called by generated code: returns where to go on, or 0 to leave and interpret the instruction.
     pub fn access(&mut self, linear: u64, site: u32) -> u64 {
         self.counts.tlb_misses += 1;
-        self.hold();
-        let access = self.code.blocks.access(site);
-        let on = self.go_on(linear, access, site);
+        let site_of = self.site(site);
+        let on = self.go_on(linear, site_of, site);
         self.code.put_back();
         on.unwrap_or_else(|| {
             self.context.exit = EXIT_ACCESS;
@@ -34,15 +61,40 @@ impl Translator {
         })
     }
 
-    fn go_on(&mut self, linear: u64, access: Access, number: u32) -> Option<u64> {
+    /// What there is to know of a site. Where the code is shared it is kept, so that a miss takes no lock.
+    fn site(&mut self, number: u32) -> Site {
+        let place = number as usize % KnownSites::SIZE;
+        let shared = self.code.is_shared();
+        if shared
+            && let Some((n, site)) = self.known_sites.0.get(place)
+            && *n == number
+        {
+            return *site;
+        }
+        self.hold();
+        let blocks = &self.code.blocks;
+        let access = blocks.access(number);
+        let site = Site {
+            access,
+            host: blocks.host(access.block),
+            narrow: blocks.mode(access.block).is_narrow(),
+            privilege: PRIVILEGES[usize::from(blocks.privilege(access.block))],
+        };
+        if shared {
+            self.known_sites.note(number, site);
+            self.code.put_back();
+        }
+        site
+    }
+
+    fn go_on(&mut self, linear: u64, at: Site, number: u32) -> Option<u64> {
+        let (access, host, privilege) = (at.access, at.host, at.privilege);
         let site = access.site;
-        let host = self.code.blocks.host(access.block);
         let end = linear + u64::from(site.span);
-        if self.code.blocks.mode(access.block).is_narrow() && end > 1 << 32 {
+        if at.narrow && end > 1 << 32 {
             // It goes on at address 0.
             return None;
         }
-        let privilege = PRIVILEGES[usize::from(self.code.blocks.privilege(access.block))];
         if site.own.size == 0 {
             return self.whole_span(linear, &site, privilege, host);
         }
@@ -67,7 +119,7 @@ impl Translator {
             return self.careful_form(access);
         }
         self.counts.page_crossings += 1;
-        self.two_pages(linear, access, number, privilege)
+        self.two_pages(linear, at, number)
     }
 
     /// Goes on with an access to all of the check's span.
@@ -202,18 +254,13 @@ impl Translator {
     }
 
     /// Where to go on with an access to two pages; what it is to access instead is left in `slow_linear`.
-    fn two_pages(
-        &mut self,
-        linear: u64,
-        access: Access,
-        number: u32,
-        privilege: Privilege,
-    ) -> Option<u64> {
+    fn two_pages(&mut self, linear: u64, at: Site, number: u32) -> Option<u64> {
+        let (access, privilege) = (at.access, at.privilege);
         let site = access.site;
         let first = self.page(linear, site.write, privilege).ok()?;
         let next = (linear | PAGE_MASK).wrapping_add(1);
         let second = self.page(next, site.write, privilege).ok()?;
-        let behind = self.code.blocks.get(access.block).host + u64::from(site.done);
+        let behind = at.host + u64::from(site.done);
         if first.addr() + first.room() as u64 == second.addr() {
             self.context.slow_linear = first.addr();
             return Some(behind);
@@ -239,6 +286,7 @@ impl Translator {
         if !access.site.own_operand {
             return None;
         }
+        self.hold();
         let simd = self.code.blocks.get(access.block).simd;
         let block = self.form(access, Form::TwoPages)?;
         let at = self.enter_form(block, access, simd);
@@ -251,6 +299,7 @@ impl Translator {
 
     /// The block from the instruction of the access on, in another form.
     fn form(&mut self, access: Access, form: Form) -> Option<BlockId> {
+        self.hold();
         let from = self.code.blocks.get(access.block);
         if from.second_page.is_some() {
             return None;

@@ -16,6 +16,9 @@ use crate::translator::{CACHE_MARGIN, Translator};
 /// Bytes that are read for a block, unless they turn out to be too few.
 const USUAL_BYTES: usize = 96;
 
+/// Blocks that leave the jump caches one by one: more cost more than the caches are worth.
+const MOST_ONE_BY_ONE: usize = 64;
+
 /// The last page of a 32-bit address space.
 const LAST_NARROW_PAGE: u64 = 0xffff_f000;
 
@@ -358,6 +361,7 @@ impl Translator {
         if !self.context.cpu.flushed.is_empty() {
             self.follow_flushes();
         }
+        self.code.put_back();
     }
 
     fn follow_code_writes(&mut self) {
@@ -419,8 +423,13 @@ impl Translator {
             return;
         }
         self.followed.1 = removed;
-        for n in followed..removed {
-            self.forget_jumps_to(self.code.blocks.removed[n]);
+        if removed - followed > MOST_ONE_BY_ONE {
+            self.empty_jump_caches(0..JUMP_CACHES);
+            self.context.code_map.clear();
+        } else {
+            for n in followed..removed {
+                self.forget_jumps_to(self.code.blocks.removed[n]);
+            }
         }
         let blocks = &self.code.blocks;
         let removed = &blocks.removed[followed..];
@@ -519,6 +528,7 @@ impl Translator {
         self.empty_jump_caches(0..JUMP_CACHES);
         self.slot_links.forget();
         self.context.code_map.clear();
+        self.known_sites.clear();
         self.spaces.clear();
     }
 }

@@ -13,6 +13,7 @@ use doppel_x86::{
 };
 use rustc_hash::FxHashMap;
 
+use crate::access::KnownSites;
 use crate::blocks::{BlockId, Blocks};
 use crate::cache_unsafe::slots;
 use crate::code_pages::CodePages;
@@ -41,6 +42,7 @@ pub(crate) struct Translator {
     /// What is followed of that which was thrown away: how often it was all, and how many blocks since.
     pub followed: (u64, usize),
     pub slot_links: SlotLinks,
+    pub known_sites: KnownSites,
     pub rewriter: Rewriter,
     /// A decoded block that is done with, for its buffers.
     pub spare: GuestBlock,
@@ -117,6 +119,7 @@ impl Translator {
     fn with(context: ContextBox, code: Held, options: TranslateOptions) -> Self {
         Translator {
             slot_links: SlotLinks::new(context.slots()),
+            known_sites: KnownSites::default(),
             range: code.cache.range(),
             followed: (code.blocks.generation, code.blocks.removed.len()),
             thunks: code.thunks,
@@ -267,7 +270,6 @@ impl Translator {
 
     /// Brings the CPU's state up to date after translated code was left, and does what it was left for.
     fn left(&mut self, bus: &mut dyn Bus) {
-        self.hold();
         match self.context.exit {
             EXIT_INDIRECT => {
                 self.counts.exit_indirect += 1;
@@ -276,6 +278,7 @@ impl Translator {
             }
             EXIT_ACCESS => {
                 self.counts.exit_access += 1;
+                self.hold();
                 let access = self.code.blocks.access(self.context.fault_pc as u32);
                 self.set_flags(access.site.flags);
                 self.give_back(access.site.borrowed);
@@ -285,6 +288,7 @@ impl Translator {
             }
             EXIT_FAULT => self.faulted(bus),
             n => {
+                self.hold();
                 let e = self.code.blocks.exit(n);
                 self.set_flags(e.site.flags);
                 self.context.cpu.rip = self.rip_in(e.block, e.site.target);
@@ -307,6 +311,7 @@ impl Translator {
     /// The processor raised a fault: the load of the poll after a kick, or the guest's instruction.
     fn faulted(&mut self, bus: &mut dyn Bus) {
         self.counts.exit_fault += 1;
+        self.hold();
         // The handler only sends faults inside the cache here, and every block has a boundary at its start; the
         // entry conversions before the first boundary cannot fault.
         let Some(place) = self.code.blocks.at_host(self.context.fault_pc) else {
@@ -349,6 +354,7 @@ impl Translator {
             self.context.cpu.rip = target;
             return;
         }
+        self.hold();
         let branch = self.code.blocks.branch(self.context.branch);
         self.context.cpu.rip = self.rip_in(branch.block, branch.offset().into());
         let rsp = &mut self.context.cpu.gpr[Gpr::Rsp as usize];
