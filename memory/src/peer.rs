@@ -441,6 +441,46 @@ mod tests {
     }
 
     #[test]
+    fn who_shares_translations_is_told_of_every_write_and_one_throws_away() {
+        let t = PageTracker::new(16);
+        let [a, b, other] = [(); 3].map(|()| t.join());
+        let _ = a.take_requests();
+        [&a, &b].map(|peer| peer.share_code(&a));
+        b.enter();
+        t.add_code(PAGE, 64, &a);
+        assert!(!t.tell_others(PAGE, 8, &a).is_empty(), "the one in guest");
+        assert!(!other.has_requests());
+        let (requests, number) = b.take_requests();
+        assert_eq!(requests.code, [(PAGE, 1)].into());
+        assert_eq!(a.take_written(), [(PAGE, 1)].into());
+        assert!(b.take_written().is_empty() && a.take_written().is_empty());
+        t.set_code(PAGE, 0, &a);
+        assert!(
+            !t.tell_others(PAGE, 8, &a).is_empty(),
+            "it has not followed the first write yet"
+        );
+        b.answer(number + 1);
+        t.add_code(PAGE, 64, &a);
+        t.note_device_write(PAGE, 8);
+        assert!(a.has_requests() && b.has_requests() && !other.has_requests());
+        assert!(!t.tell_others(PAGE, 8, &other).is_empty());
+    }
+
+    #[test]
+    fn a_claim_ends_without_the_translations_of_its_page() {
+        let t = PageTracker::new(16);
+        let a = t.join();
+        t.add_code(PAGE, 64, &a);
+        t.claim_code(PAGE, &a);
+        t.set_code(PAGE, 1, &a);
+        assert!(t.touches_code(PAGE + 0x800, 1));
+        t.release_code(PAGE, &a);
+        assert!(t.touches_code(PAGE, 1) && !t.touches_code(PAGE + 0x800, 1));
+        t.set_code(PAGE, 0, &a);
+        assert!(!t.has_code(PAGE));
+    }
+
+    #[test]
     fn cpus_that_ask_each_other_both_go_on() {
         const ROUNDS: u64 = 20_000;
         let t = Arc::new(PageTracker::new(16));
