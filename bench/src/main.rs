@@ -53,9 +53,9 @@ struct Args {
     /// Without the host itself.
     #[arg(long)]
     no_native: bool,
-    /// Which of Doppel's engines.
+    /// Which of Doppel's engines; given several times, the n-th is the n-th Doppel's.
     #[arg(long, default_value = "auto")]
-    engine: String,
+    engine: Vec<String>,
     /// Another build of Doppel; given several times, they are compared with the first.
     #[arg(long, value_name = "PATH")]
     doppel: Vec<PathBuf>,
@@ -108,6 +108,7 @@ fn main() -> Result<()> {
         selection: Selection::of(&args.only, &known)?,
         guest,
         root,
+        directory,
         args,
     };
     let results = bench.run(&known)?;
@@ -168,11 +169,13 @@ fn contestants(args: &Args, workspace: &Path) -> Result<Vec<Contestant>> {
     } else {
         &args.doppel
     };
-    let count = programs.len().max(args.doppel_args.len());
+    let several = [programs.len(), args.doppel_args.len(), args.engine.len()];
+    let count = several.into_iter().max().unwrap_or(1);
     for n in 0..count {
         let program = programs.get(n).unwrap_or(&programs[programs.len() - 1]);
         ensure!(program.is_file(), "{} is no program", program.display());
-        let mut flags = vec!["--engine".to_owned(), args.engine.clone()];
+        let engine = &args.engine[n.min(args.engine.len() - 1)];
+        let mut flags = vec!["--engine".to_owned(), engine.clone()];
         if contestant::knows_networks(program)? {
             flags.extend(["--net".to_owned(), "none".to_owned()]);
         }
@@ -200,6 +203,8 @@ struct Bench {
     selection: Selection,
     guest: Guest,
     root: Root,
+    /// For files of its own.
+    directory: PathBuf,
 }
 
 impl Bench {
@@ -231,8 +236,16 @@ impl Bench {
                     rows,
                     passes: self.args.passes,
                 };
-                let command = contestant.command(&self.guest, self.root.path(), &order)?;
-                session::run(command, contestant.cpu_time(), limit)?
+                let mut command = contestant.command(&self.guest, self.root.path(), &order)?;
+                let stats = self.directory.join("stats.json");
+                if contestant.is_doppel() {
+                    command.arg("--stats").arg(&stats);
+                }
+                let mut run = session::run(command, contestant.cpu_time(), limit)?;
+                if contestant.is_doppel() {
+                    run.user_direct_share = session::user_direct_share(&stats)?;
+                }
+                run
             }
             None => Run::default(),
         };

@@ -7,6 +7,7 @@ use doppel_bench::cpu::Mark;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
@@ -29,6 +30,8 @@ pub struct Run {
     pub clock_rate: Option<f64>,
     /// Processor time from "begin" to "end" over the time that passed on the host.
     pub cpu_share: Option<f64>,
+    /// The share of user code that the processor itself executed, where the monitor tells it.
+    pub user_direct_share: Option<f64>,
     pub after_boot: Option<Footprint>,
     pub after_all: Option<Footprint>,
 }
@@ -95,6 +98,13 @@ pub fn run(command: Command, cpu_time: CpuTime, limit: Duration) -> Result<Run> 
         process.transcript
     );
     Ok(reader.run)
+}
+
+/// What a monitor's statistics say of that share.
+pub fn user_direct_share(stats: &Path) -> Result<Option<f64>> {
+    let text = std::fs::read(stats).with_context(|| stats.display().to_string())?;
+    let stats: serde_json::Value = serde_json::from_slice(&text)?;
+    Ok(stats["user_direct_share"].as_f64())
 }
 
 /// Seconds from the start of a machine until its init speaks; then the machine is ended.

@@ -10,7 +10,8 @@
 //!   byte falls into step within some instructions, so it is decoded from many bytes before; most starts lead to an instruction that is one, and
 //!   hardly any to one that is none.
 //!
-//! What goes on in the next page is looked at where both pages are executable ([`is_sensitive_across`]).
+//! What goes on in the next page is looked at where both pages are executable ([`is_sensitive_across`]). A displacement that begins in the page before
+//! looks like a common one at the beginning of a page; so the page before is asked, where there is one.
 //!
 //! Limit: code that jumps into the middle of its own instructions can execute a common one unnoticed. It learns a few bits about descriptors that it
 //! could guess, and the number of the host's processor.
@@ -40,9 +41,29 @@ enum Found {
 }
 use Found::{Common, Nothing, Telling};
 
-/// True where the page holds code that must not be executed.
-pub fn is_sensitive(page: &[u8], hazards: Hazards) -> bool {
-    memchr::memchr_iter(0x0f, page).any(|at| is_sensitive_at(page, at, hazards))
+/// What a page holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// No code that must not be executed.
+    Harmless,
+    /// Common ones, so near to the beginning that the page before tells whether they are any ([`is_sensitive_across`]).
+    Early,
+    /// Code that must not be executed.
+    Sensitive,
+}
+
+/// Looks a page through.
+pub fn verdict(page: &[u8], hazards: Hazards) -> Verdict {
+    let mut verdict = Verdict::Harmless;
+    for at in memchr::memchr_iter(0x0f, page) {
+        match found(page, at, hazards) {
+            Common if leads_to(page, at) && at < LEAST => verdict = Verdict::Early,
+            Common if leads_to(page, at) => return Verdict::Sensitive,
+            Telling => return Verdict::Sensitive,
+            _ => {}
+        }
+    }
+    verdict
 }
 
 /// Bytes of a page that matter to [`is_sensitive_across`]: so many at its end, and at its beginning.
@@ -58,7 +79,7 @@ pub fn is_sensitive_across(
     const OPCODE: usize = 2;
     let code: Vec<u8> = end.iter().chain(beginning).copied().collect();
     // Those that begin behind the border have little before them in their page.
-    let around = end.len() - OPCODE..end.len() + STARTS.1;
+    let around = end.len() - OPCODE..end.len() + LEAST;
     let mut at = around.filter(|at| code[*at] == 0x0f);
     at.any(|at| is_sensitive_at(&code, at, hazards))
 }
@@ -130,35 +151,49 @@ fn may_have_f3(page: &[u8], at: usize) -> bool {
     true
 }
 
-/// How far before an instruction decoding starts: from the first so many bytes before it to the second.
-const STARTS: (usize, usize) = (48, 12);
+/// How far before an instruction decoding starts, at most and at least: far enough to have fallen into step where there is so much before.
+const STARTS: (usize, usize) = (160, 96);
+/// At least, where there is little.
+const LEAST: usize = 12;
 /// Of so many starts one has to lead there.
 const ONE_IN: usize = 2;
 
 /// True where decoding the code before leads to a common one at the byte.
 fn leads_to(page: &[u8], at: usize) -> bool {
-    let Some(last) = at.checked_sub(STARTS.1) else {
+    let Some(last) = at.checked_sub(LEAST.max(STARTS.1.min(at / 2))) else {
         // Little is known of what comes before; perhaps nothing does.
-        let hits = starts_that_lead_to(page, 0..=at, at);
-        return hits.first() == Some(&true) || 2 * count(&hits) > at + 1;
+        let ways = ways_to(page, 0..=at, at);
+        return ways.first() == Some(&Way::There) || 2 * count(&ways, Way::There) > at + 1;
     };
-    let hits = starts_that_lead_to(page, at.saturating_sub(STARTS.0)..=at, at);
-    let starts = &hits[..hits.len() - (at - last)];
-    count(starts) * ONE_IN >= starts.len()
+    let ways = ways_to(page, at.saturating_sub(STARTS.0)..=at, at);
+    let starts = &ways[..ways.len() - (at - last)];
+    let (there, past) = (count(starts, Way::There), count(starts, Way::Past));
+    there > 0 && there * ONE_IN >= there + past
 }
 
-fn count(hits: &[bool]) -> usize {
-    hits.iter().filter(|hit| **hit).count()
+/// Where decoding leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// To a common one.
+    There,
+    /// To something else.
+    Past,
+    /// Through what is no code of user programs.
+    Nowhere,
+}
+
+fn count(ways: &[Way], way: Way) -> usize {
+    ways.iter().filter(|w| **w == way).count()
 }
 
 /// Bytes of the longest instruction.
 const MOST_BYTES: usize = 15;
 
-/// For each of these bytes, whether decoding from there on leads to a common one at `at`: from the last to the first, since what
+/// For each of these bytes, where decoding from there on leads with regard to `at`: from the last to the first, since what
 /// comes after an instruction is known already then.
-fn starts_that_lead_to(page: &[u8], starts: RangeInclusive<usize>, at: usize) -> Vec<bool> {
+fn ways_to(page: &[u8], starts: RangeInclusive<usize>, at: usize) -> Vec<Way> {
     let first = *starts.start();
-    let mut hits = vec![false; starts.clone().count()];
+    let mut ways = vec![Way::Past; starts.clone().count()];
     let end = page.len().min(at + MOST_BYTES);
     let mut instruction = Instruction::default();
     for start in starts.rev() {
@@ -166,12 +201,21 @@ fn starts_that_lead_to(page: &[u8], starts: RangeInclusive<usize>, at: usize) ->
         let mut decoder = Decoder::with_ip(64, code, 0, DecoderOptions::NO_INVALID_CHECK);
         decoder.decode_out(&mut instruction);
         let next = start + decoder.position();
-        hits[start - first] = match hits.get(next - first) {
-            Some(hit) => *hit,
-            None => is_common(instruction.mnemonic()) && goes_on(&page[next.min(page.len())..]),
+        ways[start - first] = match ways.get(next - first) {
+            Some(_) if is_no_code(&instruction, &page[start..next]) => Way::Nowhere,
+            Some(way) => *way,
+            None if is_common(instruction.mnemonic()) && goes_on(&page[next.min(page.len())..]) => {
+                Way::There
+            }
+            None => Way::Past,
         };
     }
-    hits
+    ways
+}
+
+/// What data look like: two zero bytes, what is undefined, what only a kernel may execute.
+fn is_no_code(instruction: &Instruction, bytes: &[u8]) -> bool {
+    bytes == [0, 0] || instruction.is_invalid() || instruction.is_privileged()
 }
 
 /// True where what comes next is code as user programs have it, as far as it can be told: tables between code hardly ever are.
@@ -261,7 +305,12 @@ mod tests {
     fn every_one_of_them_is_found_wherever_it_stands() {
         for code in CODES {
             for at in [0, 40, 777, 2000, 4060] {
-                assert!(is_sensitive(&page(code, at), ALL), "{code:x?} at {at}");
+                let verdict = verdict(&page(code, at), ALL);
+                assert_ne!(verdict, Verdict::Harmless, "{code:x?} at {at}");
+                assert!(
+                    at == 0 || verdict == Verdict::Sensitive,
+                    "{code:x?} at {at}"
+                );
             }
         }
     }
@@ -315,15 +364,30 @@ mod tests {
             &[0x0f, 0x01, 0xd6],       // xtest
         ];
         for code in codes {
-            assert!(!is_sensitive(&page(code, 2000), ALL), "{code:x?}");
+            assert_eq!(
+                verdict(&page(code, 2000), ALL),
+                Verdict::Harmless,
+                "{code:x?}"
+            );
         }
         for code in [
             &[0x0f, 0xa2, 0x90][..],
             &[0x0f, 0x01, 0xd0],
             &[0x0f, 0xae, 0x27],
         ] {
-            assert!(!is_sensitive(&page(code, 100), NONE));
+            assert_eq!(verdict(&page(code, 100), NONE), Verdict::Harmless);
         }
+    }
+
+    #[test]
+    fn what_begins_a_page_is_judged_by_the_page_before() {
+        let second = page(&[0x0f, 0x02, 0x00, 0x00, 0x90, 0x90], 0);
+        assert_eq!(verdict(&second, ALL), Verdict::Early);
+        let beginning: &[u8; AROUND.1] = second[..AROUND.1].try_into().unwrap();
+        let mut end = [0x90; AROUND.0];
+        assert!(is_sensitive_across(&end, beginning, ALL), "lar rax, [rax]");
+        end[AROUND.0 - 2..].copy_from_slice(&[0x0f, 0x84]);
+        assert!(!is_sensitive_across(&end, beginning, ALL), "je");
     }
 
     /// What the decoder knows by name.

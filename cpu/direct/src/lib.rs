@@ -24,6 +24,7 @@ mod policy;
 mod process;
 mod shadow;
 mod signals;
+mod spent;
 mod state;
 mod transfer;
 mod user;

@@ -168,7 +168,8 @@ impl Shadow {
 
     /// Compares everything with the guest's page tables and unmaps or protects what a processor that has just flushed its TLB would
     /// not use as it is here.
-    pub fn revise(&mut self, ram: &GuestRam, paging: &Paging, changes: &mut Changes) {
+    pub fn revise(&mut self, ram: &GuestRam, paging: &Paging, changes: &mut Changes) -> Revision {
+        let mut revision = Revision::default();
         for (number, region) in &mut self.regions {
             let start = number << REGION_SHIFT;
             let survey = Survey::of(ram, paging, start);
@@ -178,6 +179,10 @@ impl Shadow {
                 }
                 let linear = start + n as u64 * PAGE_SIZE;
                 let leaf = survey.page(n).filter(|l| l.gpa == entry.gpa());
+                if entry.may_write() {
+                    revision.written += 1;
+                    revision.kept += usize::from(leaf.is_some());
+                }
                 match leaf {
                     Some(l) if entry.may_execute() && !l.execute => {
                         *entry = entry.execute(false);
@@ -198,6 +203,24 @@ impl Shadow {
             }
         }
         self.regions.retain(|_, r| r.used > 0);
+        revision
+    }
+}
+
+/// What a revision found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Revision {
+    /// Pages that could be written.
+    written: usize,
+    /// How many of them are still where they were.
+    kept: usize,
+}
+
+impl Revision {
+    /// True where the page tables are another program's by now: of what one has written, its stack at least stays where it is.
+    pub fn is_another_program(&self) -> bool {
+        const FEW: usize = 3;
+        self.written >= FEW && self.kept == 0
     }
 }
 
@@ -277,8 +300,15 @@ mod tests {
             )
         };
         assert!(c.list().iter().any(unmapped), "one change for two pages");
+        s.set(5 << 12, Entry::new(0x1_5000).write(true));
+        s.set(6 << 12, Entry::new(0x1_6000).write(true));
+        let some = s.revise(&ram, &paging, &mut c);
+        assert!(!some.is_another_program(), "one page is kept");
+        s.set(5 << 12, Entry::new(0x1_5000).write(true));
+        s.set(6 << 12, Entry::new(0x1_6000).write(true));
         ram.store(0x3000u64, 0u64).unwrap();
-        s.revise(&ram, &paging, &mut c);
+        let all = s.revise(&ram, &paging, &mut c);
+        assert!(all.is_another_program());
         assert_eq!((s.pages(), s.regions.len()), (0, 0));
     }
 }

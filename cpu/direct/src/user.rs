@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use doppel_memory::{
     AccessKind, Leaf, PAGE_MASK, PAGE_SIZE, Paging, Privilege, REGION_PAGES, REGION_SHIFT, Survey,
-    walk,
+    probe, walk,
 };
 use doppel_x86::{
     Cpu, CpuMode, Cr0, Cr4, EngineStats, Exception, Flushed, Kick, Left, Rflags, Seg, Segment,
@@ -26,10 +26,11 @@ use doppel_x86::{
 use rustc_hash::FxHashMap;
 
 use crate::changes::Changes;
-use crate::hazard::Hazards;
+use crate::hazard::{Hazards, Verdict};
 use crate::pin::Pin;
 use crate::policy::{Account, Look, Scout, Times};
 use crate::shadow::{Entry, Revoked, Shadow};
+use crate::spent::{self, Spent};
 use crate::state::{self, UserState};
 use crate::transfer;
 use crate::{Child, DirectError, DirectHost, KickFlag, Stop, hazard};
@@ -45,18 +46,13 @@ const PAGES_BEFORE: usize = 16;
 /// Times that a page changes between written and executed before it is executed no more.
 const MOST_TURNS: u32 = 20;
 
-/// What is known of a page that is claimed as code.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Verdict {
-    Harmless,
-    Sensitive,
-}
-
 /// An address space of the guest.
 struct Space {
     shadow: Shadow,
     account: Account,
     child: Option<Child>,
+    /// What the child has run.
+    spent: Option<Spent>,
     /// What is to be changed in the child.
     changes: Changes,
     /// The [`doppel_x86::AddressSpaces::id`] of the translations that the shadow is a part of.
@@ -79,6 +75,7 @@ struct Counts {
     gone: u64,
     pages_mapped: u64,
     revisions: u64,
+    replaced: u64,
     opened: u64,
     closed: u64,
     emptied: u64,
@@ -170,6 +167,7 @@ impl Direct {
             }
         };
         if let Some(space) = self.spaces.get_mut(&root) {
+            space.spent = Some(Spent::of(child.pid()));
             space.child = Some(child);
             space.empty();
         }
@@ -191,12 +189,7 @@ impl Direct {
             counts.emptied += 1;
             space.empty();
         }
-        if std::mem::replace(&mut space.id, cpu.spaces.id()) != cpu.spaces.id() {
-            counts.revisions += 1;
-            space
-                .shadow
-                .revise(&cpu.ram, &cpu.paging(), &mut space.changes);
-        }
+        space.follow_flushes(cpu, counts);
         space.mappings += space.changes.list().len();
         space.used = counts.runs;
         counts.runs += 1;
@@ -343,18 +336,21 @@ impl Direct {
         leaf: &Leaf,
         kind: AccessKind,
     ) -> Entry {
-        let entry = self.entry_for(cpu, leaf, kind);
+        let entry = self.entry_for(cpu, linear, leaf, kind);
         self.beside_others(cpu, root, linear, entry)
     }
 
-    /// The same, wherever it is mapped.
-    fn entry_for(&mut self, cpu: &mut Cpu, leaf: &Leaf, kind: AccessKind) -> Entry {
+    /// The same, whatever is mapped beside it.
+    fn entry_for(&mut self, cpu: &mut Cpu, linear: u64, leaf: &Leaf, kind: AccessKind) -> Entry {
         let entry = Entry::new(leaf.gpa);
         let asked = kind == AccessKind::Execute;
         if leaf.execute && (asked || !leaf.writable) {
             return match self.verdict(cpu, leaf.gpa) {
                 Verdict::Harmless => entry.execute(true),
-                Verdict::Sensitive => entry.sensitive(),
+                Verdict::Early if !self.begins_sensitive(cpu, linear, leaf.gpa) => {
+                    entry.execute(true)
+                }
+                Verdict::Early | Verdict::Sensitive => entry.sensitive(),
             };
         }
         let tracker = cpu.ram.tracker();
@@ -367,27 +363,35 @@ impl Direct {
 
     /// The same, without permission to execute where a sensitive instruction lies across the border to a page beside it.
     fn beside_others(&self, cpu: &Cpu, root: u64, linear: u64, entry: Entry) -> Entry {
-        let hazards = self.hazards;
-        let across = |first: u64, second: u64| {
-            let (mut end, mut beginning) = ([0; hazard::AROUND.0], [0; hazard::AROUND.1]);
-            let end_at = first + PAGE_SIZE - end.len() as u64;
-            if let (Some(a), Some(b)) = (cpu.ram.ptr(end_at), cpu.ram.ptr(second)) {
-                a.read(&mut end);
-                b.read(&mut beginning);
-            }
-            hazard::is_sensitive_across(&end, &beginning, hazards)
-        };
         let Some(space) = self.spaces.get(&root).filter(|_| entry.may_execute()) else {
             return entry;
         };
         let before = space.shadow.get(linear.wrapping_sub(PAGE_SIZE));
         let after = space.shadow.get(linear + PAGE_SIZE);
+        let across = |first: u64, second: u64| self.is_sensitive_across(cpu, first, second);
         let sensitive = before.may_execute() && across(before.gpa(), entry.gpa())
             || after.may_execute() && across(entry.gpa(), after.gpa());
         match sensitive {
             true => entry.execute(false).sensitive(),
             false => entry,
         }
+    }
+
+    /// Whether the code at the beginning of a page is a sensitive instruction, as the page before tells; it is where there is none.
+    fn begins_sensitive(&self, cpu: &Cpu, linear: u64, gpa: u64) -> bool {
+        let before = probe(&cpu.ram, &cpu.paging(), linear.wrapping_sub(PAGE_SIZE));
+        before.is_none_or(|t| self.is_sensitive_across(cpu, t.gpa & !PAGE_MASK, gpa))
+    }
+
+    fn is_sensitive_across(&self, cpu: &Cpu, first: u64, second: u64) -> bool {
+        let (mut end, mut beginning) = ([0; hazard::AROUND.0], [0; hazard::AROUND.1]);
+        let end_at = first + PAGE_SIZE - end.len() as u64;
+        let (Some(a), Some(b)) = (cpu.ram.ptr(end_at), cpu.ram.ptr(second)) else {
+            return true;
+        };
+        a.read(&mut end);
+        b.read(&mut beginning);
+        hazard::is_sensitive_across(&end, &beginning, self.hazards)
     }
 
     /// Claims a page as code and looks for sensitive instructions in it, once.
@@ -406,10 +410,7 @@ impl Direct {
         if let Some(p) = cpu.ram.ptr(gpa) {
             p.read(&mut page);
         }
-        let verdict = match hazard::is_sensitive(&page, self.hazards) {
-            false => Verdict::Harmless,
-            true => Verdict::Sensitive,
-        };
+        let verdict = hazard::verdict(&page, self.hazards);
         self.claims.insert(gpa, verdict);
         self.follow_given_up(cpu);
         verdict
@@ -533,11 +534,32 @@ impl Space {
             shadow: Shadow::default(),
             account: Account::new(times),
             child: None,
+            spent: None,
             changes: Changes::default(),
             id: u64::MAX,
             mappings: 0,
             used: 0,
         }
+    }
+
+    /// Settles the account after a stretch of user code. False where it is translated from now on.
+    fn stopped(&mut self, times: &Times, stretch: u64, hz: u64) -> bool {
+        let ran = match &mut self.spent {
+            Some(spent) => spent.of_stretch(stretch, times.long, hz),
+            None => stretch,
+        };
+        self.account.stopped(times, ran, host_tsc())
+    }
+
+    /// Compares the shadow with the guest's page tables, if they may have changed since. True where they are another program's by now.
+    fn follow_flushes(&mut self, cpu: &Cpu, counts: &mut Counts) -> bool {
+        if std::mem::replace(&mut self.id, cpu.spaces.id()) == cpu.spaces.id() {
+            return false;
+        }
+        counts.revisions += 1;
+        let paging = cpu.paging();
+        let revision = self.shadow.revise(&cpu.ram, &paging, &mut self.changes);
+        revision.is_another_program()
     }
 
     fn give_up_child(&mut self) -> Option<Child> {
@@ -562,12 +584,17 @@ impl Space {
 
 impl UserCode for Direct {
     fn interrupted(&mut self, cpu: &Cpu, entries: u64) -> bool {
+        if cpu.cpl != 3 {
+            self.scout.kernel();
+            return false;
+        }
         self.pin.tick();
         let translated = !std::mem::take(&mut self.kicked);
         self.counts.found[usize::from(translated)] += 1;
         let look = Look {
             root: root(cpu),
             tsc: host_tsc(),
+            spent: spent::of_this_thread(self.tsc_hz),
             entries,
         };
         let promising = self.scout.promising(&self.times, look);
@@ -575,8 +602,15 @@ impl UserCode for Direct {
     }
 
     fn takes(&mut self, cpu: &Cpu) -> bool {
-        let space = self.spaces.get(&root(cpu));
-        let direct = space.is_some_and(|s| s.account.is_direct());
+        let space = self.spaces.get_mut(&root(cpu));
+        let direct = space.is_some_and(|s| {
+            let is_direct = s.account.is_direct();
+            if is_direct && s.follow_flushes(cpu, &mut self.counts) {
+                self.counts.replaced += 1;
+                s.account = Account::new(&self.times);
+            }
+            s.account.is_direct()
+        });
         if !direct && !self.options.always {
             return false;
         }
@@ -607,9 +641,9 @@ impl UserCode for Direct {
                 }
             };
             let left = self.stopped(cpu, root, stop);
-            let times = self.times;
+            let (times, hz) = (self.times, self.tsc_hz);
             if let Some(space) = self.space(root)
-                && !space.account.stopped(&times, stretch, host_tsc())
+                && !space.stopped(&times, stretch, hz)
             {
                 self.counts.closed += 1;
                 return left.unwrap_or(Left::Declined);
@@ -668,6 +702,7 @@ impl UserCode for Direct {
             ("direct_shadow_pages", pages as u64),
             ("direct_shadow_revisions", c.revisions),
             ("direct_shadow_emptied", c.emptied),
+            ("direct_programs_replaced", c.replaced),
             ("direct_switches_in", c.opened),
             ("direct_switches_out", c.closed),
         ])

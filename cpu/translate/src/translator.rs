@@ -195,15 +195,12 @@ impl Translator {
         (first..r.entered).map(|n| r.rip[n % Recent::SIZE])
     }
 
-    /// Asks whether the user code that was interrupted is to be left to somebody else.
+    /// Asks whether the user code that was interrupted, if any was, is to be left to somebody else.
     fn interrupted(&mut self) {
         let Some(user_code) = &mut self.user_code else {
             return;
         };
         let cpu = &self.context.cpu;
-        if cpu.cpl != 3 {
-            return;
-        }
         let events = cpu.counters.exceptions.iter().sum::<u64>() + cpu.counters.interrupts;
         if user_code.interrupted(cpu, self.context.user_entries + events) {
             self.forget_user_jumps();

@@ -26,7 +26,7 @@ pub enum Left {
 
 /// Executes user code where an engine leaves it to it.
 pub trait UserCode: Send {
-    /// The engine was called out of user code of this CPU's address space. `entries` counts how often user code was entered so far.
+    /// The engine was called out of code of this CPU's address space, the kernel's or the user's. `entries` counts how often user code was entered so far.
     /// True where the address space is left to the other from now on: the engine forgets what would lead it past [`Self::takes`].
     fn interrupted(&mut self, cpu: &Cpu, entries: u64) -> bool;
 

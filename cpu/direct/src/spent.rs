@@ -1,0 +1,97 @@
+//! Processor time: what a stretch of user code really ran, on a host that may have had other things to do meanwhile.
+//!
+//! Problem: the time from a child's start to its stop is cheap to read, but on a busy host much of it may have been others'. A program that is stopped every few microseconds
+//! then looks like one that computes for milliseconds.
+//! Idea: the host's kernel knows what a process has run. It is asked at long stretches alone, which are few; what short ones since the last question took is taken off.
+//! Cost: a system call for each long stretch.
+
+use nix::time::ClockId;
+use std::time::Duration;
+
+/// What a child has run.
+#[derive(Debug)]
+pub struct Spent {
+    clock: ClockId,
+    /// When it was last asked.
+    last: Duration,
+    /// What short stretches have taken since, in TSC ticks.
+    short: u64,
+}
+
+impl Spent {
+    /// Of the process `pid`, from now on.
+    pub fn of(pid: u32) -> Self {
+        /// Linux's clock of a process's processor time, from its number.
+        const CPUCLOCK_SCHED: i32 = 2;
+        let clock = ClockId::from_raw(!(pid as i32) << 3 | CPUCLOCK_SCHED);
+        Spent {
+            clock,
+            last: now(clock),
+            short: 0,
+        }
+    }
+
+    /// How much of a stretch (in ticks of a TSC of `hz`) the child ran, if it was one of `long` ticks; else all of it.
+    pub fn of_stretch(&mut self, stretch: u64, long: u64, hz: u64) -> u64 {
+        if stretch < long {
+            self.short += stretch;
+            return stretch;
+        }
+        let now = now(self.clock);
+        let since = ticks(now.saturating_sub(self.last), hz);
+        self.last = now;
+        let short = std::mem::take(&mut self.short);
+        stretch.min(since.saturating_sub(short))
+    }
+}
+
+/// What the calling thread has run, in ticks of a TSC of `hz`.
+pub fn of_this_thread(hz: u64) -> u64 {
+    ticks(now(ClockId::CLOCK_THREAD_CPUTIME_ID), hz)
+}
+
+/// Nothing where the kernel does not tell.
+fn now(clock: ClockId) -> Duration {
+    clock.now().map(Duration::from).unwrap_or_default()
+}
+
+fn ticks(time: Duration, hz: u64) -> u64 {
+    (time.as_nanos() * u128::from(hz) / 1_000_000_000) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Instant;
+
+    /// A TSC of nanoseconds.
+    const HZ: u64 = 1_000_000_000;
+    const MS: u64 = 1_000_000;
+
+    fn work(time: Duration) {
+        let start = Instant::now();
+        while start.elapsed() < time {}
+    }
+
+    #[test]
+    fn sleep_is_no_time_spent_and_work_is() {
+        let mut spent = Spent::of(std::process::id());
+        let thread = of_this_thread(HZ);
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(spent.of_stretch(50 * MS, MS, HZ) < 40 * MS);
+        assert!(of_this_thread(HZ) - thread < 20 * MS);
+        // On a busy host it takes as long as it takes.
+        while of_this_thread(HZ) - thread < 30 * MS {
+            work(Duration::from_millis(1));
+        }
+        assert!(spent.of_stretch(1000 * MS, MS, HZ) > 8 * MS);
+    }
+
+    #[test]
+    fn short_stretches_count_as_they_are_and_are_taken_off_the_next_long_one() {
+        let mut spent = Spent::of(std::process::id());
+        assert_eq!(spent.of_stretch(10, 100, HZ), 10);
+        assert_eq!(spent.of_stretch(99 * MS, 100 * MS, HZ), 99 * MS);
+        assert_eq!(spent.of_stretch(200 * MS, 100 * MS, HZ), 0);
+    }
+}
