@@ -4,7 +4,7 @@
 //! microseconds more than under translation. Which is cheaper depends on how long user code runs in between, and only trying tells.
 //! Idea: two tests. *In*: two interrupts in a row find user code running in the same address space, none finds the kernel between them, and the kernel was
 //! entered so rarely meanwhile that a stretch of user code was long ([`Times::stretch`]) on average. *Out*: an address space has an account. Each stretch
-//! pays in a part of its length (up to a bound, and without what was a wait for the host's processor), each stop takes out its price; when the account is overdrawn, the address space is translated again, and for
+//! pays in a part of its length (up to a bound, and without what was a wait for the host's processor), each stop and each change of a mapping takes out its price; when the account is overdrawn, the address space is translated again, and for
 //! twice as long as the last time before it is tried once more.
 //! Invariant: what is lost to trying is at most the overdraft in the time until the next try, whatever the guest does.
 //! Cost: one reading of the TSC per stop; one of processor time per long stretch, and per interrupt that finds translated user code.
@@ -19,6 +19,8 @@ pub struct Times {
     pub stretch: u64,
     /// What a stop costs more than under translation.
     pub stop: i64,
+    /// What the change of a mapping costs.
+    pub change: u64,
     /// The account of an address space that is tried.
     pub advance: i64,
     /// A stretch from which on it is asked what of it was a wait for the host's processor.
@@ -40,6 +42,7 @@ impl Times {
         Times {
             stretch: 25 * us,
             stop: 7 * us as i64,
+            change: us + us / 2,
             advance: 1500 * us as i64,
             long: 60 * us,
             longest: 4000 * us,
@@ -54,6 +57,7 @@ impl Times {
         Times {
             stretch: 0,
             stop: 0,
+            change: 0,
             advance: 1,
             long: u64::MAX,
             longest: 1,
@@ -62,6 +66,15 @@ impl Times {
             apart: (0, u64::MAX),
         }
     }
+}
+
+/// User code from one stop to the next.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stretch {
+    /// How long it ran, with the changes of mappings before it, in TSC ticks.
+    pub ticks: u64,
+    /// How many these were.
+    pub changes: u64,
 }
 
 /// A look at user code when it was interrupted.
@@ -135,11 +148,13 @@ impl Account {
     }
 
     /// A stretch of user code ended with a stop. False where the address space is translated from now on.
-    pub fn stopped(&mut self, times: &Times, stretch: u64, now: u64) -> bool {
+    pub fn stopped(&mut self, times: &Times, stretch: Stretch, now: u64) -> bool {
         let Some(credit) = self.credit else {
             return false;
         };
-        let gain = (stretch.min(times.longest) * GAIN.0 / GAIN.1) as i64;
+        let changes = stretch.changes * times.change;
+        let ran = stretch.ticks.saturating_sub(changes).min(times.longest);
+        let gain = (ran * GAIN.0 / GAIN.1) as i64 - changes as i64;
         let credit = credit
             .saturating_add(gain)
             .saturating_sub(times.stop)
@@ -170,6 +185,10 @@ mod tests {
         Times::new(1_000_000_000)
     }
     const MS: u64 = 1_000_000;
+
+    fn ran(ticks: u64) -> Stretch {
+        Stretch { ticks, changes: 0 }
+    }
 
     #[test]
     fn long_stretches_are_promising_and_short_ones_are_not() {
@@ -247,7 +266,7 @@ mod tests {
         for _ in 0..4 {
             assert!(account.open(&times, now));
             let mut stops = 0;
-            while account.stopped(&times, 1000, now) {
+            while account.stopped(&times, ran(1000), now) {
                 stops += 1;
             }
             lost.push(stops);
@@ -259,13 +278,26 @@ mod tests {
     }
 
     #[test]
+    fn mappings_are_paid_for() {
+        let times = times();
+        let mut account = Account::new(&times);
+        account.open(&times, 0);
+        let long = Stretch {
+            ticks: 300_000,
+            changes: 128,
+        };
+        let stops = (0..1000).take_while(|_| account.stopped(&times, long, 0));
+        assert!(stops.count() < 50, "all of it went into mappings");
+    }
+
+    #[test]
     fn an_account_that_pays_stays_open() {
         let times = times();
         let mut account = Account::new(&times);
         account.open(&times, 0);
         account.away *= 8;
         for _ in 0..1000 {
-            assert!(account.stopped(&times, 50_000, 0));
+            assert!(account.stopped(&times, ran(50_000), 0));
         }
         assert_eq!(
             account.away, times.away.0,

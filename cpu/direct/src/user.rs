@@ -28,7 +28,7 @@ use rustc_hash::FxHashMap;
 use crate::changes::Changes;
 use crate::hazard::{Hazards, Verdict};
 use crate::pin::Pin;
-use crate::policy::{Account, Look, Scout, Times};
+use crate::policy::{Account, Look, Scout, Stretch, Times};
 use crate::shadow::{Entry, Revoked, Shadow};
 use crate::spent::{self, Spent};
 use crate::state::{self, UserState};
@@ -175,7 +175,7 @@ impl Direct {
     }
 
     /// Runs the child until it stops, with all changes made.
-    fn run_child(&mut self, cpu: &mut Cpu, root: u64) -> Result<(Stop, u64), DirectError> {
+    fn run_child(&mut self, cpu: &mut Cpu, root: u64) -> Result<(Stop, Stretch), DirectError> {
         self.give_child(root)?;
         let Direct {
             spaces,
@@ -200,6 +200,10 @@ impl Direct {
         let stop = child.run(user, space.changes.list(), &kicker.0);
         let stretch = host_tsc() - began;
         counts.ticks += stretch;
+        let stretch = Stretch {
+            ticks: stretch,
+            changes: space.changes.list().len() as u64,
+        };
         space.changes.clear();
         match stop {
             Ok(Stop::Gone { .. }) | Err(_) => {
@@ -543,11 +547,12 @@ impl Space {
     }
 
     /// Settles the account after a stretch of user code. False where it is translated from now on.
-    fn stopped(&mut self, times: &Times, stretch: u64, hz: u64) -> bool {
-        let ran = match &mut self.spent {
-            Some(spent) => spent.of_stretch(stretch, times.long, hz),
-            None => stretch,
+    fn stopped(&mut self, times: &Times, stretch: Stretch, hz: u64) -> bool {
+        let ticks = match &mut self.spent {
+            Some(spent) => spent.of_stretch(stretch.ticks, times.long, hz),
+            None => stretch.ticks,
         };
+        let ran = Stretch { ticks, ..stretch };
         self.account.stopped(times, ran, host_tsc())
     }
 
