@@ -26,6 +26,8 @@ mod cpu_bus;
 mod death;
 mod doorbell;
 mod engine;
+#[cfg(test)]
+mod hostile;
 mod instance;
 mod layout;
 mod machine;

@@ -1,9 +1,10 @@
-//! The project's own tasks: `tidy`, `test`, `boots`, `bench`, `fuzz`, `disks`, `debian`, `soak`, `stress`; `cargo xtask --help` says what each does.
+//! The project's own tasks: `tidy`, `test`, `boots`, `bench`, `fuzz`, `disks`, `hostile`, `debian`, `soak`, `stress`; `cargo xtask --help` says what each does.
 
 mod boots;
 mod console;
 mod debian;
 mod footprint;
+mod hostile;
 mod soak;
 mod source;
 mod tidy;
@@ -43,6 +44,8 @@ enum Task {
         #[arg(long, default_value_t = 20_000)]
         damaged: u32,
     },
+    /// Hostile guests, images and peers at each door of SECURITY.md, for as long as one likes.
+    Hostile(hostile::Hostile),
     /// Build a Debian, boot it from its disk, use it, kill it, and look at the image.
     Debian(debian::Debian),
     /// Load a Debian with stress-ng for long, and see that neither it nor the monitor takes harm.
@@ -77,6 +80,7 @@ fn main() -> Result<()> {
             run("doppel-bench", &arguments)
         }
         Task::Disks { rounds, damaged } => disks(rounds, damaged),
+        Task::Hostile(args) => hostile::hostile(&cargo_program(), &root()?, &args),
         Task::Debian(args) => {
             cargo("build", &["--release", "--package", "doppel"])?;
             debian::debian(&root()?, &args)

@@ -106,13 +106,14 @@ fn one(path: &Path, seed: &[u8], random: &mut Random) -> bool {
 #[test]
 fn damaged_images_neither_crash_nor_hang_nor_grow() {
     let count = std::env::var("DOPPEL_DISK_FUZZ").map_or(600, |n| n.parse().unwrap());
+    let first: u64 = std::env::var("DOPPEL_DISK_SEED").map_or(0, |n| n.parse().unwrap());
     let scratch = Scratch::new();
     let seeds = images(&scratch);
     let path = scratch.path("damaged.qcow2");
     let before = resident_kib();
     let (mut opened, mut slowest) = (0, Duration::ZERO);
     for number in 0..count {
-        let mut random = Random(number);
+        let mut random = Random(first << 32 | number);
         let seed = &seeds[random.below(seeds.len() as u64) as usize];
         let start = Instant::now();
         opened += u64::from(one(&path, seed, &mut random));

@@ -335,7 +335,7 @@ fn damaged_disks_neither_crash_nor_hang() {
         seeds.extend([with_gpt(&root), with_mbr(&esp, &root), root]);
     }
     let disk = Arc::new(Memory(std::sync::RwLock::new(Vec::new())));
-    let mut state = 1u64;
+    let mut state: u64 = std::env::var("DOPPEL_DISK_SEED").map_or(1, |n| n.parse().unwrap());
     let mut random = move |bound: u64| {
         state = state
             .wrapping_mul(6_364_136_223_846_793_005)

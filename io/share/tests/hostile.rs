@@ -1,4 +1,6 @@
 //! Random requests, most of them nearly right, from several threads at once.
+//!
+//! `DOPPEL_SHARE_REQUESTS=N DOPPEL_SHARE_SEED=S` make a longer campaign (`cargo xtask hostile` sets them).
 
 mod support;
 
@@ -12,7 +14,6 @@ use support::{Mount, ROOT};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 const THREADS: u64 = 3;
-const ROUNDS: u64 = 30_000;
 const NAMES: &[&str] = &[
     "a",
     "b",
@@ -112,6 +113,12 @@ fn request(mount: &Mount, random: &mut Random) -> bool {
 
 #[test]
 fn whatever_a_guest_asks_for_it_stays_inside_and_holds_no_more_than_it_may() {
+    let number = |name: &str, usual| {
+        let given = std::env::var(name).ok();
+        given.map_or(usual, |text| text.parse().expect("a number"))
+    };
+    let rounds = number("DOPPEL_SHARE_REQUESTS", 30_000);
+    let seed = number("DOPPEL_SHARE_SEED", 1);
     let mount = Mount::new("");
     fs::write(mount.host("file"), "content").unwrap();
     symlink("../secret", mount.host("link")).unwrap();
@@ -122,14 +129,14 @@ fn whatever_a_guest_asks_for_it_stays_inside_and_holds_no_more_than_it_may() {
             .map(|n| {
                 let mount = &mount;
                 scope.spawn(move || {
-                    let mut random = Random(0x9e37_79b9 * (n + 1));
-                    (0..ROUNDS).filter(|_| request(mount, &mut random)).count() as u64
+                    let mut random = Random(0x9e37_79b9 * (n + THREADS * (seed - 1) + 1));
+                    (0..rounds).filter(|_| request(mount, &mut random)).count() as u64
                 })
             })
             .collect();
         threads.into_iter().map(|t| t.join().unwrap()).sum()
     });
-    assert!(done > THREADS * ROUNDS / 20, "{done}: too wild");
+    assert!(done > THREADS * rounds / 20, "{done}: too wild");
     assert_eq!(fs::read(mount.host("../secret")).unwrap(), b"secret");
     assert_eq!(fs::read_dir(mount.host("..")).unwrap().count(), 2);
     let (_, handles) = mount.session.counts();
