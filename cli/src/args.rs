@@ -253,7 +253,7 @@ fn module(text: &str) -> Result<(PathBuf, String), String> {
     }
 }
 
-fn on_or_off(text: &str) -> Result<bool, String> {
+pub(crate) fn on_or_off(text: &str) -> Result<bool, String> {
     match text {
         "on" => Ok(true),
         "off" => Ok(false),

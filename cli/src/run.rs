@@ -2,7 +2,7 @@
 
 use crate::args::{Run, Serial};
 use crate::devices::{ConsoleSpec, Opened, VsockSpec};
-use crate::domain::{self, Domain};
+use crate::domain::{self, Domain, OpenFile};
 use crate::explain;
 use crate::guest;
 use crate::sandbox;
@@ -19,6 +19,7 @@ use doppel_machine::{
     MachineConfig, SerialBackend, Stats, StopHandle, Switch, TranslateOptions, VsockSocket,
     WindowSize,
 };
+use doppel_seccomp::{Kind, narrowed};
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -26,6 +27,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
+
+/// A disk that is open.
+type Disk = Arc<dyn BlockBackend>;
 
 /// How long a machine that was told to end waits for a reader of its output.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -62,14 +66,17 @@ pub fn run_observed(
     size::check(args.memory, size::of_host())?;
     domain::check(args)?;
     raise_descriptor_limit();
+    if args.sandbox {
+        sandbox::begin()?;
+    }
     let stats = args.stats.as_deref().map(StatsFile::create).transpose()?;
-    let disks = open_disks(args)?;
+    let (disks, files) = open_disks(args)?;
     let shares = open_shares(args)?;
     let boot = Boot::choose(args, &disks)?;
     let signals = Signals::block()?;
     let perf_map = explain::perf_map(args)?.map(Arc::new);
     if args.sandbox {
-        sandbox::enter(args, &boot.files())?;
+        sandbox::enter(args, &boot.files(), &files)?;
     }
     let lines = Lines::open(args)?;
     let observers = Observers { profile, perf_map };
@@ -91,14 +98,16 @@ pub fn run_observed(
     Ok(report(&ending?, order.as_ref()))
 }
 
-/// The disks, open and locked for as long as the machine runs.
-fn open_disks(args: &Run) -> Result<Vec<Arc<dyn BlockBackend>>> {
+/// The disks, open and locked for as long as the machine runs; and the files of those that have processes, which open them again.
+fn open_disks(args: &Run) -> Result<(Vec<Disk>, Vec<OpenFile>)> {
     let apart = args.driver_domain.contains(&Domain::Disk);
     let open = |spec: &DiskSpec| match apart {
-        true => domain::disk(spec).context("--disk"),
-        false => spec.open().context("--disk"),
+        true => domain::disk(spec, args.sandbox).context("--disk"),
+        false => Ok((spec.open().context("--disk")?, Vec::new())),
     };
-    args.devices.disks().map(open).collect()
+    let disks: Result<Vec<_>> = args.devices.disks().map(open).collect();
+    let (disks, files): (_, Vec<_>) = disks?.into_iter().unzip();
+    Ok((disks, files.concat()))
 }
 
 /// The shared directories, open for as long as the machine runs.
@@ -153,7 +162,7 @@ impl Boot {
         kernel.into_iter().chain(self.initrd.clone()).collect()
     }
 
-    fn choose(args: &Run, disks: &[Arc<dyn BlockBackend>]) -> Result<Boot> {
+    fn choose(args: &Run, disks: &[Disk]) -> Result<Boot> {
         let given = args.cmdline.clone();
         if let Some(kernel) = &args.kernel {
             return Ok(Boot {
@@ -219,7 +228,7 @@ fn default_cmdline(args: &Run) -> String {
 fn configuration(
     args: &Run,
     boot: Boot,
-    (disks, shares): (&[Arc<dyn BlockBackend>], &[Arc<Share>]),
+    (disks, shares): (&[Disk], &[Arc<Share>]),
     lines: &Lines,
 ) -> Result<MachineConfig> {
     let (source, sink) = lines.serial.ends();
@@ -400,12 +409,12 @@ impl Session {
         let (stop, order) = (machine.stop_handle(), self.order.clone());
         thread::Builder::new()
             .name("time limit".to_owned())
-            .spawn(move || {
+            .spawn(narrowed(Kind::Console, move || {
                 thread::sleep(limit);
                 if order.set(Order::Timeout(limit)).is_ok() {
                     stop.stop();
                 }
-            })
+            }))
             .context("a thread cannot be started")?;
         Ok(())
     }

@@ -3,6 +3,7 @@
 //! They are blocked in every thread and taken by one that waits for them, so no code runs in a signal handler.
 
 use anyhow::{Context, Result};
+use doppel_seccomp::{Kind, narrowed};
 use nix::sys::signal::{SigSet, Signal};
 
 const ENDING: [Signal; 4] = [
@@ -45,7 +46,7 @@ impl Signals {
         continued: impl Fn() + Send + 'static,
         resized: impl Fn() + Send + 'static,
     ) {
-        std::thread::spawn(move || {
+        std::thread::spawn(narrowed(Kind::Console, move || {
             while let Ok(signal) = self.0.wait() {
                 match signal {
                     Signal::SIGCONT => {
@@ -56,6 +57,6 @@ impl Signals {
                     signal => end(signal.as_str()),
                 }
             }
-        });
+        }));
     }
 }

@@ -27,12 +27,14 @@ fn confined(options: &str, attempt: impl FnOnce() + Send + 'static) -> bool {
     };
     let inside = move || {
         sandbox::give_up_privileges();
-        let enforced = sandbox::confine(&Plan::new(&args, &[])).unwrap();
-        match enforced == Enforced::Full {
+        let apart = sandbox::keep_apart().unwrap();
+        let enforced = sandbox::confine(&Plan::new(&args, &[], &[])).unwrap();
+        let full = [apart, enforced] == [Enforced::Full; 2];
+        match full {
             true => attempt(),
             false => eprintln!("SKIPPED: this host's kernel has not all of Landlock"),
         }
-        enforced == Enforced::Full
+        full
     };
     thread::spawn(inside).join().unwrap()
 }
@@ -101,24 +103,53 @@ fn a_share_to_read_cannot_be_written_inside_the_sandbox() {
 #[test]
 fn every_thread_of_a_machine_is_inside_the_sandbox() {
     for engine in ["translate", "direct"] {
-        let boot = Boot::script(CLOUD, "echo script runs\nsleep 60").flag("--rng --console none");
+        let scratch = Scratch::new();
+        let disk = scratch.path("disk");
+        File::create(&disk).unwrap().set_len(1 << 20).unwrap();
+        let boot = Boot::script(CLOUD, "echo script runs\nsleep 60").flag(&format!(
+            "--rng --console none --driver-domain disk --disk {},format=raw",
+            disk.display()
+        ));
         let (mut command, _scratch) = boot.command(engine);
         let mut running = Running::start(&mut command);
         running.until("script runs", 1);
-        let tasks = fs::read_dir(format!("/proc/{}/task", running.child.id())).unwrap();
+        let monitor = running.child.id();
+        let processes = [monitor, disk_process(monitor)];
+        let tasks = processes.map(|pid| fs::read_dir(format!("/proc/{pid}/task")).unwrap());
         let mut threads = 0;
-        for task in tasks {
+        for task in tasks.into_iter().flatten() {
             let path = task.unwrap().path();
             let status = fs::read_to_string(path.join("status")).unwrap();
             assert!(status.contains("NoNewPrivs:\t1"), "{engine}: {status}");
+            assert!(status.contains("Seccomp:\t2"), "{engine}: {status}");
+            // First threads, who starts others, and the threads of the disk's process have one filter, all others their own besides.
+            let first = processes.iter().any(|pid| path.ends_with(pid.to_string()));
+            let name = fs::read_to_string(path.join("comm")).unwrap();
+            let filters = match first || ["starter", "disk"].contains(&name.trim()) {
+                true => 1,
+                false => 2,
+            };
+            let count = format!("Seccomp_filters:\t{filters}\n");
+            assert!(status.contains(&count), "{engine}: {status}");
             let limits = fs::read_to_string(path.join("limits")).unwrap();
             let core = limits.lines().find(|line| line.contains("core file"));
             let core: Vec<_> = core.unwrap().split_whitespace().collect();
             assert_eq!(core[4], "0", "{engine}: {limits}");
             threads += 1;
         }
-        assert!(threads > 2, "{engine}: {threads}");
+        assert!(threads > 20, "{engine}: {threads}");
     }
+}
+
+/// The process that `monitor` started for its disk.
+fn disk_process(monitor: u32) -> u32 {
+    let children = fs::read_to_string(format!("/proc/{monitor}/task/{monitor}/children")).unwrap();
+    let mut children = children.split_whitespace().map(|pid| pid.parse().unwrap());
+    let serves = |pid: &u32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap();
+        line.split(|b| *b == 0).any(|word| word == b"backend")
+    };
+    children.find(serves).expect("a process for the disk")
 }
 
 #[test]

@@ -112,12 +112,18 @@ pub struct Host {
 }
 
 impl Host {
-    /// This host, for a guest whose RAM is made of this.
-    pub fn probe(backing: Option<Backing>) -> Self {
+    /// This host, for a guest whose RAM is made of this. Whether it executes user code directly is tried out, by processes that are started, and
+    /// only for a choice that it matters to.
+    pub fn probe(choice: EngineChoice, backing: Option<Backing>) -> Self {
         let shared = matches!(backing, None | Some(Backing::Memfd));
-        let direct = match shared {
-            true => doppel_direct::supported().map_err(|e| e.to_string()),
-            false => Err("guest memory has to be --memory-backing memfd".to_owned()),
+        let direct = match (choice, shared) {
+            (EngineChoice::Auto | EngineChoice::Direct, true) => {
+                doppel_direct::supported().map_err(|e| e.to_string())
+            }
+            (EngineChoice::Auto | EngineChoice::Direct, false) => {
+                Err("guest memory has to be --memory-backing memfd".to_owned())
+            }
+            _ => Err("nobody asked for it".to_owned()),
         };
         Host {
             translate: doppel_translate::supported().map_err(|e| e.to_string()),

@@ -6,6 +6,7 @@ use std::thread::{self, Scope, ScopedJoinHandle};
 
 use doppel_direct::{Direct, DirectHost};
 use doppel_memory::GuestRam;
+use doppel_seccomp::{Kind, narrowed};
 use doppel_translate::{SharedCode, Translate, TranslateOptions};
 use doppel_x86::interpret::Interpret;
 use doppel_x86::{Activity, Cpu, CpuidModel, Engine};
@@ -114,7 +115,7 @@ impl Instance {
         let Instance { pc, vcpus } = self;
         control.set_doorbells(vcpus.iter().map(|v| v.doorbell.clone()).collect());
         let (cause, vcpus) = thread::scope(|scope| {
-            let timers = spawn(scope, "timers", control, || pc.timers.run())?;
+            let timers = spawn(scope, (Kind::Device, "timers"), control, || pc.timers.run())?;
             let vcpus = start(scope, control, vcpus);
             let cause = control.wait();
             let vcpus = vcpus.into_iter().map(|v| join(v?)).collect::<Vec<_>>();
@@ -262,7 +263,7 @@ fn start<'scope>(
         .into_iter()
         .map(|mut vcpu| {
             let name = format!("vcpu {}", vcpu.engine.cpu().id);
-            spawn(scope, &name, control, move || {
+            spawn(scope, (Kind::Vcpu, &name), control, move || {
                 if several {
                     ask_for_short_slices();
                 }
@@ -279,16 +280,19 @@ fn start<'scope>(
 
 fn spawn<'scope, T: Send + 'scope>(
     scope: &'scope Scope<'scope, '_>,
-    name: &str,
+    (kind, name): (Kind, &str),
     control: &'scope Control,
     body: impl FnOnce() -> T + Send + 'scope,
 ) -> Started<'scope, T> {
     thread::Builder::new()
         .name(name.to_owned())
-        .spawn_scoped(scope, move || {
-            let _end = EndOnPanic(control);
-            body()
-        })
+        .spawn_scoped(
+            scope,
+            narrowed(kind, move || {
+                let _end = EndOnPanic(control);
+                body()
+            }),
+        )
         .map_err(|e| MachineError::Host("a thread cannot be started", e))
 }
 

@@ -90,7 +90,10 @@ impl Machine {
             return Err(MachineError::Cpus(config.cpus));
         }
         let tsc = TscMeasurement::start();
-        let selection = engine::select(config.engine, &Host::probe(config.memory_backing))?;
+        let selection = engine::select(
+            config.engine,
+            &Host::probe(config.engine, config.memory_backing),
+        )?;
         // Loading lasts longer than the measurement.
         let loaded = Loaded::new(&config, selection.engine)?;
         let control = Arc::new(Control::default());

@@ -14,6 +14,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 
+use doppel_seccomp::{Kind, narrowed};
+
 use crate::mapping_unsafe::Mapping;
 
 /// Batches that are asked for at once at most.
@@ -93,7 +95,7 @@ impl Ahead {
         let (requests, received) = sync_channel(QUEUE);
         thread::Builder::new()
             .name("ram".into())
-            .spawn(move || serve(&mapping, &received))?;
+            .spawn(narrowed(Kind::Helper, move || serve(&mapping, &received)))?;
         Ok(Ahead {
             requests,
             bytes: AtomicU64::new(0),

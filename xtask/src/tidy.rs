@@ -13,9 +13,10 @@ pub type Complaint = String;
 /// A crate's folder and the folders of the crates it may depend on, development included. A crate that is not listed
 /// is a complaint.
 const ARROWS: &[(&str, &[&str])] = &[
-    ("memory", &[]),
+    ("seccomp", &[]),
+    ("memory", &["seccomp"]),
     ("cpu/x86", &["memory"]),
-    ("cpu/translate", &["cpu/x86", "memory"]),
+    ("cpu/translate", &["cpu/x86", "memory", "seccomp"]),
     (
         "cpu/conformance",
         &[
@@ -26,15 +27,22 @@ const ARROWS: &[(&str, &[&str])] = &[
             "cpu/kvm",
         ],
     ),
-    ("cpu/direct", &["cpu/x86", "memory"]),
+    ("cpu/direct", &["cpu/x86", "memory", "seccomp"]),
     ("cpu/kvm", &["cpu/x86", "memory"]),
     ("io/device", &["memory"]),
     ("io/pc", &["io/device", "memory"]),
-    ("io/block", &["memory"]),
+    ("io/block", &["memory", "seccomp"]),
     ("io/bootdisk", &["io/block"]),
     (
         "io/virtio",
-        &["io/block", "io/device", "io/net", "io/share", "memory"],
+        &[
+            "io/block",
+            "io/device",
+            "io/net",
+            "io/share",
+            "memory",
+            "seccomp",
+        ],
     ),
     ("io/share", &["memory"]),
     ("io/net", &["io/device"]),
@@ -53,9 +61,10 @@ const ARROWS: &[(&str, &[&str])] = &[
             "io/virtio",
             "io/net",
             "io/share",
+            "seccomp",
         ],
     ),
-    ("cli", &["machine"]),
+    ("cli", &["machine", "seccomp"]),
     (
         "fuzz",
         &["memory", "cpu/x86", "cpu/translate", "cpu/direct"],
@@ -69,7 +78,8 @@ const ARROWS: &[(&str, &[&str])] = &[
 const LINES_MAX: usize = 900;
 const MANIFEST: &str = "Cargo.toml";
 const MAP: &str = "ARCHITECTURE.md";
-const PROMISES: &str = "SPEC.md";
+/// Tables whose rows name tests in their last column.
+const CLAIMS: &[&str] = &["SPEC.md", "SECURITY.md"];
 const SKIPPED: &[&str] = &["target", ".git", "corpus", "artifacts"];
 const UNFINISHED: &[&str] = &["todo!", "unimplemented!", "#[ignore"];
 
@@ -123,7 +133,7 @@ pub fn check(tree: &Tree) -> Vec<Complaint> {
     let rules = [
         arrows,
         code_map,
-        promises,
+        claims,
         heads,
         lengths,
         unfinished,
@@ -199,25 +209,41 @@ fn is_path(word: &str) -> bool {
     !word.starts_with(['/', '.']) && word.chars().all(characters) && (word.contains('/') || source)
 }
 
-/// Every row of SPEC.md names tests that exist: files or folders with tests in them (between backticks, as in the map), or functions
-/// that are tests.
-fn promises(tree: &Tree) -> Vec<Complaint> {
-    let Some(text) = tree.0.get(PROMISES) else {
-        return vec![format!("{PROMISES} is missing")];
-    };
+/// Every row of SPEC.md and SECURITY.md names tests that exist: files or folders with tests in them (between backticks, as in the map), or
+/// functions that are tests.
+fn claims(tree: &Tree) -> Vec<Complaint> {
     let names = test_names(tree);
-    let rows = text.lines().filter(|line| line.starts_with('|')).skip(2);
+    let of = |file: &&str| match tree.0.get(*file) {
+        Some(text) => claims_of(tree, &names, file, text),
+        None => vec![format!("{file} is missing")],
+    };
+    CLAIMS.iter().flat_map(of).collect()
+}
+
+/// The rows of a text's tables, without their heads.
+fn rows(text: &str) -> impl Iterator<Item = &str> {
+    let lines: Vec<&str> = text.lines().collect();
+    let is_rule = |line: &str| line.starts_with("|--");
+    let rows: Vec<&str> = (0..lines.len())
+        .filter(|n| lines[*n].starts_with('|') && !is_rule(lines[*n]))
+        .filter(|n| !lines.get(n + 1).is_some_and(|next| is_rule(next)))
+        .map(|n| lines[n])
+        .collect();
+    rows.into_iter()
+}
+
+fn claims_of(tree: &Tree, names: &BTreeSet<&str>, file: &str, text: &str) -> Vec<Complaint> {
     let mut complaints = Vec::new();
-    for row in rows {
+    for row in rows(text) {
         let cell = row.trim_end_matches('|').rsplit('|').next().unwrap_or(row);
         let words = cell.split(|c: char| c.is_whitespace() || "`,:;".contains(c));
         let claims: Vec<&str> = words.filter(|w| is_path(w) || w.contains('_')).collect();
         if claims.is_empty() {
-            complaints.push(format!("{PROMISES}: no test for:{row}"));
+            complaints.push(format!("{file}: no test for:{row}"));
         }
         for claim in claims {
             if !names.contains(claim) && !has_tests(tree, claim) {
-                complaints.push(format!("{PROMISES}: `{claim}` is no test"));
+                complaints.push(format!("{file}: `{claim}` is no test"));
             }
         }
     }
@@ -391,9 +417,12 @@ mod tests {
     fn a_promise_names_tests_that_exist() {
         let test = "//! Tests.\n#[test]\n#[cfg(unix)]\nfn it_works() {}\nfn it_helps() {}\n";
         let complaints = |cell: &str| {
-            let spec = format!("# Spec\n\n| promise | test |\n|---|---|\n| it works | {cell} |\n");
-            promises(&tree(&[
-                (PROMISES, &spec),
+            let two = "| a | b |\n|---|---|\n| works too | it_works |\n";
+            let spec =
+                format!("# Spec\n\n{two}\n| promise | test |\n|---|---|\n| it works | {cell} |\n");
+            claims(&tree(&[
+                ("SPEC.md", "# Spec\n"),
+                ("SECURITY.md", &spec),
                 ("a/tests/b.rs", test),
                 ("a/src/c.rs", ""),
             ]))
@@ -408,7 +437,7 @@ mod tests {
         for bad in ["it_helps", "`a/src/c.rs`", "`a/tests/d.rs`", "surely", ""] {
             assert_eq!(complaints(bad).len(), 1, "{bad}");
         }
-        assert_eq!(promises(&tree(&[])).len(), 1, "no promises at all");
+        assert_eq!(claims(&tree(&[])).len(), 2, "no promises at all");
     }
 
     #[test]

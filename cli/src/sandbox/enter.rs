@@ -1,31 +1,63 @@
-//! The way in, from the command line: `doppel run`, and `--print-sandbox`, which goes no further.
+//! The way in, from the command line: `doppel run`, the process of a disk, and `--print-sandbox`, which goes no further.
 
-use super::{Enforced, Plan};
+use super::{Enforced, Need, Plan, filters, needs, permitted};
 use crate::args::{Run, Serial};
-use anyhow::Result;
+use crate::domain::OpenFile;
+use anyhow::{Result, bail};
 use doppel_machine::NetConfig;
 use doppel_machine::net::{Network, switch_root};
+use doppel_seccomp::{Kind, SeccompError};
 use std::fs::{DirBuilder, File};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 
-/// Confines this thread, and so all that it starts; `boot` is read at each boot of the machine.
-/// A disk's process has files of its own, which would have to be known here: with one, only privileges are given up.
+/// What comes before the first process of the machine.
 ///
 /// # Errors
 /// The kernel has Landlock but refuses the rules.
-pub fn enter(args: &Run, boot: &[PathBuf]) -> Result<()> {
+pub fn begin() -> Result<()> {
     super::give_up_privileges();
-    if !args.driver_domain.is_empty() {
-        eprintln!("doppel: sandbox: with --driver-domain, no Landlock in this version");
-        return Ok(());
-    }
+    // What a kernel lacks, `enter` tells.
+    super::keep_apart().map(drop)
+}
+
+/// Confines this thread, and so all that it starts; `boot` is read at each boot of the machine, `disks` when a disk's process is
+/// started anew.
+///
+/// # Errors
+/// The kernel has Landlock or seccomp but refuses the rules.
+pub fn enter(args: &Run, boot: &[PathBuf], disks: &[OpenFile]) -> Result<()> {
     make_what_is_written(args);
-    let enforced = super::confine(&Plan::new(args, boot))?;
+    let enforced = super::confine(&Plan::new(args, boot, disks))?;
     if enforced == Enforced::None {
         eprintln!("doppel: sandbox: {enforced}");
     }
+    if !filter(Kind::Control, &needs(args))? {
+        eprintln!("doppel: sandbox: {NO_FILTERS}");
+    }
     Ok(())
+}
+
+/// Confines the process of a disk, which has all open that it needs.
+///
+/// # Errors
+/// As for [`enter`].
+pub fn enter_disk_process() -> Result<()> {
+    begin()?;
+    super::confine(&Plan::default())?;
+    filter(Kind::DiskServer, &[Need::Always]).map(drop)
+}
+
+const NO_FILTERS: &str =
+    "no seccomp: this kernel has none, so that threads may make every system call";
+
+/// False where the kernel has no filters.
+fn filter(kind: Kind, needs: &[Need]) -> Result<bool> {
+    match filters(needs)?.confine(kind) {
+        Ok(()) => Ok(true),
+        Err(SeccompError::Unsupported) => Ok(false),
+        Err(error) => bail!("{error}; --sandbox off does without"),
+    }
 }
 
 /// Landlock knows files that are there. What cannot be made is told of by who opens it.
@@ -51,16 +83,49 @@ pub fn print(args: &Run) -> Result<u8> {
         println!("no sandbox (--sandbox off)");
         return Ok(0);
     }
-    super::give_up_privileges();
-    if !args.driver_domain.is_empty() {
-        println!(
-            "every thread and process: no new privileges, no core file; no Landlock with --driver-domain"
-        );
-        return Ok(0);
-    }
+    begin()?;
     let given = [&args.kernel, &args.initrd].into_iter().flatten();
-    let plan = Plan::new(args, &given.cloned().collect::<Vec<_>>());
+    let disks = args.devices.disks().map(|spec| OpenFile {
+        path: spec.path.clone(),
+        writable: !spec.read_only,
+    });
+    let disks: Vec<_> = match args.driver_domain.is_empty() {
+        true => Vec::new(),
+        false => disks.collect(),
+    };
+    let plan = Plan::new(args, &given.cloned().collect::<Vec<_>>(), &disks);
     let enforced = super::confine(&plan)?;
     print!("{}", super::describe(&plan, enforced));
+    let needs = needs(args);
+    match filter(Kind::Control, &needs)? {
+        true => print!("{}", describe_filters(&needs, !disks.is_empty())),
+        false => println!("{NO_FILTERS}"),
+    }
     Ok(0)
+}
+
+/// A line for each kind of thread.
+fn describe_filters(needs: &[Need], disks_apart: bool) -> String {
+    let mut text = "seccomp: these system calls and no others\n".to_owned();
+    let there = |kind: &Kind| match kind {
+        Kind::Supervisor | Kind::DiskServer => disks_apart,
+        Kind::Zygote => needs.contains(&Need::Programs),
+        Kind::Share => needs.contains(&Need::Share),
+        _ => true,
+    };
+    for kind in Kind::ALL.into_iter().filter(there) {
+        let needs = match kind {
+            Kind::DiskServer => &[Need::Always],
+            _ => needs,
+        };
+        let calls: Vec<_> = permitted(kind, needs)
+            .into_iter()
+            .map(|(call, tests)| match tests.is_empty() {
+                true => call.name().to_owned(),
+                false => format!("{}(*)", call.name()),
+            })
+            .collect();
+        text += &format!("  {} ({}): {}\n", kind.name(), calls.len(), calls.join(" "));
+    }
+    text + "  (*) with some arguments only\n"
 }

@@ -32,20 +32,34 @@ impl fmt::Display for Enforced {
     }
 }
 
+const REFUSED: &str = "the host's Landlock refuses the sandbox; --sandbox off does without";
+
+/// Keeps signals and abstract sockets of this thread, and those that it starts from now on, among themselves. This comes before the first
+/// process of the machine, which signals reach, and [`confine`] later.
+///
+/// # Errors
+/// The kernel has Landlock but refuses the rules.
+pub fn keep_apart() -> Result<Enforced> {
+    let rules = || {
+        let rules = Ruleset::default().scope(Scope::from_all(VERSION))?;
+        rules.create()?.restrict_self()
+    };
+    Ok(rules().context(REFUSED)?.ruleset.into())
+}
+
 /// Binds this thread, and those that it starts from now on, to `plan`.
 ///
 /// # Errors
 /// The kernel has Landlock but refuses the rules.
 pub fn confine(plan: &Plan) -> Result<Enforced> {
-    let refused = "the host's Landlock refuses the sandbox; --sandbox off does without";
     let rules = || {
         let mut rules = Ruleset::default().handle_access(AccessFs::from_all(VERSION))?;
         if !plan.tcp() {
             rules = rules.handle_access(AccessNet::from_all(VERSION))?;
         }
-        rules.scope(Scope::from_all(VERSION))?.create()
+        rules.create()
     };
-    let mut rules = rules().context(refused)?;
+    let mut rules = rules().context(REFUSED)?;
     for grant in plan.grants() {
         // What is not there cannot be opened either.
         if let Ok(file) = PathFd::new(&grant.path) {
@@ -54,12 +68,17 @@ pub fn confine(plan: &Plan) -> Result<Enforced> {
             let _ = (&mut rules).add_rule(rule);
         }
     }
-    let status = rules.restrict_self().context(refused)?;
-    Ok(match status.ruleset {
-        RulesetStatus::FullyEnforced => Enforced::Full,
-        RulesetStatus::PartiallyEnforced => Enforced::Partial,
-        RulesetStatus::NotEnforced => Enforced::None,
-    })
+    Ok(rules.restrict_self().context(REFUSED)?.ruleset.into())
+}
+
+impl From<RulesetStatus> for Enforced {
+    fn from(status: RulesetStatus) -> Enforced {
+        match status {
+            RulesetStatus::FullyEnforced => Enforced::Full,
+            RulesetStatus::PartiallyEnforced => Enforced::Partial,
+            RulesetStatus::NotEnforced => Enforced::None,
+        }
+    }
 }
 
 fn rights(right: Right) -> BitFlags<AccessFs> {

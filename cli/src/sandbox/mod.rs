@@ -6,12 +6,16 @@
 //! Files that are open already stay usable. It costs nothing per instruction: only opening a file, starting a program and sending a signal
 //! to another process are checked.
 
+mod calls;
 mod enter;
+mod filter;
 mod landlock;
 mod plan;
 
-pub use enter::{enter, print};
-pub use landlock::{Enforced, confine};
+pub use calls::{Need, needs};
+pub use enter::{begin, enter, enter_disk_process, print};
+pub use filter::{filters, permitted};
+pub use landlock::{Enforced, confine, keep_apart};
 pub use plan::{Grant, Plan, Right};
 
 use rustix::process::{Resource, Rlimit, setrlimit};

@@ -1,6 +1,7 @@
 //! What a machine needs of the host's files and network, from its command line.
 
 use crate::args::{Run, Serial};
+use crate::domain::OpenFile;
 use crate::terminal;
 use doppel_machine::EngineChoice;
 use doppel_machine::net::{Network, switch_root};
@@ -71,9 +72,10 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// What `args` need, with `boot`, the files that are read at each boot of the machine.
+    /// What `args` need, with `boot`, the files that are read at each boot of the machine, and those of `disks` in processes
+    /// of their own, which are opened again when such a process has died.
     #[must_use]
-    pub fn new(args: &Run, boot: &[PathBuf]) -> Plan {
+    pub fn new(args: &Run, boot: &[PathBuf], disks: &[OpenFile]) -> Plan {
         let mut plan = Plan::default();
         for (path, right, reason) in ALWAYS {
             plan.grant(path, *right, reason);
@@ -88,8 +90,18 @@ impl Plan {
         if matches!(args.engine, EngineChoice::Auto | EngineChoice::Kvm) {
             plan.grant("/dev/kvm", Right::Write, "whether it is there");
         }
+        for file in disks {
+            let right = match file.writable {
+                true => Right::Write,
+                false => Right::Read,
+            };
+            plan.grant(&file.path, right, "--driver-domain");
+        }
+        if !args.driver_domain.is_empty() {
+            plan.this_program("a disk's next process");
+        }
         if terminal::size().is_some() {
-            plan.watchdog();
+            plan.this_program("the terminal's watchdog");
         }
         plan
     }
@@ -149,16 +161,15 @@ impl Plan {
         }
     }
 
-    /// The process that gives the terminal back is this program again: its files, which are those mapped here.
-    fn watchdog(&mut self) {
+    /// A process that is this program again: its files, which are those mapped here.
+    fn this_program(&mut self, reason: &'static str) {
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
         let path = |line: &str| line.find('/').map(|at| PathBuf::from(&line[at..]));
         let files: BTreeSet<PathBuf> = maps.lines().filter_map(path).collect();
         for file in files.iter().filter(|file| file.is_file()) {
-            self.grant(file, Right::Execute, "the terminal's watchdog");
+            self.grant(file, Right::Execute, reason);
         }
-        let cache = "/etc/ld.so.cache";
-        self.grant(cache, Right::Read, "the terminal's watchdog");
+        self.grant("/etc/ld.so.cache", Right::Read, reason);
     }
 }
 

@@ -4,6 +4,7 @@ use super::escape::{Command, Escape, HELP};
 use crate::args::Serial;
 use anyhow::{Context, Result};
 use doppel_machine::{Backed, CharSink, CharSource, InputQueue, OutputQueue};
+use doppel_seccomp::{Kind, narrowed};
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -43,7 +44,7 @@ impl Console {
         let output = OutputQueue::new(OUTPUT_CAPACITY);
         let (done, written) = channel();
         let (queue, option) = (output.clone(), option.to_owned());
-        thread::spawn(move || {
+        thread::spawn(narrowed(Kind::Console, move || {
             let what = match option.as_str() {
                 "--serial" => "the serial port's",
                 _ => "a console's",
@@ -54,7 +55,7 @@ impl Console {
                 failed: false,
             });
             let _ = done.send(());
-        });
+        }));
         Ok(Console {
             input: InputQueue::new(INPUT_CAPACITY),
             output,
@@ -71,13 +72,15 @@ impl Console {
     /// Passes standard input on to the guest as it is, to its end; the guest outlives it.
     pub fn listen_to_pipe(&self) {
         let queue = self.input.clone();
-        thread::spawn(move || queue.run(io::stdin().lock()));
+        thread::spawn(narrowed(Kind::Console, move || {
+            queue.run(io::stdin().lock())
+        }));
     }
 
     /// Passes on what is typed, all but the escape commands; `leave` is called for the one that ends the machine.
     pub fn listen_to_terminal(&self, leave: impl Fn() + Send + 'static) {
         let queue = self.input.clone();
-        thread::spawn(move || {
+        thread::spawn(narrowed(Kind::Console, move || {
             let (mut escape, mut buffer) = (Escape::default(), [0; 1024]);
             let mut stdin = io::stdin().lock();
             while let Ok(n @ 1..) = stdin.read(&mut buffer) {
@@ -92,7 +95,7 @@ impl Console {
                     return;
                 }
             }
-        });
+        }));
     }
 
     /// Waits until all that the guest wrote is out, for `limit` at most where there is one.

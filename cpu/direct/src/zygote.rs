@@ -20,6 +20,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use doppel_seccomp::{Kind, narrowed};
 use raw_cpuid::native_cpuid::cpuid_count;
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, ftruncate, memfd_create};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -332,7 +333,7 @@ impl Keeper {
             }
         };
         let thread = thread
-            .spawn(run)
+            .spawn(narrowed(Kind::Zygote, run))
             .map_err(|e| DirectError::Host("thread", e))?;
         let keeper = Keeper {
             end: Some(end),

@@ -58,7 +58,8 @@ impl ThreadSetup {
             let mut mask: libc::sigset_t = std::mem::zeroed();
             let mut old_mask: libc::sigset_t = std::mem::zeroed();
             libc::sigfillset(&mut mask);
-            for s in SIGNALS {
+            // SIGSYS tells of a system call that is refused, and the kernel kills without a word who blocks it.
+            for s in SIGNALS.into_iter().chain([libc::SIGSYS]) {
                 libc::sigdelset(&mut mask, s);
             }
             libc::pthread_sigmask(libc::SIG_SETMASK, &mask, &mut old_mask);

@@ -7,7 +7,9 @@
 //! Cost: a thread that sleeps, and a huge page that is there half a page early.
 
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
+
+use doppel_seccomp::{Kind, spawn};
 
 /// Bytes of a huge page.
 pub(crate) const HUGE_PAGE: usize = 2 << 20;
@@ -90,10 +92,8 @@ impl Thread {
     fn start(mappings: Mappings) -> Option<Self> {
         let (requests, received) = channel();
         let (answer, made) = channel();
-        let handle = Builder::new()
-            .name("code".into())
-            .spawn(move || serve(mappings, &received, &answer))
-            .ok()?;
+        let body = move || serve(mappings, &received, &answer);
+        let handle = spawn(Kind::Helper, "code", body).ok()?;
         Some(Thread {
             requests,
             made,

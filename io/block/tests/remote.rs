@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use doppel_block::{BlockBackend, DiskSpec, RemoteDisk, serve};
+use doppel_block::{BlockBackend, BlockError, DiskSpec, RemoteDisk, serve};
 use doppel_memory::{Backing, GuestRam, GuestSlice};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
@@ -27,7 +27,9 @@ fn the_other_process() {
     };
     let socket = io::stdin().as_fd().try_clone_to_owned().unwrap();
     let spec: DiskSpec = disk.parse().unwrap();
-    serve(socket, || Ok(Arc::new(Trapped(spec.open()?)))).unwrap();
+    let open =
+        || -> Result<Arc<dyn BlockBackend>, BlockError> { Ok(Arc::new(Trapped(spec.open()?))) };
+    serve(socket, open).unwrap();
     std::process::exit(0);
 }
 

@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
+use doppel_seccomp::{Kind, spawn};
+
 use crate::{Interrupt, Notifier};
 
 /// The wish that a thread come to its end.
@@ -51,18 +53,16 @@ pub struct Worker<T> {
 impl<T: Send + 'static> Worker<T> {
     /// Starts a thread. Where it panics, the device needs a reset.
     pub fn start(
-        name: &str,
+        (kind, name): (Kind, &str),
         interrupt: Arc<dyn Interrupt>,
         body: impl FnOnce(&Stop) -> T + Send + 'static,
     ) -> io::Result<Self> {
         let stop = Arc::new(Stop::new()?);
         let seen = stop.clone();
-        let thread = thread::Builder::new()
-            .name(name.to_owned())
-            .spawn(move || {
-                let _watch = OnPanic(interrupt);
-                body(&seen)
-            })?;
+        let thread = spawn(kind, name, move || {
+            let _watch = OnPanic(interrupt);
+            body(&seen)
+        })?;
         Ok(Worker { stop, thread })
     }
 

@@ -29,7 +29,8 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use doppel_memory::{GuestRam, GuestSlice};
-use nix::sys::signal::{SigSet, SigmaskHow};
+use doppel_seccomp::{Kind as ThreadKind, spawn};
+use nix::sys::signal::{SigSet, Signal};
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, shutdown, socketpair};
 use vm_memory::bitmap::Bitmap;
 
@@ -44,6 +45,8 @@ pub type Start = Box<dyn Fn(OwnedFd) -> io::Result<Child> + Send + Sync>;
 
 /// So many processes die with a request before it is given up.
 const DEATHS_MAX: u32 = 6;
+/// So many processes die without an answer to anything before all requests are given up: a process that always dies before it takes one.
+const DEATHS_IN_A_ROW: u32 = 24;
 /// From so many on, it is sent alone, so that others are not blamed for it.
 const SUSPECT: u32 = 2;
 /// The pause before the next start, doubled each time that there was no answer since the last.
@@ -53,9 +56,16 @@ const DOUBLINGS_MAX: u32 = 6;
 /// A disk that another process has.
 pub struct RemoteDisk {
     shared: Arc<Shared>,
-    supervisor: Option<JoinHandle<()>>,
+    supervisor: Mutex<Supervisor>,
+    process: u32,
     len: u64,
     read_only: bool,
+}
+
+/// The thread that passes answers on. The first who asks for something starts it, so that it is under whatever the machine has been put under by then.
+enum Supervisor {
+    Not(Option<Running>),
+    Started(JoinHandle<()>),
 }
 
 struct Shared {
@@ -125,18 +135,38 @@ impl RemoteDisk {
         let running = shared.start()?;
         let (len, read_only) = (running.hello.len, running.hello.offset != 0);
         shared.state().socket = Some(running.socket.clone());
-        let of = shared.clone();
-        let supervisor = quietly(move || of.supervise(running))?;
         Ok(RemoteDisk {
-            supervisor: Some(supervisor),
+            process: running.child.id(),
+            supervisor: Mutex::new(Supervisor::Not(Some(running))),
             shared,
             len: len / SECTOR * SECTOR,
             read_only,
         })
     }
 
+    /// The number of the process that was started first.
+    #[must_use]
+    pub fn process(&self) -> u32 {
+        self.process
+    }
+
     fn call(&self, request: Message) -> io::Result<Message> {
+        self.supervise()?;
         self.shared.call(request)
+    }
+
+    /// Sees to it that answers are passed on.
+    fn supervise(&self) -> io::Result<()> {
+        let mut supervisor = self
+            .supervisor
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Supervisor::Not(first) = &mut *supervisor {
+            let first = first.take().ok_or(io::ErrorKind::BrokenPipe)?;
+            let of = self.shared.clone();
+            *supervisor = Supervisor::Started(quietly(move || of.supervise(first))?);
+        }
+        Ok(())
     }
 
     fn guest_call(&self, kind: Kind, offset: u64, pieces: &[GuestSlice<'_>]) -> io::Result<()> {
@@ -213,6 +243,7 @@ impl BlockBackend for RemoteDisk {
             })?;
             Ok::<_, io::Error>((ram.size(), file.try_clone()?))
         });
+        self.supervise()?;
         self.shared.use_memory(memory.transpose()?)
     }
 
@@ -246,8 +277,12 @@ impl Drop for RemoteDisk {
             let _ = shutdown(&*socket, Shutdown::Both);
         }
         drop(state);
-        if let Some(supervisor) = self.supervisor.take() {
-            let _ = supervisor.join();
+        let supervisor = self.supervisor.get_mut();
+        let supervisor = supervisor.unwrap_or_else(PoisonError::into_inner);
+        match std::mem::replace(supervisor, Supervisor::Not(None)) {
+            Supervisor::Not(Some(mut first)) => bury(&mut first.child),
+            Supervisor::Not(None) => {}
+            Supervisor::Started(thread) => drop(thread.join()),
         }
     }
 }
@@ -367,8 +402,11 @@ impl Shared {
         lost.status = rustix::io::Errno::IO.raw_os_error().unsigned_abs();
         let requests = state.pending.values_mut();
         requests.for_each(|request| request.deaths += u32::from(std::mem::take(&mut request.sent)));
-        let gone = |_: &u64, request: &mut Pending| ended || request.deaths >= DEATHS_MAX;
-        let gone: Vec<_> = state.pending.extract_if(.., gone).collect();
+        let all = ended || state.deaths.is_multiple_of(DEATHS_IN_A_ROW);
+        let requests = state
+            .pending
+            .extract_if(.., |_, request| all || request.deaths >= DEATHS_MAX);
+        let gone: Vec<_> = requests.collect();
         let lost = gone.into_iter().map(|(id, _)| (id, lost.clone()));
         state.answers.extend(lost);
         self.answered.notify_all();
@@ -438,13 +476,16 @@ impl Shared {
     }
 }
 
-/// A thread that no signal is delivered to: whoever starts it may not have blocked those that are his business.
+/// A thread that no signal is delivered to: whoever starts it may not have blocked those that are his business. But for SIGSYS, which
+/// the kernel would kill for without a word.
 fn quietly(body: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
-    let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
-    let thread = thread::Builder::new().name("disk supervisor".to_owned());
-    let thread = thread.spawn(body);
-    before.thread_set_mask()?;
-    thread
+    spawn(ThreadKind::Supervisor, "disk supervisor", move || {
+        let mut signals = SigSet::all();
+        signals.remove(Signal::SIGSYS);
+        // It is refused for no valid set.
+        let _ = signals.thread_block();
+        body();
+    })
 }
 
 /// Waits for one message.

@@ -1,5 +1,6 @@
 //! The process that has a disk: requests come from the monitor, a thread does each.
 
+use std::fmt::Display;
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::OwnedFd;
@@ -7,10 +8,11 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::thread;
 
 use doppel_memory::{GuestRam, GuestSlice};
+use doppel_seccomp::{Kind as ThreadKind, narrowed};
 use vm_memory::{GuestAddress, GuestMemory, Permissions};
 
 use super::message::{DATA_MAX, Kind, MESSAGE_MAX, Message, PIECES_MAX, receive, send, status};
-use crate::{BlockBackend, BlockError};
+use crate::BlockBackend;
 
 /// Requests that are carried out at a time: as many as the device hands out.
 const THREADS: usize = 16;
@@ -25,9 +27,9 @@ struct Server {
 ///
 /// # Errors
 /// The disk cannot be opened, which the monitor is told; or the socket fails.
-pub fn serve(
+pub fn serve<E: Display>(
     socket: OwnedFd,
-    open: impl FnOnce() -> Result<Arc<dyn BlockBackend>, BlockError>,
+    open: impl FnOnce() -> Result<Arc<dyn BlockBackend>, E>,
 ) -> io::Result<()> {
     let disk = match open() {
         Ok(disk) => disk,
@@ -50,7 +52,7 @@ pub fn serve(
         for _ in 1..THREADS {
             // Fewer threads do it too.
             let thread = thread::Builder::new().name("disk".to_owned());
-            let _ = thread.spawn_scoped(scope, || server.run());
+            let _ = thread.spawn_scoped(scope, narrowed(ThreadKind::DiskServer, || server.run()));
         }
         server.run();
     });

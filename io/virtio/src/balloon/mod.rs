@@ -21,6 +21,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use doppel_memory::GuestRam;
+use doppel_seccomp::Kind;
 use serde::{Deserialize, Serialize};
 
 use crate::locks::lock;
@@ -213,7 +214,7 @@ impl VirtioDevice for Balloon {
             // What is poisoned has to stay so.
             takes_reported: features & F_PAGE_POISON == 0 || self.poison == 0,
         };
-        let worker = Worker::start("virtio-balloon", interrupt, move |stop| {
+        let worker = Worker::start((Kind::Device, "virtio-balloon"), interrupt, move |stop| {
             let mut queues = queues;
             active.serve(&mut queues, stop);
             queues

@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use doppel_block::BlockBackend;
 use doppel_memory::GuestRam;
+use doppel_seccomp::Kind;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk as bit;
 
@@ -217,7 +218,7 @@ impl VirtioDevice for Blk {
             slots.push(slot);
         }
         let (served, disk) = (slots.clone(), self.disk.clone());
-        let worker = Worker::start("virtio-blk", interrupt, move |stop| {
+        let worker = Worker::start((Kind::Disk, "virtio-blk"), interrupt, move |stop| {
             pool::serve(&served, &disk, &ram, stop);
         })?;
         self.active = Some(Active {

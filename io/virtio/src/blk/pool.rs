@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Scope};
 
 use doppel_memory::GuestRam;
+use doppel_seccomp::{Kind, narrowed};
 
 use super::Disk;
 use super::pace::{LONG, Pace};
@@ -125,7 +126,10 @@ impl<'scope, 'env> Server<'scope, 'env> {
         let others = (1..self.queues.len()).map(|n| {
             let name = format!("virtio-blk {n}");
             let thread = thread::Builder::new().name(name);
-            thread.spawn_scoped(self.scope, move || self.serve_queue(n))
+            thread.spawn_scoped(
+                self.scope,
+                narrowed(Kind::Disk, move || self.serve_queue(n)),
+            )
         });
         let others: Vec<_> = others.collect();
         if !self.queues.is_empty() {
@@ -203,7 +207,8 @@ impl<'scope, 'env> Server<'scope, 'env> {
         if self.pool.put((n, request)) {
             let thread = thread::Builder::new().name("virtio-blk pool".to_owned());
             let this = *self;
-            let started = thread.spawn_scoped(self.scope, move || this.work());
+            let started =
+                thread.spawn_scoped(self.scope, narrowed(Kind::Disk, move || this.work()));
             if started.is_err() && self.pool.has_no_thread_after_all() {
                 // None to be had at all: this one does what is to be done.
                 self.work_off();

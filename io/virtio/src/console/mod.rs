@@ -21,6 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use doppel_device::{Backed, CharSink, CharSource};
 use doppel_memory::GuestRam;
+use doppel_seccomp::Kind;
 use serde::{Deserialize, Serialize};
 
 use crate::locks::{lock, try_lock};
@@ -194,7 +195,7 @@ impl VirtioDevice for Console {
         }
         let serving = active.clone();
         let flags: Vec<_> = notifiers.into_iter().map(|(_, flag)| flag).collect();
-        let worker = Worker::start("virtio-console", interrupt, move |stop| {
+        let worker = Worker::start((Kind::Device, "virtio-console"), interrupt, move |stop| {
             serving.serve(stop, &flags);
         })?;
         self.active = Some((active, worker));

@@ -10,6 +10,7 @@ mod serve;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use doppel_seccomp::Kind;
 use doppel_share::{Session, SessionState, Share};
 use serde::{Deserialize, Serialize};
 
@@ -96,7 +97,7 @@ impl VirtioDevice for Fs {
             ..
         } = activation;
         let session = self.session()?;
-        let worker = Worker::start("virtio-fs", interrupt, move |stop| {
+        let worker = Worker::start((Kind::Share, "virtio-fs"), interrupt, move |stop| {
             serve::serve(queues, &session, &ram, stop)
         })?;
         self.worker = Some(worker);

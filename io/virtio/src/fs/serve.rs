@@ -5,6 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Scope};
 
 use doppel_memory::GuestRam;
+use doppel_seccomp::{Kind, narrowed};
 use doppel_share::Session;
 
 use super::request::{Done, Request};
@@ -56,7 +57,10 @@ impl<'scope, 'env> Server<'scope, 'env> {
         };
         let others = (0..last).map(|n| {
             let thread = thread::Builder::new().name(format!("virtio-fs {n}"));
-            thread.spawn_scoped(self.scope, move || self.serve_queue(n))
+            thread.spawn_scoped(
+                self.scope,
+                narrowed(Kind::Share, move || self.serve_queue(n)),
+            )
         });
         let others: Vec<_> = others.collect();
         match others.iter().all(Result::is_ok) {
@@ -124,7 +128,8 @@ impl<'scope, 'env> Server<'scope, 'env> {
         if self.pool.put((n, request)) {
             let thread = thread::Builder::new().name("virtio-fs pool".to_owned());
             let this = *self;
-            let started = thread.spawn_scoped(self.scope, move || this.work());
+            let started =
+                thread.spawn_scoped(self.scope, narrowed(Kind::Share, move || this.work()));
             if started.is_err() && self.pool.has_no_thread_after_all() {
                 // None to be had at all: this one does what is to be done.
                 while let Some((n, request)) = self.pool.take_now() {

@@ -24,6 +24,7 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use doppel_memory::GuestRam;
 use doppel_net::{Accepts, Port};
+use doppel_seccomp::Kind;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_net as bit;
 
@@ -210,7 +211,7 @@ impl VirtioDevice for Net {
             }
         }
         let serving = active.clone();
-        let worker = Worker::start("virtio-net", interrupt, move |stop| {
+        let worker = Worker::start((Kind::Net, "virtio-net"), interrupt, move |stop| {
             serving.serve(stop, &notifiers);
         })?;
         self.active = Some((active, worker));

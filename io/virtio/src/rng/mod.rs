@@ -8,6 +8,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use doppel_memory::GuestRam;
+use doppel_seccomp::Kind;
 use rustix::rand::{GetRandomFlags, getrandom};
 use serde::{Deserialize, Serialize};
 
@@ -58,7 +59,7 @@ impl VirtioDevice for Rng {
             interrupt,
             ..
         } = activation;
-        let worker = Worker::start("virtio-rng", interrupt, move |stop| {
+        let worker = Worker::start((Kind::Device, "virtio-rng"), interrupt, move |stop| {
             if let Some(queue) = queues.first_mut() {
                 serve(queue, &ram, stop);
             }

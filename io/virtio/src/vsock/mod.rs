@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use doppel_memory::GuestRam;
+use doppel_seccomp::Kind;
 use serde::{Deserialize, Serialize};
 
 use crate::worker::{Stop, Worker};
@@ -129,7 +130,7 @@ impl VirtioDevice for Vsock {
             muxer,
             gone: self.gone,
         };
-        let worker = Worker::start("virtio-vsock", interrupt, move |stop| {
+        let worker = Worker::start((Kind::Device, "virtio-vsock"), interrupt, move |stop| {
             serving.serve(&ram, stop);
             serving
         })?;
