@@ -1,6 +1,7 @@
 //! Driver domains: back-ends in processes of their own, which are this program again.
 
 use crate::args::{Run, on_or_off};
+use crate::own_memory_unsafe;
 use crate::sandbox;
 use crate::signals;
 use anyhow::{Result, bail};
@@ -118,6 +119,7 @@ fn start(disk: &str, sandbox: bool, socket: OwnedFd) -> io::Result<Child> {
 
 /// The life of such a process. It ends when the monitor does.
 pub fn serve(args: &Backend) -> Result<()> {
+    own_memory_unsafe::prepare_allocator(1);
     signals::block_file_size()?;
     let socket = io::stdin().as_fd().try_clone_to_owned()?;
     block::serve(socket, || {

@@ -5,6 +5,7 @@ use crate::devices::{ConsoleSpec, Opened, VsockSpec};
 use crate::domain::{self, Domain, OpenFile};
 use crate::explain;
 use crate::guest;
+use crate::own_memory_unsafe;
 use crate::sandbox;
 use crate::signals::Signals;
 use crate::size;
@@ -59,6 +60,7 @@ pub fn run_observed(
     if args.print_sandbox {
         return sandbox::print(args);
     }
+    own_memory_unsafe::prepare_allocator(args.cpus);
     let modules = args.module.iter().map(|(file, _)| file);
     for file in args.kernel.iter().chain(&args.initrd).chain(modules) {
         check_readable(file)?;
@@ -90,6 +92,7 @@ pub fn run_observed(
     if let Some(limit) = limit {
         session.end_after(&machine, limit)?;
     }
+    own_memory_unsafe::let_program_go();
     let ending = machine.run();
     let order = session.end(&ending);
     if let Some(file) = stats {

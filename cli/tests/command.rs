@@ -158,6 +158,9 @@ fn the_debug_exit_port_gives_its_value_and_is_not_there_unless_asked_for() {
     run(&mut command, MINUTE).expect(0);
 }
 
+/// MiB that the monitor may take besides guest and translations.
+const MOST_OWN_MEMORY: u64 = 16;
+
 #[test]
 fn statistics_are_written() {
     let scratch = Scratch::new();
@@ -173,6 +176,15 @@ fn statistics_are_written() {
     let (hits, misses) = (counter("tlb_hits"), counter("tlb_misses"));
     assert!(misses > 1000 && hits > 100 * misses, "{stats}");
     assert!(stats["seconds"]["guest"].as_f64().unwrap() > 0.0, "{stats}");
+    let memory = |name: &str| stats["memory"][name].as_u64().unwrap() >> 20;
+    assert!(
+        memory("guest_bytes") > 10 && memory("code_bytes") > 1,
+        "{stats}"
+    );
+    assert!(
+        (2..MOST_OWN_MEMORY).contains(&memory("monitor_bytes")),
+        "{stats}"
+    );
     assert!(
         !stats["counters"].as_object().unwrap().is_empty(),
         "{stats}"

@@ -12,15 +12,26 @@ use support::{DOPPEL, Running, Scratch, wait};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
+/// As mmdebstrap does: what it starts has to end before it cleans up, which takes its time.
+const TOOL: &str = "#!/bin/sh
+trap : INT TERM
+mkdir \"$TMPDIR/tree\" && touch \"$TMPDIR/left\"
+echo $$ > \"$0.pid\"
+sleep 60
+sleep 0.5
+rmdir \"$TMPDIR/tree\" && touch \"$0.cleaned\"
+";
+
 /// In the place of mmdebstrap a program that takes its time.
 #[test]
 fn a_build_that_is_interrupted_leaves_nothing_behind() {
     let scratch = Scratch::new();
-    let (tools, out) = (scratch.path("tools"), scratch.path("out"));
-    fs::create_dir_all(&tools).unwrap();
-    fs::create_dir_all(&out).unwrap();
+    let [tools, out, temporary] = ["tools", "out", "tmp"].map(|name| scratch.path(name));
+    for folder in [&tools, &out, &temporary] {
+        fs::create_dir_all(folder).unwrap();
+    }
     let tool = tools.join("mmdebstrap");
-    fs::write(&tool, "#!/bin/sh\necho $$ > \"$0.pid\"\nexec sleep 60\n").unwrap();
+    fs::write(&tool, TOOL).unwrap();
     fs::set_permissions(&tool, fs::Permissions::from_mode(0o755)).unwrap();
     let sources = scratch.path("sources");
     fs::write(&sources, "deb http://localhost bookworm main\n").unwrap();
@@ -32,6 +43,7 @@ fn a_build_that_is_interrupted_leaves_nothing_behind() {
     command.args(["image", "build", "debian:bookworm", "--sources"]);
     command.arg(&sources).arg(out.join("disk.qcow2"));
     command.env("PATH", std::env::join_paths(paths).unwrap());
+    command.env("TMPDIR", &temporary);
     let mut doppel = Running::start(&mut command);
     let pid = tools.join("mmdebstrap.pid");
     let start = Instant::now();
@@ -39,11 +51,20 @@ fn a_build_that_is_interrupted_leaves_nothing_behind() {
         assert!(start.elapsed() < MINUTE, "it was not started");
         std::thread::sleep(Duration::from_millis(10));
     }
-    assert_eq!(fs::read_dir(&out).unwrap().count(), 1);
+    let entries = |folder| fs::read_dir(folder).unwrap().count();
+    assert_eq!((entries(&out), entries(&temporary)), (1, 1));
     kill(Pid::from_raw(doppel.child.id() as i32), Signal::SIGINT).unwrap();
     assert!(wait(&mut doppel.child, MINUTE));
     assert_eq!(doppel.child.wait().unwrap().code(), Some(1));
-    assert_eq!(fs::read_dir(&out).unwrap().count(), 0, "something is left");
+    assert_eq!(
+        (entries(&out), entries(&temporary)),
+        (0, 0),
+        "something is left"
+    );
+    assert!(
+        tools.join("mmdebstrap.cleaned").exists(),
+        "it was not waited for"
+    );
     let tool = fs::read_to_string(&pid).unwrap();
     let start = Instant::now();
     while runs(tool.trim()) {

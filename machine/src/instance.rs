@@ -17,6 +17,7 @@ use crate::control::{Cause, Control};
 use crate::cpu_bus::CpuBus;
 use crate::doorbell::Doorbell;
 use crate::engine::{EngineError, EngineKind};
+use crate::footprint::Footprint;
 use crate::machine::MachineError;
 use crate::pc::{Pc, PcParts};
 use crate::serial::CharLink;
@@ -50,6 +51,8 @@ impl Loaded {
 
 /// A machine that is about to run.
 pub struct Instance {
+    /// Bytes of RAM, where it is to be told what else was taken.
+    weighed: Option<u64>,
     pc: Pc,
     vcpus: Vec<Vcpu<CpuBus>>,
 }
@@ -64,6 +67,8 @@ pub struct Over {
     pub announced_halt: bool,
     /// What its devices counted.
     pub devices: DeviceCounters,
+    /// What it took of the host's memory, records of translations not told apart.
+    pub memory: Option<Footprint>,
 }
 
 impl Instance {
@@ -78,7 +83,7 @@ impl Instance {
     ) -> Result<Self, MachineError> {
         let Loaded { ram, entry } = loaded;
         let engines = Engines::new(config, engine, &ram)?;
-        let engines = new_cpus(config.cpus, &ram, model, &entry)
+        let engines = on_a_stack_of_its_own(|| new_cpus(config.cpus, &ram, model, &entry))?
             .into_iter()
             .map(|cpu| engines.engine(cpu))
             .collect::<Result<Vec<_>, _>>()?;
@@ -107,29 +112,36 @@ impl Instance {
                 exits: RunExits::default(),
             })
             .collect();
-        Ok(Instance { pc, vcpus })
+        Ok(Instance {
+            weighed: config.count.then_some(config.memory),
+            pc,
+            vcpus,
+        })
     }
 
     /// Runs until something ends it.
     pub fn run(self, control: &Control) -> Result<Over, MachineError> {
-        let Instance { pc, vcpus } = self;
+        let Instance { weighed, pc, vcpus } = self;
         control.set_doorbells(vcpus.iter().map(|v| v.doorbell.clone()).collect());
-        let (cause, vcpus) = thread::scope(|scope| {
+        let (cause, memory, vcpus) = thread::scope(|scope| {
             let timers = spawn(scope, (Kind::Device, "timers"), control, || pc.timers.run())?;
             let vcpus = start(scope, control, vcpus);
             let cause = control.wait();
+            // While all of it is there.
+            let memory = weighed.and_then(|ram| Footprint::own(ram).ok());
             let vcpus = vcpus.into_iter().map(|v| join(v?)).collect::<Vec<_>>();
             pc.virtio.stop();
             pc.timers.stop();
             join(timers)?;
             let vcpus = vcpus.into_iter().collect::<Result<Vec<_>, _>>()?;
-            Ok::<_, MachineError>((cause, vcpus))
+            Ok::<_, MachineError>((cause, memory, vcpus))
         })?;
         Ok(Over {
             cause,
             vcpus,
             announced_halt: pc.watch.announced_halt(),
             devices: pc.virtio.counters.clone(),
+            memory,
         })
     }
 }
@@ -161,6 +173,16 @@ fn boot_source(config: &MachineConfig) -> Result<BootSource, BootError> {
         modules: config.modules.iter().map(module).collect(),
         initrd: given.or(source.initrd),
         ..source
+    })
+}
+
+/// Does something that needs much stack once: a CPU, which is half a megabyte, passes over the stack on its way to the heap, and
+/// stack that was touched is never given back.
+fn on_a_stack_of_its_own<T: Send>(body: impl FnOnce() -> T + Send) -> Result<T, MachineError> {
+    thread::scope(|scope| {
+        let thread = thread::Builder::new().spawn_scoped(scope, body);
+        let thread = thread.map_err(|e| MachineError::Host("a thread cannot be started", e))?;
+        thread.join().map_err(|_| MachineError::Broken)
     })
 }
 

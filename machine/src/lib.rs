@@ -26,6 +26,7 @@ mod cpu_bus;
 mod death;
 mod doorbell;
 mod engine;
+mod footprint;
 #[cfg(test)]
 mod hostile;
 mod instance;
@@ -58,6 +59,7 @@ pub use doppel_virtio::{
     BalloonControl, ConsoleBackend, GuestMemoryStats, VSOCK_CID, VsockSocket, WindowSize,
 };
 pub use engine::{EngineChoice, EngineError, EngineKind, Selection};
+pub use footprint::Footprint;
 pub use machine::{Ending, Machine, MachineError};
 pub use serial::{CharLink, SerialBackend};
 pub use stats::{

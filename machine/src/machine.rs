@@ -54,6 +54,9 @@ pub enum MachineError {
     Broken,
 }
 
+/// The counter of the bytes that records of translations take.
+const RECORDS: &str = "translation_metadata_bytes";
+
 /// How a machine ended.
 #[derive(Clone, Debug)]
 pub enum Ending {
@@ -170,13 +173,16 @@ impl Machine {
     /// Runs one boot to its end; `None` where the machine is to start again.
     fn run_instance(&mut self, instance: Instance) -> Result<Option<Ending>, MachineError> {
         let over = instance.run(&self.control)?;
+        let mut records = 0;
         for v in &over.vcpus {
             let counters = v.engine.stats();
+            records += counters.get(RECORDS).copied().unwrap_or_default();
             self.stats
                 .add_vcpu(&counters, &v.bus.exits, &v.exits, &v.time);
         }
         self.stats.memory_ahead_bytes += over.vcpus[0].engine.cpu().ram.ahead_bytes();
         self.stats.add_devices(&over.devices);
+        self.stats.memory = over.memory.map(|memory| memory.with_records(records));
         self.ending(&over)
     }
 

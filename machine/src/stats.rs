@@ -9,6 +9,7 @@ use doppel_x86::EngineStats;
 use serde::Serialize;
 
 use crate::cpu_bus::BusExits;
+use crate::footprint::Footprint;
 use crate::vcpu::{RunExits, VcpuTime};
 use crate::virtio::DeviceCounters;
 
@@ -25,6 +26,8 @@ pub struct Stats {
     pub memory_bytes: u64,
     /// Bytes of it that the host was asked for before the guest touched them.
     pub memory_ahead_bytes: u64,
+    /// What the monitor took of the host's memory at the end of the last boot; `None` where nobody looked.
+    pub memory: Option<Footprint>,
     /// Times the machine started.
     pub boots: u64,
     /// Where the time went.

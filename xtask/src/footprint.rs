@@ -16,7 +16,7 @@ const USER_HZ: f64 = 100.0;
 pub struct Footprint {
     /// The guest's memory: a mapping at least as large.
     pub guest: u64,
-    /// Translated code, which is mapped to be written and to be run.
+    /// Translated code, which is mapped to be written and to be run, and what it jumps through.
     pub code: u64,
     /// Pages of program and libraries, which all processes share and the host can drop.
     pub program: u64,
@@ -65,10 +65,7 @@ impl Footprint {
                 ["Size:", size, "kB"] => mapping.size = number(size),
                 ["Pss:", size, "kB"] => *mapping.place(&mut footprint, ram) += number(size),
                 [range, _, _, _, _, ref name @ ..] if !range.ends_with(':') => {
-                    mapping = Mapping {
-                        size: 0,
-                        name: name.join(" "),
-                    };
+                    mapping = mapping.next(name.join(" "));
                 }
                 _ => {}
             }
@@ -96,11 +93,22 @@ impl fmt::Display for Footprint {
 struct Mapping {
     size: u64,
     name: String,
+    /// Right behind translated code: what that jumps through.
+    behind_code: bool,
 }
 
 impl Mapping {
+    fn next(&self, name: String) -> Mapping {
+        Mapping {
+            size: 0,
+            behind_code: name.is_empty() && self.name.contains(CODE),
+            name,
+        }
+    }
+
     fn place<'a>(&self, footprint: &'a mut Footprint, ram: u64) -> &'a mut u64 {
         match self.name.as_str() {
+            _ if self.behind_code => &mut footprint.code,
             name if self.size >= ram || name.contains(RAM) => &mut footprint.guest,
             "[heap]" | "[stack]" => &mut footprint.heap,
             name if name.contains(CODE) => &mut footprint.code,
@@ -171,6 +179,9 @@ Pss:  100 kB
 Size:  64 kB
 Pss:  20 kB
 Pss_Dirty:  19 kB
+7f03-7f04 rw-p 00000000 00:00 0
+Size:  16 kB
+Pss:  2 kB
 7f04-7f05 r-xp 00000000 fe:00 17   /usr/bin/doppel
 Size:  50 kB
 Pss:  3 kB
@@ -185,7 +196,7 @@ VmFlags: rd wr
         let footprint = Footprint::parse(smaps, 1024);
         let expected = Footprint {
             guest: 100,
-            code: 20,
+            code: 22,
             program: 3,
             heap: 4,
             other: 5,

@@ -47,7 +47,7 @@ pub fn assemble(
     progress: &(dyn Fn(&str) + Sync),
 ) -> Result<()> {
     let sources = sources::choose(args.sources.as_deref(), release)?;
-    let mut child = start(args, release, work.path())?;
+    let mut child = start(args, release, work)?;
     let mut stdin = child.stdin.take().context("no stdin")?;
     // Where it ends before it has read them, it says why.
     let _ = stdin.write_all(sources.as_bytes());
@@ -69,11 +69,11 @@ pub fn assemble(
     read.context("reading what mmdebstrap made")
 }
 
-fn start(args: &Build, release: &str, work: &Path) -> Result<Child> {
+fn start(args: &Build, release: &str, work: &Work) -> Result<Child> {
     let mut packages: Vec<&str> = PACKAGES.to_vec();
     packages.extend(args.ssh_key.iter().map(|_| "openssh-server"));
     packages.extend(args.packages.iter().map(String::as_str));
-    let options = work.join("apt.conf");
+    let options = work.path().join("apt.conf");
     fs::write(&options, host_options())?;
     let mut command = Command::new("mmdebstrap");
     command
@@ -84,14 +84,14 @@ fn start(args: &Build, release: &str, work: &Path) -> Result<Child> {
         .env("SOURCE_DATE_EPOCH", epoch(release)?.to_string())
         .env("LC_ALL", "C");
     if let Some(file) = &args.password_file {
-        password(&mut command, file, work)?;
+        password(&mut command, file, work.path())?;
     }
     command
         .args([release, "-", "-"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
-    unblocked(&mut command)
+    unblocked(work.prepare(&mut command))
         .spawn()
         .map_err(|error| match error.kind() {
             std::io::ErrorKind::NotFound => anyhow::anyhow!(MISSING),

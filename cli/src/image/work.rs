@@ -1,23 +1,35 @@
-//! A folder for scratch files beside the file that is made. It goes when all is done, and when a signal ends the command.
+//! A folder for scratch files beside the file that is made, and one where programs that work for us have theirs. They go when all is done, and when a
+//! signal ends the command.
+//!
+//! What mmdebstrap makes may belong to users that only it can be (user_namespaces(7)), so it is told to end, with all that it started, and
+//! waited for while it cleans up.
 
 use crate::signals::Signals;
 use anyhow::{Context, Result};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
+use rustix::process::{WaitId, WaitIdOptions, waitid};
 use std::fs;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Child;
+use std::process::{Child, Command};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Exit status for a signal.
 const ERROR: i32 = 1;
 /// While a child of ours still writes there, the folder may fill again.
 const ATTEMPTS: usize = 20;
+const PAUSE: Duration = Duration::from_millis(50);
+/// How long a program may clean up behind itself.
+const FAREWELL: Duration = Duration::from_secs(60);
 
 /// The folder.
 pub struct Work {
     path: PathBuf,
-    /// A program that works for us.
+    /// Where programs have what is temporary; others can look into it, since these programs may run as others.
+    temporary: PathBuf,
+    /// A program that works for us, in a process group of its own.
     child: Arc<Mutex<Option<Pid>>>,
 }
 
@@ -28,8 +40,16 @@ impl Work {
         let name = format!(".{}.partial-{}", name.to_string_lossy(), std::process::id());
         let path = std::path::absolute(output)?.with_file_name(name);
         fs::create_dir(&path).with_context(|| path.display().to_string())?;
+        let temporary = format!("doppel-image-{}", std::process::id());
+        let temporary = std::path::absolute(std::env::temp_dir())?.join(temporary);
+        // One that is there is not ours.
+        if let Err(error) = fs::create_dir(&temporary) {
+            let _ = fs::remove_dir(&path);
+            return Err(error).with_context(|| temporary.display().to_string());
+        }
         Ok(Work {
             path,
+            temporary,
             child: Arc::default(),
         })
     }
@@ -39,13 +59,17 @@ impl Work {
         // Before anything can be left behind.
         let signals = Signals::block()?;
         let work = Work::new(output)?;
-        let (path, child) = (work.path.clone(), work.child.clone());
+        let (path, temporary) = (work.path.clone(), work.temporary.clone());
+        let child = work.child.clone();
         let end = move |signal: &str| {
             eprintln!("doppel: ended by {signal}");
-            if let Some(pid) = *child.lock().unwrap_or_else(PoisonError::into_inner) {
-                let _ = kill(pid, Signal::SIGTERM);
+            // Held to the end: who waits for the program goes no further.
+            let child = child.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(pid) = *child {
+                end_group(pid);
             }
             remove(&path);
+            remove(&temporary);
             std::process::exit(ERROR);
         };
         signals.watch(end, || {}, || {});
@@ -57,7 +81,12 @@ impl Work {
         &self.path
     }
 
-    /// Waits for a program that is to end with us.
+    /// Prepares a program that is to end with us.
+    pub fn prepare<'c>(&self, command: &'c mut Command) -> &'c mut Command {
+        command.env("TMPDIR", &self.temporary).process_group(0)
+    }
+
+    /// Waits for one that was [prepared](Work::prepare).
     pub fn wait_for(
         &self,
         child: &mut Child,
@@ -78,7 +107,27 @@ impl Work {
 impl Drop for Work {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.path);
+        let _ = fs::remove_dir_all(&self.temporary);
     }
+}
+
+/// Has a program of ours and all that it started end, and waits until it has.
+fn end_group(pid: Pid) {
+    let _ = killpg(pid, Signal::SIGTERM);
+    let start = Instant::now();
+    while start.elapsed() < FAREWELL && !has_ended(pid) {
+        std::thread::sleep(PAUSE);
+    }
+    let _ = killpg(pid, Signal::SIGKILL);
+}
+
+/// Whether a child has ended, which somebody else waits for.
+fn has_ended(pid: Pid) -> bool {
+    let Some(pid) = rustix::process::Pid::from_raw(pid.as_raw()) else {
+        return true;
+    };
+    let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    !matches!(waitid(WaitId::Pid(pid), look), Ok(None))
 }
 
 fn remove(path: &Path) {
@@ -87,6 +136,6 @@ fn remove(path: &Path) {
         if !path.exists() {
             return;
         }
-        std::thread::sleep(std::time::Duration::from_millis(50));
+        std::thread::sleep(PAUSE);
     }
 }

@@ -40,6 +40,7 @@ mod spaces;
 mod stats;
 mod thunk;
 mod translator;
+mod trim_unsafe;
 mod user_return;
 
 pub use engine::{Switch, Translate, TranslateError, TranslateOptions, supported};

@@ -34,6 +34,10 @@ pub fn idle(lab: &Lab) -> Result<()> {
     println!("memory: {}", Footprint::of(console.pid(), RAM)?);
     console.send("poweroff")?;
     console.end(STEP)?;
+    let (records, monitor) = (lab.memory("record_bytes")?, lab.memory("monitor_bytes")?);
+    println!(
+        "at the end, in MiB: records of translations {records:.1}; program, libraries and all else of the monitor's process {monitor:.1}"
+    );
     ensure!(share < SHARE_MAX, "an idle guest takes too much");
     Ok(())
 }

@@ -125,9 +125,7 @@ impl Lab {
     fn doppel(&self, start: Start<'_>, engine: &str) -> Command {
         let mut command = Command::new(&self.doppel);
         command.args(["run", "--engine", engine, "--memory", start.memory]);
-        command
-            .arg("--stats")
-            .arg(self.file(&format!("{}-stats.json", self.release)));
+        command.arg("--stats").arg(self.stats());
         command.args(["--cpus", &start.cpus.to_string(), "--disk"]);
         command.arg(start.disk);
         if let Some(second) = start.second {
@@ -139,6 +137,18 @@ impl Lab {
             command.args(["--net", &format!("user,hostfwd=tcp::{port}-:22")]);
         }
         command
+    }
+
+    fn stats(&self) -> PathBuf {
+        self.file(&format!("{}-stats.json", self.release))
+    }
+
+    /// MiB of a kind of memory, as the last machine that ended counted them.
+    pub fn memory(&self, name: &str) -> Result<f64> {
+        let stats = fs::read_to_string(self.stats())?;
+        let stats: serde_json::Value = serde_json::from_str(&stats)?;
+        let bytes = stats["memory"][name].as_u64();
+        Ok(bytes.context("the machine's memory was not counted")? as f64 / f64::from(1 << 20))
     }
 
     /// QEMU does not find the kernel by itself.

@@ -5,7 +5,7 @@
 //! that executes it. Invariant: an entry is used only for the very bytes that it was made from, which are
 //! compared every time, at the same RIP and in the same mode; so self-modifying code needs no tracking here. The code TLB
 //! holds what a walk for execution at CPL 3 or below it allowed, and is flushed with the data TLBs. Cost: some 2 MiB
-//! per CPU that interprets.
+//! per CPU whose engine interprets; an eighth of that where another engine has single instructions interpreted.
 
 use doppel_memory::{AccessKind, HostPtr, PAGE_MASK, PAGE_SIZE, Privilege};
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
@@ -15,7 +15,10 @@ use super::{Handler, dispatch};
 use crate::{Cpu, CpuMode, Exception, Seg};
 
 const PAGES: usize = 256;
+/// Instructions that are remembered where all are interpreted; a power of two, as is the next.
 const ENTRIES: usize = 1 << 14;
+/// The same where few are: those that another engine does not execute itself.
+const ENTRIES_OF_FEW: usize = 1 << 11;
 /// Bytes of the longest instruction.
 const LONGEST: usize = 15;
 /// Executed instructions that are kept for a trace.
@@ -25,6 +28,7 @@ const HISTORY: usize = 16;
 #[derive(Default)]
 pub(crate) struct CodeCache {
     tables: Option<Box<Tables>>,
+    all: bool,
     /// The blocks of `quick`; taken out while they run.
     pub(super) blocks: Option<Box<Blocks>>,
 }
@@ -87,6 +91,14 @@ impl Decoded {
 }
 
 impl CodeCache {
+    /// Makes room for everything that a guest executes; without, for the few instructions that its engine leaves.
+    pub(super) fn expect_all(&mut self) {
+        *self = CodeCache {
+            all: true,
+            ..CodeCache::default()
+        };
+    }
+
     /// Forgets where code pages lie, perhaps but for global ones.
     pub(crate) fn flush(&mut self, global_too: bool) {
         for page in self.tables.iter_mut().flat_map(|t| &mut t.pages) {
@@ -137,7 +149,12 @@ impl CodeCache {
     }
 
     fn tables(&mut self) -> &mut Tables {
-        self.tables.get_or_insert_with(|| Box::new(Tables::new()))
+        let entries = match self.all {
+            true => ENTRIES,
+            false => ENTRIES_OF_FEW,
+        };
+        self.tables
+            .get_or_insert_with(|| Box::new(Tables::new(entries)))
     }
 }
 
@@ -150,7 +167,7 @@ impl std::fmt::Debug for CodeCache {
 }
 
 impl Tables {
-    fn new() -> Self {
+    fn new(entries: usize) -> Self {
         let empty = Entry {
             gpa: u64::MAX,
             raw: [0; 2],
@@ -159,11 +176,21 @@ impl Tables {
         };
         Tables {
             pages: [CodePage::default(); PAGES],
-            entries: vec![empty; ENTRIES],
+            entries: vec![empty; entries],
             options: decoder_options(),
             history: [Past::default(); HISTORY],
             executed: 0,
         }
+    }
+
+    #[inline]
+    fn slot(&self, gpa: u64) -> usize {
+        (gpa ^ gpa >> 14) as usize & (self.entries.len() - 1)
+    }
+
+    #[inline]
+    fn entry(&self, gpa: u64) -> &Entry {
+        &self.entries[self.slot(gpa)]
     }
 }
 
@@ -178,10 +205,6 @@ pub(super) fn decoder_options() -> u32 {
 
 fn page_slot(linear: u64) -> usize {
     (linear >> 12) as usize % PAGES
-}
-
-fn entry_slot(gpa: u64) -> usize {
-    (gpa ^ gpa >> 14) as usize % ENTRIES
 }
 
 fn page_tag(cpu: &Cpu, linear: u64) -> u64 {
@@ -210,7 +233,8 @@ pub(super) fn next(cpu: &mut Cpu, out: &mut Decoded) -> Result<(), Exception> {
         return Ok(());
     }
     let tables = cpu.code.tables();
-    let decoded = &tables.entries[entry_slot(gpa)].decoded;
+    let slot = tables.slot(gpa);
+    let decoded = &tables.entries[slot].decoded;
     *out = *decoded;
     // From the entry, not from the copy that was just made: the processor could not forward those stores to these loads.
     tables.history[tables.executed % HISTORY] = Past::One(decoded.instruction);
@@ -279,7 +303,7 @@ fn cached(cpu: &Cpu, mode: CpuMode, gpa: u64) -> bool {
     let Some(t) = cpu.code.tables.as_deref() else {
         return false;
     };
-    let e = &t.entries[entry_slot(gpa)];
+    let e = t.entry(gpa);
     let i = &e.decoded.instruction;
     if e.gpa != gpa || i.ip() != cpu.rip || e.mode != mode {
         return false;
@@ -395,7 +419,9 @@ fn remember(cpu: &mut Cpu, mode: CpuMode, gpa: u64, bytes: &[u8; 16], decoded: D
     if decoded.instruction.len() as u64 > room || !cpu.ram.is_ram(gpa) {
         return;
     }
-    cpu.code.tables().entries[entry_slot(gpa)] = Entry {
+    let tables = cpu.code.tables();
+    let slot = tables.slot(gpa);
+    tables.entries[slot] = Entry {
         gpa,
         raw: to_words(bytes),
         mode,

@@ -27,7 +27,8 @@ impl Kick for KickFlag {
 
 impl Interpret {
     /// An engine for this CPU.
-    pub fn new(cpu: Box<Cpu>) -> Self {
+    pub fn new(mut cpu: Box<Cpu>) -> Self {
+        cpu.code.expect_all();
         let kick = Arc::<KickFlag>::default();
         let nudged = kick.clone();
         cpu.peer.set_nudge(move || nudged.kick());

@@ -1,0 +1,130 @@
+//! What the monitor takes of the host's memory for itself, kept small: the C library's allocator (mallopt(3)), and the program's own pages.
+//!
+//! Problem: left to itself, glibc gives nearly every thread an arena of its own, of which none gives memory back; and once a large block was
+//! freed (a kernel that was read, say) it takes blocks of that size from the arenas, where tables that grow leave holes behind.
+//! Idea: an arena for each processor of the guest, since the other threads allocate little; blocks of a size from which the holes would hurt
+//! are mappings of their own, which are grown by mremap and given back.
+//! Cost: a mapping is slower to make than a block, so the limit is above what any device takes for a request.
+//!
+//! Much of the program runs only once, before the guest does, and stays mapped. It is let go then: what is needed again comes back
+//! from the host's page cache, 64 KiB at a fault.
+
+#[cfg(target_env = "gnu")]
+use std::ffi::c_int;
+use std::fs;
+use std::ops::Range;
+
+#[cfg(target_env = "gnu")]
+/// Bytes of a block that becomes a mapping, and of free memory at the end of the heap that is given back.
+const LARGE: c_int = 512 << 10;
+
+/// Prepares the allocator for a machine with so many processors. To be called before threads are started.
+#[cfg(target_env = "gnu")]
+pub fn prepare_allocator(cpus: u32) {
+    let arenas = c_int::try_from(cpus).unwrap_or(c_int::MAX);
+    for (parameter, value) in [
+        (libc::M_ARENA_MAX, arenas),
+        (libc::M_MMAP_THRESHOLD, LARGE),
+        (libc::M_TRIM_THRESHOLD, LARGE),
+    ] {
+        // SAFETY: sets a number of the allocator, under its own lock. Where it refuses, nothing changes.
+        unsafe { libc::mallopt(parameter, value) };
+    }
+}
+
+/// Does nothing: the allocator is another.
+#[cfg(not(target_env = "gnu"))]
+pub fn prepare_allocator(_cpus: u32) {}
+
+/// Unmaps the pages of the program that are as they are in its file, until they are needed again. Where the host does not tell which these
+/// are, they stay.
+pub fn let_program_go() {
+    let Ok(smaps) = fs::read_to_string("/proc/self/smaps") else {
+        return;
+    };
+    for pages in unchanged(&smaps, let_program_go as *const () as usize) {
+        // SAFETY: a private mapping of the program's file, for reading or execution alone, no page of which differs from the file:
+        // what is read there next, by whatever thread, is the same.
+        unsafe { libc::madvise(pages.start as *mut _, pages.len(), libc::MADV_DONTNEED) };
+    }
+}
+
+/// Of the file that is mapped at address `at`: the private mappings that cannot be written to and in which no page was.
+fn unchanged(smaps: &str, at: usize) -> Vec<Range<usize>> {
+    let mut mappings = Vec::new();
+    let mut program = None;
+    for line in smaps.lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match words[..] {
+            ["Anonymous:", kib, "kB"] => {
+                if let Some((_, _, changed)) = mappings.last_mut() {
+                    *changed = kib != "0";
+                }
+            }
+            [range, permissions, _, _, inode, path] if !range.ends_with(':') => {
+                let Some(range) = addresses(range) else {
+                    continue;
+                };
+                if range.contains(&at) {
+                    program = Some((inode, path));
+                }
+                let fixed = permissions.starts_with("r-") && permissions.ends_with('p');
+                mappings.push((range, fixed.then_some((inode, path)), true));
+            }
+            _ => {}
+        }
+    }
+    let is_program = |file: &Option<(&str, &str)>| file.is_some() && *file == program;
+    mappings.retain(|(_, file, changed)| is_program(file) && !changed);
+    mappings.into_iter().map(|(range, _, _)| range).collect()
+}
+
+fn addresses(range: &str) -> Option<Range<usize>> {
+    let (start, end) = range.split_once('-')?;
+    let number = |text| usize::from_str_radix(text, 16).ok();
+    Some(number(start)?..number(end)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMAPS: &str = "\
+1000-3000 r--p 00000000 fe:00 17 /bin/doppel
+Size:  8 kB
+Anonymous:  0 kB
+3000-5000 r-xp 00002000 fe:00 17 /bin/doppel
+Anonymous:  0 kB
+5000-6000 r--p 00004000 fe:00 17 /bin/doppel
+Anonymous:  4 kB
+6000-7000 rw-p 00005000 fe:00 17 /bin/doppel
+Anonymous:  0 kB
+8000-9000 r-xp 00000000 fe:00 18 /lib/libc.so.6
+Anonymous:  0 kB
+9000-a000 r--p 00000000 00:00 0
+Anonymous:  0 kB
+";
+
+    #[test]
+    fn only_pages_that_are_as_in_the_file_go() {
+        assert_eq!(unchanged(SMAPS, 0x3010), [0x1000..0x3000, 0x3000..0x5000]);
+        assert_eq!(unchanged(SMAPS, 0x8010).first(), Some(&(0x8000..0x9000)));
+        assert_eq!(unchanged(SMAPS, 0x9010), []);
+        assert_eq!(unchanged("", 0x3010), []);
+    }
+
+    #[test]
+    fn the_program_goes_on_without_its_pages() {
+        let smaps = || fs::read_to_string("/proc/self/smaps").unwrap();
+        let own = unchanged(&smaps(), let_program_go as *const () as usize);
+        assert!(
+            own.iter()
+                .any(|pages| pages.contains(&(addresses as *const () as usize)))
+        );
+        let_program_go();
+        assert_eq!(
+            unchanged(&smaps(), let_program_go as *const () as usize),
+            own
+        );
+    }
+}
