@@ -445,7 +445,8 @@ mod tests {
         let t = PageTracker::new(16);
         let [a, b, other] = [(); 3].map(|()| t.join());
         let _ = a.take_requests();
-        [&a, &b].map(|peer| peer.share_code(&a));
+        a.share_code(&a);
+        b.share_code(&a);
         b.enter();
         t.add_code(PAGE, 64, &a);
         assert!(!t.tell_others(PAGE, 8, &a).is_empty(), "the one in guest");
