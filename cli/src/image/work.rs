@@ -37,10 +37,10 @@ impl Work {
     /// Makes it: `.OUT.partial-PID`.
     pub fn new(output: &Path) -> Result<Work> {
         let name = output.file_name().context("OUT needs the name of a file")?;
-        let name = format!(".{}.partial-{}", name.to_string_lossy(), std::process::id());
-        let path = std::path::absolute(output)?.with_file_name(name);
+        let (name, pid) = (name.to_string_lossy(), std::process::id());
+        let path = std::path::absolute(output)?.with_file_name(format!(".{name}.partial-{pid}"));
         fs::create_dir(&path).with_context(|| path.display().to_string())?;
-        let temporary = format!("doppel-image-{}", std::process::id());
+        let temporary = format!("doppel-image-{pid}-{name}");
         let temporary = std::path::absolute(std::env::temp_dir())?.join(temporary);
         // One that is there is not ours.
         if let Err(error) = fs::create_dir(&temporary) {
