@@ -62,34 +62,63 @@ fn ticks(time: Duration, hz: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Instant;
+    use std::process::{Child, Command};
+    use std::thread::sleep;
 
     /// A TSC of nanoseconds.
     const HZ: u64 = 1_000_000_000;
     const MS: u64 = 1_000_000;
 
-    fn work(time: Duration) {
-        let start = Instant::now();
-        while start.elapsed() < time {}
+    /// A process that ends with its owner.
+    struct Other(Child);
+
+    impl Other {
+        fn that_runs(script: &str) -> Other {
+            Other(Command::new("sh").args(["-c", script]).spawn().unwrap())
+        }
+    }
+
+    impl Drop for Other {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
     }
 
     #[test]
     fn sleep_is_no_time_spent_and_work_is() {
-        let mut spent = Spent::of(std::process::id());
-        let thread = of_this_thread(HZ);
-        std::thread::sleep(Duration::from_millis(50));
+        let sleeper = Other::that_runs("exec sleep 60");
+        // It has to become what it is first.
+        sleep(Duration::from_millis(50));
+        let mut spent = Spent::of(sleeper.0.id());
+        sleep(Duration::from_millis(50));
         assert!(spent.of_stretch(50 * MS, MS, HZ) < 40 * MS);
-        assert!(of_this_thread(HZ) - thread < 20 * MS);
+
+        let worker = Other::that_runs("while :; do :; done");
+        let mut spent = Spent::of(worker.0.id());
+        let mut sum = 0;
         // On a busy host it takes as long as it takes.
-        while of_this_thread(HZ) - thread < 30 * MS {
-            work(Duration::from_millis(1));
+        for _ in 0..1000 {
+            sleep(Duration::from_millis(10));
+            sum += spent.of_stretch(1000 * MS, MS, HZ);
+            if sum > 30 * MS {
+                return;
+            }
         }
-        assert!(spent.of_stretch(1000 * MS, MS, HZ) > 8 * MS);
+        panic!("{sum} ns in ten seconds");
+    }
+
+    #[test]
+    fn a_thread_that_sleeps_spends_no_time() {
+        let before = of_this_thread(HZ);
+        sleep(Duration::from_millis(50));
+        assert!(of_this_thread(HZ) - before < 20 * MS);
     }
 
     #[test]
     fn short_stretches_count_as_they_are_and_are_taken_off_the_next_long_one() {
-        let mut spent = Spent::of(std::process::id());
+        let sleeper = Other::that_runs("exec sleep 60");
+        let mut spent = Spent::of(sleeper.0.id());
         assert_eq!(spent.of_stretch(10, 100, HZ), 10);
         assert_eq!(spent.of_stretch(99 * MS, 100 * MS, HZ), 99 * MS);
         assert_eq!(spent.of_stretch(200 * MS, 100 * MS, HZ), 0);
