@@ -262,7 +262,7 @@ fn configuration(
         test_devices: args.test_devices,
         translate: translate_options(args),
         direct: args.direct,
-        count: args.stats.is_some(),
+        count: args.stats.is_some() && !args.no_run_counts,
         ..MachineConfig::new(boot.kernel)
     })
 }
