@@ -198,8 +198,8 @@ fn second_address_space(m: &Machine, gpa: u64, bits: u64) -> u64 {
     pml4
 }
 
-/// A kernel that switches CR3 at each system call, and a user program that runs the same address in two address spaces.
-fn two_programs(m: &mut Machine, first: u64, second: u64) {
+/// A kernel that at each system call (INT 0x80) changes CR3 by XOR with R14 and sets the bits in R13.
+fn switch_at_each_call(m: &mut Machine) {
     let kernel = CODE + 0x400;
     m.place(64, kernel, |a: &mut CodeAssembler| {
         a.mov(r8, cr3)?;
@@ -209,6 +209,11 @@ fn two_programs(m: &mut Machine, first: u64, second: u64) {
         a.iretq()
     });
     m.gate(0x80, kernel, 0xe, 0, 3);
+}
+
+/// With such a kernel, a user program that runs the same address in two address spaces.
+fn two_programs(m: &mut Machine, first: u64, second: u64) {
+    switch_at_each_call(m);
     for (page, n) in [(SPARE, 1), (OTHER, 0x1_0000)] {
         m.place_at(64, page, X, |a: &mut CodeAssembler| {
             let mut again = a.create_label();
@@ -268,15 +273,7 @@ fn a_routine_in_the_next_page(pcids: bool) {
                 a.ret()
             });
         }
-        let kernel = CODE + 0x400;
-        m.place(64, kernel, |a: &mut CodeAssembler| {
-            a.mov(r8, cr3)?;
-            a.xor(r8, r14)?;
-            a.or(r8, r13)?;
-            a.mov(cr3, r8)?;
-            a.iretq()
-        });
-        m.gate(0x80, kernel, 0xe, 0, 3);
+        switch_at_each_call(m);
         m.place_at(64, SPARE, X, |a: &mut CodeAssembler| {
             let mut again = a.create_label();
             a.set_label(&mut again)?;
