@@ -112,24 +112,25 @@ pub struct Host {
 }
 
 impl Host {
-    /// This host, for a guest whose RAM is made of this. Whether it executes user code directly is tried out, by processes that are started, and
-    /// only for a choice that it matters to.
-    pub fn probe(choice: EngineChoice, backing: Option<Backing>) -> Self {
-        let shared = matches!(backing, None | Some(Backing::Memfd));
-        let direct = match (choice, shared) {
-            (EngineChoice::Auto | EngineChoice::Direct, true) => {
-                doppel_direct::supported().map_err(|e| e.to_string())
-            }
-            (EngineChoice::Auto | EngineChoice::Direct, false) => {
-                Err("guest memory has to be --memory-backing memfd".to_owned())
-            }
-            _ => Err("nobody asked for it".to_owned()),
-        };
+    /// This host, of which is known whether it executes user code directly.
+    pub fn probe(direct: Result<(), String>) -> Self {
         Host {
             translate: doppel_translate::supported().map_err(|e| e.to_string()),
             direct,
             kvm: probe_kvm(),
         }
+    }
+}
+
+/// Whether it matters to a choice that user code can be executed directly, for a guest whose RAM is made of this: it takes
+/// processes to find out.
+pub fn is_direct_wanted(choice: EngineChoice, backing: Option<Backing>) -> Result<(), String> {
+    if !matches!(choice, EngineChoice::Auto | EngineChoice::Direct) {
+        return Err("nobody asked for it".to_owned());
+    }
+    match backing {
+        None | Some(Backing::Memfd) => Ok(()),
+        Some(_) => Err("guest memory has to be --memory-backing memfd".to_owned()),
     }
 }
 

@@ -1,10 +1,11 @@
 //! One boot of a machine: everything that a power-on makes new, and the threads that run it.
 
+use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::{self, Scope, ScopedJoinHandle};
 
-use doppel_direct::{Direct, DirectHost};
+use doppel_direct::{Direct, DirectError, DirectHost};
 use doppel_memory::GuestRam;
 use doppel_seccomp::{Kind, narrowed};
 use doppel_translate::{SharedCode, Translate, TranslateOptions};
@@ -30,22 +31,54 @@ use crate::{acpi, smbios};
 pub struct Loaded {
     ram: Arc<GuestRam>,
     entry: Entry,
+    direct: Tried,
 }
 
+/// Who executes user code directly: nobody for engines that have no use for it.
+type Tried = Option<Result<Arc<DirectHost>, DirectError>>;
+
 impl Loaded {
-    /// Makes RAM and loads kernel, tables and what goes with them.
+    /// Makes RAM and loads kernel, tables and what goes with them. What executes user code directly starts meanwhile.
     pub fn new(config: &MachineConfig, engine: EngineKind) -> Result<Self, MachineError> {
         let backing = config.memory_backing.unwrap_or(engine.usual_backing());
         let ram = GuestRam::with_backing(config.memory, backing)?;
-        let entry = load(config, &ram)?;
+        let (direct, entry) = thread::scope(|scope| {
+            let start = narrowed(Kind::Control, || DirectHost::new(&ram).map(Arc::new));
+            let thread = thread::Builder::new().name("direct".into());
+            let started = match engine {
+                EngineKind::Direct => Some(thread.spawn_scoped(scope, start)),
+                EngineKind::Interpret | EngineKind::Translate => None,
+            };
+            let entry = load(config, &ram);
+            let direct = started.map(|started| {
+                let started = started.map_err(|e| DirectError::Host("thread", e))?;
+                started.join().unwrap_or_else(|panic| resume_unwind(panic))
+            });
+            (direct, entry)
+        });
         if config.memory_ahead {
             // Without, the guest asks page by page, which is slower and nothing else.
             let _ = ram.ask_ahead();
         }
         Ok(Loaded {
             ram: Arc::new(ram),
-            entry,
+            entry: entry?,
+            direct,
         })
+    }
+
+    /// Whether user code can be executed directly; the reason where it cannot.
+    pub fn direct_works(&self) -> Result<(), String> {
+        match &self.direct {
+            Some(Ok(_)) => Ok(()),
+            Some(Err(e)) => Err(e.to_string()),
+            None => Err("it was not tried".to_owned()),
+        }
+    }
+
+    /// Whether this is what [`Self::new`] would make for an engine.
+    pub fn suits(&self, engine: EngineKind) -> bool {
+        self.direct.is_some() == (engine == EngineKind::Direct)
     }
 }
 
@@ -81,8 +114,8 @@ impl Instance {
         control: &Arc<Control>,
         serial: &CharLink,
     ) -> Result<Self, MachineError> {
-        let Loaded { ram, entry } = loaded;
-        let engines = Engines::new(config, engine, &ram)?;
+        let Loaded { ram, entry, direct } = loaded;
+        let engines = Engines::new(config, engine, direct)?;
         let engines = on_a_stack_of_its_own(|| new_cpus(config.cpus, &ram, model, &entry))?
             .into_iter()
             .map(|cpu| engines.engine(cpu))
@@ -222,12 +255,9 @@ impl<'a> Engines<'a> {
     fn new(
         config: &'a MachineConfig,
         kind: EngineKind,
-        ram: &GuestRam,
+        direct: Tried,
     ) -> Result<Self, EngineError> {
-        let direct = match kind {
-            EngineKind::Direct => Some(Arc::new(DirectHost::new(ram).map_err(refused)?)),
-            EngineKind::Interpret | EngineKind::Translate => None,
-        };
+        let direct = direct.transpose().map_err(refused)?;
         Ok(Engines {
             config,
             kind,

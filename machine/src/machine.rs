@@ -14,7 +14,7 @@ use crate::boot::BootError;
 use crate::config::MachineConfig;
 use crate::control::{Cause, Control, StopHandle};
 use crate::death::{Death, DeathCause};
-use crate::engine::{self, EngineError, Host, Selection};
+use crate::engine::{self, EngineError, EngineKind, Host, Selection};
 use crate::instance::{Instance, Loaded, Over};
 use crate::serial::CharLink;
 use crate::stats::{self, Stats};
@@ -93,12 +93,8 @@ impl Machine {
             return Err(MachineError::Cpus(config.cpus));
         }
         let tsc = TscMeasurement::start();
-        let selection = engine::select(
-            config.engine,
-            &Host::probe(config.engine, config.memory_backing),
-        )?;
         // Loading lasts longer than the measurement.
-        let loaded = Loaded::new(&config, selection.engine)?;
+        let (loaded, selection) = load(&config)?;
         let control = Arc::new(Control::default());
         let serial = Arc::new(CharLink::default());
         let model = Arc::new(CpuidModel::host_at(tsc.finish(), config.cpus));
@@ -204,4 +200,20 @@ impl Machine {
             Cause::Broken => return Err(MachineError::Broken),
         }))
     }
+}
+
+/// Loads what is to be booted for the engine that is taken. Where that may execute user code directly, it is tried out on the way.
+fn load(config: &MachineConfig) -> Result<(Loaded, Selection), MachineError> {
+    let wanted = engine::is_direct_wanted(config.engine, config.memory_backing);
+    let tried = wanted
+        .is_ok()
+        .then(|| Loaded::new(config, EngineKind::Direct));
+    let tried = tried.transpose()?;
+    let direct = wanted.and_then(|()| tried.as_ref().map_or(Ok(()), Loaded::direct_works));
+    let selection = engine::select(config.engine, &Host::probe(direct))?;
+    let loaded = match tried.filter(|loaded| loaded.suits(selection.engine)) {
+        Some(loaded) => loaded,
+        None => Loaded::new(config, selection.engine)?,
+    };
+    Ok((loaded, selection))
 }

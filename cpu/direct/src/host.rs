@@ -57,10 +57,3 @@ fn most_mappings() -> usize {
     let most = text.trim().parse().unwrap_or(USUAL_MAPPINGS);
     most.saturating_sub(MAPPINGS_MARGIN).max(MAPPINGS_MARGIN)
 }
-
-/// Whether user code can be executed directly on this host.
-pub fn supported() -> Result<(), DirectError> {
-    let ram = GuestRam::with_backing(1 << 20, doppel_memory::Backing::Memfd);
-    let ram = ram.map_err(|e| DirectError::Host("memfd_create", std::io::Error::other(e)))?;
-    DirectHost::new(&ram).map(drop)
-}

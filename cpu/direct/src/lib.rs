@@ -32,7 +32,7 @@ mod zygote;
 
 pub use change::Change;
 pub use child::{Child, Entry, Stop};
-pub use host::{DirectHost, supported};
+pub use host::DirectHost;
 pub use kick_unsafe::KickFlag;
 pub use state::{CODE_32, CODE_64, STACK, UserState};
 pub use user::{Direct, DirectOptions};
