@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use doppel_device::Wired;
+use doppel_device::{BusMaster, Wired};
 use doppel_memory::{GuestRam, PAGE_MASK};
 use doppel_pc::{Acknowledged, CpuApic, I8259, Requests};
 use doppel_x86::{Bus, Start};
@@ -27,8 +27,8 @@ pub struct BusExits {
 
 /// One vCPU's [`Bus`].
 pub struct CpuBus {
-    ports: Arc<doppel_device::Bus>,
-    memory: Arc<doppel_device::Bus>,
+    ports: BusMaster,
+    memory: BusMaster,
     pic: Arc<Wired<I8259>>,
     apic: CpuApic,
     ram: Arc<GuestRam>,
@@ -45,8 +45,8 @@ impl CpuBus {
     /// For the vCPU that `apic` belongs to.
     pub fn new(pc: &Pc, apic: CpuApic, ram: Arc<GuestRam>, timing: bool) -> Self {
         CpuBus {
-            ports: pc.ports.clone(),
-            memory: pc.memory.clone(),
+            ports: BusMaster::new(pc.ports.clone()),
+            memory: BusMaster::new(pc.memory.clone()),
             pic: pc.pic.clone(),
             apic,
             ram,
@@ -57,7 +57,7 @@ impl CpuBus {
         }
     }
 
-    fn timed<R>(&mut self, f: impl FnOnce(&Self) -> R) -> R {
+    fn timed<R>(&mut self, f: impl FnOnce(&mut Self) -> R) -> R {
         if !self.timing {
             return f(self);
         }

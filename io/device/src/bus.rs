@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 /// A device as a bus sees it. It locks itself; no call may panic or block for long, whatever the guest asks for.
@@ -77,6 +78,16 @@ type Place = (u64, Arc<dyn BusDevice>);
 #[derive(Default)]
 pub struct Bus {
     map: RwLock<BTreeMap<u64, Entry>>,
+    /// How often the map has changed.
+    changes: AtomicU64,
+}
+
+/// One who loads and stores on a bus, and mostly goes where it went before: there it needs neither the map nor its lock.
+pub struct BusMaster {
+    bus: Arc<Bus>,
+    last: Option<Entry>,
+    /// How often the map had changed when that was found.
+    changes: u64,
 }
 
 impl Bus {
@@ -98,12 +109,14 @@ impl Bus {
             return Err(BusError::Overlap(new, old.addresses()));
         }
         map.insert(region.start, (region, device));
+        self.changes.fetch_add(1, Ordering::Release);
         Ok(())
     }
 
     /// Takes away what starts at `start`; says whether something did.
     pub fn detach(&self, start: u64) -> bool {
         let mut map = self.map.write().unwrap_or_else(PoisonError::into_inner);
+        self.changes.fetch_add(1, Ordering::Release);
         map.remove(&start).is_some()
     }
 
@@ -154,6 +167,52 @@ impl Bus {
         let widest = size.min(device.width()).min(room).max(1);
         let step = 1 << widest.ilog2();
         (step, Some((region.offset.wrapping_add(within), device)))
+    }
+}
+
+impl BusMaster {
+    /// On this bus.
+    pub fn new(bus: Arc<Bus>) -> Self {
+        BusMaster {
+            bus,
+            last: None,
+            changes: 0,
+        }
+    }
+
+    /// As [`Bus::read`].
+    pub fn read(&mut self, address: u64, size: u8) -> u64 {
+        if let Some((offset, device)) = self.same(address, size) {
+            return device.read(offset, size) & all_ones(size);
+        }
+        self.find(address);
+        self.bus.read(address, size)
+    }
+
+    /// As [`Bus::write`].
+    pub fn write(&mut self, address: u64, size: u8, value: u64) {
+        if let Some((offset, device)) = self.same(address, size) {
+            return device.write(offset, size, value & all_ones(size));
+        }
+        self.find(address);
+        self.bus.write(address, size, value);
+    }
+
+    fn find(&mut self, address: u64) {
+        self.changes = self.bus.changes.load(Ordering::Acquire);
+        self.last = self.bus.find(address);
+    }
+
+    /// The device found last, where it takes all of this access at once.
+    #[inline]
+    fn same(&self, address: u64, size: u8) -> Option<(u64, &dyn BusDevice)> {
+        let (region, device) = self.last.as_ref()?;
+        let within = address.wrapping_sub(region.start);
+        let inside = within < region.len && region.len - within >= size.into();
+        let whole = size.is_power_of_two() && size <= device.width();
+        let stands = self.changes == self.bus.changes.load(Ordering::Acquire);
+        let offset = region.offset.wrapping_add(within);
+        (inside && whole && stands).then_some((offset, &**device))
     }
 }
 
@@ -223,6 +282,48 @@ mod tests {
         bus.attach(Region::new(0x64, 1), device.clone()).unwrap();
         assert!(bus.detach(0x60) && !bus.detach(0x60));
         assert_eq!(bus.read(0x60, 1), 0xff);
+    }
+
+    #[test]
+    fn a_master_finds_what_the_bus_finds() {
+        let bus = Arc::new(Bus::new());
+        let device = |width| Arc::new(Recorder(width, Mutex::default()));
+        let attach = |start, len, width| {
+            let region = Region::new(start, len).at_offset(start);
+            bus.attach(region, device(width)).unwrap();
+        };
+        attach(0x60, 6, 2);
+        attach(0x70, 1, 1);
+        let mut master = BusMaster::new(bus.clone());
+        let mut agree = || {
+            for address in 0x5c..0x74 {
+                for size in [1, 2, 4, 8] {
+                    for _ in 0..2 {
+                        let alone = bus.read(address, size);
+                        assert_eq!(master.read(address, size), alone, "{address:#x} {size}");
+                    }
+                }
+            }
+        };
+        agree();
+        attach(0x68, 4, 4);
+        assert!(bus.detach(0x70));
+        agree();
+    }
+
+    #[test]
+    fn a_master_writes_where_the_device_is_now() {
+        let (bus, device) = bus(4, Region::new(0x60, 4));
+        let bus = Arc::new(bus);
+        let mut master = BusMaster::new(bus.clone());
+        master.write(0x60, 4, 1);
+        master.write(0x62, 2, 0x12_3456);
+        bus.detach(0x60);
+        master.write(0x60, 4, 3);
+        bus.attach(Region::new(0x50, 0x20), device.clone()).unwrap();
+        master.write(0x60, 4, 4);
+        let written = [(0, 4, 1), (2, 2, 0x3456), (0x10, 4, 4)];
+        assert_eq!(*device.1.lock().unwrap(), written);
     }
 
     struct Detacher(std::sync::Weak<Bus>);

@@ -18,7 +18,7 @@ mod pin;
 mod power;
 mod timers;
 
-pub use bus::{Bus, BusDevice, BusError, Region, all_ones};
+pub use bus::{Bus, BusDevice, BusError, BusMaster, Region, all_ones};
 pub use chardev::{Backed, CharSink, CharSource, Disconnected, InputQueue, OutputQueue};
 pub use chip::{Chip, Outputs, Wired};
 pub use clock::{Clock, FakeClock, HostClock, NANOS_PER_SECOND, Nanos, periods, ticks};

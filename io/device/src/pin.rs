@@ -44,6 +44,10 @@ impl Line {
     }
 
     fn change(&self, source: &AtomicBool, level: bool) {
+        // Most calls change nothing, and only this source's own calls change its level.
+        if source.load(Ordering::Relaxed) == level {
+            return;
+        }
         let mut high = self.high.lock().unwrap_or_else(PoisonError::into_inner);
         if source.swap(level, Ordering::Relaxed) == level {
             return;
