@@ -4,6 +4,7 @@
 //! instructions of the guest: an eighth of a boot, on the thread of a vCPU.
 //! Idea: first touches come in streams (a kernel that unpacks itself, its arrays, an initial RAM disk), up or down. Where a batch is touched
 //! that continues one, a thread has the host give the next ones: as many as the stream has had so far, up to [`WINDOW`].
+//! Where the guest comes to a batch before the thread has done it, it asks for that batch itself: page by page it would take twice as long.
 //! Invariant: it changes nothing but when the host gives memory. Who comes first to a page, guest or thread, waits for the host as ever.
 //! Cost: the thread sleeps but for its requests; at the end of a stream up to [`WINDOW`] batches are given that nobody wanted.
 
@@ -23,7 +24,7 @@ const WINDOW: u64 = 16;
 /// Requests that wait for the thread at most; what comes on top is not asked for ahead.
 const QUEUE: usize = 64;
 
-/// A bit for each batch of guest memory: whether the host was asked for it.
+/// A bit for each batch of guest memory: whether somebody is on the way to ask the host for it, say, or whether the host has given it.
 #[derive(Debug)]
 pub(crate) struct Batches {
     bits: Vec<AtomicU64>,
@@ -40,7 +41,7 @@ impl Batches {
 
     /// True for what does not exist, so that nobody asks for it.
     #[inline]
-    pub fn asked(&self, batch: u64) -> bool {
+    pub fn has(&self, batch: u64) -> bool {
         self.bits
             .get((batch / 64) as usize)
             .is_none_or(|word| word.load(Ordering::Relaxed) & 1 << (batch % 64) != 0)
@@ -58,7 +59,7 @@ impl Batches {
         }
     }
 
-    /// How many the host was asked for.
+    /// How many have theirs set.
     pub fn count(&self) -> u64 {
         let ones = |w: &AtomicU64| u64::from(w.load(Ordering::Relaxed).count_ones());
         self.bits.iter().map(ones).sum()
@@ -66,17 +67,17 @@ impl Batches {
 
     /// What to ask for when `batch` is touched first, of those below `end`: the batches that it makes likely.
     fn likely(&self, batch: u64, end: u64) -> Range<u64> {
-        let up = (1..=WINDOW).take_while(|n| batch.checked_sub(*n).is_some_and(|b| self.asked(b)));
+        let up = (1..=WINDOW).take_while(|n| batch.checked_sub(*n).is_some_and(|b| self.has(b)));
         let up = up.count() as u64;
         if up > 0 {
-            let free = (batch + 1..end.min(batch + 1 + up)).take_while(|b| !self.asked(*b));
+            let free = (batch + 1..end.min(batch + 1 + up)).take_while(|b| !self.has(*b));
             return batch + 1..batch + 1 + free.count() as u64;
         }
-        let down = (1..=WINDOW).take_while(|n| batch + n < end && self.asked(batch + n));
+        let down = (1..=WINDOW).take_while(|n| batch + n < end && self.has(batch + n));
         let down = down.count() as u64;
         let free = (batch.saturating_sub(down)..batch)
             .rev()
-            .take_while(|b| !self.asked(*b));
+            .take_while(|b| !self.has(*b));
         batch - free.count() as u64..batch
     }
 }
@@ -84,18 +85,20 @@ impl Batches {
 /// The thread that asks.
 #[derive(Debug)]
 pub(crate) struct Ahead {
-    requests: SyncSender<(usize, usize)>,
+    requests: SyncSender<Range<u64>>,
     /// Bytes that were asked for.
     pub bytes: AtomicU64,
 }
 
 impl Ahead {
     /// Starts it. It ends when this value is gone.
-    pub fn start(mapping: Arc<Mapping>) -> io::Result<Self> {
+    pub fn start(mapping: Arc<Mapping>, given: Arc<Batches>, size: u64) -> io::Result<Self> {
         let (requests, received) = sync_channel(QUEUE);
         thread::Builder::new()
             .name("ram".into())
-            .spawn(narrowed(Kind::Helper, move || serve(&mapping, &received)))?;
+            .spawn(narrowed(Kind::Helper, move || {
+                serve(&mapping, &received, &given, size);
+            }))?;
         Ok(Ahead {
             requests,
             bytes: AtomicU64::new(0),
@@ -105,17 +108,20 @@ impl Ahead {
     /// Asks for what follows `batch`, which is touched for the first time, in a piece of RAM that ends with the batch before `end`.
     pub fn follow(&self, batches: &Batches, batch: u64, end: u64, size: u64) {
         let likely = batches.likely(batch, end);
-        let (at, len) = (likely.start * size, (likely.end - likely.start) * size);
-        if len > 0 && self.requests.try_send((at as usize, len as usize)).is_ok() {
+        let len = (likely.end - likely.start) * size;
+        if len > 0 && self.requests.try_send(likely.clone()).is_ok() {
             self.bytes.fetch_add(len, Ordering::Relaxed);
             likely.for_each(|b| batches.set(b));
         }
     }
 }
 
-fn serve(mapping: &Mapping, requests: &Receiver<(usize, usize)>) {
-    for (at, len) in requests {
-        mapping.populate(at, len);
+fn serve(mapping: &Mapping, requests: &Receiver<Range<u64>>, given: &Batches, size: u64) {
+    for batch in requests.into_iter().flatten() {
+        if !given.has(batch) {
+            mapping.populate((batch * size) as usize, size as usize);
+            given.set(batch);
+        }
     }
 }
 

@@ -55,7 +55,9 @@ pub struct GuestRam {
     high: u64,
     tracker: Arc<PageTracker>,
     /// What the host was asked for.
-    populated: Batches,
+    /// What the host was asked for, or will be by the thread of `ahead`, and what it has given.
+    asked: Batches,
+    given: Arc<Batches>,
     ahead: OnceLock<Ahead>,
 }
 
@@ -107,7 +109,8 @@ impl GuestRam {
             low,
             high,
             tracker,
-            populated: Batches::new(end.div_ceil(BATCH)),
+            asked: Batches::new(end.div_ceil(BATCH)),
+            given: Arc::new(Batches::new(end.div_ceil(BATCH))),
             ahead: OnceLock::new(),
         })
     }
@@ -147,27 +150,30 @@ impl GuestRam {
     /// Says that the page will be accessed: the host is asked for its batch, once.
     #[inline]
     pub fn will_access(&self, gpa: u64) {
-        if !self.populated.asked(gpa / BATCH) {
+        if !self.given.has(gpa / BATCH) {
             self.first_access(gpa / BATCH);
         }
     }
 
     fn first_access(&self, batch: u64) {
-        self.populated.set(batch);
-        if let Some(ahead) = self.ahead.get() {
+        let asked = self.asked.has(batch);
+        self.asked.set(batch);
+        if let Some(ahead) = self.ahead.get().filter(|_| !asked) {
             let gpa = batch * BATCH;
             let end = match gpa < self.low {
                 true => self.low,
                 false => HIGH_START + self.high,
             };
-            ahead.follow(&self.populated, batch, end / BATCH, BATCH);
+            ahead.follow(&self.asked, batch, end / BATCH, BATCH);
         }
         self.populate(batch * BATCH, BATCH);
+        // Whether all of it is RAM or not.
+        self.given.set(batch);
     }
 
     /// From now on a thread asks the host for memory that the guest is likely to access next.
     pub fn ask_ahead(&self) -> std::io::Result<()> {
-        let ahead = Ahead::start(self.mapping.clone())?;
+        let ahead = Ahead::start(self.mapping.clone(), self.given.clone(), BATCH)?;
         // Where there is one already, the new one ends.
         let _ = self.ahead.set(ahead);
         Ok(())
@@ -181,6 +187,10 @@ impl GuestRam {
             if from < to {
                 let from = from & !PAGE_MASK;
                 self.mapping.populate(from as usize, (to - from) as usize);
+                for batch in from.div_ceil(BATCH)..to / BATCH {
+                    self.asked.set(batch);
+                    self.given.set(batch);
+                }
             }
         }
     }
@@ -208,7 +218,10 @@ impl GuestRam {
 
     /// Batches that lie wholly in a range are asked for again when one of their pages is accessed.
     fn forget_populated(&self, from: u64, to: u64) {
-        (from.div_ceil(BATCH)..to / BATCH).for_each(|batch| self.populated.clear(batch));
+        for batch in from.div_ceil(BATCH)..to / BATCH {
+            self.asked.clear(batch);
+            self.given.clear(batch);
+        }
     }
 
     /// Bytes that the thread of [`Self::ask_ahead`] was told to ask for.
@@ -219,7 +232,7 @@ impl GuestRam {
 
     /// Bytes that the host was asked for ahead of their use, about.
     pub fn populated_bytes(&self) -> u64 {
-        self.populated.count() * BATCH
+        self.asked.count() * BATCH
     }
 
     /// Loads a value that lies within one page.
