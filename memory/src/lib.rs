@@ -30,7 +30,8 @@ pub use survey::{Leaf, REGION_PAGES, REGION_SHIFT, Survey};
 pub use tlb::{INVALID_TAG_XOR, MOST_TAKEN, TLB_ENTRIES, TLB_SLOT_SHIFT, TakenEntries, Tlb};
 pub use track::{CodeGranules, PageTracker};
 pub use walk::{
-    AccessKind, PageFault, PageRights, Paging, PagingMode, Privilege, Translation, probe, walk,
+    AccessKind, PageFault, PageRights, Paging, PagingMode, Privilege, Translation, code_neighbours,
+    probe, walk,
 };
 
 /// Bytes in the smallest page.

@@ -190,6 +190,36 @@ pub fn probe(ram: &GuestRam, p: &Paging, linear: u64) -> Option<Translation> {
     .ok()
 }
 
+/// log2 of the pages that [`code_neighbours`] looks at: a processor has two cache lines of a page table at hand.
+const NEIGHBOURS_BITS: u32 = 4;
+
+/// Other pages of user code that a processor may well have in its TLB when it has the 4 KiB page at `linear`, with where they lie: those of
+/// the same aligned 64 KiB, in 4-level tables, that may be executed and were accessed before, so that no bit has to be set.
+pub fn code_neighbours<'a>(
+    ram: &'a GuestRam,
+    p: &'a Paging,
+    linear: u64,
+) -> impl Iterator<Item = (u64, u64)> + use<'a> {
+    let walk = Walk {
+        ram,
+        p,
+        linear,
+        kind: None,
+        privilege: Privilege::User,
+    };
+    let index = linear >> 12 & 0x1ff;
+    let first = index >> NEIGHBOURS_BITS << NEIGHBOURS_BITS;
+    let others = (first..first + (1 << NEIGHBOURS_BITS)).filter(move |n| *n != index);
+    let table = walk.table_of_user_code();
+    let pairs = table
+        .into_iter()
+        .flat_map(move |table| others.clone().map(move |n| (table, n)));
+    pairs.filter_map(move |(table, n)| {
+        let gpa = walk.user_code(table, n)?;
+        Some(((linear & !PAGE_MASK) ^ ((index ^ n) << 12), gpa))
+    })
+}
+
 pub(crate) struct Walk<'a> {
     pub ram: &'a GuestRam,
     pub p: &'a Paging,
@@ -307,6 +337,30 @@ impl Walk<'_> {
         self.set_bits(f, at, entry, set)?;
         t.dirty |= kind == AccessKind::Write;
         Ok(t)
+    }
+
+    /// The page table for an address of 4-level paging, where all levels above let user code be executed.
+    fn table_of_user_code(&self) -> Option<u64> {
+        (self.p.mode == PagingMode::Level4).then_some(())?;
+        let (mut table, f) = (self.p.root, &FORMAT_64);
+        for level in [4, 3, 2] {
+            let index = self.linear >> (12 + f.index_bits * (level - 1)) & 0x1ff;
+            let entry = self.load(f, table + index * f.entry_size);
+            let wrong = entry & (self.reserved(f, level, false) | PS | XD);
+            if entry & (P | US | A) != P | US | A || wrong != 0 {
+                return None;
+            }
+            table = entry & self.address_mask();
+        }
+        Some(table)
+    }
+
+    /// The page that an entry of such a table maps, where it may be executed and was accessed.
+    fn user_code(&self, table: u64, index: u64) -> Option<u64> {
+        let entry = self.load(&FORMAT_64, table + index * FORMAT_64.entry_size);
+        let right = entry & (P | US | A) == P | US | A;
+        let wrong = entry & (self.reserved(&FORMAT_64, 1, true) | XD);
+        (right && wrong == 0).then(|| entry & self.address_mask())
     }
 
     pub(crate) fn load(&self, f: &Format, at: u64) -> u64 {

@@ -354,3 +354,49 @@ fn racing_processors_never_make_a_read_only_page_dirty() {
         });
     });
 }
+
+#[test]
+fn neighbours_are_what_user_code_may_execute_without_a_walk() {
+    let ram = ram();
+    let p = paging(PagingMode::Level4);
+    let at = level4(&ram, [ALL | A; 4]);
+    let first = LINEAR & !0xffff;
+    let entry = |n: u64| TABLES[2] + 8 * (first >> 12 & 511) + 8 * n;
+    let own = (LINEAR - first) >> 12;
+    for (n, bits) in [
+        (0, ALL | A),
+        (1, ALL),
+        (2, RW | US | A),
+        (3, P | RW | A),
+        (own + 1, ALL | A | XD),
+        (own + 2, ALL | A | 1 << 45),
+        (15, P | US | A),
+        (16, ALL | A),
+    ] {
+        ram.store(entry(n), 0x9000 + (n << 12) | bits).expect("RAM");
+    }
+    let before: Vec<_> = (0..17).map(|n| ram.load::<u64>(entry(n))).collect();
+    let found = || code_neighbours(&ram, &p, LINEAR).collect::<Vec<_>>();
+    assert_eq!(
+        found(),
+        [(first, 0x9000), (first + 0xf000, 0x9000 + 0xf000)]
+    );
+    let after: Vec<_> = (0..17).map(|n| ram.load::<u64>(entry(n))).collect();
+    assert_eq!(before, after, "only looked at");
+    for (level, bits) in [
+        (0, P | RW | A),
+        (1, ALL | A | XD),
+        (2, ALL | A | PS),
+        (2, ALL),
+    ] {
+        level4(&ram, [ALL | A; 4]);
+        let entry: u64 = ram.load(at[level]).expect("RAM");
+        ram.store(at[level], entry & !(ALL | A) | bits)
+            .expect("RAM");
+        assert_eq!(found(), [], "level {level} {bits:x}");
+    }
+    level4(&ram, [ALL | A; 4]);
+    assert_eq!(found().len(), 2);
+    let off = paging(PagingMode::Off);
+    assert_eq!(code_neighbours(&ram, &off, LINEAR).count(), 0);
+}

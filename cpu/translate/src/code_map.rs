@@ -19,7 +19,7 @@ use crate::frontend::Simd;
 use crate::narrow::Mode;
 
 /// Entries of the table of pages, a power of two.
-const PAGES: usize = 128;
+const PAGES: usize = 256;
 /// log2 of the entries of the table of blocks.
 const BLOCKS_BITS: u32 = 14;
 /// The linear address shifted right by so much and masked with [`PAGE_INDEX_MASK`] and scaled by 8 is the place of its page.
@@ -29,7 +29,7 @@ pub(crate) const PAGE_INDEX_MASK: i32 = 2 * (PAGES as i32 - 1);
 pub(crate) const FACTOR: i32 = 0x61c8_8647;
 pub(crate) const SHIFT: u8 = (32 - BLOCKS_BITS) as u8;
 /// Of the direct branches to another page that are not linked, one in so many is linked when it is taken.
-pub(crate) const CROSSINGS_A_LINK: u32 = 8;
+pub(crate) const CROSSINGS_A_LINK: u32 = 32;
 /// No page begins there.
 const NO_PAGE: u64 = 1;
 /// In every tag, so that zero is none.

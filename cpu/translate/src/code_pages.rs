@@ -51,6 +51,11 @@ impl CodePages {
         pages.insert(page, t.gpa & !PAGE_MASK);
     }
 
+    /// Enters a user page that such a walk would find.
+    pub fn insert_user(&mut self, page: u64, gpa: u64) {
+        self.user.insert(page, gpa);
+    }
+
     /// Follows a flush of the CPU's TLBs. User pages count as not global.
     pub fn flush(&mut self, flushed: &Flushed) -> Lost {
         let before = self.count();

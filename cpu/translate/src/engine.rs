@@ -59,6 +59,8 @@ pub struct TranslateOptions {
     pub second_jump_cache: bool,
     /// Look for the target of an indirect branch of user code in the code map before the monitor is asked.
     pub code_map: bool,
+    /// Enter the pages around one of user code along with it.
+    pub code_neighbours: bool,
     /// Let an access across two pages go on without the monitor where both are in the TLB.
     pub cross_pages: bool,
     /// Keep what is known of an address space while another is current, where the guest says so (CR4.PCIDE).
@@ -112,6 +114,7 @@ impl TranslateOptions {
         "lazy-vectors" => lazy_vectors,
         "second-jump-cache" => second_jump_cache,
         "code-map" => code_map,
+        "code-neighbours" => code_neighbours,
         "cross-pages" => cross_pages,
         "keep-spaces" => keep_spaces,
         "narrow-modes" => narrow_modes,
@@ -157,6 +160,7 @@ impl Default for TranslateOptions {
             lazy_vectors: true,
             second_jump_cache: true,
             code_map: true,
+            code_neighbours: true,
             cross_pages: true,
             keep_spaces: true,
             narrow_modes: true,

@@ -1,6 +1,8 @@
 //! From a guest address to its translation, and what happens when the memory below changes.
 
-use doppel_memory::{AccessKind, CodeGranules, PAGE_MASK, PAGE_SIZE, PageTracker, Privilege};
+use doppel_memory::{
+    AccessKind, CodeGranules, PAGE_MASK, PAGE_SIZE, PageTracker, Privilege, code_neighbours,
+};
 use doppel_x86::{Cpu, Cr0, Cr4, Rflags};
 
 use crate::blocks::{BlockId, Form, Key, Link, Made, NARROW_USER, jump_cache_of};
@@ -141,7 +143,24 @@ impl Translator {
         }
         self.code_pages.insert(user, page, &t);
         self.note_page(user, page, gpa);
+        if user && self.options.code_neighbours {
+            self.enter_neighbours(page);
+        }
         Some(gpa)
+    }
+
+    /// Enters the pages around one of user code that was just found, as far as code of theirs is translated: a program that begins would ask
+    /// for each of them.
+    fn enter_neighbours(&mut self, page: u64) {
+        let cpu = &self.context.cpu;
+        let (ram, paging) = (cpu.ram.clone(), cpu.paging());
+        for (linear, gpa) in code_neighbours(&ram, &paging, page) {
+            if ram.tracker().has_code(gpa) && self.code_pages.get(true, linear).is_none() {
+                self.counts.neighbours += 1;
+                self.code_pages.insert_user(linear, gpa);
+                self.note_page(true, linear, gpa);
+            }
+        }
     }
 
     fn note_page(&mut self, user: bool, linear: u64, gpa: u64) {

@@ -34,6 +34,7 @@ pub(crate) struct Counts {
     pub state_moves: u64,
     pub kicks: u64,
     pub untranslatable: u64,
+    pub neighbours: u64,
     pub translated_nanoseconds: u64,
 }
 
@@ -83,6 +84,7 @@ impl Translator {
                 "interrupt_returns_translated",
                 self.context.interrupt_returns,
             ),
+            ("code_pages_entered_as_neighbours", c.neighbours),
             ("code_map_hits", self.context.map_jumps),
             ("vector_state_loads", self.context.vector_loads),
             ("checks_shared", c.shared_checks),

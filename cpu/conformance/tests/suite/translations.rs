@@ -316,6 +316,53 @@ fn calls_into_the_next_page_under_two_pcids() {
     a_routine_in_the_next_page(true);
 }
 
+/// What was learned of a page along with the one before it is dropped with it.
+#[test]
+fn invlpg_of_a_page_beside_the_current_one() {
+    each_engine(|m| {
+        let routine = X + 0x1000;
+        m.map(0, SPARE, P | US);
+        let routines = [(OTHER, 1), (SPARE + 0x2000, 0x1_0000)];
+        m.map(1, routines[0].0, P | US);
+        for (page, n) in routines {
+            m.place_at(64, page, routine, |a: &mut CodeAssembler| {
+                a.add(rax, n)?;
+                a.ret()
+            });
+        }
+        switch_at_each_call(m);
+        let remaps = CODE + 0x500;
+        m.place(64, remaps, |a: &mut CodeAssembler| {
+            a.xor(qword_ptr(X_PT + 8), r15)?;
+            a.mov(r8, routine)?;
+            a.invlpg(byte_ptr(r8))?;
+            a.iretq()
+        });
+        m.gate(0x90, remaps, 0xe, 0, 3);
+        m.place_at(64, SPARE, X, |a: &mut CodeAssembler| {
+            let mut again = a.create_label();
+            a.set_label(&mut again)?;
+            // Loads CR3 anew.
+            a.int(0x80)?;
+            a.int(0x90)?;
+            a.call(routine)?;
+            a.dec(ecx)?;
+            a.jnz(again)?;
+            machine::stop(a)
+        });
+        m.to_user();
+        m.set_reg(Gpr::Rax, 0);
+        m.set_reg(Gpr::Rcx, 100);
+        m.set_reg(Gpr::R13, 0);
+        m.set_reg(Gpr::R14, 0);
+        m.set_reg(Gpr::R15, routines[0].0 ^ routines[1].0);
+        m.cpu_mut().flush_tlb(true);
+        m.go(X);
+        m.run();
+        assert_eq!(m.reg(Gpr::Rax), 50 * 0x1_0001);
+    });
+}
+
 #[test]
 fn invpcid_of_another_context_and_a_flush_on_return() {
     each_engine(|m| {
