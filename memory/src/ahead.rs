@@ -117,7 +117,7 @@ impl Ahead {
 }
 
 fn serve(mapping: &Mapping, requests: &Receiver<Range<u64>>, given: &Batches, size: u64) {
-    for batch in requests.into_iter().flatten() {
+    for batch in requests.iter().flatten() {
         if !given.has(batch) {
             mapping.populate((batch * size) as usize, size as usize);
             given.set(batch);
