@@ -4,15 +4,13 @@
 //! stack, one HLT for each exception vector) lies in the upper half, where the host has its kernel too.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::time::Duration;
 
 use anyhow::Result;
 use doppel_direct::{Direct, DirectHost, DirectOptions};
 use doppel_memory::{Backing, GuestRam, PAGE_SIZE};
 use doppel_translate::{Translate, TranslateOptions};
 use doppel_x86::{
-    Activity, Bus, Cpu, CpuidModel, Cr0, Cr4, Dtr, Efer, EmptyBus, Engine, Exit, Gpr, Kick, Rflags,
+    Activity, Bus, Cpu, CpuidModel, Cr0, Cr4, Dtr, Efer, EmptyBus, Engine, Exit, Gpr, Rflags,
     Seg, Segment,
     interpret::{self, Interpret},
 };
@@ -20,6 +18,7 @@ use doppel_x86::{
 use crate::layout::REGIONS;
 use crate::state::{Ending, Memory, Outcome, State};
 use crate::trace::Trace;
+use crate::watchdog::Watchdog;
 use crate::xsave::{Vectors, XsaveLayout};
 
 /// The upper half, where the kernel's pages are mapped.
@@ -490,51 +489,4 @@ pub fn run_code(
     let exit = engine.run(bus);
     watchdog.stop();
     Ok((exit == Exit::Halted).then(|| Ended::of(engine.cpu())))
-}
-
-/// Kicks an engine whose case takes too long.
-struct Watchdog(Arc<Watched>);
-
-struct Watched {
-    /// Odd while a case runs.
-    turn: AtomicU64,
-    ended: AtomicBool,
-}
-
-const WATCH_PERIOD: Duration = Duration::from_millis(200);
-
-impl Watchdog {
-    fn new(kick: Arc<dyn Kick>) -> Self {
-        let watched = Arc::new(Watched {
-            turn: AtomicU64::new(0),
-            ended: AtomicBool::new(false),
-        });
-        let seen_by_thread = watched.clone();
-        std::thread::spawn(move || {
-            let mut last = 0;
-            while !seen_by_thread.ended.load(Relaxed) {
-                std::thread::sleep(WATCH_PERIOD);
-                let turn = seen_by_thread.turn.load(Relaxed);
-                if turn % 2 == 1 && turn == last {
-                    kick.kick();
-                }
-                last = turn;
-            }
-        });
-        Watchdog(watched)
-    }
-
-    fn start(&self) {
-        self.0.turn.fetch_add(1, Relaxed);
-    }
-
-    fn stop(&self) {
-        self.0.turn.fetch_add(1, Relaxed);
-    }
-}
-
-impl Drop for Watchdog {
-    fn drop(&mut self) {
-        self.0.ended.store(true, Relaxed);
-    }
 }

@@ -8,6 +8,7 @@
 //!
 //! Reading order: [`layout`] and [`state`] (where code runs and from what), [`native_unsafe`] and [`guest`] (who runs it),
 //! [`compare`], then [`program`], [`catalogue`], [`operands`] and [`generate`] (what runs), [`minimize`] and [`campaign`].
+//! [`kernel`] does the same at system level, where an engine is compared with the interpreter.
 
 pub mod campaign;
 pub mod catalogue;
@@ -16,6 +17,7 @@ pub mod coverage;
 pub mod features;
 pub mod generate;
 pub mod guest;
+pub mod kernel;
 pub mod layout;
 pub mod minimize;
 pub mod native_unsafe;
@@ -24,5 +26,7 @@ pub mod program;
 pub mod random;
 pub mod rig;
 pub mod state;
+pub mod time_unsafe;
 pub mod trace;
+pub mod watchdog;
 pub mod xsave;

@@ -1,10 +1,12 @@
-//! `cargo xtask fuzz`: a campaign of any length, or one case again.
+//! `cargo xtask fuzz`: a campaign of any length, or one case again; `cargo xtask fuzz kernels` the same at system level.
+
+mod kernels;
 
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use doppel_fuzz::campaign::{self, Engines, Plan, Summary};
 use doppel_fuzz::generate::Shape;
 use doppel_fuzz::program::disassemble;
@@ -12,8 +14,10 @@ use doppel_fuzz::rig::{EngineName, Rig, variants};
 
 /// Run user code on the processor and on Doppel's engines, and compare everything that it can see.
 #[derive(Parser)]
-#[command(name = "cargo xtask fuzz")]
+#[command(name = "cargo xtask fuzz", args_conflicts_with_subcommands = true)]
 struct Cli {
+    #[command(subcommand)]
+    level: Option<Level>,
     /// Decides every case.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -58,8 +62,17 @@ struct Cli {
     list_engines: bool,
 }
 
+#[derive(Subcommand)]
+enum Level {
+    /// Run small generated kernels on the engines, and compare the whole machine.
+    Kernels(kernels::Kernels),
+}
+
 fn main() -> Result<ExitCode> {
     let cli = Cli::parse();
+    if let Some(Level::Kernels(kernels)) = &cli.level {
+        return kernels.run();
+    }
     if cli.list_engines {
         println!("all\ninterpret");
         variants().iter().for_each(|(name, _)| println!("{name}"));

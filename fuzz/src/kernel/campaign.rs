@@ -1,0 +1,342 @@
+//! Case after case on the interpreter and on other engines, and what is to be told of those that differ.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use doppel_x86::CpuidModel;
+use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
+
+use super::case::{Case, Kept};
+use super::compare::{comparable, differences};
+use super::image::{Image, Supervisor, places};
+use super::machine::{Kind, Runner};
+use super::trace::Tracer;
+use crate::rig::variants;
+
+/// What to run.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub seed: u64,
+    /// The first case.
+    pub first: u64,
+    pub cases: Option<u64>,
+    pub time: Option<Duration>,
+    /// `None`: the translator with its defaults, direct execution, and one other set of options each time, in turn.
+    pub engine: Option<String>,
+    /// Stop after so many different failures.
+    pub most_failures: usize,
+    /// Tell each case before it runs.
+    pub announce: bool,
+}
+
+/// One of the failures that look alike.
+pub struct Failure {
+    pub report: String,
+    /// How many others looked like it.
+    pub more: u64,
+}
+
+/// What a campaign came to.
+#[derive(Default)]
+pub struct Summary {
+    pub cases: u64,
+    /// Cases that did not end.
+    pub endless: u64,
+    /// Exceptions, interrupts and system calls that the kernels noted.
+    pub records: u64,
+    pub failures: Vec<Failure>,
+}
+
+/// Engines by name; they are made when they are first needed.
+pub struct Rig {
+    supervisor: Supervisor,
+    tracer: Tracer,
+    model: Arc<CpuidModel>,
+    kinds: Vec<(&'static str, Kind)>,
+    runners: BTreeMap<&'static str, Runner>,
+    physical_bits: u32,
+    /// Engines that this host has not, which was said.
+    missing: Vec<&'static str>,
+}
+
+const DEFAULTS: &str = "translate";
+const EXACT: &str = "translate-entry-flags";
+const DIRECT: &str = "direct";
+const ORACLE: &str = "interpret";
+
+fn kinds() -> Vec<(&'static str, Kind)> {
+    let interpreters = [
+        (ORACLE, Kind::Interpret { quick: true }),
+        ("interpret-one-by-one", Kind::Interpret { quick: false }),
+        (DIRECT, Kind::Direct),
+    ];
+    let translators = variants().into_iter().filter(|(name, _)| *name != DIRECT);
+    interpreters
+        .into_iter()
+        .chain(translators.map(|(name, options)| (name, Kind::Translate(options))))
+        .collect()
+}
+
+/// The names of all engines.
+pub fn names() -> Vec<&'static str> {
+    kinds().into_iter().map(|(name, _)| name).collect()
+}
+
+impl Rig {
+    /// No engine yet.
+    pub fn new() -> Result<Self> {
+        let model = Arc::new(CpuidModel::host(1));
+        Ok(Rig {
+            supervisor: Supervisor::new()?,
+            tracer: Tracer::new(&model)?,
+            physical_bits: model.physical_bits(),
+            model,
+            kinds: kinds(),
+            runners: BTreeMap::new(),
+            missing: Vec::new(),
+        })
+    }
+
+    /// The case of a number.
+    pub fn case(&self, seed: u64, number: u64) -> Result<Case> {
+        Case::random(&self.supervisor, seed, number, self.physical_bits)
+    }
+
+    /// What has run: engine, cases, instructions where they are counted, processor time.
+    pub fn runners(&self) -> impl Iterator<Item = &Runner> {
+        self.runners.values()
+    }
+
+    fn runner(&mut self, name: &str) -> Result<Option<&mut Runner>> {
+        let found = self.kinds.iter().find(|(n, _)| *n == name);
+        let (name, kind) = *found.with_context(|| format!("there is no engine {name}"))?;
+        if self.missing.contains(&name) {
+            return Ok(None);
+        }
+        if !self.runners.contains_key(name) {
+            match Runner::new(name, kind, &self.model) {
+                Ok(runner) => {
+                    self.runners.insert(name, runner);
+                }
+                Err(e) if name == DIRECT => {
+                    eprintln!("SKIPPED: this host has no direct execution: {e:#}");
+                    self.missing.push(name);
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(self.runners.get_mut(name))
+    }
+
+    /// Runs a case on the interpreter and on an engine; what differs, or `None` where it cannot be compared.
+    /// An engine runs it twice, for the second time with the translations of the first.
+    pub fn check(&mut self, case: &Case, engine: &str) -> Result<Option<Vec<String>>> {
+        let Some(image) = case.image() else {
+            return Ok(None);
+        };
+        let oracle = self.runner(ORACLE)?.context("an interpreter")?;
+        let expected = oracle.run(&image, &case.dma);
+        match comparable(&expected) {
+            true => self.check_against(case, &image, &expected, engine),
+            false => Ok(None),
+        }
+    }
+
+    fn check_against(
+        &mut self,
+        case: &Case,
+        image: &Image,
+        expected: &super::machine::Final,
+        engine: &str,
+    ) -> Result<Option<Vec<String>>> {
+        let Some(runner) = self.runner(engine)? else {
+            return Ok(None);
+        };
+        if case.flags && !runner.exact_flags {
+            return Ok(None);
+        }
+        for _ in 0..2 {
+            let found = differences(&runner.run(image, &case.dma), expected, case.flags);
+            if !found.is_empty() {
+                let specified = self.tracer.run(image, &case.dma).unspecified.is_none();
+                return Ok(specified.then_some(found));
+            }
+        }
+        Ok(Some(Vec::new()))
+    }
+
+    /// The engines of a case.
+    fn engines(&self, plan: &Plan, case: &Case, number: u64) -> Vec<String> {
+        if let Some(name) = &plan.engine {
+            return vec![name.clone()];
+        }
+        let others: Vec<&str> = self.kinds.iter().map(|(name, _)| *name).collect();
+        let others: Vec<&&str> = others
+            .iter()
+            .filter(|n| ![ORACLE, DEFAULTS, DIRECT, EXACT].contains(n))
+            .collect();
+        let turn = *others[number as usize % others.len()];
+        let defaults = if case.flags { EXACT } else { DEFAULTS };
+        [defaults, DIRECT, turn].map(str::to_owned).to_vec()
+    }
+}
+
+/// Runs a campaign.
+pub fn run(rig: &mut Rig, plan: &Plan) -> Result<Summary> {
+    if let Some(name) = &plan.engine
+        && !names().contains(&name.as_str())
+    {
+        bail!("there is no engine {name}; --list-engines tells which there are");
+    }
+    let began = Instant::now();
+    let mut summary = Summary::default();
+    let mut kinds = BTreeMap::new();
+    for number in plan.first.. {
+        let enough = plan.cases.is_some_and(|cases| summary.cases >= cases)
+            || plan.time.is_some_and(|time| began.elapsed() >= time)
+            || summary.failures.len() >= plan.most_failures;
+        if enough {
+            break;
+        }
+        run_case(rig, plan, number, &mut summary, &mut kinds)?;
+    }
+    Ok(summary)
+}
+
+/// What failures that look alike have in common: the names of the items that are left.
+type Likeness = Vec<&'static str>;
+
+fn run_case(
+    rig: &mut Rig,
+    plan: &Plan,
+    number: u64,
+    summary: &mut Summary,
+    kinds: &mut BTreeMap<Likeness, usize>,
+) -> Result<()> {
+    let case = rig.case(plan.seed, number)?;
+    if plan.announce {
+        eprintln!("case {number}");
+    }
+    let Some(image) = case.image() else {
+        return Ok(());
+    };
+    summary.cases += 1;
+    let oracle = rig.runner(ORACLE)?.context("an interpreter")?;
+    let expected = oracle.run(&image, &case.dma);
+    if !comparable(&expected) {
+        summary.endless += 1;
+        return Ok(());
+    }
+    summary.records += super::compare::records(&expected.ram);
+    for engine in rig.engines(plan, &case, number) {
+        if plan.announce {
+            eprintln!("  {engine}");
+        }
+        let found = rig.check_against(&case, &image, &expected, &engine)?;
+        if let Some(found) = found.filter(|found| !found.is_empty()) {
+            let failed = Failed {
+                plan,
+                number,
+                case: &case,
+                engine: &engine,
+                found,
+            };
+            // Others most often fail alike.
+            return failed.note(rig, summary, kinds);
+        }
+    }
+    Ok(())
+}
+
+/// A case on an engine that came out otherwise.
+struct Failed<'a> {
+    plan: &'a Plan,
+    number: u64,
+    case: &'a Case,
+    engine: &'a str,
+    found: Vec<String>,
+}
+
+impl Failed<'_> {
+    fn note(
+        &self,
+        rig: &mut Rig,
+        summary: &mut Summary,
+        kinds: &mut BTreeMap<Likeness, usize>,
+    ) -> Result<()> {
+        let (case, engine) = (self.case, self.engine);
+        let kept = case.everything().least(|kept| {
+            let found = rig.check(&case.only(kept), engine);
+            found.is_ok_and(|found| found.is_some_and(|found| !found.is_empty()))
+        });
+        let names = kept
+            .items
+            .iter()
+            .map(|(s, i)| case.steps[*s].items[*i].name);
+        let likeness = names.collect();
+        if let Some(known) = kinds.get(&likeness) {
+            summary.failures[*known].more += 1;
+            return Ok(());
+        }
+        kinds.insert(likeness, summary.failures.len());
+        let seed = self.plan.seed;
+        let mut report = report(rig, seed, self.number, case, &kept, engine)?;
+        report += &format!("  of all of it: {}\n", self.found.join("\n  "));
+        eprintln!("{report}");
+        summary.failures.push(Failure { report, more: 0 });
+        Ok(())
+    }
+}
+
+/// What differs, the code of the steps, and the command that shows it again.
+pub fn report(
+    rig: &mut Rig,
+    seed: u64,
+    number: u64,
+    case: &Case,
+    kept: &Kept,
+    engine: &str,
+) -> Result<String> {
+    let least = case.only(kept);
+    let differences = match rig.check(&least, engine)? {
+        None => "not compared: endless, or not for this engine".to_owned(),
+        Some(found) if found.is_empty() => "no difference".to_owned(),
+        Some(found) => found.join("\n  "),
+    };
+    let (schedule, items) = kept.text();
+    Ok(format!(
+        "{engine}, case {number}, {:?}\n{}  {differences}\n  \
+         cargo xtask fuzz kernels --seed {seed} --case {number} --engine {engine} --schedule {schedule} --items {items}\n",
+        case.traits,
+        disassemble(&least),
+    ))
+}
+
+fn disassemble(case: &Case) -> String {
+    let mut formatter = IntelFormatter::new();
+    let mut text = format!("  steps in the order {:?}\n", case.schedule);
+    for (n, (step, at)) in case.steps.iter().zip(places(&case.steps)).enumerate() {
+        if !case.schedule.contains(&(n as u16)) {
+            continue;
+        }
+        let c = &step.context;
+        text += &format!(
+            "  step {n}: {:?} at CPL {}, RSP {:#x}, flags {:#x}, CR3 {:#x}, restores {}, registers {:x?}\n",
+            c.mode, c.cpl, c.rsp, c.flags, c.cr3, c.restores, c.registers
+        );
+        let mut at = at;
+        for item in &step.items {
+            text += &format!("   {}\n", item.name);
+            let decoder = Decoder::with_ip(c.mode.bits(), &item.bytes, at, DecoderOptions::NONE);
+            for i in decoder {
+                let mut line = String::new();
+                formatter.format(&i, &mut line);
+                text += &format!("    {:#x}  {line}\n", i.ip());
+            }
+            at += item.bytes.len() as u64;
+        }
+    }
+    text
+}

@@ -1,0 +1,186 @@
+//! Steps of a generated kernel: a context that code begins in, and items, which can be left out one by one.
+
+use anyhow::Result;
+use iced_x86::code_asm::CodeAssembler;
+
+use super::layout::*;
+use super::write::{Assembled, Mode, Traits, Writer};
+use super::{narrow, ordinary, system, transfer};
+use crate::random::Random;
+
+/// Some instructions that do not depend on where they are.
+#[derive(Clone, Debug)]
+pub struct Item {
+    /// What made it.
+    pub name: &'static str,
+    pub bytes: Vec<u8>,
+}
+
+/// What a step begins with.
+#[derive(Clone, Debug)]
+pub struct Context {
+    pub mode: Mode,
+    pub cpl: u8,
+    pub cs: u16,
+    pub ss: u16,
+    pub flags: u64,
+    pub rsp: u64,
+    /// RAX, RCX, RDX, RBX, RBP, RSI, RDI, R8 to R15.
+    pub registers: [u64; 15],
+    /// 0: as it is.
+    pub cr3: u64,
+    /// See [`step::RESTORES`].
+    pub restores: u64,
+}
+
+/// A context and its code.
+#[derive(Clone, Debug)]
+pub struct Step {
+    pub context: Context,
+    pub items: Vec<Item>,
+    /// Free bytes before the code.
+    pub gap: u64,
+}
+
+type Make = fn(&mut Writer, &mut CodeAssembler) -> Assembled;
+/// A name, how often, how it is made.
+type Kind = (&'static str, u64, Make);
+
+const EVERYWHERE: &[Kind] = &[
+    ("accesses", 30, ordinary::accesses),
+    ("compute", 10, ordinary::compute),
+    ("loop", 14, ordinary::bounded_loop),
+    ("strings", 8, ordinary::strings),
+    ("stack", 12, ordinary::stack),
+    ("call a routine", 12, ordinary::call_routine),
+    ("patch a routine", 5, ordinary::patch_routine),
+    ("patch itself", 4, ordinary::patch_itself),
+    ("floating point", 5, ordinary::floating_point),
+    ("exception", 7, ordinary::exception),
+    ("random bytes", 2, ordinary::random_bytes),
+    ("iret", 3, transfer::iret),
+    ("iret onwards", 4, transfer::iret_onwards),
+    ("far return", 4, transfer::far_return),
+    ("far branch", 5, transfer::far_branch),
+    ("system call", 7, transfer::system_call),
+    ("load a segment", 7, transfer::load_segment),
+    ("look at a descriptor", 4, transfer::look_at_descriptor),
+    ("look at the system", 5, transfer::look_at_system),
+    ("ports", 4, transfer::ports),
+];
+
+const KERNEL: &[Kind] = &[
+    ("change a mapping", 16, system::change_mapping),
+    ("remap and access", 8, system::remap_and_access),
+    ("flushes", 6, system::flushes),
+    ("switch the address space", 8, system::switch_address_space),
+    ("control registers", 9, system::control_registers),
+    ("model-specific registers", 7, system::model_specific_registers),
+    ("bases", 6, system::bases),
+    ("debug registers", 6, system::debug_registers),
+    ("descriptor tables", 5, system::descriptor_tables),
+    ("stacks of the task", 3, system::task_stacks),
+    ("actions", 6, system::actions),
+    ("interrupts", 9, transfer::interrupts),
+];
+
+const NARROW: &[Kind] = &[
+    ("accesses", 24, narrow::accesses),
+    ("compute", 8, narrow::compute),
+    ("loop", 12, narrow::bounded_loop),
+    ("load a segment", 12, narrow::load_segment),
+    ("only in narrow modes", 10, narrow::only_here),
+    ("transfer", 9, narrow::transfer),
+    ("strings", 6, narrow::strings),
+    ("call a routine", 6, narrow::call_routine),
+    ("exception", 5, narrow::exception),
+];
+
+/// Code sizes and privileges of steps: how often, mode, CPL, CS, SS.
+const CONTEXTS: &[(u64, Mode, u8, u16, u16)] = &[
+    (40, Mode::Bits64, 3, U64, UDS),
+    (36, Mode::Bits64, 0, K64, KDS),
+    (14, Mode::Bits32, 3, U32, UDS),
+    (4, Mode::Bits32, 0, K32, KDS),
+    (6, Mode::Bits16, 3, U16, UDS),
+];
+
+fn weighted<'a, T>(r: &mut Random, from: &[&'a [T]], weight: fn(&T) -> u64) -> &'a T {
+    let all = || from.iter().copied().flatten();
+    let mut left = r.below(all().map(weight).sum());
+    for kind in all() {
+        match left.checked_sub(weight(kind)) {
+            Some(rest) => left = rest,
+            None => return kind,
+        }
+    }
+    &from[0][0]
+}
+
+fn context(r: &mut Random, traits: Traits) -> Context {
+    let (_, mode, cpl, cs, ss) = *weighted(r, &[CONTEXTS], |c| c.0);
+    let mut w = Writer { r, traits, mode, cpl };
+    let registers = std::array::from_fn(|_| match w.r.percent(45) {
+        true => w.pointer(),
+        false => w.r.value(),
+    });
+    let flags = match w.r.percent(75) {
+        true => 0x202,
+        false => w.flags() & !0x2_4000,
+    };
+    let stack = if cpl == 3 { USER_STACK } else { STEP_STACK };
+    let rsp = match w.r.percent(92) {
+        true => stack - 0x400 + w.r.below(0x40),
+        false => w.pointer(),
+    };
+    let cr3 = match w.r.below(10) {
+        0..5 => PML4,
+        5..8 => PML4_B,
+        _ => 0,
+    };
+    Context {
+        mode,
+        cpl,
+        cs,
+        ss,
+        flags,
+        rsp,
+        registers,
+        cr3,
+        restores: u64::from(w.r.percent(60)) | u64::from(w.r.percent(80)) << 1,
+    }
+}
+
+impl Step {
+    /// A random one.
+    pub fn random(r: &mut Random, traits: Traits) -> Result<Self> {
+        let context = context(r, traits);
+        let mut items = Vec::new();
+        for _ in 0..1 + r.below(8) {
+            let kinds: &[&'static [Kind]] = match (context.mode, context.cpl) {
+                (Mode::Bits64, 0) => &[EVERYWHERE, KERNEL],
+                (Mode::Bits64, _) => &[EVERYWHERE],
+                _ => &[NARROW],
+            };
+            let (name, _, make) = weighted(r, kinds, |k| k.1);
+            let mut w = Writer {
+                r: &mut *r,
+                traits,
+                mode: context.mode,
+                cpl: context.cpl,
+            };
+            items.push(Item {
+                name,
+                bytes: w.assemble(make)?,
+            });
+        }
+        Ok(Step {
+            context,
+            items,
+            gap: match r.percent(30) {
+                true => r.below(0x200),
+                false => r.below(16),
+            },
+        })
+    }
+}

@@ -1,0 +1,187 @@
+//! A case on the interpreter, instruction by instruction: which were executed, which exceptions they raised, and whether the
+//! manual says what comes out.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use anyhow::Result;
+use doppel_memory::{GuestRam, probe};
+use doppel_x86::{Activity, Cpu, CpuMode, CpuidModel, Gpr, Seg, event, interpret};
+use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic};
+
+use super::image::Image;
+use super::layout::RAM;
+use super::machine::{self, KernelBus};
+
+/// Instructions that a case may take here.
+const MOST: u64 = 400_000;
+
+/// An exception by what it was: vector, what its error code says, who raised it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Cause {
+    pub vector: u8,
+    pub error: String,
+    pub by: String,
+}
+
+/// Instructions by code size and privilege, and exceptions, each with how often.
+#[derive(Clone, Debug, Default)]
+pub struct Reached {
+    pub instructions: BTreeMap<(u32, u8, Code), u64>,
+    pub causes: BTreeMap<Cause, u64>,
+}
+
+impl Reached {
+    /// Takes in another's.
+    pub fn add(&mut self, other: &Reached) {
+        for (key, count) in &other.instructions {
+            *self.instructions.entry(*key).or_default() += count;
+        }
+        for (key, count) in &other.causes {
+            *self.causes.entry(key.clone()).or_default() += count;
+        }
+    }
+}
+
+/// What a case did.
+#[derive(Default)]
+pub struct Trace {
+    pub reached: Reached,
+    /// An instruction was executed whose outcome nobody specifies: processors may differ from there on.
+    pub unspecified: Option<Instruction>,
+}
+
+/// A CPU of its own.
+pub struct Tracer {
+    cpu: Box<Cpu>,
+    bus: KernelBus,
+}
+
+impl Tracer {
+    /// A machine without an engine.
+    pub fn new(model: &Arc<CpuidModel>) -> Result<Self> {
+        let ram = Arc::new(GuestRam::new(RAM)?);
+        Ok(Tracer {
+            cpu: Cpu::with_model(0, ram.clone(), model.clone()),
+            bus: KernelBus::new(ram),
+        })
+    }
+
+    /// Runs a case.
+    pub fn run(&mut self, image: &Image, dma: &machine::Dma) -> Trace {
+        machine::load(&self.cpu.ram, image);
+        self.bus.reset(dma);
+        machine::reset(&mut self.cpu, image);
+        let mut trace = Trace::default();
+        let mut wakes = 0;
+        for _ in 0..MOST {
+            event::deliver_pending(&mut self.cpu, &mut self.bus);
+            match self.cpu.activity {
+                Activity::Active => self.step(&mut trace),
+                Activity::Halted if machine::is_finished(&self.cpu) => break,
+                Activity::Halted if wakes < machine::MOST_WAKES => {
+                    wakes += 1;
+                    if !machine::wake(&self.cpu, &mut self.bus) {
+                        break;
+                    }
+                }
+                _ => break,
+            }
+        }
+        trace
+    }
+
+    fn step(&mut self, trace: &mut Trace) {
+        let instruction = self.next();
+        let place = (bits(&self.cpu), self.cpu.cpl);
+        let before = self.cpu.counters.exceptions;
+        interpret::step(&mut self.cpu, &mut self.bus);
+        self.cpu.code_writes.clear();
+        let after = self.cpu.counters.exceptions;
+        let raised: Vec<usize> = (0..32).filter(|n| after[*n] != before[*n]).collect();
+        if let Some(i) = instruction {
+            let key = (place.0, place.1, i.code());
+            *trace.reached.instructions.entry(key).or_default() += 1;
+            if raised.is_empty() && is_unspecified(&i) {
+                trace.unspecified = trace.unspecified.or(Some(i));
+            }
+        }
+        for vector in raised {
+            let by = instruction.map_or("fetch".to_owned(), |i| format!("{:?}", i.mnemonic()));
+            let cause = Cause {
+                vector: vector as u8,
+                error: self.error(vector as u8),
+                by: by.to_lowercase(),
+            };
+            *trace.reached.causes.entry(cause).or_default() += 1;
+        }
+    }
+
+    /// The instruction at RIP, where it can be fetched.
+    fn next(&mut self) -> Option<Instruction> {
+        let base = match self.cpu.mode() {
+            CpuMode::Bits64 => 0,
+            _ => self.cpu.segment(Seg::Cs).base,
+        };
+        let mut bytes = [0; 16];
+        let at = base.wrapping_add(self.cpu.rip);
+        let got = self.cpu.fetch(at, &mut bytes).ok()?;
+        let options = DecoderOptions::NONE;
+        let mut decoder =
+            Decoder::with_ip(bits(&self.cpu), &bytes[..got], self.cpu.rip, options);
+        let i = decoder.decode();
+        (!i.is_invalid()).then_some(i)
+    }
+
+    /// What the error code on the stack says.
+    fn error(&self, vector: u8) -> String {
+        if !matches!(vector, 10..=14) {
+            return String::new();
+        }
+        let rsp = self.cpu.reg(Gpr::Rsp);
+        let found = probe(&self.cpu.ram, &self.cpu.paging(), rsp);
+        let Some(code) = found.and_then(|t| self.cpu.ram.load::<u64>(t.gpa & !7)) else {
+            return "?".to_owned();
+        };
+        match vector {
+            14 => page_fault(code),
+            _ => selector(code),
+        }
+    }
+}
+
+fn bits(cpu: &Cpu) -> u32 {
+    match cpu.mode() {
+        CpuMode::Bits64 => 64,
+        CpuMode::Bits32 => 32,
+        _ => 16,
+    }
+}
+
+fn page_fault(code: u64) -> String {
+    let names = ["present", "write", "user", "reserved", "fetch"];
+    let set = names.iter().enumerate().filter(|(n, _)| code >> n & 1 != 0);
+    set.map(|(_, name)| *name).collect::<Vec<_>>().join(" ")
+}
+
+fn selector(code: u64) -> String {
+    let table = match code & 7 {
+        _ if code & !7 == 0 && code & 2 == 0 => "0",
+        c if c & 2 != 0 => "IDT",
+        c if c & 4 != 0 => "LDT",
+        _ => "GDT",
+    };
+    format!("{table}{}", if code & 1 != 0 { " EXT" } else { "" })
+}
+
+/// Flags that are not defined, or results that are the host's. Logic and bit tests leave or clear AF and the rest everywhere.
+fn is_unspecified(i: &Instruction) -> bool {
+    use Mnemonic::*;
+    match i.mnemonic() {
+        And | Or | Xor | Test | Bt | Bts | Btr | Btc | Cmpxchg | Xadd => false,
+        Rdtsc | Rdtscp | Rdrand | Rdseed | Rdpmc => true,
+        Fxsave | Fxsave64 | Fnsave | Fnstenv | Xsave | Xsave64 | Xsavec | Xsavec64 | Xsaveopt
+        | Xsaveopt64 => true,
+        _ => i.rflags_undefined() != 0,
+    }
+}

@@ -1,0 +1,121 @@
+//! `cargo xtask fuzz kernels`: generated kernels.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Result;
+use clap::Args;
+use doppel_fuzz::kernel::campaign::{self, Plan, Rig, Summary};
+use doppel_fuzz::kernel::case::Kept;
+
+/// See [`doppel_fuzz::kernel`].
+#[derive(Args)]
+pub struct Kernels {
+    /// Decides every case.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Stop after so many seconds (60, unless --cases is given).
+    #[arg(long)]
+    seconds: Option<u64>,
+    /// Stop after so many cases.
+    #[arg(long)]
+    cases: Option<u64>,
+    /// Begin with this case.
+    #[arg(long, default_value_t = 0)]
+    first: u64,
+    /// One engine, compared with the interpreter; otherwise the translator, direct execution and another one in turn.
+    #[arg(long)]
+    engine: Option<String>,
+    /// Run one case and show it.
+    #[arg(long)]
+    case: Option<u64>,
+    /// Of that case only these places of its schedule, with commas.
+    #[arg(long, requires = "case")]
+    schedule: Option<String>,
+    /// Of that case only these items (step.item), with commas.
+    #[arg(long, requires = "case")]
+    items: Option<String>,
+    /// Stop after so many different failures.
+    #[arg(long, default_value_t = 20)]
+    failures: usize,
+    /// Tell each case on standard error before it runs: shows where an engine crashes.
+    #[arg(long)]
+    announce: bool,
+    /// The names for --engine.
+    #[arg(long)]
+    list_engines: bool,
+}
+
+impl Kernels {
+    /// Does what the arguments say.
+    pub fn run(&self) -> Result<ExitCode> {
+        if self.list_engines {
+            campaign::names()
+                .iter()
+                .for_each(|name| println!("{name}"));
+            return Ok(ExitCode::SUCCESS);
+        }
+        let mut rig = Rig::new()?;
+        match self.case {
+            Some(number) => self.one(&mut rig, number),
+            None => self.many(&mut rig),
+        }
+    }
+
+    fn one(&self, rig: &mut Rig, number: u64) -> Result<ExitCode> {
+        let case = rig.case(self.seed, number)?;
+        let mut kept = case.everything();
+        let (schedule, items) = kept.text();
+        kept = Kept::parse(
+            self.schedule.as_ref().unwrap_or(&schedule),
+            self.items.as_ref().unwrap_or(&items),
+        )?;
+        let engine = self.engine.as_deref().unwrap_or("translate");
+        let report = campaign::report(rig, self.seed, number, &case, &kept, engine)?;
+        println!("{report}");
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn many(&self, rig: &mut Rig) -> Result<ExitCode> {
+        let unbounded = self.seconds.is_none() && self.cases.is_none();
+        let plan = Plan {
+            seed: self.seed,
+            first: self.first,
+            cases: self.cases,
+            time: self
+                .seconds
+                .or(unbounded.then_some(60))
+                .map(Duration::from_secs),
+            engine: self.engine.clone(),
+            most_failures: self.failures,
+            announce: self.announce,
+        };
+        let summary = campaign::run(rig, &plan)?;
+        show(rig, &summary);
+        Ok(match summary.failures.len() {
+            0 => ExitCode::SUCCESS,
+            _ => ExitCode::FAILURE,
+        })
+    }
+}
+
+fn show(rig: &Rig, summary: &Summary) {
+    for f in &summary.failures {
+        println!("{}  and {} like it\n", f.report, f.more);
+    }
+    println!(
+        "{} kernels, of which {} did not end; {} exceptions, interrupts and system calls; {} different failures",
+        summary.cases,
+        summary.endless,
+        summary.records,
+        summary.failures.len()
+    );
+    for runner in rig.runners() {
+        println!(
+            "{:28} {:8} runs {:8.1} s",
+            runner.name,
+            runner.runs,
+            runner.spent.as_secs_f64()
+        );
+    }
+}
