@@ -10,8 +10,8 @@ use doppel_direct::{Direct, DirectHost, DirectOptions};
 use doppel_memory::{Backing, GuestRam, PAGE_SIZE};
 use doppel_translate::{Translate, TranslateOptions};
 use doppel_x86::{
-    Activity, Bus, Cpu, CpuidModel, Cr0, Cr4, Dtr, Efer, EmptyBus, Engine, Exit, Gpr, Rflags,
-    Seg, Segment,
+    Activity, Bus, Cpu, CpuidModel, Cr0, Cr4, Dtr, Efer, EmptyBus, Engine, Exit, Gpr, Rflags, Seg,
+    Segment,
     interpret::{self, Interpret},
 };
 

@@ -1,9 +1,10 @@
 //! `cargo xtask fuzz kernels`: generated kernels.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Args;
 use doppel_fuzz::kernel::campaign::{self, Plan, Rig, Summary};
 use doppel_fuzz::kernel::case::Kept;
@@ -41,6 +42,9 @@ pub struct Kernels {
     /// Tell each case on standard error before it runs: shows where an engine crashes.
     #[arg(long)]
     announce: bool,
+    /// Write into this file which instructions and exceptions were reached on which engine, and which were not.
+    #[arg(long)]
+    coverage: Option<PathBuf>,
     /// The names for --engine.
     #[arg(long)]
     list_engines: bool,
@@ -50,9 +54,7 @@ impl Kernels {
     /// Does what the arguments say.
     pub fn run(&self) -> Result<ExitCode> {
         if self.list_engines {
-            campaign::names()
-                .iter()
-                .for_each(|name| println!("{name}"));
+            campaign::names().iter().for_each(|name| println!("{name}"));
             return Ok(ExitCode::SUCCESS);
         }
         let mut rig = Rig::new()?;
@@ -89,9 +91,14 @@ impl Kernels {
             engine: self.engine.clone(),
             most_failures: self.failures,
             announce: self.announce,
+            coverage: self.coverage.is_some(),
         };
         let summary = campaign::run(rig, &plan)?;
         show(rig, &summary);
+        if let Some(file) = &self.coverage {
+            let report = summary.coverage.report(rig.cpu());
+            std::fs::write(file, report).with_context(|| format!("writing {}", file.display()))?;
+        }
         Ok(match summary.failures.len() {
             0 => ExitCode::SUCCESS,
             _ => ExitCode::FAILURE,
@@ -104,17 +111,20 @@ fn show(rig: &Rig, summary: &Summary) {
         println!("{}  and {} like it\n", f.report, f.more);
     }
     println!(
-        "{} kernels, of which {} did not end; {} exceptions, interrupts and system calls; {} different failures",
+        "{} kernels, of which {} did not end and {} were not compared on an engine (not specified); {} exceptions, interrupts and system calls; {} different failures",
         summary.cases,
         summary.endless,
+        summary.unspecified,
         summary.records,
         summary.failures.len()
     );
+    println!("engine                           runs    instructions   processor seconds");
     for runner in rig.runners() {
         println!(
-            "{:28} {:8} runs {:8.1} s",
+            "{:28} {:8} {:15} {:19.1}",
             runner.name,
             runner.runs,
+            runner.instructions,
             runner.spent.as_secs_f64()
         );
     }

@@ -5,13 +5,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use doppel_x86::CpuidModel;
+use doppel_x86::{Cpu, CpuidModel};
 use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
 
 use super::case::{Case, Kept};
 use super::compare::{comparable, differences};
+use super::coverage::Coverage;
 use super::image::{Image, Supervisor, places};
-use super::machine::{Kind, Runner};
+use super::machine::{Final, Kind, Runner};
 use super::trace::Tracer;
 use crate::rig::variants;
 
@@ -29,6 +30,8 @@ pub struct Plan {
     pub most_failures: usize,
     /// Tell each case before it runs.
     pub announce: bool,
+    /// Note what each case reaches, which takes another run.
+    pub coverage: bool,
 }
 
 /// One of the failures that look alike.
@@ -47,6 +50,21 @@ pub struct Summary {
     /// Exceptions, interrupts and system calls that the kernels noted.
     pub records: u64,
     pub failures: Vec<Failure>,
+    /// Cases on an engine that came out otherwise, but after an instruction whose outcome nobody specifies.
+    pub unspecified: u64,
+    pub coverage: Coverage,
+}
+
+/// What came of a case on an engine.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Verdict {
+    Same,
+    /// In these things.
+    Different(Vec<String>),
+    /// It differs, but after an instruction whose outcome nobody specifies.
+    Unspecified,
+    /// It does not end, or it is not for this engine.
+    NotCompared,
 }
 
 /// Engines by name; they are made when they are first needed.
@@ -130,56 +148,63 @@ impl Rig {
         Ok(self.runners.get_mut(name))
     }
 
-    /// Runs a case on the interpreter and on an engine; what differs, or `None` where it cannot be compared.
-    /// An engine runs it twice, for the second time with the translations of the first.
-    pub fn check(&mut self, case: &Case, engine: &str) -> Result<Option<Vec<String>>> {
+    /// Runs a case on the interpreter and on an engine.
+    pub fn check(&mut self, case: &Case, engine: &str) -> Result<Verdict> {
         let Some(image) = case.image() else {
-            return Ok(None);
+            return Ok(Verdict::NotCompared);
         };
         let oracle = self.runner(ORACLE)?.context("an interpreter")?;
-        let expected = oracle.run(&image, &case.dma);
+        let expected = oracle.run(&image, &case.dma, None);
         match comparable(&expected) {
             true => self.check_against(case, &image, &expected, engine),
-            false => Ok(None),
+            false => Ok(Verdict::NotCompared),
         }
     }
 
+    /// An engine runs it twice, for the second time with the translations of the first.
     fn check_against(
         &mut self,
         case: &Case,
         image: &Image,
-        expected: &super::machine::Final,
+        expected: &Final,
         engine: &str,
-    ) -> Result<Option<Vec<String>>> {
+    ) -> Result<Verdict> {
         let Some(runner) = self.runner(engine)? else {
-            return Ok(None);
+            return Ok(Verdict::NotCompared);
         };
         if case.flags && !runner.exact_flags {
-            return Ok(None);
+            return Ok(Verdict::NotCompared);
         }
         for _ in 0..2 {
-            let found = differences(&runner.run(image, &case.dma), expected, case.flags);
+            let last = runner.run(image, &case.dma, Some(expected));
+            let found = differences(&last, expected, case.flags);
             if !found.is_empty() {
-                let specified = self.tracer.run(image, &case.dma).unspecified.is_none();
-                return Ok(specified.then_some(found));
+                let trace = self.tracer.run(image, &case.dma);
+                return Ok(match trace.unspecified {
+                    None => Verdict::Different(found),
+                    Some(_) => Verdict::Unspecified,
+                });
             }
         }
-        Ok(Some(Vec::new()))
+        Ok(Verdict::Same)
     }
 
     /// The engines of a case.
-    fn engines(&self, plan: &Plan, case: &Case, number: u64) -> Vec<String> {
-        if let Some(name) = &plan.engine {
-            return vec![name.clone()];
+    fn engines(&self, plan: &Plan, case: &Case, number: u64) -> Vec<&'static str> {
+        let names = self.kinds.iter().map(|(name, _)| *name);
+        if let Some(wanted) = &plan.engine {
+            return names.filter(|name| name == wanted).collect();
         }
-        let others: Vec<&str> = self.kinds.iter().map(|(name, _)| *name).collect();
-        let others: Vec<&&str> = others
-            .iter()
+        let others: Vec<_> = names
             .filter(|n| ![ORACLE, DEFAULTS, DIRECT, EXACT].contains(n))
             .collect();
-        let turn = *others[number as usize % others.len()];
         let defaults = if case.flags { EXACT } else { DEFAULTS };
-        [defaults, DIRECT, turn].map(str::to_owned).to_vec()
+        vec![defaults, DIRECT, others[number as usize % others.len()]]
+    }
+
+    /// A CPU as the kernels have.
+    pub fn cpu(&self) -> &Cpu {
+        self.tracer.cpu()
     }
 }
 
@@ -224,28 +249,42 @@ fn run_case(
     };
     summary.cases += 1;
     let oracle = rig.runner(ORACLE)?.context("an interpreter")?;
-    let expected = oracle.run(&image, &case.dma);
+    let expected = oracle.run(&image, &case.dma, None);
     if !comparable(&expected) {
         summary.endless += 1;
         return Ok(());
     }
     summary.records += super::compare::records(&expected.ram);
+    let reached = plan
+        .coverage
+        .then(|| rig.tracer.run(&image, &case.dma).reached);
     for engine in rig.engines(plan, &case, number) {
         if plan.announce {
             eprintln!("  {engine}");
         }
-        let found = rig.check_against(&case, &image, &expected, &engine)?;
-        if let Some(found) = found.filter(|found| !found.is_empty()) {
-            let failed = Failed {
-                plan,
-                number,
-                case: &case,
-                engine: &engine,
-                found,
-            };
-            // Others most often fail alike.
-            return failed.note(rig, summary, kinds);
+        match rig.check_against(&case, &image, &expected, &engine)? {
+            Verdict::Same => {
+                if let Some(reached) = &reached {
+                    summary.coverage.note(engine, reached);
+                }
+            }
+            Verdict::NotCompared => {}
+            Verdict::Unspecified => summary.unspecified += 1,
+            Verdict::Different(found) => {
+                let failed = Failed {
+                    plan,
+                    number,
+                    case: &case,
+                    engine,
+                    found,
+                };
+                // Others most often fail alike.
+                return failed.note(rig, summary, kinds);
+            }
         }
+    }
+    if let Some(reached) = &reached {
+        summary.coverage.note(ORACLE, reached);
     }
     Ok(())
 }
@@ -255,7 +294,7 @@ struct Failed<'a> {
     plan: &'a Plan,
     number: u64,
     case: &'a Case,
-    engine: &'a str,
+    engine: &'static str,
     found: Vec<String>,
 }
 
@@ -268,8 +307,8 @@ impl Failed<'_> {
     ) -> Result<()> {
         let (case, engine) = (self.case, self.engine);
         let kept = case.everything().least(|kept| {
-            let found = rig.check(&case.only(kept), engine);
-            found.is_ok_and(|found| found.is_some_and(|found| !found.is_empty()))
+            let verdict = rig.check(&case.only(kept), engine);
+            matches!(verdict, Ok(Verdict::Different(_)))
         });
         let names = kept
             .items
@@ -301,9 +340,10 @@ pub fn report(
 ) -> Result<String> {
     let least = case.only(kept);
     let differences = match rig.check(&least, engine)? {
-        None => "not compared: endless, or not for this engine".to_owned(),
-        Some(found) if found.is_empty() => "no difference".to_owned(),
-        Some(found) => found.join("\n  "),
+        Verdict::NotCompared => "not compared: endless, or not for this engine".to_owned(),
+        Verdict::Unspecified => "not compared: nobody specifies what comes out".to_owned(),
+        Verdict::Same => "no difference".to_owned(),
+        Verdict::Different(found) => found.join("\n  "),
     };
     let (schedule, items) = kept.text();
     Ok(format!(

@@ -47,13 +47,13 @@ impl Case {
             physical_bits,
         };
         let base = image::base(supervisor, r, traits);
-        let count = 2 + r.below(12);
+        let count = 2 + r.below(36);
         let mut steps = Vec::new();
         for n in 0..count {
             // Each its own, so that what one draws does not decide the others.
             steps.push(Step::random(&mut Random::of(seed, number, 3 + n), traits)?);
         }
-        let runs = count + r.below(3 * count);
+        let runs = count + r.below(4 * count);
         let schedule = (0..runs)
             .map(|n| match n < count {
                 true => n as u16,

@@ -30,7 +30,7 @@ pub fn differences(engine: &Final, interpreter: &Final, flags: bool) -> Vec<Stri
         found.push(format!("MSRs: {a:x?}\n  interpreter {b:x?}"));
     }
     noted(&mut found, engine, interpreter, flags);
-    if engine.ram != interpreter.ram {
+    if !engine.ram.is_empty() {
         log(&mut found, &engine.ram, &interpreter.ram);
         memory(&mut found, &engine.ram, &interpreter.ram);
     }
@@ -76,8 +76,20 @@ pub fn record(ram: &[u8], n: u64) -> String {
     let system: Vec<u64> = (0..7).map(|n| at(RECORD_SYSTEM + n)).collect();
     format!(
         "vector {:#x} error {:#x} rip {:#x} cs {:#x} flags {:#x} rsp {:#x} ss {:#x}{registers}; cr2 {:#x} cr0 {:#x} cr3 {:#x} cr4 {:#x} dr6 {:#x} dr7 {:#x} selectors {:#x}",
-        at(0), at(1), at(2), at(3), at(4), at(5), at(6),
-        system[0], system[1], system[2], system[3], system[4], system[5], system[6],
+        at(0),
+        at(1),
+        at(2),
+        at(3),
+        at(4),
+        at(5),
+        at(6),
+        system[0],
+        system[1],
+        system[2],
+        system[3],
+        system[4],
+        system[5],
+        system[6],
     )
 }
 

@@ -76,7 +76,11 @@ fn identity(image: &mut Image) {
     image.put(PD, PT | 7);
     for page in 0..RAM >> 12 {
         let at = page << 12;
-        let user = if (USER_CODE..SPARE).contains(&at) { 4 } else { 0 };
+        let user = if (USER_CODE..SPARE).contains(&at) {
+            4
+        } else {
+            0
+        };
         image.put(PT + 8 * page, at | 3 | user);
     }
 }
@@ -137,7 +141,14 @@ pub fn random_descriptor(r: &mut Random) -> u64 {
 }
 
 fn call_gate(r: &mut Random) -> (u64, u64) {
-    let target = *r.pick(&[KERNEL_PAD, KERNEL_PAD, KERNEL_PAD, USER_PAD, 1 << 47, KERNEL_CODE]);
+    let target = *r.pick(&[
+        KERNEL_PAD,
+        KERNEL_PAD,
+        KERNEL_PAD,
+        USER_PAD,
+        1 << 47,
+        KERNEL_CODE,
+    ]);
     let selector = u64::from(*r.pick(&[K64, K64, K64, K64 | 3, U64, K32, KDS, 0, 0x90]));
     let kind = *r.pick(&[0xcu64, 0xc, 0xc, 0xc, 0xc, 0x4, 0xe]);
     let dpl = *r.pick(&[3u64, 3, 3, 0, 1]) << 5;
@@ -254,7 +265,10 @@ fn data(image: &mut Image, r: &mut Random) {
     let areas = [
         (KERNEL_DATA, 0x7000),
         (USER_DATA, 0x7000),
-        (SPARE + ROUTINE_PAGES * 0x1000, (SPARE_PAGES - ROUTINE_PAGES) * 0x1000),
+        (
+            SPARE + ROUTINE_PAGES * 0x1000,
+            (SPARE_PAGES - ROUTINE_PAGES) * 0x1000,
+        ),
     ];
     for (from, len) in areas {
         for at in (from..from + len).step_by(64) {
@@ -302,7 +316,15 @@ fn variables(image: &mut Image, r: &mut Random, traits: Traits) {
     let am = u64::from(r.percent(40)) << 18;
     image.put(BASE_CR0, 0x8000_0033 | wp | am);
     let mut cr4 = 0x6a0 | 0x1_0000;
-    for (bit, percent) in [(2, 10), (3, 50), (8, 50), (11, 30), (18, 80), (20, 40), (21, 40)] {
+    for (bit, percent) in [
+        (2, 10),
+        (3, 50),
+        (8, 50),
+        (11, 30),
+        (18, 80),
+        (20, 40),
+        (21, 40),
+    ] {
         cr4 |= u64::from(r.percent(percent)) << bit;
     }
     cr4 |= u64::from(traits.pcids) << 17;
@@ -313,7 +335,12 @@ fn variables(image: &mut Image, r: &mut Random, traits: Traits) {
             1 => *r.pick(&[action::RESUME, action::RESUME, action::STOP_STEPPING]),
             2 | 4 => action::RETURN,
             14 => *r.pick(&[action::NEXT, action::FIX, action::FIX]),
-            0x100 => *r.pick(&[action::SYSRET, action::SYSRET, action::SYSRET32, action::NEXT]),
+            0x100 => *r.pick(&[
+                action::SYSRET,
+                action::SYSRET,
+                action::SYSRET32,
+                action::NEXT,
+            ]),
             0x101 => *r.pick(&[action::SYSEXIT, action::NEXT]),
             0x81 => action::NEXT,
             0x20.. => action::RETURN,
@@ -342,7 +369,11 @@ pub fn complete(base: &Image, steps: &[Step], schedule: &[u16], flag_mask: u64) 
 pub fn places(steps: &[Step]) -> Vec<u64> {
     let (mut kernel, mut user) = (KERNEL_CODE, USER_CODE);
     let mut place = |step: &Step| {
-        let next = if step.context.cpl == 3 { &mut user } else { &mut kernel };
+        let next = if step.context.cpl == 3 {
+            &mut user
+        } else {
+            &mut kernel
+        };
         let at = *next + step.gap;
         *next = at + length(step);
         at

@@ -137,6 +137,9 @@ pub struct Final {
     pub vectors: Vectors,
     pub msrs: Msrs,
     pub noted: Vec<Access>,
+    /// Executed, as the interpreter counts them.
+    pub instructions: u64,
+    /// Empty where it is as it should be.
     pub ram: Vec<u8>,
 }
 
@@ -155,6 +158,8 @@ pub struct Runner {
     /// Processor time of its runs.
     pub spent: Duration,
     pub runs: u64,
+    /// As the interpreter counts them.
+    pub instructions: u64,
 }
 
 /// Which engine, and how.
@@ -210,6 +215,7 @@ impl Runner {
             layout: XsaveLayout::new(model.xcr0()),
             spent: Duration::ZERO,
             runs: 0,
+            instructions: 0,
         })
     }
 
@@ -223,18 +229,22 @@ impl Runner {
         self.engine.stats()
     }
 
-    /// Runs a case.
-    pub fn run(&mut self, image: &Image, dma: &Dma) -> Final {
+    /// Runs a case. Where `expected` is given and RAM is as there, RAM is left out.
+    pub fn run(&mut self, image: &Image, dma: &Dma, expected: Option<&Final>) -> Final {
         load(&self.ram, image);
         self.bus.reset(dma);
         reset(self.engine.cpu_mut(), image);
+        let before = self.engine.cpu().counters.interpreted_instructions;
         let began = thread_time();
         self.watchdog.start();
         let ending = self.run_to_end();
         self.watchdog.stop();
         self.spent += thread_time().saturating_sub(began);
         self.runs += 1;
-        self.take(ending)
+        let interpreted = self.engine.cpu().counters.interpreted_instructions - before;
+        let instructions = expected.map_or(interpreted, |e| e.instructions);
+        self.instructions += instructions;
+        self.take(ending, expected, instructions)
     }
 
     fn run_to_end(&mut self) -> Ending {
@@ -257,23 +267,43 @@ impl Runner {
         }
     }
 
-    fn take(&self, ending: Ending) -> Final {
+    fn take(&self, ending: Ending, expected: Option<&Final>, instructions: u64) -> Final {
         let cpu = self.engine.cpu();
-        let mut ram = vec![0; RAM as usize];
-        for (n, page) in ram.chunks_mut(PAGE).enumerate() {
-            if let Some(p) = self.ram.ptr((n * PAGE) as u64) {
-                p.read(page);
-            }
-        }
+        let same = expected.is_some_and(|expected| is_equal(&self.ram, &expected.ram));
         Final {
             ending,
             registers: registers(cpu),
             vectors: Vectors::of(&cpu.fpu, &self.layout),
             msrs: cpu.msr.clone(),
             noted: self.bus.noted.clone(),
-            ram,
+            instructions,
+            ram: if same {
+                Vec::new()
+            } else {
+                contents(&self.ram)
+            },
         }
     }
+}
+
+fn contents(ram: &GuestRam) -> Vec<u8> {
+    let mut bytes = vec![0; RAM as usize];
+    for (n, page) in bytes.chunks_mut(PAGE).enumerate() {
+        if let Some(p) = ram.ptr((n * PAGE) as u64) {
+            p.read(page);
+        }
+    }
+    bytes
+}
+
+fn is_equal(ram: &GuestRam, bytes: &[u8]) -> bool {
+    let mut page = [0; PAGE];
+    bytes.chunks(PAGE).enumerate().all(|(n, wanted)| {
+        if let Some(p) = ram.ptr((n * PAGE) as u64) {
+            p.read(&mut page);
+        }
+        page == *wanted
+    })
 }
 
 /// Makes RAM what the image says; where it is that, translations stay.
@@ -414,9 +444,40 @@ fn registers(cpu: &Cpu) -> Vec<(&'static str, u64)> {
         ("idtr base", cpu.idtr.base),
         ("idtr limit", cpu.idtr.limit.into()),
         ("cpl", cpu.cpl.into()),
-        ("shadow", bit(cpu.interrupt_shadow) | bit(cpu.mov_ss_shadow) << 1),
+        (
+            "shadow",
+            bit(cpu.interrupt_shadow) | bit(cpu.mov_ss_shadow) << 1,
+        ),
         ("nmi blocked", bit(cpu.nmi_blocked)),
         ("active", bit(cpu.activity == Activity::Active)),
     ]);
     all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::case::Case;
+    use super::super::compare::differences;
+    use super::super::image::Supervisor;
+    use super::*;
+
+    #[test]
+    fn a_kernel_that_is_changed_ends_otherwise() {
+        let model = Arc::new(CpuidModel::host(1));
+        let mut runner = Runner::new("interpret", Kind::Interpret { quick: true }, &model).unwrap();
+        let supervisor = Supervisor::new().unwrap();
+        for number in 0..10 {
+            let case = Case::random(&supervisor, 3, number, model.physical_bits()).unwrap();
+            let image = case.image().unwrap();
+            let expected = runner.run(&image, &case.dma, None);
+            assert_eq!(expected.ending, Ending::Finished);
+            let again = runner.run(&image, &case.dma, Some(&expected));
+            assert_eq!(differences(&again, &expected, true), Vec::<String>::new());
+            // One step more, and the log is longer.
+            let mut longer = case.clone();
+            longer.schedule.push(0);
+            let other = runner.run(&longer.image().unwrap(), &case.dma, Some(&expected));
+            assert!(!differences(&other, &expected, true).is_empty());
+        }
+    }
 }

@@ -145,18 +145,30 @@ pub fn only_here(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
 
 pub fn transfer(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
     let (selector, other) = (w.selector(), w.selector());
-    let rip = *w.r.pick(&[USER_PAD, USER_PAD, KERNEL_PAD, USER_PAD - USER_CODE]);
+    let rip =
+        *w.r.pick(&[USER_PAD, USER_PAD, KERNEL_PAD, USER_PAD - USER_CODE]);
     let flags = w.flags();
     match w.r.below(8) {
         0 => {
-            for v in [u64::from(other), USER_STACK - 0x200, flags, u64::from(selector), rip] {
+            for v in [
+                u64::from(other),
+                USER_STACK - 0x200,
+                flags,
+                u64::from(selector),
+                rip,
+            ] {
                 a.mov(eax, v as u32)?;
                 a.push(eax)?;
             }
             a.iretd()
         }
         1 => {
-            for v in [u64::from(other), USER_STACK - 0x200, u64::from(selector), rip] {
+            for v in [
+                u64::from(other),
+                USER_STACK - 0x200,
+                u64::from(selector),
+                rip,
+            ] {
                 a.mov(eax, v as u32)?;
                 a.push(eax)?;
             }

@@ -10,7 +10,13 @@ use super::layout::*;
 use super::write::{Assembled, Writer};
 
 /// The low 8, 16 and 32 bits of a register for data.
-fn parts(r: AsmRegister64) -> (iced_x86::code_asm::AsmRegister8, iced_x86::code_asm::AsmRegister16, iced_x86::code_asm::AsmRegister32) {
+fn parts(
+    r: AsmRegister64,
+) -> (
+    iced_x86::code_asm::AsmRegister8,
+    iced_x86::code_asm::AsmRegister16,
+    iced_x86::code_asm::AsmRegister32,
+) {
     use iced_x86::code_asm::registers::{gpr8::*, gpr16::*, gpr32::*};
     let table = [
         (gpr64::rax, (al, ax, eax)),
@@ -31,7 +37,8 @@ fn parts(r: AsmRegister64) -> (iced_x86::code_asm::AsmRegister8, iced_x86::code_
 
 /// An address off a base, rarely with a segment or an index.
 fn operand(w: &mut Writer, base: AsmRegister64) -> AsmMemoryOperand {
-    let displacement = *w.r.pick(&[0i32, 0, 1, 8, 16, -8, 64, 0x7f, 0x1000, -0x1000]);
+    let displacement =
+        *w.r.pick(&[0i32, 0, 1, 8, 16, -8, 64, 0x7f, 0x1000, -0x1000]);
     let m = base + displacement;
     match w.r.below(16) {
         0 => m.fs(),
@@ -253,7 +260,11 @@ impl PopWord for CodeAssembler {
 pub fn call_routine(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
     let (target, count) = (w.register(), w.counter());
     let at = w.routine();
-    let times = if w.r.percent(50) { 1 } else { w.r.below(40) + 1 };
+    let times = if w.r.percent(50) {
+        1
+    } else {
+        w.r.below(40) + 1
+    };
     let mut again = a.create_label();
     a.mov(count, times)?;
     a.set_label(&mut again)?;

@@ -75,7 +75,11 @@ const KERNEL: &[Kind] = &[
     ("flushes", 6, system::flushes),
     ("switch the address space", 8, system::switch_address_space),
     ("control registers", 9, system::control_registers),
-    ("model-specific registers", 7, system::model_specific_registers),
+    (
+        "model-specific registers",
+        7,
+        system::model_specific_registers,
+    ),
     ("bases", 6, system::bases),
     ("debug registers", 6, system::debug_registers),
     ("descriptor tables", 5, system::descriptor_tables),
@@ -119,7 +123,12 @@ fn weighted<'a, T>(r: &mut Random, from: &[&'a [T]], weight: fn(&T) -> u64) -> &
 
 fn context(r: &mut Random, traits: Traits) -> Context {
     let (_, mode, cpl, cs, ss) = *weighted(r, &[CONTEXTS], |c| c.0);
-    let mut w = Writer { r, traits, mode, cpl };
+    let mut w = Writer {
+        r,
+        traits,
+        mode,
+        cpl,
+    };
     let registers = std::array::from_fn(|_| match w.r.percent(45) {
         true => w.pointer(),
         false => w.r.value(),

@@ -132,10 +132,7 @@ fn note_system(a: &mut CodeAssembler) -> Assembled {
     }
     for (n, register) in [ds, es, fs, gs].into_iter().enumerate() {
         a.mov(eax, register)?;
-        a.mov(
-            word_ptr(rbx + 8 * (RECORD_SYSTEM + 6) + 2 * n as u64),
-            ax,
-        )?;
+        a.mov(word_ptr(rbx + 8 * (RECORD_SYSTEM + 6) + 2 * n as u64), ax)?;
     }
     // DR6 gathers: each record is to have its own.
     let mut other = a.create_label();

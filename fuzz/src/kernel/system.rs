@@ -48,8 +48,16 @@ fn flush(w: &mut Writer, a: &mut CodeAssembler, page: Option<u64>) -> Assembled 
 pub fn change_mapping(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
     let [pdpt, pd, pt] = X_TABLES[w.r.below(2) as usize];
     let (at, entry, page) = match w.r.below(20) {
-        0 => (pdpt + 8 * (1 + w.r.below(HUGE_PAGES)), w.large_entry(30), None),
-        1 => (pd + 8 * (1 + w.r.below(LARGE_PAGES)), w.large_entry(21), None),
+        0 => (
+            pdpt + 8 * (1 + w.r.below(HUGE_PAGES)),
+            w.large_entry(30),
+            None,
+        ),
+        1 => (
+            pd + 8 * (1 + w.r.below(LARGE_PAGES)),
+            w.large_entry(21),
+            None,
+        ),
         2 => (pd, w.table_entry(pt), None),
         3 => (pdpt, w.table_entry(pd), None),
         _ => {
@@ -140,7 +148,9 @@ pub fn switch_address_space(w: &mut Writer, a: &mut CodeAssembler) -> Assembled 
 
 pub fn control_registers(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
     const CR0: [u32; 9] = [1, 2, 3, 4, 5, 16, 18, 29, 30];
-    const CR4: [u32; 18] = [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12, 16, 18, 20, 21, 22, 17];
+    const CR4: [u32; 18] = [
+        0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12, 16, 18, 20, 21, 22, 17,
+    ];
     match w.r.below(16) {
         0..4 => {
             let bit = 1i32 << *w.r.pick(&CR0);
@@ -154,7 +164,11 @@ pub fn control_registers(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
                 false => *w.r.pick(&[2, 11, 20, 21, 9]),
             };
             // Turning PCIDs on and off under way is the business of a case that has them.
-            let bit = if bit == 17 && !w.traits.pcids { 21 } else { bit };
+            let bit = if bit == 17 && !w.traits.pcids {
+                21
+            } else {
+                bit
+            };
             a.mov(rax, cr4)?;
             a.xor(eax, 1i32 << bit)?;
             a.mov(cr4, rax)
@@ -231,7 +245,11 @@ fn msr_value(w: &mut Writer, msr: u32) -> u64 {
     }
     match msr {
         0xc000_0080 => 0x500 | w.r.below(2) | w.r.below(2) << 11,
-        0xc000_0081 => *w.r.pick(&[0x0023_0010_0000_0000, 0x0020_0010_0000_0000, 0x0023_0060_0000_0000]),
+        0xc000_0081 => *w.r.pick(&[
+            0x0023_0010_0000_0000,
+            0x0020_0010_0000_0000,
+            0x0023_0060_0000_0000,
+        ]),
         0xc000_0082 | 0xc000_0083 => SYSCALL_ENTRY,
         0xc000_0084 => 0x4_0700 ^ (w.r.bits() & 0xffff_ffff),
         0x174 => *w.r.pick(&[0x10, 0x10, 0x13, 0, 0x60]),
@@ -310,7 +328,9 @@ pub fn debug_registers(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
             // A breakpoint in data, at a port, or in code, local or global.
             let kind = *w.r.pick(&[0u64, 1, 1, 2, 3, 3]);
             let at = match kind {
-                0 => *w.r.pick(&[USER_PAD, KERNEL_PAD, USER_CODE + 0x40, KERNEL_CODE + 0x40]),
+                0 => {
+                    *w.r.pick(&[USER_PAD, KERNEL_PAD, USER_CODE + 0x40, KERNEL_CODE + 0x40])
+                }
                 2 => 0x40 + w.r.below(4),
                 _ => w.pointer(),
             };
@@ -411,10 +431,18 @@ pub fn task_stacks(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
 pub fn actions(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
     let (vector, action) = match w.r.below(5) {
         0 => (14, *w.r.pick(&[action::NEXT, action::FIX])),
-        1 => (1, *w.r.pick(&[action::RESUME, action::STOP_STEPPING, action::NEXT])),
+        1 => (
+            1,
+            *w.r.pick(&[action::RESUME, action::STOP_STEPPING, action::NEXT]),
+        ),
         2 | 3 => (
             0x100,
-            *w.r.pick(&[action::NEXT, action::SYSRET, action::SYSRET, action::SYSRET32]),
+            *w.r.pick(&[
+                action::NEXT,
+                action::SYSRET,
+                action::SYSRET,
+                action::SYSRET32,
+            ]),
         ),
         _ => (0x101, *w.r.pick(&[action::NEXT, action::SYSEXIT])),
     };

@@ -67,6 +67,11 @@ impl Tracer {
         })
     }
 
+    /// The CPU.
+    pub fn cpu(&self) -> &Cpu {
+        &self.cpu
+    }
+
     /// Runs a case.
     pub fn run(&mut self, image: &Image, dma: &machine::Dma) -> Trace {
         machine::load(&self.cpu.ram, image);
@@ -127,8 +132,7 @@ impl Tracer {
         let at = base.wrapping_add(self.cpu.rip);
         let got = self.cpu.fetch(at, &mut bytes).ok()?;
         let options = DecoderOptions::NONE;
-        let mut decoder =
-            Decoder::with_ip(bits(&self.cpu), &bytes[..got], self.cpu.rip, options);
+        let mut decoder = Decoder::with_ip(bits(&self.cpu), &bytes[..got], self.cpu.rip, options);
         let i = decoder.decode();
         (!i.is_invalid()).then_some(i)
     }

@@ -52,7 +52,13 @@ pub fn iret(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
         true => *w.r.pick(&[U64, U32, U16]),
         false => w.selector(),
     };
-    let frame = [stack.into(), w.other_stack(), w.flags(), code.into(), w.target()];
+    let frame = [
+        stack.into(),
+        w.other_stack(),
+        w.flags(),
+        code.into(),
+        w.target(),
+    ];
     push_all(a, &frame)?;
     match w.r.below(8) {
         // The operands are 64 bits wide, what is popped is not.
@@ -85,7 +91,12 @@ pub fn iret_onwards(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
 }
 
 pub fn far_return(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
-    let frame = [w.selector().into(), w.other_stack(), w.selector().into(), w.target()];
+    let frame = [
+        w.selector().into(),
+        w.other_stack(),
+        w.selector().into(),
+        w.target(),
+    ];
     push_all(a, &frame)?;
     match w.r.below(6) {
         0 => a.db(&[0xcb]),
@@ -232,7 +243,8 @@ pub fn look_at_system(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
             a.xgetbv()
         }
         _ => {
-            let leaf = *w.r.pick(&[0u32, 1, 7, 0xd, 0x8000_0000, 0x8000_0001, 0x8000_0008]);
+            let leaf =
+                *w.r.pick(&[0u32, 1, 7, 0xd, 0x8000_0000, 0x8000_0001, 0x8000_0008]);
             a.mov(eax, leaf)?;
             a.xor(ecx, ecx)?;
             a.cpuid()
@@ -303,4 +315,3 @@ pub fn interrupts(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
         _ => a.nop(),
     }
 }
-

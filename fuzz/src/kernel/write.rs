@@ -39,12 +39,27 @@ impl Mode {
 
 /// Registers for data; those for loop counters are others.
 const DATA_REGISTERS: [AsmRegister64; 12] = [
-    gpr64::rax, gpr64::rcx, gpr64::rdx, gpr64::rbx, gpr64::rsi, gpr64::rdi, gpr64::r8, gpr64::r9,
-    gpr64::r10, gpr64::r11, gpr64::r12, gpr64::r15,
+    gpr64::rax,
+    gpr64::rcx,
+    gpr64::rdx,
+    gpr64::rbx,
+    gpr64::rsi,
+    gpr64::rdi,
+    gpr64::r8,
+    gpr64::r9,
+    gpr64::r10,
+    gpr64::r11,
+    gpr64::r12,
+    gpr64::r15,
 ];
 const COUNTERS: [AsmRegister64; 3] = [gpr64::rbp, gpr64::r13, gpr64::r14];
 const DATA_REGISTERS32: [AsmRegister32; 6] = [
-    gpr32::eax, gpr32::ecx, gpr32::edx, gpr32::ebx, gpr32::esi, gpr32::edi,
+    gpr32::eax,
+    gpr32::ecx,
+    gpr32::edx,
+    gpr32::ebx,
+    gpr32::esi,
+    gpr32::edi,
 ];
 /// Pages of the experiments that are used: the first and the last.
 const FIRST_PAGES: u64 = 24;
@@ -162,7 +177,15 @@ impl Writer<'_> {
 
     fn entry_bits(&mut self) -> u64 {
         let mut bits = 0;
-        let chances = [(0, 93), (1, 75), (2, 75), (3, 10), (4, 10), (5, 60), (6, 50)];
+        let chances = [
+            (0, 93),
+            (1, 75),
+            (2, 75),
+            (3, 10),
+            (4, 10),
+            (5, 60),
+            (6, 50),
+        ];
         for (bit, percent) in chances {
             bits |= u64::from(self.r.percent(percent)) << bit;
         }
@@ -240,7 +263,16 @@ impl Writer<'_> {
     /// RFLAGS for POPF and IRET.
     pub fn flags(&mut self) -> u64 {
         let mut flags = 2 | (self.r.bits() & 0x8d5);
-        let chances = [(8, 8), (9, 75), (10, 8), (14, 4), (16, 8), (17, 1), (18, 20), (21, 20)];
+        let chances = [
+            (8, 8),
+            (9, 75),
+            (10, 8),
+            (14, 4),
+            (16, 8),
+            (17, 1),
+            (18, 20),
+            (21, 20),
+        ];
         for (bit, percent) in chances {
             flags |= u64::from(self.r.percent(percent)) << bit;
         }

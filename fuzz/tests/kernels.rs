@@ -1,0 +1,65 @@
+//! A short campaign of generated kernels with a fixed seed; `cargo xtask fuzz kernels` runs longer ones.
+
+use std::time::Duration;
+
+use doppel_fuzz::kernel::campaign::{Plan, Rig, run};
+
+fn plan() -> Plan {
+    Plan {
+        seed: 7,
+        first: 0,
+        cases: Some(600),
+        time: Some(Duration::from_secs(12)),
+        engine: None,
+        most_failures: 3,
+        announce: false,
+        coverage: false,
+    }
+}
+
+#[test]
+fn generated_kernels_do_on_every_engine_what_they_do_on_the_interpreter() {
+    let mut rig = Rig::new().unwrap();
+    let summary = run(&mut rig, &plan()).unwrap();
+    let reports: String = summary.failures.iter().map(|f| f.report.as_str()).collect();
+    assert!(reports.is_empty(), "{reports}");
+    println!("{} kernels, {} exceptions", summary.cases, summary.records);
+    assert!(summary.cases > 60, "only {} kernels in time", summary.cases);
+    assert!(summary.records > 20 * summary.cases, "too few exceptions");
+    assert!(summary.endless * 20 < summary.cases, "too many do not end");
+    assert!(
+        summary.unspecified * 20 < summary.cases,
+        "too many not compared"
+    );
+}
+
+#[test]
+fn a_short_campaign_reaches_what_kernels_do() {
+    let mut rig = Rig::new().unwrap();
+    let plan = Plan {
+        cases: Some(100),
+        engine: Some("interpret-one-by-one".to_owned()),
+        coverage: true,
+        ..plan()
+    };
+    let summary = run(&mut rig, &plan).unwrap();
+    let report = summary.coverage.report(rig.cpu());
+    for wanted in [
+        "#PF(present write user)",
+        "#GP(GDT)",
+        "#GP(IDT)",
+        "#DB by",
+        "#AC by",
+        "64 0 Iretq",
+        "64 0 Mov_cr_r64",
+        "64 0 Invpcid",
+        "64 3 Syscall",
+        "32 3 Int_imm8",
+        "16 3 Int_imm8",
+    ] {
+        assert!(
+            report.contains(wanted),
+            "{wanted} was not reached:\n{report}"
+        );
+    }
+}
