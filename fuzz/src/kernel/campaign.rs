@@ -262,7 +262,7 @@ fn run_case(
         if plan.announce {
             eprintln!("  {engine}");
         }
-        match rig.check_against(&case, &image, &expected, &engine)? {
+        match rig.check_against(&case, &image, &expected, engine)? {
             Verdict::Same => {
                 if let Some(reached) = &reached {
                     summary.coverage.note(engine, reached);

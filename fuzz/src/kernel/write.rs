@@ -252,7 +252,7 @@ impl Writer<'_> {
             0..40 => *self.r.pick(&[K64, KDS, U32, UDS, U64, U16, K32]) & !7,
             40..65 => 8 * (RANDOM_DESCRIPTORS.start / 8 + self.r.below(48) as u16),
             65..75 => 8 * (CALL_GATES.start / 8 + self.r.below(32) as u16),
-            75..85 => 8 * self.r.below(32) as u16 | 4,
+            75..85 => (8 * self.r.below(32) as u16) | 4,
             85..90 => 0,
             90..93 => *self.r.pick(&[TR, LDTR]),
             _ => self.r.bits() as u16 & !7,
