@@ -176,6 +176,8 @@ fn descriptors(image: &mut Image, r: &mut Random) {
         (TR, system(TSS, TSS_LIMIT, 0x8b)),
         (LDTR, system(LDT, 0xff, 0x82)),
         (K32, flat(0xc09b)),
+        // RSP0 and the first two stacks of the interrupt stack table.
+        (SHORT_TR, system(TSS, 0x33, 0x89)),
     ] {
         image.put(GDT + u64::from(selector & !7), descriptor);
     }
@@ -404,6 +406,7 @@ fn put_step(image: &mut Image, n: u64, step: &Step, at: u64) -> Option<()> {
     image.put(d + step::FLAGS, c.flags);
     image.put(d + step::RSP, c.rsp);
     image.put(d + step::SS, c.ss.into());
+    image.put(d + step::DATA, UDS.into());
     for (n, v) in c.registers.iter().enumerate() {
         image.put(d + step::REGISTERS + 8 * n as u64, *v);
     }

@@ -99,6 +99,8 @@ pub const U16: u16 = 0x3b;
 pub const TR: u16 = 0x40;
 pub const LDTR: u16 = 0x50;
 pub const K32: u16 = 0x60;
+/// The same task state segment, but short.
+pub const SHORT_TR: u16 = 0x70;
 /// Random descriptors, then random call gates.
 pub const RANDOM_DESCRIPTORS: std::ops::Range<u16> = 0x80..0x200;
 pub const CALL_GATES: std::ops::Range<u16> = 0x200..0x300;
@@ -125,6 +127,8 @@ pub mod step {
     pub const CR3: u64 = 160;
     /// Bit 0: CR0, CR4 and EFER are put back before; bit 1: DR7.
     pub const RESTORES: u64 = 168;
+    /// DS and ES.
+    pub const DATA: u64 = 176;
 }
 
 /// What a handler does after its note.

@@ -10,12 +10,13 @@
 //! Cost: a case takes about a millisecond on each engine, half of it to compare RAM.
 //!
 //! Reading order: [`layout`], [`supervisor`], [`steps`], [`write`] and the files of items ([`ordinary`], [`transfer`],
-//! [`system`], [`narrow`]), [`image`], [`case`], [`machine`], [`trace`], [`compare`], [`campaign`], [`coverage`].
+//! [`system`], [`narrow`], [`encoded`]), [`image`], [`case`], [`machine`], [`trace`], [`compare`], [`campaign`], [`coverage`].
 
 pub mod campaign;
 pub mod case;
 pub mod compare;
 pub mod coverage;
+pub mod encoded;
 pub mod image;
 pub mod layout;
 pub mod machine;

@@ -76,6 +76,65 @@ pub fn bounded_loop(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
     a.jnz(again)
 }
 
+/// Branches with every displacement, calls and returns.
+pub fn branches(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
+    let mut over = a.create_label();
+    match w.r.below(8) {
+        0 => {
+            compute_one(w, a)?;
+            a.db(&[0x70 | w.r.below(16) as u8, 0x01, 0x90])
+        }
+        1 => {
+            compute_one(w, a)?;
+            let wide: &[u8] = &[0x0f, 0x80 | w.r.below(16) as u8, 0x01, 0, 0, 0, 0x90];
+            let narrow: &[u8] = &[0x0f, wide[1], 0x01, 0, 0x90];
+            match w.mode {
+                super::write::Mode::Bits32 => a.db(wide),
+                _ => a.db(narrow),
+            }
+        }
+        2 => {
+            a.mov(ecx, 1 + w.r.below(20) as u32)?;
+            let mut again = a.create_label();
+            a.set_label(&mut again)?;
+            compute_one(w, a)?;
+            a.mov(ecx, ecx)?;
+            a.loop_(again)
+        }
+        3 => {
+            a.jecxz(over)?;
+            compute_one(w, a)?;
+            a.set_label(&mut over)?;
+            a.nop()
+        }
+        4 | 5 => {
+            let mut routine = a.create_label();
+            a.call(routine)?;
+            a.jmp(over)?;
+            a.set_label(&mut routine)?;
+            compute_one(w, a)?;
+            match w.r.percent(70) {
+                true => a.ret()?,
+                false => a.ret_1(4)?,
+            }
+            a.set_label(&mut over)?;
+            a.nop()
+        }
+        6 => {
+            // With the other operand size: the instruction pointer may lose its upper half.
+            let code = [0x66, 0x70 | w.r.below(16) as u8, 0x00];
+            a.db(&code)
+        }
+        _ => {
+            compute_one(w, a)?;
+            a.jmp(over)?;
+            a.ud2()?;
+            a.set_label(&mut over)?;
+            a.nop()
+        }
+    }
+}
+
 pub fn load_segment(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
     let selector = w.selector();
     a.mov(eax, u32::from(selector))?;
@@ -242,5 +301,91 @@ pub fn exception(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
         4 => a.int(w.r.below(256) as u32),
         5 => a.hlt(),
         _ => a.db(&[w.r.bits() as u8, w.r.bits() as u8, w.r.bits() as u8]),
+    }
+}
+
+pub fn ports(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
+    let at = w.pointer();
+    a.mov(edx, 0x40 + w.r.below(8) as u32)?;
+    a.mov(esi, at as u32)?;
+    a.mov(edi, at as u32)?;
+    a.mov(ecx, w.r.below(4) as u32)?;
+    match w.r.below(10) {
+        0 => a.in_(al, dx),
+        1 => a.in_(ax, 0x41u32),
+        2 => a.in_(eax, dx),
+        3 => a.out(dx, al),
+        4 => a.out(0x42u32, eax),
+        5 => a.rep().insb(),
+        6 => a.rep().insd(),
+        7 => a.rep().outsb(),
+        8 => a.outsw(),
+        _ => a.insw(),
+    }
+}
+
+pub fn control_registers(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
+    match w.r.below(8) {
+        0 => {
+            let bit = 1i32 << *w.r.pick(&[1u32, 2, 3, 16, 18, 30]);
+            a.mov(eax, cr0)?;
+            a.xor(eax, bit)?;
+            a.mov(cr0, eax)
+        }
+        1 => {
+            let bit = 1i32 << *w.r.pick(&[2u32, 3, 7, 8, 9, 11, 20, 21]);
+            a.mov(eax, cr4)?;
+            a.xor(eax, bit)?;
+            a.mov(cr4, eax)
+        }
+        2 => {
+            let root = *w.r.pick(&[PML4, PML4_B]);
+            a.mov(eax, root as u32)?;
+            a.mov(cr3, eax)
+        }
+        3 => {
+            a.mov(ecx, 0xc000_0080u32)?;
+            a.rdmsr()?;
+            a.xor(eax, 1)?;
+            a.wrmsr()
+        }
+        4 => a.clts(),
+        5 => {
+            let at = w.pointer();
+            a.mov(ebx, at as u32)?;
+            a.invlpg(byte_ptr(ebx))
+        }
+        6 => {
+            let at = w.pointer();
+            a.mov(eax, at as u32)?;
+            a.mov(dr1, eax)?;
+            a.mov(eax, 0x400u32 | 1 << 2 | 3 << 20 | 3 << 22)?;
+            a.mov(dr7, eax)?;
+            a.mov(ebx, at as u32)?;
+            a.mov(dword_ptr(ebx), ecx)
+        }
+        _ => {
+            a.mov(eax, cr2)?;
+            a.smsw(ecx)
+        }
+    }
+}
+
+pub fn descriptor_tables(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
+    a.mov(ebx, KERNEL_DATA as u32 + 0x7900)?;
+    let (limit, table) = match w.r.percent(50) {
+        true => (*w.r.pick(&[0xfffi32, 0x7f, 0x107]), GDT),
+        false => (*w.r.pick(&[0xfffi32, 0x91f, 0x8ff]), IDT),
+    };
+    a.mov(word_ptr(ebx), limit)?;
+    a.mov(dword_ptr(ebx + 2), table as i32)?;
+    match (w.r.below(4), table) {
+        (0, GDT) => {
+            a.mov(eax, u32::from(LDTR))?;
+            a.lldt(ax)
+        }
+        (0, _) => a.sidt(fword_ptr(ebx)),
+        (_, GDT) => a.lgdt(fword_ptr(ebx)),
+        _ => a.lidt(fword_ptr(ebx)),
     }
 }

@@ -3,7 +3,7 @@
 use iced_x86::code_asm::registers::*;
 use iced_x86::code_asm::{
     AsmMemoryOperand, AsmRegister64, CodeAssembler, byte_ptr, dword_ptr, qword_ptr, word_ptr,
-    xmmword_ptr,
+    xmmword_ptr, zmmword_ptr,
 };
 
 use super::layout::*;
@@ -364,6 +364,36 @@ pub fn floating_point(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
         8 => a.movd(xmm7, eax),
         _ => a.vpaddd(ymm1, ymm2, ymm3),
     }
+}
+
+/// Saves and restores of x87, SSE and AVX state. FNINIT comes first, since the last x87 instruction's addresses are the engine's.
+pub fn extended_state(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
+    let at = match w.r.percent(75) {
+        true => w.pointer() & !0x3f,
+        false => w.pointer(),
+    };
+    a.fninit()?;
+    a.mov(rbx, at)?;
+    a.mov(eax, w.r.bits() as u32 & 0xe7)?;
+    a.xor(edx, edx)?;
+    let area = zmmword_ptr(rbx);
+    match w.r.below(8) {
+        0 => a.fxsave(area),
+        1 => a.fxsave64(area),
+        2 => a.fxrstor(area),
+        3 => {
+            a.fxsave64(area)?;
+            a.pxor(xmm1, xmm1)?;
+            a.fxrstor64(area)
+        }
+        4 => a.xrstor(area),
+        5 => a.fnstenv(area),
+        6 => a.fnsave(area),
+        _ => a.fldenv(area),
+    }?;
+    a.fninit()?;
+    a.push(0x1f80)?;
+    a.ldmxcsr(dword_ptr(rsp))
 }
 
 /// An instruction that raises an exception of its own.

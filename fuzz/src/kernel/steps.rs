@@ -5,7 +5,7 @@ use iced_x86::code_asm::CodeAssembler;
 
 use super::layout::*;
 use super::write::{Assembled, Mode, Traits, Writer};
-use super::{narrow, ordinary, system, transfer};
+use super::{encoded, narrow, ordinary, system, transfer};
 use crate::random::Random;
 
 /// Some instructions that do not depend on where they are.
@@ -67,6 +67,8 @@ const EVERYWHERE: &[Kind] = &[
     ("look at a descriptor", 4, transfer::look_at_descriptor),
     ("look at the system", 5, transfer::look_at_system),
     ("ports", 4, transfer::ports),
+    ("system instruction", 6, encoded::instruction),
+    ("extended state", 3, ordinary::extended_state),
 ];
 
 const KERNEL: &[Kind] = &[
@@ -84,13 +86,21 @@ const KERNEL: &[Kind] = &[
     ("debug registers", 6, system::debug_registers),
     ("descriptor tables", 5, system::descriptor_tables),
     ("stacks of the task", 3, system::task_stacks),
+    ("another task", 2, system::another_task),
     ("actions", 6, system::actions),
     ("interrupts", 9, transfer::interrupts),
+];
+
+/// For narrow code of the kernel too.
+const NARROW_KERNEL: &[Kind] = &[
+    ("control registers", 9, narrow::control_registers),
+    ("descriptor tables", 5, narrow::descriptor_tables),
 ];
 
 const NARROW: &[Kind] = &[
     ("accesses", 24, narrow::accesses),
     ("compute", 8, narrow::compute),
+    ("branches", 8, narrow::branches),
     ("loop", 12, narrow::bounded_loop),
     ("load a segment", 12, narrow::load_segment),
     ("only in narrow modes", 10, narrow::only_here),
@@ -98,6 +108,8 @@ const NARROW: &[Kind] = &[
     ("strings", 6, narrow::strings),
     ("call a routine", 6, narrow::call_routine),
     ("exception", 5, narrow::exception),
+    ("system instruction", 9, encoded::instruction),
+    ("ports", 4, narrow::ports),
 ];
 
 /// Code sizes and privileges of steps: how often, mode, CPL, CS, SS.
@@ -169,6 +181,7 @@ impl Step {
             let kinds: &[&'static [Kind]] = match (context.mode, context.cpl) {
                 (Mode::Bits64, 0) => &[EVERYWHERE, KERNEL],
                 (Mode::Bits64, _) => &[EVERYWHERE],
+                (_, 0) => &[NARROW, NARROW_KERNEL],
                 _ => &[NARROW],
             };
             let (name, _, make) = weighted(r, kinds, |k| k.1);

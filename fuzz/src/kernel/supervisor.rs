@@ -237,6 +237,9 @@ fn dispatch(a: &mut CodeAssembler) -> Assembled {
     a.jz(no_root)?;
     a.mov(cr3, rax)?;
     a.set_label(&mut no_root)?;
+    a.mov(eax, dword_ptr(rsi + step::DATA))?;
+    a.mov(ds, eax)?;
+    a.mov(es, eax)?;
     for at in [step::SS, step::RSP, step::FLAGS, step::CS, step::RIP] {
         a.push(qword_ptr(rsi + at))?;
     }

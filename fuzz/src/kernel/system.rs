@@ -427,6 +427,19 @@ pub fn task_stacks(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
     a.mov(qword_ptr(rcx), rax)
 }
 
+/// The task register of a short task state segment: some stacks lie beyond its limit, and there is no I/O permission map. Or the
+/// ordinary one again.
+pub fn another_task(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
+    let selector = *w.r.pick(&[TR, SHORT_TR, SHORT_TR]);
+    a.and(byte_ptr(GDT + u64::from(selector) + 5), !2)?;
+    a.mov(eax, u32::from(selector))?;
+    a.ltr(ax)?;
+    match w.r.percent(60) {
+        true => a.int(u32::from(RANDOM_GATES.start) + w.r.below(16) as u32),
+        false => a.ud2(),
+    }
+}
+
 /// Another action for a vector.
 pub fn actions(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
     let (vector, action) = match w.r.below(5) {

@@ -10,7 +10,7 @@ use doppel_x86::{Activity, Cpu, CpuMode, CpuidModel, Gpr, Seg, event, interpret}
 use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic};
 
 use super::image::Image;
-use super::layout::RAM;
+use super::layout::{RAM, STUBS};
 use super::machine::{self, KernelBus};
 
 /// Instructions that a case may take here.
@@ -111,8 +111,14 @@ impl Tracer {
                 trace.unspecified = trace.unspecified.or(Some(i));
             }
         }
-        for vector in raised {
-            let by = instruction.map_or("fetch".to_owned(), |i| format!("{:?}", i.mnemonic()));
+        let by = instruction.map_or("fetch".to_owned(), |i| format!("{:?}", i.mnemonic()));
+        let double = self.cpu.rip == STUBS + 16 * 8 && self.cpu.cpl == 0;
+        let shutdown = self.cpu.activity == Activity::Shutdown;
+        for vector in raised.into_iter().chain(double.then_some(8)) {
+            if shutdown {
+                // The last of them leads nowhere.
+                continue;
+            }
             let cause = Cause {
                 vector: vector as u8,
                 error: self.error(vector as u8),
@@ -184,8 +190,7 @@ fn is_unspecified(i: &Instruction) -> bool {
     match i.mnemonic() {
         And | Or | Xor | Test | Bt | Bts | Btr | Btc | Cmpxchg | Xadd => false,
         Rdtsc | Rdtscp | Rdrand | Rdseed | Rdpmc => true,
-        Fxsave | Fxsave64 | Fnsave | Fnstenv | Xsave | Xsave64 | Xsavec | Xsavec64 | Xsaveopt
-        | Xsaveopt64 => true,
+        Xsave | Xsave64 | Xsavec | Xsavec64 | Xsaveopt | Xsaveopt64 => true,
         _ => i.rflags_undefined() != 0,
     }
 }
