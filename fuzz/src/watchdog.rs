@@ -15,11 +15,17 @@ struct Watched {
     ended: AtomicBool,
 }
 
-const WATCH_PERIOD: Duration = Duration::from_millis(200);
+/// Time after which a case is kicked, and kicked again.
+pub const WATCH_PERIOD: Duration = Duration::from_millis(200);
 
 impl Watchdog {
     /// Watches the engine of this kick.
     pub fn new(kick: Arc<dyn Kick>) -> Self {
+        Self::with_period(kick, WATCH_PERIOD)
+    }
+
+    /// The same with another period.
+    pub fn with_period(kick: Arc<dyn Kick>, period: Duration) -> Self {
         let watched = Arc::new(Watched {
             turn: AtomicU64::new(0),
             ended: AtomicBool::new(false),
@@ -28,7 +34,7 @@ impl Watchdog {
         std::thread::spawn(move || {
             let mut last = 0;
             while !seen_by_thread.ended.load(Relaxed) {
-                std::thread::sleep(WATCH_PERIOD);
+                std::thread::sleep(period);
                 let turn = seen_by_thread.turn.load(Relaxed);
                 if turn % 2 == 1 && turn == last {
                     kick.kick();

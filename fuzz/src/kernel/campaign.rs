@@ -11,7 +11,7 @@ use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
 use super::case::{Case, Kept};
 use super::compare::{comparable, differences};
 use super::coverage::Coverage;
-use super::image::{Image, Supervisor, places};
+use super::image::{Image, Supervisors, places};
 use super::machine::{Final, Kind, Runner};
 use super::trace::Tracer;
 use crate::rig::variants;
@@ -69,7 +69,7 @@ pub enum Verdict {
 
 /// Engines by name; they are made when they are first needed.
 pub struct Rig {
-    supervisor: Supervisor,
+    supervisors: Supervisors,
     tracer: Tracer,
     model: Arc<CpuidModel>,
     kinds: Vec<(&'static str, Kind)>,
@@ -107,7 +107,7 @@ impl Rig {
     pub fn new() -> Result<Self> {
         let model = Arc::new(CpuidModel::host(1));
         Ok(Rig {
-            supervisor: Supervisor::new()?,
+            supervisors: Supervisors::new()?,
             tracer: Tracer::new(&model)?,
             physical_bits: model.physical_bits(),
             model,
@@ -119,7 +119,7 @@ impl Rig {
 
     /// The case of a number.
     pub fn case(&self, seed: u64, number: u64) -> Result<Case> {
-        Case::random(&self.supervisor, seed, number, self.physical_bits)
+        Case::random(&self.supervisors, seed, number, self.physical_bits)
     }
 
     /// What has run: engine, cases, instructions where they are counted, processor time.
@@ -250,6 +250,13 @@ fn run_case(
     summary.cases += 1;
     let oracle = rig.runner(ORACLE)?.context("an interpreter")?;
     let expected = oracle.run(&image, &case.dma, None);
+    if plan.announce {
+        let records = super::compare::records(&expected.ram);
+        eprintln!(
+            "  {:?}: {:?}, {} instructions, {records} records",
+            case.traits, expected.ending, expected.instructions
+        );
+    }
     if !comparable(&expected) {
         summary.endless += 1;
         return Ok(());

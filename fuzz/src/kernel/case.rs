@@ -2,10 +2,10 @@
 
 use anyhow::{Context as _, Result, bail};
 
-use super::image::{self, Image, Supervisor};
+use super::image::{self, Image, Supervisors};
 use super::layout::*;
 use super::steps::Step;
-use super::write::Traits;
+use super::write::{Paging, Traits};
 use crate::random::Random;
 
 /// RFLAGS but for the arithmetic flags.
@@ -35,18 +35,26 @@ pub struct Kept {
 impl Case {
     /// The case of a number.
     pub fn random(
-        supervisor: &Supervisor,
+        supervisors: &Supervisors,
         seed: u64,
         number: u64,
         physical_bits: u32,
     ) -> Result<Self> {
         let r = &mut Random::of(seed, number, 2);
+        let paging = match r.below(10) {
+            0..7 => Paging::Long,
+            7 => Paging::Off,
+            8 => Paging::Bits32,
+            _ => Paging::Pae,
+        };
+        let long = paging == Paging::Long;
         let traits = Traits {
-            pcids: r.percent(30),
-            globals: r.percent(30),
+            paging,
+            pcids: long && r.percent(30),
+            globals: long && r.percent(30),
             physical_bits,
         };
-        let base = image::base(supervisor, r, traits);
+        let base = image::base(supervisors, r, traits);
         let count = 2 + r.below(36);
         let mut steps = Vec::new();
         for n in 0..count {
@@ -197,9 +205,9 @@ mod tests {
 
     #[test]
     fn a_case_is_a_function_of_seed_and_number() {
-        let supervisor = Supervisor::new().unwrap();
+        let supervisors = Supervisors::new().unwrap();
         for number in 0..20 {
-            let [a, b] = [0, 1].map(|_| Case::random(&supervisor, 5, number, 48).unwrap());
+            let [a, b] = [0, 1].map(|_| Case::random(&supervisors, 5, number, 48).unwrap());
             assert_eq!(a.image().unwrap().0, b.image().unwrap().0);
             assert_eq!(a.schedule, b.schedule);
         }

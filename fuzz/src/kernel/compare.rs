@@ -144,7 +144,8 @@ fn is_table(at: u64) -> bool {
 /// An entry in which the engine has set A or D too. A processor may do so for an access that it then does not make (Intel SDM
 /// vol. 3A, 4.8), and an engine does where the page is found before the rest of the access is checked.
 fn sets_more(engine: u64, interpreter: u64) -> bool {
-    const A_AND_D: u64 = 3 << 5;
+    // Of two entries where they are 32 bits wide.
+    const A_AND_D: u64 = 3 << 5 | 3 << 37;
     let more = engine ^ interpreter;
     more & !A_AND_D == 0 && engine & more == more
 }

@@ -102,7 +102,9 @@ fn is_wanted(code: Code) -> bool {
         "undefined",
         "an assembler's name for WAIT and another instruction",
     ];
-    let wait = ["Fstenv", "Fsave"].iter().any(|name| format!("{code:?}").starts_with(name));
+    let wait = ["Fstenv", "Fsave"]
+        .iter()
+        .any(|name| format!("{code:?}").starts_with(name));
     is_system(code) && !wait && why_not(code).is_none_or(|reason| !FOR_NOBODY.contains(&reason))
 }
 

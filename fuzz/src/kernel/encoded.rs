@@ -160,17 +160,11 @@ pub fn instruction(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
         match w.mode {
             Mode::Bits64 => {
                 a.mov(dword_ptr(rbx), target as i32)?;
-                a.mov(
-                    word_ptr(rbx + 4),
-                    i32::from(other as i16),
-                )?;
+                a.mov(word_ptr(rbx + 4), i32::from(other as i16))?;
             }
             _ => {
                 a.mov(dword_ptr(ebx), target as i32)?;
-                a.mov(
-                    word_ptr(ebx + 4),
-                    i32::from(other as i16),
-                )?;
+                a.mov(word_ptr(ebx + 4), i32::from(other as i16))?;
             }
         }
     }

@@ -4,20 +4,25 @@ use anyhow::Result;
 
 use super::layout::*;
 use super::steps::Step;
-use super::supervisor;
-use super::write::{Mode, Traits, Writer};
+use super::write::{Mode, Paging, Traits, Writer};
+use super::{protected, supervisor, supervisor32};
 use crate::random::Random;
+
+/// RFLAGS.VM.
+pub const V86: u64 = 1 << 17;
 
 /// All bytes of RAM.
 #[derive(Clone)]
 pub struct Image(pub Vec<u8>);
 
 impl Image {
-    fn put(&mut self, at: u64, v: u64) {
+    /// Stores a word.
+    pub fn put(&mut self, at: u64, v: u64) {
         self.bytes(at, &v.to_le_bytes());
     }
 
-    fn bytes(&mut self, at: u64, bytes: &[u8]) {
+    /// Stores bytes.
+    pub fn bytes(&mut self, at: u64, bytes: &[u8]) {
         let at = at as usize;
         self.0[at..at + bytes.len()].copy_from_slice(bytes);
     }
@@ -31,35 +36,65 @@ impl Image {
     }
 }
 
-/// RAM that holds the supervisor, and INT3 where code might go astray.
-pub struct Supervisor(Vec<u8>);
+/// RAM that holds a supervisor, and INT3 where code might go astray, for each way of paging.
+pub struct Supervisors(Vec<(Paging, Vec<u8>)>);
 
-impl Supervisor {
-    /// Assembles it.
+impl Supervisors {
+    /// Assembles them.
     pub fn new() -> Result<Self> {
-        let mut image = Image(vec![0; RAM as usize]);
-        for (from, to) in [(0x2_0000, LOG), (USER_CODE, RAM)] {
-            image.0[from as usize..to as usize].fill(0xcc);
-        }
-        for (at, code) in supervisor::pieces()? {
-            image.bytes(at, &code);
-        }
-        Ok(Supervisor(image.0))
+        let all = [Paging::Long, Paging::Off, Paging::Bits32, Paging::Pae];
+        let each = all
+            .into_iter()
+            .map(|paging| Ok((paging, supervised(paging)?)));
+        Ok(Supervisors(each.collect::<Result<_>>()?))
+    }
+
+    fn ram(&self, paging: Paging) -> Vec<u8> {
+        let found = self.0.iter().find(|(p, _)| *p == paging);
+        found.map(|(_, ram)| ram.clone()).unwrap_or_default()
     }
 }
 
+fn supervised(paging: Paging) -> Result<Vec<u8>> {
+    let mut image = Image(vec![0; RAM as usize]);
+    for (from, to) in [(0x2_0000, LOG), (USER_CODE, RAM)] {
+        image.0[from as usize..to as usize].fill(0xcc);
+    }
+    let pieces = match paging {
+        Paging::Long => supervisor::pieces()?,
+        paging => supervisor32::pieces(paging)?,
+    };
+    for (at, code) in pieces {
+        image.bytes(at, &code);
+    }
+    Ok(image.0)
+}
+
 /// What a case starts from but its steps: everything random in it is drawn here, so that it stays when steps are left out.
-pub fn base(supervisor: &Supervisor, r: &mut Random, traits: Traits) -> Image {
-    let mut image = Image(supervisor.0.clone());
+pub fn base(supervisors: &Supervisors, r: &mut Random, traits: Traits) -> Image {
+    let mut image = Image(supervisors.ram(traits.paging));
     image.bytes(KERNEL_PAD, &[0xcd, END_STEP]);
     image.bytes(USER_PAD, &[0xcd, END_STEP]);
-    identity(&mut image);
-    for n in 0..2 {
-        experiments(&mut image, r, traits, n);
+    match traits.paging {
+        Paging::Long => {
+            identity(&mut image);
+            for n in 0..2 {
+                experiments(&mut image, r, traits, n);
+            }
+            descriptors(&mut image, r);
+            gates(&mut image, r);
+            task_state(&mut image, r);
+        }
+        paging => {
+            let mut w = Writer {
+                r,
+                traits,
+                mode: Mode::Bits32,
+                cpl: 0,
+            };
+            protected::fill(&mut image, &mut w, paging);
+        }
     }
-    descriptors(&mut image, r);
-    gates(&mut image, r);
-    task_state(&mut image, r);
     data(&mut image, r);
     routines(&mut image, r);
     variables(&mut image, r, traits);
@@ -316,7 +351,8 @@ fn variables(image: &mut Image, r: &mut Random, traits: Traits) {
     image.put(FLAG_MASK, !0);
     let wp = u64::from(r.percent(70)) << 16;
     let am = u64::from(r.percent(40)) << 18;
-    image.put(BASE_CR0, 0x8000_0033 | wp | am);
+    let paged = u64::from(traits.paging != Paging::Off) << 31;
+    image.put(BASE_CR0, 0x33 | paged | wp | am);
     let mut cr4 = 0x6a0 | 0x1_0000;
     for (bit, percent) in [
         (2, 10),
@@ -330,8 +366,18 @@ fn variables(image: &mut Image, r: &mut Random, traits: Traits) {
         cr4 |= u64::from(r.percent(percent)) << bit;
     }
     cr4 |= u64::from(traits.pcids) << 17;
+    match traits.paging {
+        Paging::Long | Paging::Pae => {}
+        // Large pages, where there are any, and no PAE.
+        _ => cr4 = cr4 & !0x20 | u64::from(r.percent(80)) << 4,
+    }
     image.put(BASE_CR4, cr4);
-    image.put(BASE_EFER, 0x501 | u64::from(r.percent(85)) << 11);
+    let long = if traits.paging == Paging::Long {
+        0x500
+    } else {
+        0
+    };
+    image.put(BASE_EFER, 1 | long | u64::from(r.percent(85)) << 11);
     for vector in 0..0x102 {
         let action = match vector {
             1 => *r.pick(&[action::RESUME, action::RESUME, action::STOP_STEPPING]),
@@ -400,13 +446,17 @@ fn put_step(image: &mut Image, n: u64, step: &Step, at: u64) -> Option<()> {
     image.bytes(at, &code);
     let c = &step.context;
     let d = STEPS + n * STEP_SIZE;
-    let base = if c.mode == Mode::Bits16 { USER_CODE } else { 0 };
+    let base = match c.mode {
+        Mode::Bits16 if c.flags & V86 != 0 => 0xffff0,
+        Mode::Bits16 => USER_CODE,
+        _ => 0,
+    };
     image.put(d + step::RIP, at - base);
     image.put(d + step::CS, c.cs.into());
     image.put(d + step::FLAGS, c.flags);
     image.put(d + step::RSP, c.rsp);
     image.put(d + step::SS, c.ss.into());
-    image.put(d + step::DATA, UDS.into());
+    image.put(d + step::DATA, c.data.into());
     for (n, v) in c.registers.iter().enumerate() {
         image.put(d + step::REGISTERS + 8 * n as u64, *v);
     }

@@ -20,6 +20,9 @@ pub const LDT: u64 = 0xd000;
 pub const TSS: u64 = 0xe000;
 pub const TSS_LIMIT: u64 = 0x68 + 0x2000;
 pub const IDT: u64 = 0x1_1000;
+/// Task state segments of kernels without long mode.
+pub const TASK_STATES: u64 = 0x1_2000;
+pub const DOUBLE_FAULT_TSS: u64 = 0x1_2800;
 /// Sixteen bytes for each vector.
 pub const STUBS: u64 = 0x1_3000;
 /// What the stubs lead to, the dispatcher, the entries of SYSCALL and SYSENTER, the end.
@@ -27,6 +30,7 @@ pub const SUPERVISOR: u64 = 0x1_4000;
 pub const SYSCALL_ENTRY: u64 = SUPERVISOR + 0x800;
 pub const SYSENTER_ENTRY: u64 = SUPERVISOR + 0x900;
 pub const DISPATCH: u64 = SUPERVISOR + 0xa00;
+pub const DOUBLE_FAULT_TASK_CODE: u64 = SUPERVISOR + 0xe80;
 /// HLT: the kernel is done.
 pub const FINISH: u64 = SUPERVISOR + 0xf00;
 /// The supervisor's variables, a word each.
@@ -60,6 +64,8 @@ pub const KERNEL_CODE: u64 = 0x4_0000;
 pub const KERNEL_DATA: u64 = 0x5_0000;
 /// Code of the kernel that ends the step.
 pub const KERNEL_PAD: u64 = 0x5_8000;
+/// Behind either: code of a task that returns to the one before.
+pub const RETURNING_PAD: u64 = 0x10;
 pub const LOG: u64 = 0x8_0000;
 pub const RECORD: u64 = 0x100;
 pub const MOST_RECORDS: u64 = 0x400;
@@ -101,6 +107,8 @@ pub const LDTR: u16 = 0x50;
 pub const K32: u16 = 0x60;
 /// The same task state segment, but short.
 pub const SHORT_TR: u16 = 0x70;
+/// Where there is no long mode: the task of double faults.
+pub const DOUBLE_FAULT_TR: u16 = 0x78;
 /// Random descriptors, then random call gates.
 pub const RANDOM_DESCRIPTORS: std::ops::Range<u16> = 0x80..0x200;
 pub const CALL_GATES: std::ops::Range<u16> = 0x200..0x300;

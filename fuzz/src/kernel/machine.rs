@@ -16,7 +16,7 @@ use doppel_x86::{
 use super::image::Image;
 use super::layout::*;
 use crate::time_unsafe::thread_time;
-use crate::watchdog::Watchdog;
+use crate::watchdog::{WATCH_PERIOD, Watchdog};
 use crate::xsave::{Vectors, XsaveLayout};
 
 const PAGE: usize = 0x1000;
@@ -206,9 +206,9 @@ impl Runner {
             },
             most_kicks: match kind {
                 Kind::Interpret { quick: true } => 2,
-                _ => 20,
+                _ => 80,
             },
-            watchdog: Watchdog::new(engine.kicker()),
+            watchdog: Watchdog::with_period(engine.kicker(), WATCH_PERIOD / 4),
             engine,
             bus: KernelBus::new(ram.clone()),
             ram,
@@ -349,6 +349,24 @@ fn flat(selector: u16, attributes: u32) -> Segment {
 
 /// The CPU at the dispatcher.
 pub fn reset(cpu: &mut Cpu, image: &Image) {
+    reset_long(cpu, image);
+    if !cpu.efer.contains(Efer::LMA) {
+        reset_protected(cpu);
+    }
+}
+
+/// What differs without long mode.
+fn reset_protected(cpu: &mut Cpu) {
+    cpu.seg[Seg::Cs as usize] = flat(K64, 0xc09b);
+    cpu.idtr.limit = 0x7ff;
+    cpu.msr.sysenter_cs = K64.into();
+    if cpu.cr4.contains(Cr4::PAE) {
+        let entry = |n: u64| cpu.ram.load(PML4 + 8 * n).unwrap_or(0);
+        cpu.pdpte = std::array::from_fn(|n| entry(n as u64));
+    }
+}
+
+fn reset_long(cpu: &mut Cpu, image: &Image) {
     cpu.gpr = [0; 16];
     cpu.gpr[Gpr::Rsp as usize] = KERNEL_STACK;
     cpu.rip = DISPATCH;
@@ -458,16 +476,16 @@ fn registers(cpu: &Cpu) -> Vec<(&'static str, u64)> {
 mod tests {
     use super::super::case::Case;
     use super::super::compare::differences;
-    use super::super::image::Supervisor;
+    use super::super::image::Supervisors;
     use super::*;
 
     #[test]
     fn a_kernel_that_is_changed_ends_otherwise() {
         let model = Arc::new(CpuidModel::host(1));
         let mut runner = Runner::new("interpret", Kind::Interpret { quick: true }, &model).unwrap();
-        let supervisor = Supervisor::new().unwrap();
+        let supervisors = Supervisors::new().unwrap();
         for number in 0..10 {
-            let case = Case::random(&supervisor, 3, number, model.physical_bits()).unwrap();
+            let case = Case::random(&supervisors, 3, number, model.physical_bits()).unwrap();
             let image = case.image().unwrap();
             let expected = runner.run(&image, &case.dma, None);
             assert_eq!(expected.ending, Ending::Finished);

@@ -389,3 +389,27 @@ pub fn descriptor_tables(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
         _ => a.lidt(fword_ptr(ebx)),
     }
 }
+
+/// Interrupts, NMIs and writes by a device, which come at once.
+pub fn interrupts(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
+    let port =
+        *w.r.pick(&[PORT_INTERRUPT, PORT_INTERRUPT, PORT_NMI, PORT_DMA]);
+    if w.r.percent(30) {
+        a.cli()?;
+    }
+    a.mov(eax, 0x20 + w.r.below(0x60) as u32)?;
+    a.out(u32::from(port), al)?;
+    match w.r.below(4) {
+        0 => a.sti()?,
+        1 => {
+            a.sti()?;
+            a.hlt()?;
+        }
+        2 => {
+            a.mov(ecx, ss)?;
+            a.mov(ss, ecx)?;
+        }
+        _ => {}
+    }
+    a.inc(ebx)
+}

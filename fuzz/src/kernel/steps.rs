@@ -3,9 +3,10 @@
 use anyhow::Result;
 use iced_x86::code_asm::CodeAssembler;
 
+use super::image::V86;
 use super::layout::*;
-use super::write::{Assembled, Mode, Traits, Writer};
-use super::{encoded, narrow, ordinary, system, transfer};
+use super::write::{Assembled, Mode, Paging, Traits, Writer};
+use super::{encoded, narrow, ordinary, protected, system, transfer};
 use crate::random::Random;
 
 /// Some instructions that do not depend on where they are.
@@ -23,6 +24,8 @@ pub struct Context {
     pub cpl: u8,
     pub cs: u16,
     pub ss: u16,
+    /// DS and ES.
+    pub data: u16,
     pub flags: u64,
     pub rsp: u64,
     /// RAX, RCX, RDX, RBX, RBP, RSI, RDI, R8 to R15.
@@ -121,6 +124,22 @@ const CONTEXTS: &[(u64, Mode, u8, u16, u16)] = &[
     (6, Mode::Bits16, 3, U16, UDS),
 ];
 
+/// The same without long mode; the last is virtual-8086 mode.
+const PROTECTED_CONTEXTS: &[(u64, Mode, u8, u16, u16)] = &[
+    (40, Mode::Bits32, 3, U32, UDS),
+    (36, Mode::Bits32, 0, K64, KDS),
+    (10, Mode::Bits16, 3, U16, UDS),
+    (14, Mode::Bits16, 3, 0xffff, 0xffff),
+];
+
+const PROTECTED: &[Kind] = &[("switch the task", 10, protected::switch_task)];
+
+const PROTECTED_KERNEL: &[Kind] = &[
+    ("change a mapping", 20, protected::change_mapping),
+    ("change a task", 8, protected::change_task),
+    ("interrupts", 9, narrow::interrupts),
+];
+
 fn weighted<'a, T>(r: &mut Random, from: &[&'a [T]], weight: fn(&T) -> u64) -> &'a T {
     let all = || from.iter().copied().flatten();
     let mut left = r.below(all().map(weight).sum());
@@ -134,7 +153,10 @@ fn weighted<'a, T>(r: &mut Random, from: &[&'a [T]], weight: fn(&T) -> u64) -> &
 }
 
 fn context(r: &mut Random, traits: Traits) -> Context {
-    let (_, mode, cpl, cs, ss) = *weighted(r, &[CONTEXTS], |c| c.0);
+    let long = traits.paging == Paging::Long;
+    let contexts = if long { CONTEXTS } else { PROTECTED_CONTEXTS };
+    let (_, mode, cpl, cs, ss) = *weighted(r, &[contexts], |c| c.0);
+    let v86 = cs == 0xffff;
     let mut w = Writer {
         r,
         traits,
@@ -149,11 +171,16 @@ fn context(r: &mut Random, traits: Traits) -> Context {
         true => 0x202,
         false => w.flags() & !0x2_4000,
     };
+    let flags = match v86 {
+        true => flags | V86 | w.r.below(4) << 12,
+        false => flags,
+    };
     let stack = if cpl == 3 { USER_STACK } else { STEP_STACK };
     let rsp = match w.r.percent(92) {
         true => stack - 0x400 + w.r.below(0x40),
         false => w.pointer(),
     };
+    let rsp = if v86 { 0xfff0 } else { rsp };
     let cr3 = match w.r.below(10) {
         0..5 => PML4,
         5..8 => PML4_B,
@@ -164,6 +191,7 @@ fn context(r: &mut Random, traits: Traits) -> Context {
         cpl,
         cs,
         ss,
+        data: if v86 || !long && cpl == 0 { ss } else { UDS },
         flags,
         rsp,
         registers,
@@ -178,7 +206,10 @@ impl Step {
         let context = context(r, traits);
         let mut items = Vec::new();
         for _ in 0..1 + r.below(8) {
+            let long = traits.paging == Paging::Long;
             let kinds: &[&'static [Kind]] = match (context.mode, context.cpl) {
+                (_, 0) if !long => &[NARROW, NARROW_KERNEL, PROTECTED, PROTECTED_KERNEL],
+                _ if !long => &[NARROW, PROTECTED],
                 (Mode::Bits64, 0) => &[EVERYWHERE, KERNEL],
                 (Mode::Bits64, _) => &[EVERYWHERE],
                 (_, 0) => &[NARROW, NARROW_KERNEL],

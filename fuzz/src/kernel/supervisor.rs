@@ -13,7 +13,7 @@ use super::layout::*;
 
 /// In place of an error code where the vector has none.
 pub const NO_ERROR: i32 = 0x5ead_0000;
-const WITH_ERROR_CODE: [u32; 8] = [8, 10, 11, 12, 13, 14, 17, 21];
+pub const WITH_ERROR_CODE: [u32; 8] = [8, 10, 11, 12, 13, 14, 17, 21];
 /// Where records have what, in words: vector, error code, RIP, CS, RFLAGS, RSP, SS, then the general registers but RSP.
 pub const RECORD_REGISTERS: u64 = 7;
 /// CR2, CR0, CR3, CR4, DR6, DR7, then DS, ES, FS and GS.

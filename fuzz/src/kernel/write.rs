@@ -8,9 +8,23 @@ use iced_x86::code_asm::{AsmRegister32, AsmRegister64, CodeAssembler};
 use super::layout::*;
 use crate::random::Random;
 
+/// How a kernel translates addresses, and with it whether it is in long mode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Paging {
+    /// Long mode.
+    Long,
+    /// Protected mode without paging.
+    Off,
+    /// Protected mode with 32-bit paging.
+    Bits32,
+    /// Protected mode with PAE paging.
+    Pae,
+}
+
 /// What holds for a whole case.
 #[derive(Clone, Copy, Debug)]
 pub struct Traits {
+    pub paging: Paging,
     /// Address spaces have PCIDs.
     pub pcids: bool,
     /// Some pages are global.
