@@ -269,7 +269,12 @@ fn run_case(
         if plan.announce {
             eprintln!("  {engine}");
         }
-        match rig.check_against(&case, &image, &expected, engine)? {
+        let began = Instant::now();
+        let verdict = rig.check_against(&case, &image, &expected, engine)?;
+        if plan.announce {
+            eprintln!("  in {:?}", began.elapsed());
+        }
+        match verdict {
             Verdict::Same => {
                 if let Some(reached) = &reached {
                     summary.coverage.note(engine, reached);

@@ -61,7 +61,7 @@ impl Case {
             // Each its own, so that what one draws does not decide the others.
             steps.push(Step::random(&mut Random::of(seed, number, 3 + n), traits)?);
         }
-        let runs = count + r.below(4 * count);
+        let runs = count + r.below(10 * count);
         let schedule = (0..runs)
             .map(|n| match n < count {
                 true => n as u16,

@@ -57,7 +57,7 @@ impl Supervisors {
 
 fn supervised(paging: Paging) -> Result<Vec<u8>> {
     let mut image = Image(vec![0; RAM as usize]);
-    for (from, to) in [(0x2_0000, LOG), (USER_CODE, RAM)] {
+    for (from, to) in [(0, PML4), (0x2_0000, LOG), (USER_CODE, RAM)] {
         image.0[from as usize..to as usize].fill(0xcc);
     }
     let pieces = match paging {

@@ -68,7 +68,7 @@ pub fn bounded_loop(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
     let at = w.pointer();
     let mut again = a.create_label();
     a.mov(ebx, at as u32)?;
-    a.mov(ebp, 2 + w.r.below(50) as u32)?;
+    a.mov(ebp, w.times() as u32)?;
     a.set_label(&mut again)?;
     access(w, a)?;
     compute_one(w, a)?;

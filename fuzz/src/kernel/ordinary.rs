@@ -138,7 +138,7 @@ pub fn compute(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
 /// A bounded loop of accesses and a branch within it.
 pub fn bounded_loop(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
     let (base, count) = (w.register(), w.counter());
-    let times = 2 + w.r.below(60);
+    let times = w.times();
     let at = w.pointer();
     let (mut again, mut over) = (a.create_label(), a.create_label());
     a.mov(base, at)?;
@@ -377,7 +377,7 @@ pub fn extended_state(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
     a.mov(eax, w.r.bits() as u32 & 0xe7)?;
     a.xor(edx, edx)?;
     let area = zmmword_ptr(rbx);
-    match w.r.below(8) {
+    match w.r.below(12) {
         0 => a.fxsave(area),
         1 => a.fxsave64(area),
         2 => a.fxrstor(area),
@@ -389,6 +389,14 @@ pub fn extended_state(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
         4 => a.xrstor(area),
         5 => a.fnstenv(area),
         6 => a.fnsave(area),
+        7 => a.xsave64(area),
+        8 => a.xsavec64(area),
+        9 => {
+            a.xsave(area)?;
+            a.pxor(xmm2, xmm2)?;
+            a.xrstor64(area)
+        }
+        10 => a.xsaveopt(area),
         _ => a.fldenv(area),
     }?;
     a.fninit()?;

@@ -190,7 +190,6 @@ fn is_unspecified(i: &Instruction) -> bool {
     match i.mnemonic() {
         And | Or | Xor | Test | Bt | Bts | Btr | Btc | Cmpxchg | Xadd => false,
         Rdtsc | Rdtscp | Rdrand | Rdseed | Rdpmc => true,
-        Xsave | Xsave64 | Xsavec | Xsavec64 | Xsaveopt | Xsaveopt64 => true,
         _ => i.rflags_undefined() != 0,
     }
 }

@@ -112,8 +112,19 @@ impl Writer<'_> {
         *self.r.pick(&COUNTERS)
     }
 
+    /// How often a loop runs.
+    pub fn times(&mut self) -> u64 {
+        match self.r.percent(12) {
+            true => 1 + self.r.below(4000),
+            false => 1 + self.r.below(60),
+        }
+    }
+
     /// The number of a page of the experiments.
     pub fn page(&mut self) -> u64 {
+        if self.traits.paging == Paging::Off {
+            return self.r.below(SPARE_PAGES - 1);
+        }
         match self.r.percent(80) {
             true => self.r.below(FIRST_PAGES),
             false => 512 - LAST_PAGES + self.r.below(LAST_PAGES),
@@ -131,8 +142,9 @@ impl Writer<'_> {
     }
 
     fn alias(&mut self) -> u64 {
-        match self.mode {
-            Mode::Bits64 => *self.r.pick(&ALIASES),
+        match (self.mode, self.traits.paging) {
+            (Mode::Bits64, _) => *self.r.pick(&ALIASES),
+            (_, Paging::Off) => SPARE,
             _ => ALIASES[1],
         }
     }
@@ -220,8 +232,8 @@ impl Writer<'_> {
     /// An entry of a page table.
     pub fn entry(&mut self) -> u64 {
         let page = match self.r.below(100) {
-            0..50 => SPARE + self.r.below(ROUTINE_PAGES) * 0x1000,
-            50..90 => SPARE + self.r.below(SPARE_PAGES) * 0x1000,
+            0..25 => SPARE + self.r.below(ROUTINE_PAGES) * 0x1000,
+            25..90 => SPARE + self.r.below(SPARE_PAGES) * 0x1000,
             90..94 => USER_DATA + self.r.below(7) * 0x1000,
             94..98 => DEVICE,
             _ => RAM + self.r.below(64) * 0x1000,
