@@ -6,7 +6,7 @@ use crate::image::args::Image;
 use crate::size;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use doppel_machine::{
-    Backing, DirectOptions, EngineChoice, Switch, TranslateOptions, VirtioTransport,
+    Backing, CpuModel, DirectOptions, EngineChoice, Switch, TranslateOptions, VirtioTransport,
 };
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -53,6 +53,10 @@ pub struct Run {
     /// What executes the guest's instructions: interpret, translate, direct, kvm, or auto, the fastest that works here.
     #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = str::parse::<EngineChoice>)]
     pub engine: EngineChoice,
+    /// The processor that the guest sees: host (the host's, without what does not work here), or x86-64-v1 to x86-64-v4, the levels of the psABI,
+    /// which are the same on every host that can carry them.
+    #[arg(long, value_name = "MODEL", default_value = "host", value_parser = str::parse::<CpuModel>)]
+    pub cpu: CpuModel,
     /// Number of processors.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: u32,

@@ -246,6 +246,7 @@ fn configuration(
     Ok(MachineConfig {
         engine: args.engine,
         cpus: args.cpus,
+        cpu: args.cpu,
         memory: args.memory,
         memory_backing: domain::backing(args),
         memory_ahead: args.memory_ahead,

@@ -6,6 +6,7 @@ use doppel_direct::DirectOptions;
 use doppel_memory::Backing;
 use doppel_translate::TranslateOptions;
 use doppel_translate::explain::Observers;
+use doppel_x86::CpuModel;
 
 use crate::boot::KernelSource;
 use crate::engine::EngineChoice;
@@ -17,8 +18,10 @@ use crate::virtio::{DeviceConfig, VirtioTransport};
 pub struct MachineConfig {
     /// Which engine to run the guest with.
     pub engine: EngineChoice,
-    /// vCPUs; one in this version.
+    /// vCPUs.
     pub cpus: u32,
+    /// Which processor the guest sees.
+    pub cpu: CpuModel,
     /// Bytes of guest RAM, whole pages.
     pub memory: u64,
     /// What it is made of on the host; by default what serves the engine best.
@@ -61,6 +64,7 @@ impl MachineConfig {
         MachineConfig {
             engine: EngineChoice::Auto,
             cpus: 1,
+            cpu: CpuModel::default(),
             memory: 512 << 20,
             memory_backing: None,
             memory_ahead: true,

@@ -58,6 +58,7 @@ pub use doppel_translate::{Switch, TranslateOptions, explain};
 pub use doppel_virtio::{
     BalloonControl, ConsoleBackend, GuestMemoryStats, VSOCK_CID, VsockSocket, WindowSize,
 };
+pub use doppel_x86::CpuModel;
 pub use engine::{EngineChoice, EngineError, EngineKind, Selection};
 pub use footprint::Footprint;
 pub use machine::{Ending, Machine, MachineError};

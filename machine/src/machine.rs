@@ -28,6 +28,9 @@ pub enum MachineError {
     /// The engine asked for cannot be had.
     #[error(transparent)]
     Engine(#[from] EngineError),
+    /// The host cannot carry the processor asked for.
+    #[error(transparent)]
+    CpuModel(#[from] doppel_x86::CpuModelError),
     /// No guest RAM.
     #[error(transparent)]
     Ram(#[from] doppel_memory::RamError),
@@ -97,7 +100,7 @@ impl Machine {
         let (loaded, selection) = load(&config)?;
         let control = Arc::new(Control::default());
         let serial = Arc::new(CharLink::default());
-        let model = Arc::new(CpuidModel::host_at(tsc.finish(), config.cpus));
+        let model = Arc::new(CpuidModel::of(config.cpu, tsc.finish(), config.cpus)?);
         let first = Instance::new(&config, loaded, selection.engine, &model, &control, &serial)?;
         let stats = Stats {
             engine: selection.engine.to_string(),

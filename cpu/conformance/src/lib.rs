@@ -6,6 +6,10 @@
 //! A guest that does not stop fails its test within seconds, whatever it does: the watchdog kicks the engine, and ends the process
 //! if that does not help.
 
+use std::sync::Arc;
+
+use doppel_x86::CpuidModel;
+
 pub mod bus;
 mod crowd;
 pub mod engines;
@@ -27,6 +31,14 @@ pub fn each_engine(test: impl Fn(&mut Machine)) {
         // Shown by the test harness where the test fails.
         println!("on {}", row.name);
         test(&mut Machine::new(row));
+    }
+}
+
+/// The same with this processor.
+pub fn each_engine_with(model: &Arc<CpuidModel>, test: impl Fn(&mut Machine)) {
+    for row in ENGINES {
+        println!("on {}", row.name);
+        test(&mut Machine::with_model(row, model.clone()));
     }
 }
 

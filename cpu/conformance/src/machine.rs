@@ -5,8 +5,8 @@ use std::sync::Arc;
 use doppel_memory::{Backing, GuestRam, Word};
 use doppel_translate::SharedCode;
 use doppel_x86::{
-    Activity, Cpu, CpuidLeaf, CpuidModel, Cr0, Cr4, Dtr, Efer, Engine, Exit, Gpr, Kick, Rflags,
-    Seg, Segment,
+    Activity, Cpu, CpuModel, CpuModelError, CpuidLeaf, CpuidModel, Cr0, Cr4, Dtr, Efer, Engine,
+    Exit, Gpr, Kick, Rflags, Seg, Segment, TscFrequency,
 };
 use iced_x86::IcedError;
 use iced_x86::code_asm::{CodeAssembler, cr2, dr6, qword_ptr, r15, rax, rbx, rsp};
@@ -109,6 +109,11 @@ impl Machine {
         };
         let model = CpuidModel::from_host(&read, host.cpuid.xcr0(), host.tsc_hz, 1);
         Self::with_model(row, Arc::new(model))
+    }
+
+    /// The processor of a machine with one, where the host can carry it.
+    pub fn cpu_of(model: CpuModel) -> Result<Arc<CpuidModel>, CpuModelError> {
+        CpuidModel::of(model, TscFrequency::of_host(), 1).map(Arc::new)
     }
 
     pub(crate) fn with_model(row: &Row, model: Arc<CpuidModel>) -> Self {

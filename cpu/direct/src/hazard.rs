@@ -21,7 +21,10 @@
 
 use std::ops::RangeInclusive;
 
+use doppel_x86::HiddenInstructions;
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
+
+use crate::hidden::{self, Where};
 
 /// Which of them count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +33,8 @@ pub struct Hazards {
     pub cpuid: bool,
     /// The host's XCR0 is not what guests are offered, so XGETBV shows it and XSAVE stores by it.
     pub xsave: bool,
+    /// What the guest's processor does not have.
+    pub hidden: HiddenInstructions,
 }
 
 /// What a byte 0x0f may begin.
@@ -63,7 +68,11 @@ pub fn verdict(page: &[u8], hazards: Hazards) -> Verdict {
             _ => {}
         }
     }
-    verdict
+    match hidden::find(page, hazards.hidden) {
+        Where::Nowhere => verdict,
+        Where::Beginning => Verdict::Early,
+        Where::Inside => Verdict::Sensitive,
+    }
 }
 
 /// Bytes of a page that matter to [`is_sensitive_across`]: so many at its end, and at its beginning.
@@ -82,6 +91,7 @@ pub fn is_sensitive_across(
     let around = end.len() - OPCODE..end.len() + LEAST;
     let mut at = around.filter(|at| code[*at] == 0x0f);
     at.any(|at| is_sensitive_at(&code, at, hazards))
+        || hidden::is_across(&code, end.len(), hazards.hidden)
 }
 
 fn is_sensitive_at(code: &[u8], at: usize, hazards: Hazards) -> bool {
@@ -253,10 +263,12 @@ mod tests {
     const ALL: Hazards = Hazards {
         cpuid: true,
         xsave: true,
+        hidden: HiddenInstructions::NONE,
     };
     const NONE: Hazards = Hazards {
         cpuid: false,
         xsave: false,
+        hidden: HiddenInstructions::NONE,
     };
 
     /// Code of a usual density, without any of them.

@@ -1,7 +1,7 @@
 //! What the vCPUs of a machine share: the zygote of their children, and what is known of the host.
 
 use doppel_memory::GuestRam;
-use doppel_x86::host_xcr0;
+use doppel_x86::{CpuidModel, host_xcr0};
 
 use crate::hazard::Hazards;
 use crate::{Child, DirectError, Zygote};
@@ -38,11 +38,12 @@ impl DirectHost {
         self.zygote.reserved()
     }
 
-    /// What must not be executed for guests that are offered these components of the extended state.
-    pub(crate) fn hazards(&self, guest_xcr0: u64) -> Hazards {
+    /// What must not be executed for guests whose processor is this.
+    pub(crate) fn hazards(&self, guest: &CpuidModel) -> Hazards {
         Hazards {
             cpuid: !self.zygote.cpuid_faults(),
-            xsave: host_xcr0() != guest_xcr0,
+            xsave: host_xcr0() != guest.xcr0(),
+            hidden: guest.hidden(),
         }
     }
 

@@ -6,7 +6,7 @@
 //! them. Its host page tables are the guest's shadow page tables; every system call and every fault stops it.
 //!
 //! Reading order: `changes` and `shadow` (what is mapped), `policy` (when it pays), `state`, `user` (what happens at each stop), then `child` and
-//! what is below it (how a process becomes a sandbox), `hazard` (what must not be executed).
+//! what is below it (how a process becomes a sandbox), `hazard` and `hidden` (what must not be executed).
 
 mod arch_stub;
 mod change;
@@ -17,6 +17,7 @@ mod exchange;
 mod filter;
 mod frame;
 mod hazard;
+mod hidden;
 mod host;
 mod kick_unsafe;
 mod pin;

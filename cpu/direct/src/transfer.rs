@@ -34,6 +34,7 @@ pub(crate) fn store(user: &UserState, cpu: &mut Cpu) {
     cpu.rip = user.rip;
     cpu.rflags = Rflags::from_bits_retain(kept | user.rflags & changed);
     cpu.fpu.bytes[..XSAVE_BYTES].copy_from_slice(&user.fpu.bytes[..XSAVE_BYTES]);
+    forget_hidden_components(cpu);
     for (segment, selector) in [
         (Seg::Cs, user.cs),
         (Seg::Ss, user.ss),
@@ -48,6 +49,16 @@ pub(crate) fn store(user: &UserState, cpu: &mut Cpu) {
     }
     cpu.seg[Seg::Fs as usize].base = user.fs_base;
     cpu.seg[Seg::Gs as usize].base = user.gs_base;
+}
+
+/// Components that the guest's processor does not have go back to their initial state, whatever was executed.
+fn forget_hidden_components(cpu: &mut Cpu) {
+    const LEGACY: u64 = 0b11;
+    const XSTATE_BV: std::ops::Range<usize> = 512..520;
+    let mine = (cpu.xcr0 | LEGACY).to_le_bytes();
+    for (byte, mask) in cpu.fpu.bytes[XSTATE_BV].iter_mut().zip(mine) {
+        *byte &= mask;
+    }
 }
 
 /// What user code has loaded from the host's descriptor table, which has flat segments alone.

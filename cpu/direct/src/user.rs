@@ -125,7 +125,7 @@ impl Direct {
     pub fn new(host: Arc<DirectHost>, cpu: &Cpu, options: DirectOptions) -> Self {
         let pages = cpu.ram.tracker().pages();
         Direct {
-            hazards: host.hazards(cpu.cpuid.xcr0()),
+            hazards: host.hazards(&cpu.cpuid),
             host,
             options,
             times: match options.always {
@@ -747,9 +747,12 @@ fn usual(s: &Segment) -> bool {
 
 /// True where the CPU's state is one that a process of the host can have, and what user code may do is what the CPU would let it do.
 fn eligible(cpu: &Cpu) -> bool {
+    /// What XCR0 has after reset, and for good where there is no XSAVE.
+    const X87: u64 = 1;
     let flags = cpu.rflags;
     let aligned = !flags.contains(Rflags::AC) || cpu.cr0.contains(Cr0::AM);
-    let needed = Cr4::OSFXSR | Cr4::OSXMMEXCPT | Cr4::OSXSAVE | Cr4::FSGSBASE;
+    let mut needed = Cr4::OSFXSR | Cr4::OSXMMEXCPT | Cr4::FSGSBASE;
+    needed.set(Cr4::OSXSAVE, cpu.cpuid.has_xsave());
     let selectors = |s: Seg| cpu.segment(s).selector;
     cpu.mode() == CpuMode::Bits64
         && cpu.cpl == 3
@@ -765,7 +768,7 @@ fn eligible(cpu: &Cpu) -> bool {
         && !cpu.cr0.intersects(Cr0::TS | Cr0::EM)
         && cpu.cr4.contains(needed)
         && !cpu.cr4.contains(Cr4::TSD)
-        && cpu.xcr0 == cpu.cpuid.xcr0()
+        && cpu.xcr0 == cpu.cpuid.xcr0().max(X87)
         && cpu.tsc_offset == 0
         && !cpu.interrupt_shadow
         && !cpu.mov_ss_shadow

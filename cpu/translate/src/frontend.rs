@@ -9,6 +9,7 @@ use iced_x86::{
 };
 
 use doppel_memory::Privilege;
+use doppel_x86::HiddenInstructions;
 
 pub(crate) use crate::classify::{Class, Element, Facts, has_memory};
 use crate::engine::TranslateOptions;
@@ -40,6 +41,8 @@ pub(crate) struct Decoding {
     pub yield_spins: bool,
     /// Go on after a conditional branch forwards.
     pub extend: bool,
+    /// What the host's processor would execute otherwise than the guest's.
+    pub hidden: HiddenInstructions,
 }
 
 impl Decoding {
@@ -55,7 +58,13 @@ impl Decoding {
             inline_xsave: options.inline_xsave,
             yield_spins: options.yield_spins,
             extend: options.extend,
+            hidden: HiddenInstructions::default(),
         }
+    }
+
+    /// The same for a processor without these instructions.
+    pub fn hiding(self, hidden: HiddenInstructions) -> Self {
+        Decoding { hidden, ..self }
     }
 }
 
@@ -108,6 +117,7 @@ impl GuestInstruction {
     /// Fills in what is known of what was decoded.
     fn learn(&mut self, info: &mut InstructionInfoFactory, how: Decoding) {
         let narrow = how.mode.is_narrow();
+        let hidden = how.hidden.has(&self.decoded);
         let widened = match narrow {
             true => widen(&mut self.decoded),
             false => Widened::Same,
@@ -116,7 +126,7 @@ impl GuestInstruction {
             Widened::None => Facts::interpreted(info, &self.decoded),
             _ => Facts::of(info, &self.decoded, how),
         };
-        if narrow && accesses_code_segment(&self.decoded, facts.class) {
+        if hidden || narrow && accesses_code_segment(&self.decoded, facts.class) {
             facts = Facts::interpreted(info, &self.decoded);
         }
         self.word = (how.mode.bits() / 8) as u8;

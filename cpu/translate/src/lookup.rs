@@ -291,7 +291,8 @@ impl Translator {
 
     /// Decodes the block at `rip`, from its page alone or one instruction from two pages; tells the second page.
     fn read_block(&mut self, guest: &mut GuestBlock, key: &Key, rip: u64) -> Option<Option<u64>> {
-        let how = Decoding::new(key.simd, key.mode, key.privilege, &self.options);
+        let how = Decoding::new(key.simd, key.mode, key.privilege, &self.options)
+            .hiding(self.context.cpu.cpuid.hidden());
         let mut bytes = [0u8; MOST_BYTES + 15];
         let start = (rip & PAGE_MASK) as u16;
         let len = ((PAGE_SIZE - (rip & PAGE_MASK)) as usize).min(MOST_BYTES);

@@ -185,6 +185,7 @@ fn bit(r: Register) -> u16 {
 mod tests {
     use super::*;
     use crate::frontend::{Decoding, Simd};
+    use doppel_x86::HiddenInstructions;
     use iced_x86::{Decoder, DecoderOptions, InstructionInfoFactory};
 
     /// Every opcode of one and two bytes, under each prefix that changes what it is, with operands of every kind.
@@ -241,6 +242,7 @@ mod tests {
                 inline_xsave: true,
                 yield_spins: true,
                 extend: true,
+                hidden: HiddenInstructions::NONE,
             };
             every_encoding(|bytes| {
                 let i = Decoder::with_ip(64, bytes, 0x100, DecoderOptions::NONE).decode();

@@ -6,9 +6,11 @@
 //!
 //! Sources: Intel SDM vol. 2A (CPUID), AMD APM vol. 3 appendix E, Linux Documentation/virt/kvm/x86/cpuid.rst.
 
+use iced_x86::DecoderOptions;
+
 use crate::arch_host;
 use crate::tsc::TscFrequency;
-use crate::{Cpu, Cr4};
+use crate::{Cpu, Cr4, HiddenInstructions};
 
 /// EAX, EBX, ECX and EDX of one CPUID leaf.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -178,6 +180,7 @@ pub struct CpuidModel {
     cpus: u32,
     tsc_hz: u64,
     xcr0: u64,
+    hidden: HiddenInstructions,
     /// Sorted by (leaf, subleaf); leaves that depend on the CPU's state or number are completed by [`Cpu::cpuid`].
     leaves: Vec<(u32, u32, CpuidLeaf)>,
 }
@@ -204,6 +207,7 @@ impl CpuidModel {
             cpus: cpus.clamp(1, 255),
             tsc_hz,
             xcr0: guest_xcr0(read, host_xcr0),
+            hidden: HiddenInstructions::default(),
             leaves: Vec::new(),
         };
         model.add_basic(read);
@@ -213,9 +217,28 @@ impl CpuidModel {
         model
     }
 
+    /// The same with #UD at the instructions of every set that CPUID does not tell of, whether the host's processor has it or not.
+    pub(crate) fn hiding(mut self) -> Self {
+        self.hidden = HiddenInstructions::of(&|leaf, subleaf| self.get(leaf, subleaf));
+        self
+    }
+
     /// Whose processor it is.
     pub fn vendor(&self) -> Vendor {
         self.vendor
+    }
+    /// The instructions that raise #UD, or do something else, though the host's processor may have them.
+    pub fn hidden(&self) -> HiddenInstructions {
+        self.hidden
+    }
+    /// The options of iced-x86 for what this processor executes. The maker decides a few encodings (near branches with an
+    /// operand-size prefix in 64-bit mode).
+    pub(crate) fn decoder_options(&self) -> u32 {
+        let maker = match self.vendor {
+            Vendor::Amd => DecoderOptions::AMD,
+            Vendor::Intel => DecoderOptions::NONE,
+        };
+        maker | self.hidden.decoder_options()
     }
     /// CPUs of the machine.
     pub fn cpus(&self) -> u32 {
@@ -246,7 +269,7 @@ impl CpuidModel {
         self.leaves.push((leaf, subleaf, value));
     }
 
-    fn get(&self, leaf: u32, subleaf: u32) -> CpuidLeaf {
+    pub(crate) fn get(&self, leaf: u32, subleaf: u32) -> CpuidLeaf {
         self.leaves
             .binary_search_by_key(&(leaf, subleaf), |l| (l.0, l.1))
             .map_or(CpuidLeaf::default(), |n| self.leaves[n].2)

@@ -9,12 +9,14 @@ mod arch_host;
 mod breakpoint;
 mod bus;
 mod control;
+mod cpu_model;
 mod cpuid;
 mod engine;
 pub mod event;
 pub mod exception;
 mod fault;
 mod flags;
+mod instruction_set;
 pub mod interpret;
 mod iret;
 mod kvm;
@@ -43,9 +45,11 @@ mod user_code;
 pub use address_space::{AddressSpaces, MOST_KEPT};
 pub use arch_host::{tsc as host_tsc, xcr0 as host_xcr0};
 pub use bus::{Bus, EmptyBus, Start};
+pub use cpu_model::{CpuModel, CpuModelError};
 pub use cpuid::{APIC_BUS_HZ, CpuidLeaf, CpuidModel, Vendor, XCR0_MASK};
 pub use engine::{Engine, EngineStats, Exit, Kick, Outcome};
 pub use fault::{Exception, Vector};
+pub use instruction_set::HiddenInstructions;
 pub use segment::flat_attributes;
 pub use state::{
     Activity, Counters, Cpu, CpuMode, Cr0, Cr4, Dtr, Efer, Flushed, FpuArea, Gpr, Msrs, Rflags,

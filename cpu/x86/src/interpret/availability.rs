@@ -3,7 +3,7 @@
 use iced_x86::{CpuidFeature, EncodingKind, Instruction, Mnemonic, OpKind, Register};
 
 use super::vector::component;
-use crate::{Cpu, Cr0, Cr4, Exception};
+use crate::{Cpu, Cr0, Cr4, Exception, arch_host, instruction_set};
 
 /// The part of the processor that executes an instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -160,69 +160,11 @@ fn host_feature(f: CpuidFeature) -> bool {
     let place = match f {
         INTEL8086 | INTEL186 | INTEL286 | INTEL386 | INTEL486 | X64 | CMOV | FPU | FPU287
         | FPU387 | MMX | SSE | SSE2 => return true,
-        _ => FEATURES.iter().find(|(feature, ..)| *feature == f),
+        _ => instruction_set::native(f),
     };
-    place.is_some_and(|&(_, leaf, subleaf, register, bit)| {
-        let known = raw_cpuid::cpuid!(leaf & 0x8000_0000).eax;
-        let sub_known = subleaf == 0 || raw_cpuid::cpuid!(leaf, 0).eax >= subleaf;
-        let r = raw_cpuid::cpuid!(leaf, subleaf);
-        let value = match register {
-            Reg::A => r.eax,
-            Reg::B => r.ebx,
-            Reg::C => r.ecx,
-            Reg::D => r.edx,
-        };
-        known >= leaf && sub_known && value >> bit & 1 != 0
+    place.is_some_and(|place| {
+        let known = arch_host::cpuid(place.leaf & 0x8000_0000, 0).eax >= place.leaf;
+        let sub_known = place.subleaf == 0 || arch_host::cpuid(place.leaf, 0).eax >= place.subleaf;
+        known && sub_known && place.is_in(&arch_host::cpuid)
     })
 }
-
-#[derive(Clone, Copy)]
-enum Reg {
-    A,
-    B,
-    C,
-    D,
-}
-
-/// Where CPUID says that a feature exists: leaf, subleaf, register, bit.
-const FEATURES: &[(CpuidFeature, u32, u32, Reg, u32)] = &[
-    (CpuidFeature::SSE3, 1, 0, Reg::C, 0),
-    (CpuidFeature::PCLMULQDQ, 1, 0, Reg::C, 1),
-    (CpuidFeature::SSSE3, 1, 0, Reg::C, 9),
-    (CpuidFeature::FMA, 1, 0, Reg::C, 12),
-    (CpuidFeature::SSE4_1, 1, 0, Reg::C, 19),
-    (CpuidFeature::SSE4_2, 1, 0, Reg::C, 20),
-    (CpuidFeature::AES, 1, 0, Reg::C, 25),
-    (CpuidFeature::AVX, 1, 0, Reg::C, 28),
-    (CpuidFeature::F16C, 1, 0, Reg::C, 29),
-    (CpuidFeature::RDRAND, 1, 0, Reg::C, 30),
-    (CpuidFeature::AVX2, 7, 0, Reg::B, 5),
-    (CpuidFeature::AVX512F, 7, 0, Reg::B, 16),
-    (CpuidFeature::AVX512DQ, 7, 0, Reg::B, 17),
-    (CpuidFeature::RDSEED, 7, 0, Reg::B, 18),
-    (CpuidFeature::AVX512_IFMA, 7, 0, Reg::B, 21),
-    (CpuidFeature::AVX512CD, 7, 0, Reg::B, 28),
-    (CpuidFeature::SHA, 7, 0, Reg::B, 29),
-    (CpuidFeature::AVX512BW, 7, 0, Reg::B, 30),
-    (CpuidFeature::AVX512VL, 7, 0, Reg::B, 31),
-    (CpuidFeature::AVX512_VBMI, 7, 0, Reg::C, 1),
-    (CpuidFeature::AVX512_VBMI2, 7, 0, Reg::C, 6),
-    (CpuidFeature::GFNI, 7, 0, Reg::C, 8),
-    (CpuidFeature::VAES, 7, 0, Reg::C, 9),
-    (CpuidFeature::VPCLMULQDQ, 7, 0, Reg::C, 10),
-    (CpuidFeature::AVX512_VNNI, 7, 0, Reg::C, 11),
-    (CpuidFeature::AVX512_BITALG, 7, 0, Reg::C, 12),
-    (CpuidFeature::AVX512_VPOPCNTDQ, 7, 0, Reg::C, 14),
-    (CpuidFeature::AVX512_VP2INTERSECT, 7, 0, Reg::D, 8),
-    (CpuidFeature::AVX512_FP16, 7, 0, Reg::D, 23),
-    (CpuidFeature::SHA512, 7, 1, Reg::A, 0),
-    (CpuidFeature::SM3, 7, 1, Reg::A, 1),
-    (CpuidFeature::SM4, 7, 1, Reg::A, 2),
-    (CpuidFeature::AVX_VNNI, 7, 1, Reg::A, 4),
-    (CpuidFeature::AVX512_BF16, 7, 1, Reg::A, 5),
-    (CpuidFeature::AVX_IFMA, 7, 1, Reg::A, 23),
-    (CpuidFeature::AVX_VNNI_INT8, 7, 1, Reg::D, 4),
-    (CpuidFeature::AVX_NE_CONVERT, 7, 1, Reg::D, 5),
-    (CpuidFeature::AVX_VNNI_INT16, 7, 1, Reg::D, 10),
-    (CpuidFeature::SSE4A, 0x8000_0001, 0, Reg::C, 6),
-];

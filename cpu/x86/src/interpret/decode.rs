@@ -8,7 +8,7 @@
 //! per CPU whose engine interprets; an eighth of that where another engine has single instructions interpreted.
 
 use doppel_memory::{AccessKind, HostPtr, PAGE_MASK, PAGE_SIZE, Privilege};
-use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
+use iced_x86::{Decoder, DecoderError, Instruction};
 
 use super::quick::{Blocks, Ran};
 use super::{Handler, dispatch};
@@ -45,7 +45,6 @@ pub(super) enum Past {
 struct Tables {
     pages: [CodePage; PAGES],
     entries: Vec<Entry>,
-    options: u32,
     history: [Past; HISTORY],
     executed: usize,
 }
@@ -177,7 +176,6 @@ impl Tables {
         Tables {
             pages: [CodePage::default(); PAGES],
             entries: vec![empty; entries],
-            options: decoder_options(),
             history: [Past::default(); HISTORY],
             executed: 0,
         }
@@ -191,15 +189,6 @@ impl Tables {
     #[inline]
     fn entry(&self, gpa: u64) -> &Entry {
         &self.entries[self.slot(gpa)]
-    }
-}
-
-/// The host's maker decides a few encodings (near branches with an operand-size prefix in 64-bit mode).
-pub(super) fn decoder_options() -> u32 {
-    let vendor = raw_cpuid::CpuId::new().get_vendor_info();
-    match vendor.as_ref().map(|v| v.as_str()) {
-        Some("AuthenticAMD" | "HygonGenuine") => DecoderOptions::AMD,
-        _ => DecoderOptions::NONE,
     }
 }
 
@@ -351,7 +340,10 @@ fn decode(cpu: &mut Cpu, mode: CpuMode, linear: u64, gpa: u64) -> Result<Decoded
         return Err(invalid(cpu, linear, available, error));
     }
     check_limit(cpu, mode, instruction.len())?;
-    let (handler, system) = dispatch::resolve(&instruction, mode);
+    let (handler, system) = match cpu.cpuid.hidden().has(&instruction) {
+        true => (super::hint::undefined as Handler, false),
+        false => dispatch::resolve(&instruction, mode),
+    };
     let decoded = Decoded {
         instruction,
         handler,
@@ -375,7 +367,7 @@ fn decode_bytes(cpu: &mut Cpu, mode: CpuMode, bytes: &[u8]) -> (Instruction, Dec
         CpuMode::Bits32 => 32,
         _ => 16,
     };
-    let options = cpu.code.tables().options;
+    let options = cpu.cpuid.decoder_options();
     let mut decoder = Decoder::with_ip(bitness, bytes, cpu.rip, options);
     (decoder.decode(), decoder.last_error())
 }

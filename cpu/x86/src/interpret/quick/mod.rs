@@ -25,8 +25,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use doppel_memory::{HostPtr, PAGE_MASK, Privilege};
 use iced_x86::{Decoder, Instruction};
 
-use super::decode::{Past, code_address, decoder_options};
-use crate::{Cpu, CpuMode, Cr0, Rflags};
+use super::decode::{Past, code_address};
+use crate::{Cpu, CpuMode, Cr0, HiddenInstructions, Rflags};
 #[cfg(test)]
 pub(super) use lookup::{ends_block, lookup};
 
@@ -112,6 +112,7 @@ struct Block {
 pub(crate) struct Blocks {
     blocks: Vec<Block>,
     decoder_options: u32,
+    hidden: HiddenInstructions,
 }
 
 /// A block that was executed, or its first `count` instructions.
@@ -158,12 +159,13 @@ impl Op {
 }
 
 impl Blocks {
-    fn new() -> Self {
+    fn new(cpu: &Cpu) -> Self {
         let mut blocks = Vec::new();
         blocks.resize_with(BLOCKS, Block::empty);
         Blocks {
             blocks,
-            decoder_options: decoder_options(),
+            decoder_options: cpu.cpuid.decoder_options(),
+            hidden: cpu.cpuid.hidden(),
         }
     }
 
@@ -173,7 +175,7 @@ impl Blocks {
         let slot = (gpa ^ gpa >> 13) as usize % BLOCKS;
         if !self.blocks[slot].matches(gpa, p) {
             cpu.counters.predecoded_blocks += 1;
-            self.blocks[slot] = predecode(gpa, p, self.decoder_options);
+            self.blocks[slot] = predecode(gpa, p, self.decoder_options, self.hidden);
         }
         (slot, &self.blocks[slot])
     }
@@ -192,7 +194,7 @@ impl Blocks {
 
 /// Resolves instructions up to the first that ends the block or has no function here. `p` has room for at least a word.
 #[cold]
-fn predecode(gpa: u64, p: HostPtr, options: u32) -> Block {
+fn predecode(gpa: u64, p: HostPtr, options: u32, hidden: HiddenInstructions) -> Block {
     let mut bytes = [0; 8 * WORDS];
     let len = p.room().min(bytes.len()) & !7;
     p.read(&mut bytes[..len]);
@@ -202,7 +204,8 @@ fn predecode(gpa: u64, p: HostPtr, options: u32) -> Block {
     let (mut instruction, mut end) = (Instruction::default(), 0);
     while usize::from(block.count) < OPS {
         decoder.decode_out(&mut instruction);
-        let Some(op) = lookup::lookup(&instruction) else {
+        let op = lookup::lookup(&instruction);
+        let Some(op) = op.filter(|_| !hidden.has(&instruction)) else {
             break;
         };
         block.ops[usize::from(block.count)] = op;
@@ -248,7 +251,7 @@ pub(super) fn run(cpu: &mut Cpu, kick: &AtomicBool) {
     };
     let mut blocks = match cpu.code.blocks.take() {
         Some(blocks) => blocks,
-        None => Box::new(Blocks::new()),
+        None => Box::new(Blocks::new(cpu)),
     };
     let mut context = Context {
         privilege: cpu.privilege(),

@@ -1,0 +1,131 @@
+//! `--cpu`: the default guest as each level of the psABI, and what a host or a user gets wrong.
+
+mod support;
+
+use std::process::Command;
+use std::time::Duration;
+use support::{Boot, CLOUD, DOPPEL, Finished, PASSED, run};
+
+const SECONDS: Duration = Duration::from_secs(60);
+const LEVELS: [&str; 4] = ["x86-64-v1", "x86-64-v2", "x86-64-v3", "x86-64-v4"];
+
+/// Says what Linux and the dynamic loader take the processor for.
+const LOOK: &str = "grep -m3 -E 'vendor_id|model name|stepping' /proc/cpuinfo
+grep -m1 flags /proc/cpuinfo
+dmesg | grep -E 'BUG:|WARNING:|Call Trace' && exit 1
+grep . /sys/devices/system/cpu/vulnerabilities/*
+if [ -x /loader ]; then /loader --help | grep -A9 hwcaps; fi
+exit 0";
+
+/// The words by which Linux tells of a level's instruction sets: those that it has beyond the one below.
+const WORDS: [&[&str]; 4] = [
+    &[
+        "cmov", "cx8", "fpu", "fxsr", "mmx", "sse", "sse2", "syscall",
+    ],
+    &[
+        "cx16", "lahf_lm", "popcnt", "pni", "sse4_1", "sse4_2", "ssse3",
+    ],
+    &[
+        "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave",
+    ],
+    &["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"],
+];
+
+/// Sets that no level has.
+const OTHERS: &[&str] = &[
+    "aes",
+    "pclmulqdq",
+    "rdrand",
+    "rdseed",
+    "adx",
+    "sha_ni",
+    "gfni",
+    "vaes",
+    "avx512_vnni",
+    "xsavec",
+];
+
+/// Boots a level; `None`, said aloud, where the host cannot carry it.
+fn boot(engine: &str, level: &str, cpus: u32) -> Option<Finished> {
+    let mut boot = Boot::script(CLOUD, LOOK).flag(&format!("--cpu {level} --cpus {cpus}"));
+    match std::fs::read("/lib64/ld-linux-x86-64.so.2") {
+        Ok(loader) => boot = boot.file("loader", 0o755, &loader),
+        Err(_) => eprintln!("SKIPPED: this host has no dynamic loader that names levels"),
+    }
+    let finished = boot.doppel(engine, SECONDS);
+    if finished.stderr.contains("cannot be x86-64-v") {
+        eprintln!("SKIPPED: {}", finished.stderr);
+        return None;
+    }
+    Some(finished)
+}
+
+fn flags(finished: &Finished) -> Vec<String> {
+    let line = finished.console.lines().find(|l| l.starts_with("flags"));
+    let line = line.unwrap_or_else(|| panic!("no flags in\n{}", finished.console));
+    line.split_whitespace().map(str::to_owned).collect()
+}
+
+fn check_level(engine: &str, n: usize, cpus: u32) {
+    let level = LEVELS[n];
+    let Some(finished) = boot(engine, level, cpus) else {
+        return;
+    };
+    let finished = finished.expect(PASSED);
+    let flags = flags(&finished);
+    let has = |word: &&str| flags.iter().any(|f| f == word);
+    for (of, words) in WORDS.iter().enumerate() {
+        for word in *words {
+            assert_eq!(has(word), of <= n, "{word} of {level}: {flags:?}");
+        }
+    }
+    assert_eq!(OTHERS.iter().find(|word| has(word)), None, "{level}");
+    let finished = finished.says(&format!("Doppel {level} processor"));
+    if !finished.console.contains("hwcaps") {
+        return;
+    }
+    for (of, name) in LEVELS.iter().enumerate().skip(1) {
+        let supported = finished.console.contains(&format!("{name} (supported"));
+        assert_eq!(
+            supported,
+            of <= n,
+            "{name} of {level}\n{}",
+            finished.console
+        );
+    }
+}
+
+#[test]
+fn linux_and_its_loader_see_the_first_level() {
+    check_level("auto", 0, 1);
+}
+
+#[test]
+fn linux_and_its_loader_see_the_second_level() {
+    check_level("auto", 1, 2);
+}
+
+#[test]
+fn linux_and_its_loader_see_the_third_level() {
+    check_level("auto", 2, 2);
+}
+
+#[test]
+fn linux_and_its_loader_see_the_fourth_level() {
+    check_level("auto", 3, 1);
+}
+
+#[test]
+fn a_level_is_had_by_translation_alone_too() {
+    check_level("translate", 2, 1);
+}
+
+#[test]
+fn a_model_that_is_none_is_told_which_there_are() {
+    let mut command = Command::new(DOPPEL);
+    let finished = run(command.args(["run", "--cpu", "help"]), SECONDS);
+    let mut finished = finished.expect(1);
+    for name in ["host", "x86-64-v1", "x86-64-v2", "x86-64-v3", "x86-64-v4"] {
+        finished = finished.says(name);
+    }
+}
