@@ -7,6 +7,7 @@ pub mod domain;
 pub mod explain;
 pub mod guest;
 pub mod image;
+mod out_of_memory_unsafe;
 mod own_memory_unsafe;
 pub mod run;
 pub mod sandbox;

@@ -61,6 +61,7 @@ pub fn run_observed(
         return sandbox::print(args);
     }
     own_memory_unsafe::prepare_allocator(args.cpus);
+    end_at_panic();
     let modules = args.module.iter().map(|(file, _)| file);
     for file in args.kernel.iter().chain(&args.initrd).chain(modules) {
         check_readable(file)?;
@@ -99,6 +100,19 @@ pub fn run_observed(
         file.write(machine.stats())?;
     }
     Ok(report(&ending?, order.as_ref()))
+}
+
+/// A thread of the monitor that panics is not there for the guest any more, whatever it was for, and others may wait for it for ever.
+fn end_at_panic() {
+    std::panic::set_hook(Box::new(|info| {
+        let thread = thread::current();
+        let name = thread.name().unwrap_or("a thread without a name");
+        eprintln!(
+            "doppel: the machine ends here, for a thread of the monitor ({name}) cannot go on; what the guest has flushed is on its disks. \
+             Where the host is not short of memory or threads, this is a bug: {info}"
+        );
+        std::process::exit(1);
+    }));
 }
 
 /// The disks, open and locked for as long as the machine runs; and the files of those that have processes, which open them again.
@@ -394,9 +408,9 @@ impl Session {
             (Some(console), Some(_)) => {
                 eprintln!("doppel: Ctrl-A x leaves, Ctrl-A h tells more; Ctrl-C goes to the guest");
                 let end = end.clone();
-                console.listen_to_terminal(move || end(Order::Escape));
+                console.listen_to_terminal(move || end(Order::Escape))?;
             }
-            (Some(console), None) => console.listen_to_pipe(),
+            (Some(console), None) => console.listen_to_pipe()?,
             (None, _) => {}
         }
         let again = raw.as_ref().map(Raw::again);
@@ -404,7 +418,7 @@ impl Session {
             move |name| end(Order::Signal(name.to_owned())),
             move || again.iter().for_each(|again| again()),
             lines.resizer(),
-        );
+        )?;
         Ok(Session { lines, raw, order })
     }
 

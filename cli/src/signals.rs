@@ -45,8 +45,9 @@ impl Signals {
         end: impl Fn(&str) + Send + 'static,
         continued: impl Fn() + Send + 'static,
         resized: impl Fn() + Send + 'static,
-    ) {
-        std::thread::spawn(narrowed(Kind::Console, move || {
+    ) -> Result<()> {
+        let thread = std::thread::Builder::new().name("signals".to_owned());
+        let started = thread.spawn(narrowed(Kind::Console, move || {
             while let Ok(signal) = self.0.wait() {
                 match signal {
                     Signal::SIGCONT => {
@@ -58,5 +59,6 @@ impl Signals {
                 }
             }
         }));
+        started.map(drop).context("a thread cannot be started")
     }
 }

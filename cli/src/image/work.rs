@@ -72,7 +72,7 @@ impl Work {
             remove(&temporary);
             std::process::exit(ERROR);
         };
-        signals.watch(end, || {}, || {});
+        signals.watch(end, || {}, || {})?;
         Ok(work)
     }
 

@@ -17,6 +17,13 @@ const INPUT_CAPACITY: usize = 1 << 20;
 /// Bytes that may wait for a slow terminal before the guest's UART does.
 const OUTPUT_CAPACITY: usize = 1 << 16;
 
+/// A thread that does blocking input or output.
+fn start(body: impl FnOnce() + Send + 'static) -> Result<()> {
+    let thread = thread::Builder::new().name("console".to_owned());
+    let started = thread.spawn(narrowed(Kind::Console, body));
+    started.map(drop).context("a thread cannot be started")
+}
+
 /// Both directions of a serial port or a console.
 pub struct Console {
     input: Arc<InputQueue>,
@@ -44,7 +51,7 @@ impl Console {
         let output = OutputQueue::new(OUTPUT_CAPACITY);
         let (done, written) = channel();
         let (queue, option) = (output.clone(), option.to_owned());
-        thread::spawn(narrowed(Kind::Console, move || {
+        start(move || {
             let what = match option.as_str() {
                 "--serial" => "the serial port's",
                 _ => "a console's",
@@ -55,7 +62,7 @@ impl Console {
                 failed: false,
             });
             let _ = done.send(());
-        }));
+        })?;
         Ok(Console {
             input: InputQueue::new(INPUT_CAPACITY),
             output,
@@ -70,17 +77,17 @@ impl Console {
     }
 
     /// Passes standard input on to the guest as it is, to its end; the guest outlives it.
-    pub fn listen_to_pipe(&self) {
+    pub fn listen_to_pipe(&self) -> Result<()> {
         let queue = self.input.clone();
-        thread::spawn(narrowed(Kind::Console, move || {
-            queue.run(io::stdin().lock())
-        }));
+        start(move || {
+            let _ = queue.run(io::stdin().lock());
+        })
     }
 
     /// Passes on what is typed, all but the escape commands; `leave` is called for the one that ends the machine.
-    pub fn listen_to_terminal(&self, leave: impl Fn() + Send + 'static) {
+    pub fn listen_to_terminal(&self, leave: impl Fn() + Send + 'static) -> Result<()> {
         let queue = self.input.clone();
-        thread::spawn(narrowed(Kind::Console, move || {
+        start(move || {
             let (mut escape, mut buffer) = (Escape::default(), [0; 1024]);
             let mut stdin = io::stdin().lock();
             while let Ok(n @ 1..) = stdin.read(&mut buffer) {
@@ -95,7 +102,7 @@ impl Console {
                     return;
                 }
             }
-        }));
+        })
     }
 
     /// Waits until all that the guest wrote is out, for `limit` at most where there is one.
