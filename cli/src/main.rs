@@ -2,6 +2,7 @@
 
 use clap::Parser;
 use doppel_cli::args::{Cli, Command};
+use doppel_cli::host_error::with_advice;
 use doppel_cli::{assemble, domain, explain, image, run, terminal};
 use std::process::ExitCode;
 
@@ -25,7 +26,7 @@ fn main() -> ExitCode {
         Command::Watchdog => terminal::watch().map(|()| 0),
     };
     ExitCode::from(result.unwrap_or_else(|error| {
-        eprintln!("doppel: {error:#}");
+        eprintln!("doppel: {}", with_advice(&format!("{error:#}")));
         ERROR
     }))
 }

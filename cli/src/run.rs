@@ -11,6 +11,8 @@ use crate::signals::Signals;
 use crate::size;
 use crate::terminal::console::Console;
 use crate::terminal::{self, Raw};
+use crate::told_disk::ToldDisk;
+use crate::warnings;
 use anyhow::{Context, Result, bail};
 use doppel_machine::block::{BlockBackend, DiskSpec};
 use doppel_machine::explain::{Observers, Profile};
@@ -62,6 +64,7 @@ pub fn run_observed(
     }
     own_memory_unsafe::prepare_allocator(args.cpus);
     end_at_panic();
+    warnings::show();
     let modules = args.module.iter().map(|(file, _)| file);
     for file in args.kernel.iter().chain(&args.initrd).chain(modules) {
         check_readable(file)?;
@@ -118,9 +121,12 @@ fn end_at_panic() {
 /// The disks, open and locked for as long as the machine runs; and the files of those that have processes, which open them again.
 fn open_disks(args: &Run) -> Result<(Vec<Disk>, Vec<OpenFile>)> {
     let apart = args.driver_domain.contains(&Domain::Disk);
-    let open = |spec: &DiskSpec| match apart {
-        true => domain::disk(spec, args.sandbox).context("--disk"),
-        false => Ok((spec.open().context("--disk")?, Vec::new())),
+    let open = |spec: &DiskSpec| {
+        let (disk, files) = match apart {
+            true => domain::disk(spec, args.sandbox).context("--disk")?,
+            false => (spec.open().context("--disk")?, Vec::new()),
+        };
+        anyhow::Ok((ToldDisk::new(disk, spec.path.clone()), files))
     };
     let disks: Result<Vec<_>> = args.devices.disks().map(open).collect();
     let (disks, files): (_, Vec<_>) = disks?.into_iter().unzip();

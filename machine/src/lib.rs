@@ -50,7 +50,7 @@ pub use doppel_block as block;
 pub use doppel_bootdisk as bootdisk;
 pub use doppel_device::{Backed, CharSink, CharSource, InputQueue, OutputQueue};
 pub use doppel_direct::DirectOptions;
-pub use doppel_memory::Backing;
+pub use doppel_memory::{Backing, GuestRam, GuestSlice};
 pub use doppel_net as net;
 pub use doppel_net::NetConfig;
 pub use doppel_share as share;

@@ -58,7 +58,7 @@ fn raw(settings: &Termios) -> Termios {
 }
 
 /// Shows a message of the monitor's in between; a raw terminal needs carriage returns.
-fn say(message: &str) {
+pub(crate) fn say(message: &str) {
     eprint!("\r\n{}\r\n", message.replace('\n', "\r\n"));
 }
 

@@ -171,7 +171,7 @@ impl<'r> Request<'r> {
             Ok(()) => Status::Ok,
             Err(e) if e.kind() == io::ErrorKind::Unsupported => Status::Unsupported,
             Err(e) => {
-                tracing::warn!("{:?} at sector {}: {e}", self.kind, self.sector);
+                tracing::debug!("{:?} at sector {}: {e}", self.kind, self.sector);
                 Status::IoError
             }
         };
