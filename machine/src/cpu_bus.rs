@@ -3,11 +3,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use doppel_device::{BusMaster, Wired};
+use doppel_device::{BusMaster, Timers, Wired};
 use doppel_memory::{GuestRam, PAGE_MASK};
 use doppel_pc::{Acknowledged, CpuApic, I8259, Requests};
 use doppel_x86::{Bus, Start};
 
+use crate::attention::Attention;
+use crate::clock_pages::ClockPages;
 use crate::pc::Pc;
 
 /// How often the vCPU went to a device, and for how long.
@@ -31,6 +33,12 @@ pub struct CpuBus {
     memory: BusMaster,
     pic: Arc<Wired<I8259>>,
     apic: CpuApic,
+    /// Its number.
+    cpu: u32,
+    clock_pages: Arc<ClockPages>,
+    timers: Arc<Timers>,
+    /// Of the thread that runs the vCPU, once it does.
+    attention: Option<Attention>,
     ram: Arc<GuestRam>,
     /// Where the guest is told that an interrupt needs no EOI, and whether it was for the one in service.
     pv_eoi: Option<u64>,
@@ -43,12 +51,16 @@ pub struct CpuBus {
 
 impl CpuBus {
     /// For the vCPU that `apic` belongs to.
-    pub fn new(pc: &Pc, apic: CpuApic, ram: Arc<GuestRam>, timing: bool) -> Self {
+    pub fn new(pc: &Pc, cpu: u32, apic: CpuApic, ram: Arc<GuestRam>, timing: bool) -> Self {
         CpuBus {
             ports: BusMaster::new(pc.ports.clone()),
             memory: BusMaster::new(pc.memory.clone()),
             pic: pc.pic.clone(),
             apic,
+            cpu,
+            clock_pages: pc.clock_pages.clone(),
+            timers: pc.timers.clone(),
+            attention: None,
             ram,
             pv_eoi: None,
             end_lent: false,
@@ -165,6 +177,12 @@ impl Bus for CpuBus {
     }
 
     fn interrupt_acknowledge(&mut self) -> Option<u8> {
+        // After a stop of the whole process this thread may be the first to run.
+        self.timers.tell_lateness();
+        let attention = self.attention.get_or_insert_with(Attention::new);
+        if attention.was_stopped() {
+            self.clock_pages.tell_of_stop();
+        }
         self.settle_end();
         let vector = match self.timed(|b| b.apic.acknowledge())? {
             Acknowledged::Vector(vector) => {
@@ -190,6 +208,16 @@ impl Bus for CpuBus {
     fn set_pv_eoi(&mut self, word: Option<u64>) {
         self.settle_end();
         self.pv_eoi = word;
+    }
+
+    fn set_clock_page(&mut self, page: Option<u64>) {
+        self.clock_pages.set(self.cpu, page);
+    }
+
+    fn halt_ends(&mut self) {
+        if let Some(attention) = &mut self.attention {
+            attention.slept();
+        }
     }
 
     fn wake(&mut self, id: u32) {

@@ -198,7 +198,7 @@ fn machine(transport: VirtioTransport, accesses: u64, seed: u64, disk: &std::pat
     thread::scope(|scope| {
         scope.spawn(|| pc.timers.run());
         let cpus = pc.cpu_apics().enumerate().map(|(n, apic)| {
-            let mut bus = CpuBus::new(&pc, apic, ram.clone(), false);
+            let mut bus = CpuBus::new(&pc, n as u32, apic, ram.clone(), false);
             let mut random = Random((seed * 64 + n as u64) * 2 + 1);
             scope.spawn(move || (0..accesses).for_each(|_| access(&mut bus, &mut random)))
         });

@@ -136,8 +136,8 @@ impl Instance {
             .zip(doorbells)
             .zip(pc.cpu_apics())
             .map(|((engine, doorbell), apic)| Vcpu {
+                bus: CpuBus::new(&pc, engine.cpu().id, apic, ram.clone(), config.count),
                 engine,
-                bus: CpuBus::new(&pc, apic, ram.clone(), config.count),
                 doorbell,
                 control: control.clone(),
                 sleepers: sleepers.clone(),

@@ -19,7 +19,9 @@
 //! `cpu_bus` and `vcpu` (how an engine meets the chips), `boot` and `acpi` (what the guest finds in memory).
 
 mod acpi;
+mod attention;
 mod boot;
+mod clock_pages;
 mod config;
 mod control;
 mod cpu_bus;

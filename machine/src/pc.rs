@@ -13,6 +13,7 @@ use doppel_pc::{
 };
 use doppel_x86::APIC_BUS_HZ;
 
+use crate::clock_pages::ClockPages;
 use crate::config::MachineConfig;
 use crate::control::Control;
 use crate::doorbell::Doorbell;
@@ -63,6 +64,8 @@ pub struct Pc {
     pub apics: Arc<ApicBus>,
     /// Alarms of all chips; somebody has to run them.
     pub timers: Arc<Timers>,
+    /// Where the guest hears that the host had stopped it.
+    pub clock_pages: Arc<ClockPages>,
     /// What reads along on the serial console.
     pub watch: Arc<PanicWatch>,
     /// Devices with threads of their own.
@@ -76,6 +79,9 @@ impl Pc {
             .map_err(|e| MachineError::Host("a timer cannot be made", e))?;
         let apics = new_apics(&parts, &timers);
         let pic = new_pic(&apics, &timers);
+        let clock_pages = ClockPages::new(parts.ram.clone(), parts.config.cpus);
+        let pages = clock_pages.clone();
+        timers.when_late(move || pages.tell_of_stop());
         let mut pc = Pc {
             ports: Arc::new(Bus::new()),
             memory: Arc::new(Bus::new()),
@@ -88,6 +94,7 @@ impl Pc {
             pic,
             apics,
             timers,
+            clock_pages,
             virtio: VirtioDevices::default(),
         };
         pc.attach_interrupt_controllers()?;

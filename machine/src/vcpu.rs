@@ -133,6 +133,7 @@ impl<B: Bus> Vcpu<B> {
             self.halt_for_good();
         }
         self.engine.cpu_mut().mark_running();
+        self.bus.halt_ends();
         self.time.halted += start.elapsed();
     }
 

@@ -43,8 +43,12 @@ pub trait Bus {
     /// KVM's paravirtual EOI: the machine may set bit 0 of the word at this physical address where an interrupt that it delivers needs
     /// no EOI; the guest clears it instead. `None`: no more of that.
     fn set_pv_eoi(&mut self, _word: Option<u64>) {}
+    /// KVM's clock page (`pvclock_vcpu_time_info`) of this CPU is at this physical address from now on.
+    fn set_clock_page(&mut self, _page: Option<u64>) {}
     /// KVM_HC_KICK_CPU: the CPU with this APIC ID leaves its present halt or its next, whatever its interrupt flag.
     fn wake(&mut self, _id: u32) {}
+    /// A halt of this CPU is over.
+    fn halt_ends(&mut self) {}
     /// Takes a [`Bus::wake`] of this CPU. Engines do not: the machine does, when the CPU halts.
     fn take_wake(&mut self) -> bool {
         false

@@ -5,12 +5,18 @@
 //! Every CPU's page is made from the same line through (TSC, time), so that the clocks of all CPUs agree and the guest
 //! is told so (the "stable" flag).
 
+use doppel_memory::GuestRam;
+
 use crate::arch_host;
 use crate::{Bus, Cpu, CpuMode, Gpr};
 
 /// Bit 0 of the system-time MSR.
 const ENABLE: u64 = 1;
 const TSC_STABLE: u8 = 1;
+/// The host has stopped the machine for a while: the guest takes it back when it has heard of it.
+const GUEST_STOPPED: u8 = 2;
+/// Where the clock page has these.
+const FLAGS: u64 = 29;
 const NANOSECONDS: u64 = 1_000_000_000;
 
 const HC_VAPIC_POLL_IRQ: u64 = 1;
@@ -63,6 +69,14 @@ impl Scale {
     }
 }
 
+/// Tells the guest, in the clock page of one of its CPUs, that the host had stopped it. From any thread.
+pub fn write_clock_stopped(ram: &GuestRam, page: u64) {
+    let at = page.wrapping_add(FLAGS);
+    if let Some(flags) = ram.load::<u8>(at) {
+        ram.write_from_device(at, &[flags | GUEST_STOPPED]);
+    }
+}
+
 impl Cpu {
     /// Nanoseconds since the machine's start, as every CPU's clock page tells them, and the guest's TSC at that time.
     fn kvm_time(&self) -> (u64, u64) {
@@ -86,6 +100,7 @@ impl Cpu {
     /// WRMSR to the system-time MSR: fills the `pvclock_vcpu_time_info` that it points to.
     pub(crate) fn write_kvm_system_time(&mut self, bus: &mut dyn Bus, v: u64) {
         self.msr.kvm_system_time = v;
+        bus.set_clock_page((v & ENABLE != 0).then_some(v & !3));
         self.refresh_kvm_clock(bus);
     }
 
@@ -107,7 +122,7 @@ impl Cpu {
         page[16..24].copy_from_slice(&time.to_le_bytes());
         page[24..28].copy_from_slice(&scale.multiplier.to_le_bytes());
         page[28] = scale.shift as u8;
-        page[29] = TSC_STABLE;
+        page[FLAGS as usize] = TSC_STABLE;
         self.write_physical(bus, gpa, &page);
         self.write_physical(bus, gpa, &version.wrapping_add(1).to_le_bytes());
     }

@@ -50,6 +50,7 @@ pub use cpuid::{APIC_BUS_HZ, CpuidLeaf, CpuidModel, Vendor, XCR0_MASK};
 pub use engine::{Engine, EngineStats, Exit, Kick, Outcome};
 pub use fault::{Exception, Vector};
 pub use instruction_set::HiddenInstructions;
+pub use kvm::write_clock_stopped;
 pub use segment::flat_attributes;
 pub use state::{
     Activity, Counters, Cpu, CpuMode, Cr0, Cr4, Dtr, Efer, Flushed, FpuArea, Gpr, Msrs, Rflags,

@@ -7,7 +7,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
@@ -23,12 +23,19 @@ pub trait OnAlarm: Send + Sync {
     fn on_alarm(&self);
 }
 
+/// Called before alarms that are late.
+type WhenLate = Box<dyn Fn() + Send + Sync>;
+
+/// So late is the thread only where the host stopped the whole process, or has no time for it.
+const LATE: Nanos = NANOS_PER_SECOND / 2;
+
 /// The alarms of a machine.
 pub struct Timers {
     clock: Arc<dyn Clock>,
     timer: OwnedFd,
     queue: Mutex<Queue>,
     stopped: AtomicBool,
+    when_late: OnceLock<WhenLate>,
 }
 
 #[derive(Default)]
@@ -52,6 +59,7 @@ impl Timers {
             timer,
             queue: Mutex::default(),
             stopped: AtomicBool::new(false),
+            when_late: OnceLock::new(),
         }))
     }
 
@@ -80,6 +88,22 @@ impl Timers {
             let mut expirations = [0; 8];
             // Any outcome (expired, interrupted) means: look again.
             let _ = rustix::io::read(&self.timer, &mut expirations);
+            self.tell_lateness();
+        }
+    }
+
+    /// Has `call` called before alarms that are late by half a second or more: the host had stopped the process, or had no time for it.
+    /// The first counts.
+    pub fn when_late(&self, call: impl Fn() + Send + Sync + 'static) {
+        let _ = self.when_late.set(Box::new(call));
+    }
+
+    /// Does so now where the thread is that late and has not woken yet: whoever hands on what is due, from a thread of its own, asks for it before.
+    pub fn tell_lateness(&self) {
+        let due = self.lock().armed;
+        let late = due.is_some_and(|due| self.clock.now().saturating_sub(due) >= LATE);
+        if let Some(call) = self.when_late.get().filter(|_| late) {
+            call();
         }
     }
 
@@ -216,6 +240,27 @@ mod tests {
         drop(alarm_a);
         alarm_b.set(Some(40));
         assert_eq!(timers.fire_due(), Some(40));
+    }
+
+    #[test]
+    fn lateness_is_told_before_the_alarm() {
+        let clock = Arc::new(FakeClock::default());
+        let timers = Timers::new(clock.clone()).unwrap();
+        let (sender, heard) = channel();
+        let target = Arc::new(Log("alarm", Mutex::new(sender.clone())));
+        let alarm = timers.alarm(weak(&target));
+        let sender = Mutex::new(sender);
+        timers.when_late(move || sender.lock().unwrap().send("late").unwrap());
+        let mut wake_after = |nanos| {
+            alarm.set(Some(clock.now() + 10));
+            clock.advance(10 + nanos);
+            timers.tell_lateness();
+            timers.fire_due();
+            timers.tell_lateness();
+            heard.try_iter().collect::<Vec<_>>()
+        };
+        assert_eq!(wake_after(LATE - 1), ["alarm"]);
+        assert_eq!(wake_after(LATE), ["late", "alarm"]);
     }
 
     #[test]
