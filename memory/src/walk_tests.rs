@@ -373,7 +373,8 @@ fn neighbours_are_what_user_code_may_execute_without_a_walk() {
         (15, P | US | A),
         (16, ALL | A),
     ] {
-        ram.store(entry(n), (0x9000 + (n << 12)) | bits).expect("RAM");
+        ram.store(entry(n), (0x9000 + (n << 12)) | bits)
+            .expect("RAM");
     }
     let before: Vec<_> = (0..17).map(|n| ram.load::<u64>(entry(n))).collect();
     let found = || code_neighbours(&ram, &p, LINEAR).collect::<Vec<_>>();
