@@ -90,7 +90,7 @@ pub struct Run {
     pub serial: Option<Serial>,
     #[command(flatten)]
     pub devices: Devices,
-    /// Back-ends in processes of their own, whose crash the guest does not notice: disk. Guest memory is a memfd then.
+    /// Back-ends in processes of their own, whose crash the guest outlives: disk (guest memory is a memfd then), net, or both.
     #[arg(long, value_name = "WHAT,...", value_delimiter = ',', value_parser = str::parse::<Domain>)]
     pub driver_domain: Vec<Domain>,
     /// How the guest reaches its virtio devices: pci, or mmio for a guest without PCI.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
 use doppel_machine::block::{BlockBackend, DiskSpec};
+use doppel_machine::net::StartNetwork;
 use doppel_machine::share::{Share, ShareSpec};
 use doppel_machine::{
     BalloonControl, CharLink, ConsoleBackend, DeviceConfig, NetConfig, VSOCK_CID, VirtioTransport,
@@ -213,7 +214,10 @@ impl Devices {
                     at_once: spec.at_once,
                 })
             }),
-            Device::Net(config) => Some(Ok(DeviceConfig::Net(config.clone()))),
+            Device::Net(config) => Some(Ok(DeviceConfig::Net {
+                config: config.clone(),
+                apart: opened.networks.clone(),
+            })),
             Device::Share(_) => shares.next().map(|share| Ok(DeviceConfig::Share(share))),
             Device::Vsock(spec) => {
                 let (cid, socket) = (spec.cid, opened.vsock.clone()?);
@@ -240,6 +244,8 @@ impl Devices {
 pub struct Opened<'a> {
     /// For [`Devices::disks`].
     pub disks: &'a [Arc<dyn BlockBackend>],
+    /// What starts processes for [`Devices::cards`], if they are to have some.
+    pub networks: Option<StartNetwork>,
     /// For [`Devices::shares`].
     pub shares: &'a [Arc<Share>],
     /// For [`Devices::consoles`].

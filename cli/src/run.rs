@@ -257,6 +257,7 @@ fn configuration(
     let (source, sink) = lines.serial.ends();
     let opened = Opened {
         disks,
+        networks: domain::networks(args),
         shares,
         consoles: lines.backends(),
         vsock: open_vsock(args)?,

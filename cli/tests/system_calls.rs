@@ -6,7 +6,7 @@
 mod attempt_unsafe;
 
 use attempt_unsafe::{call, count_refusals, is_refused_by_int_0x80};
-use doppel_cli::sandbox::{self, Need};
+use doppel_cli::sandbox::{self, Need, Place};
 use doppel_seccomp::{Kind, REFUSED};
 use std::collections::BTreeSet;
 use std::env;
@@ -18,11 +18,14 @@ const ATTEMPT: &str = "DOPPEL_ATTEMPT";
 const LAST_CALL: i64 = 480;
 const X32: i64 = 0x4000_0000;
 /// A machine that has everything, in which filters are widest.
-const NEEDS: [Need; 6] = [
+const NEEDS: [Need; 9] = [
     Need::Always,
-    Need::Inet,
-    Need::Unix,
-    Need::Tap,
+    Need::Inet(Place::Monitor),
+    Need::Inet(Place::Apart),
+    Need::Unix(Place::Monitor),
+    Need::Unix(Place::Apart),
+    Need::Tap(Place::Monitor),
+    Need::Tap(Place::Apart),
     Need::Share,
     Need::Programs,
 ];

@@ -50,7 +50,7 @@ pub use control::StopHandle;
 pub use death::{Death, DeathCause};
 pub use doppel_block as block;
 pub use doppel_bootdisk as bootdisk;
-pub use doppel_device::{Backed, CharSink, CharSource, InputQueue, OutputQueue};
+pub use doppel_device::{Backed, CharSink, CharSource, HostClock, InputQueue, OutputQueue};
 pub use doppel_direct::DirectOptions;
 pub use doppel_memory::{Backing, GuestRam, GuestSlice};
 pub use doppel_net as net;

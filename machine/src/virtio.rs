@@ -10,7 +10,7 @@ use std::time::Duration;
 use doppel_block::BlockBackend;
 use doppel_device::{HostClock, Line, Region};
 use doppel_memory::GuestRam;
-use doppel_net::{NetConfig, Port};
+use doppel_net::{NetConfig, Port, StartNetwork};
 use doppel_pc::PciBus;
 use doppel_share::Share;
 use doppel_virtio::{
@@ -41,7 +41,12 @@ pub enum DeviceConfig {
         at_once: bool,
     },
     /// A network card.
-    Net(NetConfig),
+    Net {
+        /// What it is plugged into.
+        config: NetConfig,
+        /// What starts a process for that, where it is to have one of its own.
+        apart: Option<StartNetwork>,
+    },
     /// A shared directory.
     Share(Arc<Share>),
     /// A console.
@@ -87,8 +92,8 @@ impl DeviceConfig {
                 counters.disks.push(disk.counters());
                 Box::new(disk)
             }
-            DeviceConfig::Net(config) => {
-                let card = card(config, counters.cards.len() as u8)?;
+            DeviceConfig::Net { config, apart } => {
+                let card = card(config, apart.as_ref(), counters.cards.len() as u8)?;
                 counters.cards.push(card.counters());
                 Box::new(card)
             }
@@ -123,7 +128,7 @@ impl fmt::Debug for DeviceConfig {
         match self {
             DeviceConfig::Rng => f.write_str("Rng"),
             DeviceConfig::Disk { serial, .. } => write!(f, "Disk({serial})"),
-            DeviceConfig::Net(config) => write!(f, "Net({config:?})"),
+            DeviceConfig::Net { config, .. } => write!(f, "Net({config:?})"),
             DeviceConfig::Share(share) => write!(f, "{share:?}"),
             DeviceConfig::Console { .. } => f.write_str("Console"),
             DeviceConfig::Balloon { .. } => f.write_str("Balloon"),
@@ -133,9 +138,12 @@ impl fmt::Debug for DeviceConfig {
 }
 
 /// A network card with its cable plugged in.
-fn card(config: &NetConfig, number: u8) -> Result<Net, MachineError> {
+fn card(config: &NetConfig, apart: Option<&StartNetwork>, number: u8) -> Result<Net, MachineError> {
     let clock = Arc::new(HostClock::new());
-    let (link, mac) = config.open(number, clock.clone())?;
+    let (link, mac) = match apart {
+        Some(start) => NetConfig::open_apart(number, start)?,
+        None => config.open(number, clock.clone())?,
+    };
     let port = Port::new(link, clock)
         .map_err(|e| MachineError::Host("a network card cannot be made", e))?;
     Ok(Net::new(port, mac, config.mtu(), config.at_once))

@@ -21,15 +21,17 @@ pub enum Kind {
     Console,
     /// The parent of the processes that execute user code.
     Zygote,
-    /// Starts the process of a disk, and starts it anew.
+    /// Starts the process of a disk or network, and starts it anew.
     Supervisor,
     /// Every thread of the process of a disk.
     DiskServer,
+    /// The thread of the process of a network.
+    NetServer,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 11] = [
+    pub const ALL: [Kind; 12] = [
         Kind::Control,
         Kind::Vcpu,
         Kind::Device,
@@ -41,6 +43,7 @@ impl Kind {
         Kind::Zygote,
         Kind::Supervisor,
         Kind::DiskServer,
+        Kind::NetServer,
     ];
 
     /// Its name in messages.
@@ -58,6 +61,7 @@ impl Kind {
             Kind::Zygote => "zygote",
             Kind::Supervisor => "supervisor",
             Kind::DiskServer => "disk process",
+            Kind::NetServer => "network process",
         }
     }
 }

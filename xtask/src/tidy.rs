@@ -31,7 +31,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("cpu/kvm", &["cpu/x86", "memory"]),
     ("io/device", &["memory"]),
     ("io/pc", &["io/device", "memory"]),
-    ("io/block", &["memory", "seccomp"]),
+    ("io/domain", &["seccomp"]),
+    ("io/block", &["io/domain", "memory", "seccomp"]),
     ("io/bootdisk", &["io/block"]),
     (
         "io/virtio",
@@ -45,7 +46,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         ],
     ),
     ("io/share", &["memory"]),
-    ("io/net", &["io/device"]),
+    ("io/net", &["io/device", "io/domain"]),
     (
         "machine",
         &[

@@ -4,9 +4,10 @@
 //! versions of the kernel and of glibc. A call with a [`Test`] is permitted where that holds.
 
 use crate::args::Run;
+use crate::domain::Domain;
 use crate::terminal;
-use doppel_machine::EngineChoice;
 use doppel_machine::net::Network;
+use doppel_machine::{EngineChoice, NetConfig};
 use doppel_seccomp::Kind;
 use syscalls::Sysno;
 
@@ -16,16 +17,26 @@ pub enum Need {
     /// Every machine.
     Always,
     /// A user network: TCP and UDP.
-    Inet,
+    Inet(Place),
     /// Sockets with a path: `--net switch`, `--vsock`.
-    Unix,
+    Unix(Place),
     /// `--net tap`.
-    Tap,
+    Tap(Place),
     /// `--share`.
     Share,
-    /// Programs are started: `direct`'s zygote, a disk's process, the terminal's watchdog.
+    /// Programs are started: `direct`'s zygote, a back-end's process, the terminal's watchdog.
     Programs,
 }
+
+/// Where networks are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// In the monitor.
+    Monitor,
+    /// In processes of their own (`--driver-domain net`).
+    Apart,
+}
+use Place::{Apart, Monitor};
 
 /// A test of a call's argument (numbered from 0), of its lower 32 bits.
 #[derive(Clone, Copy, Debug)]
@@ -86,23 +97,32 @@ const TUNSETVNETHDRSZ: u32 = 0x4004_54d8;
 /// What a machine of these options has.
 #[must_use]
 pub fn needs(args: &Run) -> Vec<Need> {
-    let networks = || args.devices.cards().map(|card| &card.network);
-    let inet = networks().any(|network| matches!(network, Network::User(_)));
-    let switch = networks().any(|network| matches!(network, Network::Switch(_)));
-    let tap = networks().any(|network| matches!(network, Network::Tap(_)));
+    let place = match args.driver_domain.contains(&Domain::Net) {
+        true => Apart,
+        false => Monitor,
+    };
+    let networks = args.devices.cards().map(|card| of_network(card, place));
     let domain = !args.driver_domain.is_empty();
     let direct = matches!(args.engine, EngineChoice::Auto | EngineChoice::Direct);
     let programs = direct || domain || terminal::size().is_some();
     let table = [
         (true, Need::Always),
-        (inet, Need::Inet),
-        (switch || args.devices.vsock().is_some(), Need::Unix),
-        (tap, Need::Tap),
+        (args.devices.vsock().is_some(), Need::Unix(Monitor)),
         (args.devices.shares().next().is_some(), Need::Share),
         (programs, Need::Programs),
     ];
     let there = table.into_iter().filter(|(there, _)| *there);
-    there.map(|(_, need)| need).collect()
+    there.map(|(_, need)| need).chain(networks).collect()
+}
+
+/// What a card's network has, there where it is.
+#[must_use]
+pub fn of_network(card: &NetConfig, place: Place) -> Need {
+    match card.network {
+        Network::User(_) => Need::Inet(place),
+        Network::Switch(_) => Need::Unix(place),
+        Network::Tap(_) => Need::Tap(place),
+    }
 }
 
 /// The table.
@@ -175,10 +195,18 @@ pub const GROUPS: &[Group] = &[
         calls: &[],
         tested: &[(Sysno::clone, With(0, libc::CLONE_THREAD as u32))],
     },
-    // Events and timers.
+    // Events and timers. A network's next process has the supervisor's filter besides its own, as a disk's has.
     Group {
         need: Need::Always,
-        kinds: &[Kind::Vcpu, Kind::Device, Kind::Disk, Kind::Net, Kind::Share],
+        kinds: &[
+            Kind::Vcpu,
+            Kind::Device,
+            Kind::Disk,
+            Kind::Net,
+            Kind::Share,
+            Kind::Supervisor,
+            Kind::NetServer,
+        ],
         calls: &[
             Sysno::epoll_create1,
             Sysno::epoll_ctl,
@@ -194,7 +222,7 @@ pub const GROUPS: &[Group] = &[
         ],
         tested: &[],
     },
-    // Open files: disks, which a vCPU reads itself where that is faster. A disk's next process has the supervisor's filter besides its own.
+    // Open files: disks, which a vCPU reads itself where that is faster.
     Group {
         need: Need::Always,
         kinds: &[
@@ -240,6 +268,7 @@ pub const GROUPS: &[Group] = &[
             Kind::Net,
             Kind::Zygote,
             Kind::Supervisor,
+            Kind::NetServer,
         ],
         calls: &[
             Sysno::openat,
@@ -296,7 +325,7 @@ pub const GROUPS: &[Group] = &[
         ],
         tested: &[],
     },
-    // Sockets that are there already: a message to the process of a disk, a frame.
+    // Sockets that are there already: a message to the process of a back-end, a frame.
     Group {
         need: Need::Always,
         kinds: &[
@@ -306,6 +335,7 @@ pub const GROUPS: &[Group] = &[
             Kind::Net,
             Kind::Supervisor,
             Kind::DiskServer,
+            Kind::NetServer,
         ],
         calls: &[
             Sysno::sendto,
@@ -318,42 +348,62 @@ pub const GROUPS: &[Group] = &[
         ],
         tested: &[],
     },
+    // Networks, where they are.
     Group {
-        need: Need::Inet,
+        need: Need::Inet(Monitor),
         kinds: &[Kind::Vcpu, Kind::Net],
         calls: CONNECTIONS,
-        tested: &[
-            (Sysno::socket, Is(0, libc::AF_INET as u32)),
-            (Sysno::socket, Is(0, libc::AF_INET6 as u32)),
-            (Sysno::ioctl, Is(1, FIONBIO)),
-        ],
+        tested: INTERNET,
     },
     Group {
-        need: Need::Unix,
+        need: Need::Inet(Apart),
+        kinds: &[Kind::Supervisor, Kind::NetServer],
+        calls: CONNECTIONS,
+        tested: INTERNET,
+    },
+    Group {
+        need: Need::Unix(Monitor),
         kinds: &[Kind::Vcpu, Kind::Device, Kind::Net],
         calls: CONNECTIONS,
-        tested: &[
-            (Sysno::socket, Is(0, libc::AF_UNIX as u32)),
-            (Sysno::ioctl, Is(1, FIONBIO)),
-        ],
+        tested: PATHS,
+    },
+    Group {
+        need: Need::Unix(Apart),
+        kinds: &[Kind::Supervisor, Kind::NetServer],
+        calls: CONNECTIONS,
+        tested: PATHS,
     },
     // The path of a socket that goes.
     Group {
-        need: Need::Unix,
+        need: Need::Unix(Monitor),
         kinds: &[Kind::Vcpu, Kind::Device, Kind::Net],
         calls: &[Sysno::unlink, Sysno::flock],
         tested: &[],
     },
     Group {
-        need: Need::Tap,
+        need: Need::Unix(Apart),
+        kinds: &[Kind::Supervisor, Kind::NetServer],
+        calls: &[Sysno::unlink],
+        tested: &[],
+    },
+    // A place at a switch.
+    Group {
+        need: Need::Unix(Apart),
+        kinds: &[Kind::Supervisor],
+        calls: &[Sysno::mkdir, Sysno::flock],
+        tested: &[],
+    },
+    Group {
+        need: Need::Tap(Monitor),
         kinds: &[Kind::Vcpu, Kind::Net],
         calls: &[],
-        tested: &[
-            (Sysno::ioctl, Is(1, TUNSETOFFLOAD)),
-            (Sysno::ioctl, Is(1, TUNSETIFF)),
-            (Sysno::ioctl, Is(1, TUNGETFEATURES)),
-            (Sysno::ioctl, Is(1, TUNSETVNETHDRSZ)),
-        ],
+        tested: TAP,
+    },
+    Group {
+        need: Need::Tap(Apart),
+        kinds: &[Kind::Supervisor, Kind::NetServer],
+        calls: &[],
+        tested: TAP,
     },
     // A terminal's settings and size; not TIOCSTI, which types.
     Group {
@@ -414,7 +464,7 @@ pub const GROUPS: &[Group] = &[
         ],
         tested: &[],
     },
-    // The process of a disk, before it has opened that.
+    // The process of a back-end, before it has opened what it serves.
     Group {
         need: Need::Programs,
         kinds: &[Kind::Supervisor],
@@ -464,4 +514,22 @@ const CONNECTIONS: &[Sysno] = &[
     Sysno::setsockopt,
     Sysno::getsockname,
     Sysno::getpeername,
+];
+
+const INTERNET: &[(Sysno, Test)] = &[
+    (Sysno::socket, Is(0, libc::AF_INET as u32)),
+    (Sysno::socket, Is(0, libc::AF_INET6 as u32)),
+    (Sysno::ioctl, Is(1, FIONBIO)),
+];
+
+const PATHS: &[(Sysno, Test)] = &[
+    (Sysno::socket, Is(0, libc::AF_UNIX as u32)),
+    (Sysno::ioctl, Is(1, FIONBIO)),
+];
+
+const TAP: &[(Sysno, Test)] = &[
+    (Sysno::ioctl, Is(1, TUNSETOFFLOAD)),
+    (Sysno::ioctl, Is(1, TUNSETIFF)),
+    (Sysno::ioctl, Is(1, TUNGETFEATURES)),
+    (Sysno::ioctl, Is(1, TUNSETVNETHDRSZ)),
 ];

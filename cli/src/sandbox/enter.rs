@@ -1,8 +1,9 @@
 //! The way in, from the command line: `doppel run`, the process of a disk, and `--print-sandbox`, which goes no further.
 
-use super::{Enforced, Need, Plan, filters, needs, permitted};
+use super::calls::of_network;
+use super::{Enforced, Need, Place, Plan, filters, needs, permitted};
 use crate::args::{Run, Serial};
-use crate::domain::OpenFile;
+use crate::domain::{Domain, OpenFile};
 use anyhow::{Result, bail};
 use doppel_machine::NetConfig;
 use doppel_machine::net::{Network, switch_root};
@@ -48,6 +49,17 @@ pub fn enter_disk_process() -> Result<()> {
     filter(Kind::DiskServer, &[Need::Always]).map(drop)
 }
 
+/// Confines the process of a card's network, which is open.
+///
+/// # Errors
+/// As for [`enter`].
+pub fn enter_network_process(card: &NetConfig) -> Result<()> {
+    begin()?;
+    super::confine(&Plan::of_network(card))?;
+    let needs = [Need::Always, of_network(card, Place::Apart)];
+    filter(Kind::NetServer, &needs).map(drop)
+}
+
 const NO_FILTERS: &str =
     "no seccomp: this kernel has none, so that threads may make every system call";
 
@@ -89,9 +101,9 @@ pub fn print(args: &Run) -> Result<u8> {
         path: spec.path.clone(),
         writable: !spec.read_only,
     });
-    let disks: Vec<_> = match args.driver_domain.is_empty() {
-        true => Vec::new(),
-        false => disks.collect(),
+    let disks: Vec<_> = match args.driver_domain.contains(&Domain::Disk) {
+        true => disks.collect(),
+        false => Vec::new(),
     };
     let plan = Plan::new(args, &given.cloned().collect::<Vec<_>>(), &disks);
     let enforced = super::confine(&plan)?;
@@ -107,8 +119,12 @@ pub fn print(args: &Run) -> Result<u8> {
 /// A line for each kind of thread.
 fn describe_filters(needs: &[Need], disks_apart: bool) -> String {
     let mut text = "seccomp: these system calls and no others\n".to_owned();
+    let apart = [Need::Inet, Need::Unix, Need::Tap].map(|need| need(Place::Apart));
+    let networks_apart = needs.iter().any(|need| apart.contains(need));
     let there = |kind: &Kind| match kind {
-        Kind::Supervisor | Kind::DiskServer => disks_apart,
+        Kind::Supervisor => disks_apart || networks_apart,
+        Kind::DiskServer => disks_apart,
+        Kind::NetServer => networks_apart,
         Kind::Zygote => needs.contains(&Need::Programs),
         Kind::Share => needs.contains(&Need::Share),
         _ => true,

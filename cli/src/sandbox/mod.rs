@@ -12,8 +12,8 @@ mod filter;
 mod landlock;
 mod plan;
 
-pub use calls::{Need, needs};
-pub use enter::{begin, enter, enter_disk_process, print};
+pub use calls::{Need, Place, needs};
+pub use enter::{begin, enter, enter_disk_process, enter_network_process, print};
 pub use filter::{filters, permitted};
 pub use landlock::{Enforced, confine, keep_apart};
 pub use plan::{Grant, Plan, Right};

@@ -3,8 +3,8 @@
 use crate::args::{Run, Serial};
 use crate::domain::OpenFile;
 use crate::terminal;
-use doppel_machine::EngineChoice;
 use doppel_machine::net::{Network, switch_root};
+use doppel_machine::{EngineChoice, NetConfig};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
@@ -85,7 +85,7 @@ impl Plan {
             plan.grant(path, Right::Read, "read at each boot");
         }
         plan.files(args);
-        plan.networks(args);
+        args.devices.cards().for_each(|card| plan.network(card));
         // Without its ioctls, which alone do anything.
         if matches!(args.engine, EngineChoice::Auto | EngineChoice::Kvm) {
             plan.grant("/dev/kvm", Right::Write, "whether it is there");
@@ -98,11 +98,19 @@ impl Plan {
             plan.grant(&file.path, right, "--driver-domain");
         }
         if !args.driver_domain.is_empty() {
-            plan.this_program("a disk's next process");
+            plan.this_program("a back-end's next process");
         }
         if terminal::size().is_some() {
             plan.this_program("the terminal's watchdog");
         }
+        plan
+    }
+
+    /// What the process of a card's network needs once that is open.
+    #[must_use]
+    pub fn of_network(card: &NetConfig) -> Plan {
+        let mut plan = Plan::default();
+        plan.network(card);
         plan
     }
 
@@ -145,19 +153,17 @@ impl Plan {
         }
     }
 
-    fn networks(&mut self, args: &Run) {
-        for card in args.devices.cards() {
-            match &card.network {
-                Network::User(_) => {
-                    self.tcp = true;
-                    let file = Path::new(RESOLVERS);
-                    let file = file.canonicalize().unwrap_or_else(|_| file.to_owned());
-                    self.grant(folder_of(&file), Right::Read, "the host's name servers");
-                    self.grant("/etc", Right::Read, "which of them are in force");
-                }
-                Network::Switch(_) => self.grant(switch_root(), Right::All, "--net switch"),
-                Network::Tap(_) => self.grant("/dev/net/tun", Right::Device, "--net tap"),
+    fn network(&mut self, card: &NetConfig) {
+        match &card.network {
+            Network::User(_) => {
+                self.tcp = true;
+                let file = Path::new(RESOLVERS);
+                let file = file.canonicalize().unwrap_or_else(|_| file.to_owned());
+                self.grant(folder_of(&file), Right::Read, "the host's name servers");
+                self.grant("/etc", Right::Read, "which of them are in force");
             }
+            Network::Switch(_) => self.grant(switch_root(), Right::All, "--net switch"),
+            Network::Tap(_) => self.grant("/dev/net/tun", Right::Device, "--net tap"),
         }
     }
 

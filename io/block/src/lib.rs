@@ -26,5 +26,5 @@ pub use error::BlockError;
 pub use format::Format;
 pub use qcow2::Qcow2;
 pub use raw::Raw;
-pub use remote::{RemoteDisk, Start, serve};
+pub use remote::{RemoteDisk, serve};
 pub use spec::DiskSpec;

@@ -10,12 +10,7 @@ const CWR: u8 = 0x80;
 
 /// Turns a frame into such as a guest takes that accepts `accepts`. A frame that makes no sense becomes none.
 pub fn finish(offload: Offload, frame: Vec<u8>, accepts: Accepts) -> Vec<(Offload, Vec<u8>)> {
-    let taken = match offload.segmentation.map(|s| s.kind) {
-        None => true,
-        Some(Segment::Tcp4) => accepts.tcp4,
-        Some(Segment::Tcp6) => accepts.tcp6,
-    };
-    if taken && (accepts.checksum || offload.checksum.is_none()) {
+    if accepts.takes(offload) {
         return vec![(offload, frame)];
     }
     let whole = match offload.segmentation {

@@ -71,6 +71,17 @@ impl Accepts {
         tcp4: true,
         tcp6: true,
     };
+
+    /// Whether a frame is taken in which this is left undone.
+    #[must_use]
+    pub fn takes(self, offload: Offload) -> bool {
+        let whole = match offload.segmentation.map(|s| s.kind) {
+            None => true,
+            Some(Segment::Tcp4) => self.tcp4,
+            Some(Segment::Tcp6) => self.tcp6,
+        };
+        whole && (self.checksum || offload.checksum.is_none())
+    }
 }
 
 /// What became of a frame from the guest.

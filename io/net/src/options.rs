@@ -1,12 +1,17 @@
 //! `--net`: what a user writes, and the back-end that comes of it.
 
+use std::fmt;
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::os::fd::OwnedFd;
+use std::process::Child;
 use std::str::FromStr;
 use std::sync::Arc;
 
 use doppel_device::Clock;
 
 use crate::link::Link;
+use crate::remote::RemoteLink;
 use crate::switch::{Switch, SwitchError};
 use crate::tap_unsafe::{Tap, TapError};
 use crate::user::{Forward, GUEST, Transport, UserConfig, UserError, UserNetwork};
@@ -53,7 +58,13 @@ pub enum NetError {
     Switch(#[from] SwitchError),
     #[error("--net tap: {0}")]
     Tap(#[from] TapError),
+    /// The process that is to have it cannot be started, or says why it does not have it.
+    #[error("{0}")]
+    Domain(io::Error),
 }
+
+/// Starts the process that is to have a card's network: which card, and the end of the socket that [`crate::serve`] takes.
+pub type StartNetwork = Arc<dyn Fn(u8, OwnedFd) -> io::Result<Child> + Send + Sync>;
 
 impl Default for NetConfig {
     fn default() -> Self {
@@ -86,11 +97,56 @@ impl NetConfig {
         })
     }
 
+    /// The same, in a process that `start` starts.
+    pub fn open_apart(
+        number: u8,
+        start: &StartNetwork,
+    ) -> Result<(Box<dyn Link>, [u8; 6]), NetError> {
+        let start = start.clone();
+        let remote = RemoteLink::new(Box::new(move |socket| start(number, socket)));
+        let (link, mac) = remote.map_err(NetError::Domain)?;
+        Ok((Box::new(link), mac))
+    }
+
     /// The longest IP packet of this network.
     pub fn mtu(&self) -> u16 {
         match &self.network {
             Network::User(config) => config.mtu,
             _ => 1500,
+        }
+    }
+}
+
+/// As [`NetConfig::from_str`] reads it.
+impl fmt::Display for NetConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.network {
+            Network::Switch(name) => write!(f, "switch={name}")?,
+            Network::Tap(name) => write!(f, "tap={name}")?,
+            Network::User(user) => {
+                write!(f, "user,mtu={}", user.mtu)?;
+                if user.restrict {
+                    f.write_str(",restrict")?;
+                }
+                for server in &user.dns {
+                    write!(f, ",dns={server}")?;
+                }
+                for forward in &user.forwards {
+                    let transport = match forward.transport {
+                        Transport::Tcp => "tcp",
+                        Transport::Udp => "udp",
+                    };
+                    let (host, guest) = (forward.host, forward.guest);
+                    write!(f, ",hostfwd={transport}:{host}-{guest}")?;
+                }
+            }
+        }
+        if let Some([a, b, c, d, e, g]) = self.mac {
+            write!(f, ",mac={a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")?;
+        }
+        match self.at_once {
+            true => Ok(()),
+            false => f.write_str(",at-once=off"),
         }
     }
 }
@@ -292,6 +348,20 @@ mod tests {
         ] {
             let message = wrong.parse::<NetConfig>().unwrap_err();
             assert!(message.contains(hint), "{wrong}: {message}");
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read_as_it_was() {
+        for text in [
+            "user",
+            "user,restrict,dns=192.0.2.1,dns=[::1]:5353,mtu=9000,at-once=off",
+            "user,hostfwd=tcp::1-:2,hostfwd=udp:[::1]:53-10.0.2.16:5353,mac=52:54:00:0a:00:01",
+            "switch=lab,mac=52:54:00:00:00:01",
+            "tap=tap0,at-once=off",
+        ] {
+            let config: NetConfig = text.parse().unwrap();
+            assert_eq!(config.to_string().parse(), Ok(config), "{text}");
         }
     }
 

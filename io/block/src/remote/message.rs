@@ -1,15 +1,8 @@
 //! Messages between a monitor and the process that has its disk: records of a Unix socket (SOCK_SEQPACKET), little endian.
 
-use std::fs::File;
-use std::io::{self, IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io;
 
 use rustix::io::Errno;
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
-};
 
 /// Bytes of data that one message carries at most; requests of the guest carry none.
 pub const DATA_MAX: usize = 64 << 10;
@@ -127,6 +120,32 @@ impl Message {
     }
 }
 
+/// What a process says first of the disk that it opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hello {
+    /// Bytes on it.
+    pub len: u64,
+    pub read_only: bool,
+}
+
+impl Hello {
+    pub fn encode(self) -> Vec<u8> {
+        let mut bytes = self.len.to_le_bytes().to_vec();
+        bytes.push(self.read_only.into());
+        bytes
+    }
+
+    pub fn decode(bytes: &[u8]) -> io::Result<Self> {
+        match bytes.split_first_chunk() {
+            Some((len, [read_only])) => Ok(Hello {
+                len: u64::from_le_bytes(*len),
+                read_only: *read_only != 0,
+            }),
+            _ => Err(io::ErrorKind::InvalidData.into()),
+        }
+    }
+}
+
 /// The errno that says what went wrong.
 pub fn status(result: &io::Result<()>) -> u32 {
     let Err(error) = result else {
@@ -152,49 +171,6 @@ pub fn result(status: u32) -> io::Result<()> {
     }
 }
 
-/// Sends a record, with a file if there is one.
-pub fn send(socket: impl AsFd, bytes: &[u8], file: Option<BorrowedFd<'_>>) -> io::Result<()> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    let files: Vec<_> = file.into_iter().collect();
-    if !files.is_empty() && !control.push(SendAncillaryMessage::ScmRights(&files)) {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    loop {
-        match sendmsg(
-            &socket,
-            &[IoSlice::new(bytes)],
-            &mut control,
-            SendFlags::NOSIGNAL,
-        ) {
-            Ok(_) => return Ok(()),
-            Err(Errno::INTR) => {}
-            Err(e) => return Err(e.into()),
-        }
-    }
-}
-
-/// Waits for a record; the bytes, and the file that came with it. `None` at the other's end.
-pub fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<Option<(usize, Option<File>)>> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    loop {
-        let mut control = RecvAncillaryBuffer::new(&mut space);
-        let into = &mut [IoSliceMut::new(buffer)];
-        let received = match recvmsg(&socket, into, &mut control, RecvFlags::CMSG_CLOEXEC) {
-            Err(Errno::INTR) => continue,
-            other => other?,
-        };
-        if received.flags.contains(ReturnFlags::TRUNC) {
-            return Err(io::ErrorKind::InvalidData.into());
-        }
-        let file = control.drain().find_map(|message| match message {
-            RecvAncillaryMessage::ScmRights(mut files) => files.next(),
-            _ => None,
-        });
-        return Ok((received.bytes > 0).then_some((received.bytes, file.map(File::from))));
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -209,6 +185,12 @@ mod tests {
             assert_eq!(back, message);
             assert!(back.pieces().eq([(1, 2), (1 << 33, 4096)]));
         }
+        let hello = Hello {
+            len: 1 << 40,
+            read_only: true,
+        };
+        assert_eq!(Hello::decode(&hello.encode()).unwrap(), hello);
+        assert!(Hello::decode(&[0; 8]).is_err());
         assert_eq!(Message::decode(&[0; 31]), None);
         assert_eq!(Message::decode(&[0; 40]), None, "no such kind");
     }

@@ -7,7 +7,7 @@
 //! Idea: the cut is at [`BlockBackend`]. The monitor takes requests out of the rings, checks them, and sends them on: a few numbers and
 //! the guest physical addresses of their buffers. The other process maps the guest's RAM (a memfd) and moves the data between it and the image. When it
 //! answers, the monitor notes what was written and tells the guest. What was not answered is still here: when the process dies,
-//! it is started anew and gets all of that again.
+//! it is started anew (`doppel_domain`) and gets all of that again.
 //! Invariant: a request is carried out by one process at a time (the old one is reaped before the next starts), and a write is answered
 //! only when the end of the process could not lose it ([`BlockBackend::settle`]). So a guest sees every answered write, and nothing
 //! of an old one comes later.
@@ -23,25 +23,18 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, OwnedFd};
-use std::process::Child;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
-use std::time::Duration;
 
+use doppel_domain::{Domain, Frontend, Start, receive, send};
 use doppel_memory::{GuestRam, GuestSlice};
-use doppel_seccomp::{Kind as ThreadKind, spawn};
-use nix::sys::signal::{SigSet, Signal};
-use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, shutdown, socketpair};
+use rustix::net::{Shutdown, shutdown};
 use vm_memory::bitmap::Bitmap;
 
 use crate::backend::{check_range, check_writable, reads_len, writes_len};
 use crate::guest::guest_len;
 use crate::{BlockBackend, SECTOR};
-use message::{DATA_MAX, Kind, MESSAGE_MAX, Message, PIECES_MAX, receive, result, send};
+use message::{DATA_MAX, Hello, Kind, MESSAGE_MAX, Message, PIECES_MAX, result};
 pub use server::serve;
-
-/// Starts the process that is to call [`serve`] with the other end of the socket.
-pub type Start = Box<dyn Fn(OwnedFd) -> io::Result<Child> + Send + Sync>;
 
 /// So many processes die with a request before it is given up.
 const DEATHS_MAX: u32 = 6;
@@ -49,29 +42,17 @@ const DEATHS_MAX: u32 = 6;
 const DEATHS_IN_A_ROW: u32 = 24;
 /// From so many on, it is sent alone, so that others are not blamed for it.
 const SUSPECT: u32 = 2;
-/// The pause before the next start, doubled each time that there was no answer since the last.
-const PAUSE: Duration = Duration::from_millis(5);
-const DOUBLINGS_MAX: u32 = 6;
-
 /// A disk that another process has.
 pub struct RemoteDisk {
-    shared: Arc<Shared>,
-    supervisor: Mutex<Supervisor>,
-    process: u32,
+    domain: Domain<Shared>,
     len: u64,
     read_only: bool,
 }
 
-/// The thread that passes answers on. The first who asks for something starts it, so that it is under whatever the machine has been put under by then.
-enum Supervisor {
-    Not(Option<Running>),
-    Started(JoinHandle<()>),
-}
-
+#[derive(Default)]
 struct Shared {
     state: Mutex<State>,
     answered: Condvar,
-    start: Start,
 }
 
 #[derive(Default)]
@@ -114,31 +95,22 @@ impl State {
     }
 }
 
-/// A process that serves the disk.
-struct Running {
-    socket: Arc<OwnedFd>,
-    child: Child,
-    hello: Message,
-}
-
 impl RemoteDisk {
-    /// Starts the process and waits until it has opened the disk.
+    /// Starts the process, which is to call [`serve`] with the other end of the socket, and waits until it has opened the disk.
     ///
     /// # Errors
     /// The process cannot be started, or says why it cannot open the disk.
     pub fn new(start: Start) -> io::Result<Self> {
-        let shared = Arc::new(Shared {
-            state: Mutex::default(),
-            answered: Condvar::new(),
-            start,
-        });
-        let running = shared.start()?;
-        let (len, read_only) = (running.hello.len, running.hello.offset != 0);
-        shared.state().socket = Some(running.socket.clone());
+        let mut disk = None;
+        let domain = Domain::new(start, |socket, hello| {
+            disk = Some(Hello::decode(hello)?);
+            let shared = Shared::default();
+            shared.state().socket = Some(socket.clone());
+            Ok(shared)
+        })?;
+        let Hello { len, read_only } = disk.ok_or(io::ErrorKind::InvalidData)?;
         Ok(RemoteDisk {
-            process: running.child.id(),
-            supervisor: Mutex::new(Supervisor::Not(Some(running))),
-            shared,
+            domain,
             len: len / SECTOR * SECTOR,
             read_only,
         })
@@ -147,26 +119,12 @@ impl RemoteDisk {
     /// The number of the process that was started first.
     #[must_use]
     pub fn process(&self) -> u32 {
-        self.process
+        self.domain.process()
     }
 
     fn call(&self, request: Message) -> io::Result<Message> {
-        self.supervise()?;
-        self.shared.call(request)
-    }
-
-    /// Sees to it that answers are passed on.
-    fn supervise(&self) -> io::Result<()> {
-        let mut supervisor = self
-            .supervisor
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if let Supervisor::Not(first) = &mut *supervisor {
-            let first = first.take().ok_or(io::ErrorKind::BrokenPipe)?;
-            let of = self.shared.clone();
-            *supervisor = Supervisor::Started(quietly(move || of.supervise(first))?);
-        }
-        Ok(())
+        self.domain.supervise()?;
+        self.domain.frontend().call(request)
     }
 
     fn guest_call(&self, kind: Kind, offset: u64, pieces: &[GuestSlice<'_>]) -> io::Result<()> {
@@ -243,8 +201,8 @@ impl BlockBackend for RemoteDisk {
             })?;
             Ok::<_, io::Error>((ram.size(), file.try_clone()?))
         });
-        self.supervise()?;
-        self.shared.use_memory(memory.transpose()?)
+        self.domain.supervise()?;
+        self.domain.frontend().use_memory(memory.transpose()?)
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -266,24 +224,6 @@ impl BlockBackend for RemoteDisk {
             false => Kind::WriteZeroes,
         };
         self.call(Message::new(kind, offset, len)).map(drop)
-    }
-}
-
-impl Drop for RemoteDisk {
-    fn drop(&mut self) {
-        let mut state = self.shared.state();
-        state.ended = true;
-        if let Some(socket) = state.socket.take() {
-            let _ = shutdown(&*socket, Shutdown::Both);
-        }
-        drop(state);
-        let supervisor = self.supervisor.get_mut();
-        let supervisor = supervisor.unwrap_or_else(PoisonError::into_inner);
-        match std::mem::replace(supervisor, Supervisor::Not(None)) {
-            Supervisor::Not(Some(mut first)) => bury(&mut first.child),
-            Supervisor::Not(None) => {}
-            Supervisor::Started(thread) => drop(thread.join()),
-        }
     }
 }
 
@@ -335,54 +275,6 @@ impl Shared {
         self.wait_for(id, state).map(drop)
     }
 
-    /// Starts a process and hears what it has to say first.
-    fn start(&self) -> io::Result<Running> {
-        let kind = (AddressFamily::UNIX, SocketType::SEQPACKET);
-        let (ours, theirs) = socketpair(kind.0, kind.1, SocketFlags::CLOEXEC, None)?;
-        let mut child = (self.start)(theirs)?;
-        match hear(&ours, &mut vec![0; MESSAGE_MAX]).and_then(welcome) {
-            Ok(hello) => Ok(Running {
-                socket: Arc::new(ours),
-                child,
-                hello,
-            }),
-            Err(error) => {
-                bury(&mut child);
-                Err(error)
-            }
-        }
-    }
-
-    /// Passes answers on, and starts a process anew whenever one dies.
-    fn supervise(&self, first: Running) {
-        let mut running = Some(first);
-        loop {
-            if let Some(mut process) = running.take() {
-                self.pass_answers_on(&process.socket);
-                self.state().socket = None;
-                bury(&mut process.child);
-            }
-            let Some(deaths) = self.note_death() else {
-                return;
-            };
-            tracing::warn!("the process of a disk died; it is started anew");
-            if deaths > 1 {
-                thread::sleep(PAUSE * 2u32.pow(deaths.min(DOUBLINGS_MAX)));
-            }
-            match self.start().and_then(|process| self.resume(process)) {
-                Ok(process) => running = Some(process),
-                Err(error) => tracing::warn!("it cannot be: {error}"),
-            }
-        }
-    }
-
-    fn pass_answers_on(&self, socket: &OwnedFd) {
-        let mut buffer = vec![0; MESSAGE_MAX];
-        while let Ok(answer) = hear(socket, &mut buffer) {
-            self.pass_on(answer);
-        }
-    }
-
     fn pass_on(&self, answer: Message) {
         let mut state = self.state();
         state.deaths = 0;
@@ -392,9 +284,32 @@ impl Shared {
         }
     }
 
+    /// Passes answers on until the one to a suspect was among them: if the process dies, it dies of that. False where it did.
+    fn wait_for_answer_to(&self, id: u64, socket: &OwnedFd) -> bool {
+        let mut buffer = vec![0; MESSAGE_MAX];
+        while self.state().pending.contains_key(&id) {
+            match hear(socket, &mut buffer) {
+                Ok(answer) => self.pass_on(answer),
+                Err(_) => return false,
+            }
+        }
+        true
+    }
+}
+
+impl Frontend for Shared {
+    /// Passes answers on.
+    fn attend(&self, socket: &OwnedFd) {
+        let mut buffer = vec![0; MESSAGE_MAX];
+        while let Ok(answer) = hear(socket, &mut buffer) {
+            self.pass_on(answer);
+        }
+        self.state().socket = None;
+    }
+
     /// A process died: what has seen too many of them die, or at the end everything, is answered with an error. How many died since
     /// the last answer; `None` at the end.
-    fn note_death(&self) -> Option<u32> {
+    fn died(&self) -> Option<u32> {
         let mut state = self.state();
         let ended = state.ended;
         state.deaths += 1;
@@ -413,18 +328,8 @@ impl Shared {
         (!ended).then_some(state.deaths)
     }
 
-    /// Tells a new process of the memory and of all that waits.
-    fn resume(&self, mut process: Running) -> io::Result<Running> {
-        match self.tell(&process.socket) {
-            Ok(()) => Ok(process),
-            Err(error) => {
-                bury(&mut process.child);
-                Err(error)
-            }
-        }
-    }
-
-    fn tell(&self, socket: &Arc<OwnedFd>) -> io::Result<()> {
+    /// A new process is told of the memory and of all that waits.
+    fn resume(&self, socket: &Arc<OwnedFd>, _: &[u8]) -> io::Result<()> {
         let mut told = None;
         let mut waiting: Vec<_> = loop {
             let mut state = self.state();
@@ -463,49 +368,17 @@ impl Shared {
         Ok(())
     }
 
-    /// Passes answers on until the one to a suspect was among them: if the process dies, it dies of that. False where it did.
-    fn wait_for_answer_to(&self, id: u64, socket: &OwnedFd) -> bool {
-        let mut buffer = vec![0; MESSAGE_MAX];
-        while self.state().pending.contains_key(&id) {
-            match hear(socket, &mut buffer) {
-                Ok(answer) => self.pass_on(answer),
-                Err(_) => return false,
-            }
+    fn end(&self) {
+        let mut state = self.state();
+        state.ended = true;
+        if let Some(socket) = state.socket.take() {
+            let _ = shutdown(&*socket, Shutdown::Both);
         }
-        true
     }
-}
-
-/// A thread that no signal is delivered to: whoever starts it may not have blocked those that are his business. But for SIGSYS, which
-/// the kernel would kill for without a word.
-fn quietly(body: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
-    spawn(ThreadKind::Supervisor, "disk supervisor", move || {
-        let mut signals = SigSet::all();
-        signals.remove(Signal::SIGSYS);
-        // It is refused for no valid set.
-        let _ = signals.thread_block();
-        body();
-    })
 }
 
 /// Waits for one message.
 fn hear(socket: &OwnedFd, buffer: &mut [u8]) -> io::Result<Message> {
     let (len, _) = receive(socket, buffer)?.ok_or(io::ErrorKind::UnexpectedEof)?;
     Message::decode(&buffer[..len]).ok_or_else(|| io::ErrorKind::InvalidData.into())
-}
-
-/// The first message, unless it says that the disk cannot be opened.
-fn welcome(hello: Message) -> io::Result<Message> {
-    match hello.status {
-        0 => Ok(hello),
-        _ => Err(io::Error::other(
-            String::from_utf8_lossy(&hello.data).into_owned(),
-        )),
-    }
-}
-
-/// Sees to it that a process is dead, and nothing of it under way any more.
-fn bury(child: &mut Child) {
-    let _ = child.kill();
-    let _ = child.wait();
 }

@@ -7,11 +7,12 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::thread;
 
+use doppel_domain::{EndOnPanic, answer_for, receive, send};
 use doppel_memory::{GuestRam, GuestSlice};
 use doppel_seccomp::{Kind as ThreadKind, narrowed};
 use vm_memory::{GuestAddress, GuestMemory, Permissions};
 
-use super::message::{DATA_MAX, Kind, MESSAGE_MAX, Message, PIECES_MAX, receive, send, status};
+use super::message::{DATA_MAX, Hello, Kind, MESSAGE_MAX, Message, PIECES_MAX, status};
 use crate::BlockBackend;
 
 /// Requests that are carried out at a time: as many as the device hands out.
@@ -31,18 +32,13 @@ pub fn serve<E: Display>(
     socket: OwnedFd,
     open: impl FnOnce() -> Result<Arc<dyn BlockBackend>, E>,
 ) -> io::Result<()> {
-    let disk = match open() {
-        Ok(disk) => disk,
-        Err(error) => {
-            let mut refusal = Message::new(Kind::Memory, 0, 0);
-            refusal.status = 1;
-            refusal.data = error.to_string().into_bytes();
-            refusal.data.truncate(DATA_MAX);
-            return send(&socket, &refusal.encode(), None);
-        }
+    let hello = |disk: &Arc<dyn BlockBackend>| {
+        let (len, read_only) = (disk.len(), disk.read_only());
+        Hello { len, read_only }.encode()
     };
-    let hello = Message::new(Kind::Memory, disk.read_only().into(), disk.len());
-    send(&socket, &hello.encode(), None)?;
+    let Some(disk) = answer_for(&socket, open(), hello)? else {
+        return Ok(());
+    };
     let server = Server {
         socket,
         disk,
@@ -57,17 +53,6 @@ pub fn serve<E: Display>(
         server.run();
     });
     Ok(())
-}
-
-/// A request that is never answered would have the guest wait for ever: the monitor sees the end of the process and starts another.
-struct EndOnPanic;
-
-impl Drop for EndOnPanic {
-    fn drop(&mut self) {
-        if thread::panicking() {
-            std::process::abort();
-        }
-    }
 }
 
 impl Server {

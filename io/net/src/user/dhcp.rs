@@ -13,25 +13,26 @@ use crate::user::wire;
 pub const SERVER_PORT: u16 = 67;
 const CLIENT_PORT: u16 = 68;
 const LEASE_SECONDS: u32 = 24 * 60 * 60;
-const LEASES_MAX: usize = 16;
+const LEASES: usize = 16;
 const INTERFACE_MTU: u8 = 26;
 
 /// Who has which address.
 #[derive(Default)]
 pub struct Dhcp {
-    // The nth has the nth address.
-    leases: Vec<EthernetAddress>,
+    // Who has the nth address.
+    leases: [Option<EthernetAddress>; LEASES],
 }
 
 impl Dhcp {
-    fn lease(&mut self, client: EthernetAddress) -> Option<Ipv4Addr> {
-        let known = self.leases.iter().position(|mac| *mac == client);
-        let n = known.or_else(|| {
-            (self.leases.len() < LEASES_MAX).then(|| {
-                self.leases.push(client);
-                self.leases.len() - 1
-            })
-        })?;
+    /// The client's address. A new one has the address that it wants, if that is free: it may have had it from a server that was here before.
+    fn lease(&mut self, client: EthernetAddress, wanted: Ipv4Addr) -> Option<Ipv4Addr> {
+        let known = self.leases.iter().position(|mac| *mac == Some(client));
+        let wanted = u32::from(wanted).wrapping_sub(u32::from(GUEST)) as usize;
+        let free = |n: &usize| self.leases.get(*n) == Some(&None);
+        let n = known
+            .or_else(|| Some(wanted).filter(free))
+            .or_else(|| (0..LEASES).find(free))?;
+        self.leases[n] = Some(client);
         Some(Ipv4Addr::from(u32::from(GUEST) + n as u32))
     }
 
@@ -64,11 +65,11 @@ impl Dhcp {
 
     /// What to answer, and the address that it is about.
     fn decide(&mut self, request: &DhcpRepr) -> Option<(DhcpMessageType, Ipv4Addr)> {
-        let address = self.lease(request.client_hardware_address)?;
+        let wanted = request.requested_ip.unwrap_or(request.client_ip);
+        let address = self.lease(request.client_hardware_address, wanted)?;
         let ours = request
             .server_identifier
             .is_none_or(|server| server == GATEWAY);
-        let wanted = request.requested_ip.unwrap_or(request.client_ip);
         match request.message_type {
             DhcpMessageType::Discover => Some((DhcpMessageType::Offer, address)),
             DhcpMessageType::Request if !ours => None,
@@ -129,4 +130,32 @@ fn answer(network: &mut Network, request: &DhcpRepr, address: Ipv4Addr, bytes: &
     let from = SocketAddrV4::new(GATEWAY, SERVER_PORT);
     let (offload, datagram) = wire::datagram(&route, from.port(), CLIENT_PORT, bytes, false);
     network.post_packet(&route, IpProtocol::Udp, offload, &datagram);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_last_and_a_new_server_leaves_clients_theirs() {
+        let address = |n| Ipv4Addr::new(10, 0, 2, n);
+        let client = |n| EthernetAddress([2, 0, 0, 0, 0, n]);
+        let mut dhcp = Dhcp::default();
+        let nothing = Ipv4Addr::UNSPECIFIED;
+        assert_eq!(dhcp.lease(client(1), nothing), Some(address(15)));
+        assert_eq!(dhcp.lease(client(2), nothing), Some(address(16)));
+        assert_eq!(dhcp.lease(client(1), address(17)), Some(address(15)));
+        assert_eq!(dhcp.lease(client(3), address(15)), Some(address(17)));
+        // The second client comes to a new one first.
+        let mut dhcp = Dhcp::default();
+        assert_eq!(dhcp.lease(client(2), address(16)), Some(address(16)));
+        assert_eq!(dhcp.lease(client(1), address(15)), Some(address(15)));
+        for outside in [address(14), address(31), Ipv4Addr::BROADCAST] {
+            assert_eq!(dhcp.lease(client(4), outside), Some(address(17)));
+        }
+        for n in 5..=17 {
+            assert!(dhcp.lease(client(n), nothing).is_some());
+        }
+        assert_eq!(dhcp.lease(client(18), nothing), None, "all are taken");
+    }
 }

@@ -287,8 +287,8 @@ impl Tcp {
         if let Some(armed) = connection.armed {
             self.deadlines.remove(&(armed, token));
         }
-        if matches!(fate, Fate::ResetHost | Fate::ResetBoth) {
-            reset(&connection.socket);
+        if fate == Fate::Done {
+            end_in_order(&connection.socket);
         }
         if fate == Fate::ResetBoth {
             break_off(network, &connection);
@@ -312,8 +312,10 @@ fn connect(target: SocketAddr) -> Result<(OwnedFd, bool), Errno> {
     }
 }
 
-/// The guest decides when its data goes out, and dead peers are noticed. Neither is needed for the connection to work.
+/// The guest decides when its data goes out, and dead peers are noticed. A process that is killed resets its connections: the host's side would take an
+/// end for the guest's, with all that it sent. None of it is needed for the connection to work.
 fn prepare(socket: &OwnedFd) {
+    reset(socket);
     let _ = sockopt::set_tcp_nodelay(socket, true);
     let _ = sockopt::set_socket_keepalive(socket, true);
 }
@@ -344,7 +346,20 @@ fn answer(connection: &mut Connection) -> Fate {
     Fate::Lives
 }
 
-/// Closes with a reset.
+impl Drop for Tcp {
+    /// The network is taken down: hosts get what the guest sent, and an end.
+    fn drop(&mut self) {
+        let connections = self.table.iter();
+        connections.for_each(|(_, connection)| end_in_order(&connection.socket));
+    }
+}
+
+/// Closes when all is sent.
+fn end_in_order(socket: &OwnedFd) {
+    let _ = sockopt::set_socket_linger(socket, None);
+}
+
+/// Closes with a reset, unless something else is said.
 fn reset(socket: &OwnedFd) {
     let _ = sockopt::set_socket_linger(socket, Some(Duration::ZERO));
 }
