@@ -141,7 +141,7 @@ impl fmt::Debug for DeviceConfig {
 fn card(config: &NetConfig, apart: Option<&StartNetwork>, number: u8) -> Result<Net, MachineError> {
     let clock = Arc::new(HostClock::new());
     let (link, mac) = match apart {
-        Some(start) => NetConfig::open_apart(number, start)?,
+        Some(start) => config.open_apart(number, start, clock.clone())?,
         None => config.open(number, clock.clone())?,
     };
     let port = Port::new(link, clock)

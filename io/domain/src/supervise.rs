@@ -45,7 +45,7 @@ pub trait Frontend: Send + Sync + 'static {
     /// Tells a new process, which said `hello`, of what it has to know.
     ///
     /// # Errors
-    /// It is of no use: it is ended, and another started.
+    /// It is of no use, or no other was wanted meanwhile: it is ended.
     fn resume(&self, socket: &Arc<OwnedFd>, hello: &[u8]) -> io::Result<()>;
     /// The end: [`Frontend::attend`] returns soon, and [`Frontend::died`] wants no other process.
     fn end(&self);

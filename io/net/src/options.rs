@@ -99,11 +99,15 @@ impl NetConfig {
 
     /// The same, in a process that `start` starts.
     pub fn open_apart(
+        &self,
         number: u8,
         start: &StartNetwork,
+        clock: Arc<dyn Clock>,
     ) -> Result<(Box<dyn Link>, [u8; 6]), NetError> {
         let start = start.clone();
-        let remote = RemoteLink::new(Box::new(move |socket| start(number, socket)));
+        let ends_connections = matches!(self.network, Network::User(_));
+        let start = Box::new(move |socket| start(number, socket));
+        let remote = RemoteLink::new(start, ends_connections, clock);
         let (link, mac) = remote.map_err(NetError::Domain)?;
         Ok((Box::new(link), mac))
     }

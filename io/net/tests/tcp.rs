@@ -4,57 +4,12 @@ mod support;
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use doppel_net::{Forward, Transport, UserConfig};
 use smoltcp::socket::tcp::State;
-use support::{GATEWAY, Guest, OFFLOADS};
-
-fn pattern(len: usize) -> Vec<u8> {
-    (0..len as u32)
-        .map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8)
-        .collect()
-}
-
-/// A server for one client.
-fn server<R: Send + 'static>(
-    serve: impl FnOnce(TcpStream) -> R + Send + 'static,
-) -> (SocketAddrV4, JoinHandle<R>) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = listener.local_addr().unwrap().port();
-    let thread = thread::spawn(move || serve(listener.accept().unwrap().0));
-    (SocketAddrV4::new(GATEWAY, port), thread)
-}
-
-/// Sends `data`, ends, and reads to the end.
-fn exchange(guest: &mut Guest, to: SocketAddrV4, port: u16, data: &[u8]) -> Vec<u8> {
-    let handle = guest.connect(to, port);
-    let (mut sent, mut received) = (0, Vec::new());
-    guest.until("an exchange", |guest| {
-        let socket = guest.tcp(handle);
-        if socket.may_send() {
-            while socket.can_send() && sent < data.len() {
-                sent += socket.send_slice(&data[sent..]).unwrap();
-            }
-            if sent == data.len() {
-                socket.close();
-            }
-        }
-        while socket.can_recv() {
-            socket
-                .recv(|bytes| {
-                    received.extend_from_slice(bytes);
-                    (bytes.len(), ())
-                })
-                .unwrap();
-        }
-        let ended = matches!(socket.state(), State::TimeWait | State::Closed);
-        ended.then_some(())
-    });
-    guest.sockets.remove(handle);
-    received
-}
+use support::{GATEWAY, Guest, OFFLOADS, exchange, pattern, server};
 
 #[test]
 fn data_goes_both_ways_and_each_side_ends_for_itself() {

@@ -9,8 +9,9 @@
 //! Cost: a copy into the kernel and one out of it for each frame, a system call each, and two changes of threads where the guest waits for an answer.
 //!
 //! What the guest knows of its network lasts: its address, since a new gateway gives who asks for an address that is free that one, and its link, which never
-//! goes down. TCP connections through a user network end with the process, and either side is told by a reset.
+//! goes down. TCP connections through a user network end with the process, and either side is told by a reset (`flows`; the host's side by the kernel).
 
+mod flows;
 mod message;
 mod server;
 
@@ -20,7 +21,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use doppel_device::Nanos;
+use doppel_device::{Clock, Nanos};
 use doppel_domain::{Domain, Frontend, Start};
 use rustix::event::{PollFd, PollFlags, epoll, poll};
 use rustix::io::{Errno, retry_on_intr};
@@ -30,13 +31,14 @@ use rustix::net::{
 
 use crate::finish::finish;
 use crate::link::{Accepts, Link, Offload, Received, Sent, Sink};
+use flows::Flows;
 use message::{Hello, Message, RECORD_MAX, prefix};
 pub use server::serve;
 
 /// Room for a few segments of 64 KiB under way; the host gives what it allows.
 const SEND_BUFFER: usize = 1 << 20;
 /// A process that lived so long was of use.
-const USEFUL: Duration = Duration::from_secs(1);
+const USEFUL: Duration = Duration::from_millis(100);
 
 /// A network that another process has.
 pub struct RemoteLink {
@@ -56,6 +58,9 @@ pub struct RemoteLink {
     finished: VecDeque<(Offload, Vec<u8>)>,
     readable: bool,
     refused: bool,
+    /// Where the process ends the guest's connections.
+    flows: Option<Flows>,
+    clock: Arc<dyn Clock>,
 }
 
 struct Shared {
@@ -97,6 +102,9 @@ impl Shared {
         // Less than that is slower, and no harm.
         let _ = sockopt::set_socket_send_buffer_size(&**socket, SEND_BUFFER);
         let mut state = self.state();
+        if state.ended {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
         state.generation += 1;
         state.started = Instant::now();
         state.socket = Some(socket.clone());
@@ -142,11 +150,15 @@ impl Frontend for Shared {
 
 impl RemoteLink {
     /// Starts the process, which is to call [`serve`] with the other end of the socket, and waits until it has opened the network; and the
-    /// MAC address of the card.
+    /// MAC address of the card. Where the network `ends_connections`, as a user network does, a guest hears that they are gone when the process is.
     ///
     /// # Errors
     /// The process cannot be started, or says why it cannot open the network.
-    pub fn new(start: Start) -> io::Result<(Self, [u8; 6])> {
+    pub fn new(
+        start: Start,
+        ends_connections: bool,
+        clock: Arc<dyn Clock>,
+    ) -> io::Result<(Self, [u8; 6])> {
         let mut network = None;
         let domain = Domain::new(start, |socket, hello| {
             network = Some(Hello::decode(hello)?);
@@ -166,6 +178,8 @@ impl RemoteLink {
             finished: VecDeque::new(),
             readable: false,
             refused: false,
+            flows: ends_connections.then(Flows::default),
+            clock,
         };
         Ok((link, mac))
     }
@@ -181,7 +195,18 @@ impl RemoteLink {
         drop(state);
         self.readable = true;
         self.accepts_due = true;
+        if let Some(flows) = &mut self.flows {
+            flows.lose(self.clock.now());
+        }
         true
+    }
+
+    /// Asks the guest about connections that are gone.
+    fn ask(&mut self) {
+        if let Some(flows) = &mut self.flows {
+            let questions = flows.ask(self.clock.now(), self.guest);
+            self.finished.extend(questions);
+        }
     }
 
     /// Sends a record; false where the process has to take others first. Without a process it is lost.
@@ -259,6 +284,14 @@ impl Link for RemoteLink {
 
     fn guest_accepts(&mut self, accepts: Accepts) {
         self.guest = accepts;
+        // What came before it said so.
+        let frames = std::mem::take(&mut self.finished).into_iter();
+        self.finished = frames
+            .flat_map(|(offload, frame)| finish(offload, frame, accepts))
+            .collect();
+        if let Some((_, len)) = self.kept.take() {
+            self.take(len);
+        }
         self.accepts_due = true;
         self.say_what_guest_accepts();
     }
@@ -267,6 +300,9 @@ impl Link for RemoteLink {
         let prefix = prefix(offload);
         let sent = self.post(&[IoSlice::new(&prefix), IoSlice::new(frame)]);
         self.refused |= !sent;
+        if let (Some(flows), true) = (&mut self.flows, sent) {
+            flows.note(frame);
+        }
         if sent { Sent::Taken } else { Sent::Full }
     }
 
@@ -303,7 +339,7 @@ impl Link for RemoteLink {
     }
 
     fn deadline(&self) -> Option<Nanos> {
-        None
+        self.flows.as_ref().and_then(Flows::deadline)
     }
 
     fn service(&mut self) -> bool {
@@ -318,6 +354,7 @@ impl Link for RemoteLink {
         let ends = epoll::EventFlags::HUP | epoll::EventFlags::ERR;
         self.readable |= flags.intersects(epoll::EventFlags::IN | ends);
         self.say_what_guest_accepts();
+        self.ask();
         self.fetch();
         let room = another || flags.intersects(epoll::EventFlags::OUT | ends);
         let offer_again = self.refused && room;

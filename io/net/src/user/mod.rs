@@ -15,8 +15,8 @@ mod resolver;
 mod ring;
 mod session;
 mod table;
-mod tcp;
-mod wire;
+pub mod tcp;
+pub mod wire;
 
 use std::collections::VecDeque;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};

@@ -24,7 +24,8 @@ use crate::user::wire::ETHERNET;
 pub use connection::Flow;
 use connection::{Connection, Fate, State};
 use produce::SYN_FRAME;
-use segment::{ACK, Incoming, Outgoing, RST, SYN};
+use segment::SYN;
+pub use segment::{ACK, Incoming, Outgoing, RST};
 
 /// Memory of all connections, beyond which each gets little.
 const PLENTY: usize = 32 << 20;
@@ -408,6 +409,6 @@ fn post(network: &mut Network, flow: Flow, sequence: u32, acknowledged: u32, fla
         options: None,
     };
     let route = network.route(*flow.remote.ip(), *flow.guest.ip());
-    let (offload, frame) = outgoing.frame(network, &route);
+    let (offload, frame) = outgoing.frame(network.accepts, &route);
     network.post(offload, frame);
 }

@@ -207,7 +207,7 @@ impl Connection {
         let data = self.out.slices(self.in_flight(), n);
         let route = network.route(*self.flow.remote.ip(), *self.flow.guest.ip());
         let mss = (network.mtu - IPV4 - HEADER).min(self.mss.into()) as u16;
-        let (offload, headers) = header.headers(network, &route, &data, mss);
+        let (offload, headers) = header.headers(network.accepts, &route, &data, mss);
         sink(offload, &[headers.as_ref(), data[0], data[1]]);
     }
 }

@@ -5,8 +5,7 @@
 use smoltcp::wire::{IpProtocol, TcpOption, TcpPacket};
 
 use crate::checksum;
-use crate::link::{Offload, PartialChecksum, Segment, Segmentation};
-use crate::user::network::Network;
+use crate::link::{Accepts, Offload, PartialChecksum, Segment, Segmentation};
 use crate::user::wire::{self, BODY, Route};
 
 /// FIN, SYN, RST, PSH, ACK.
@@ -122,10 +121,10 @@ impl AsRef<[u8]> for Headers {
 }
 
 impl Outgoing {
-    /// The headers for `data`, to be cut into pieces of `mss`, and what is left undone in them.
+    /// The headers for `data`, for a guest that takes `accepts`, to be cut into pieces of `mss`, and what is left undone in them.
     pub fn headers(
         &self,
-        network: &Network,
+        accepts: Accepts,
         route: &Route,
         data: &[&[u8]],
         mss: u16,
@@ -148,7 +147,7 @@ impl Outgoing {
         self.put(tcp);
         let pseudo = wire::pseudo(route, IpProtocol::Tcp, total);
         let mut offload = Offload::default();
-        if network.accepts.checksum {
+        if accepts.checksum {
             tcp[16..18].copy_from_slice(&pseudo.to_be_bytes());
             offload.checksum = Some(PartialChecksum {
                 start: BODY as u16,
@@ -186,8 +185,8 @@ impl Outgoing {
     }
 
     /// A whole frame without data.
-    pub fn frame(&self, network: &Network, route: &Route) -> (Offload, Vec<u8>) {
-        let (offload, headers) = self.headers(network, route, &[], u16::MAX);
+    pub fn frame(&self, accepts: Accepts, route: &Route) -> (Offload, Vec<u8>) {
+        let (offload, headers) = self.headers(accepts, route, &[], u16::MAX);
         (offload, headers.as_ref().to_vec())
     }
 }
