@@ -9,7 +9,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
 use std::time::Duration;
-use support::{Boot, CLOUD, DOPPEL, PASSED, Running, Scratch};
+use support::{Boot, CLOUD, DOPPEL, PASSED, Running, Scratch, backends};
 
 const LIMIT: Duration = Duration::from_secs(150);
 /// Of each disk's process.
@@ -63,18 +63,10 @@ const WRITER: &str = "
 
 /// Processes that serve these disks.
 fn servers(images: &[&Path]) -> Vec<u32> {
-    let named = |pid: &u32| {
-        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let words: Vec<_> = line.split(|b| *b == 0).collect();
-        let is = |image: &&Path| {
-            let image = image.as_os_str().as_encoded_bytes();
-            words.get(3).is_some_and(|disk| disk.starts_with(image))
-        };
-        words.get(1) == Some(&&b"backend"[..]) && images.iter().any(is)
-    };
-    let entries = fs::read_dir("/proc").unwrap().flatten();
-    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    pids.filter(named).collect()
+    let paths = images.iter().map(|image| image.to_str().unwrap());
+    paths
+        .flat_map(|path| backends("disk", &format!("{path},")))
+        .collect()
 }
 
 /// Kills the processes of disks until it is enough or the guest is over; the first of them is the one that has blocks.
@@ -204,7 +196,11 @@ fn the_process_of_a_disk_ends_with_the_monitor_however_that_ends() {
 #[test]
 fn a_mistake_in_driver_domain_says_what_to_do() {
     for (flags, advice) in [
-        ("--driver-domain net", "networks stay in the monitor"),
+        ("--driver-domain memory", "write disk, net or disk,net"),
+        (
+            "--driver-domain net --net user,dns=192.0.2.1,hostfwd=tcp:192.0.2.1:22-:22",
+            "192.0.2.1:22",
+        ),
         (
             "--driver-domain disk --memory-backing huge",
             "needs --memory-backing memfd",

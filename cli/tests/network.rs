@@ -5,9 +5,11 @@ mod support;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream, UdpSocket};
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
-use support::{Boot, CLOUD, DOPPEL, Finished, PASSED, Running, Scratch, run};
+use support::{Boot, CLOUD, DOPPEL, Finished, PASSED, Running, Scratch, backends, run};
 
 const SCRIPT: &str = include_str!("scripts/network.sh");
 const MINUTE: Duration = Duration::from_secs(60);
@@ -131,6 +133,14 @@ fn it_does_interpreted() {
 }
 
 #[test]
+fn it_does_on_each_engine_with_its_network_in_a_process_of_its_own() {
+    for engine in ["translate", "direct", "interpret"] {
+        user_network_with(engine, "", "--driver-domain net").expect(PASSED);
+    }
+    user_network_with("translate", ",at-once=off", "--driver-domain net").expect(PASSED);
+}
+
+#[test]
 fn without_a_network_there_is_no_card_and_with_nothing_said_there_is_one() {
     let script = "[ ! -e /sys/class/net/eth0 ]";
     Boot::script(CLOUD, script)
@@ -187,7 +197,18 @@ fn a_reboot_opens_the_forwarded_ports_again() {
 
 #[test]
 fn two_machines_at_a_switch_reach_each_other() {
-    let name = format!("cli-test-{}", std::process::id());
+    switch_between(["", "--driver-domain net"]);
+}
+
+#[test]
+fn two_machines_do_whose_places_at_the_switch_have_processes_of_their_own() {
+    switch_between(["--driver-domain net"; 2]);
+}
+
+fn switch_between(flags: [&str; 2]) {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    let name = format!("cli-test-{}-{number}", std::process::id());
     let net = format!("--net switch={name}");
     let address = |n: u8| format!("killall udhcpc; ip addr add 10.1.0.{n}/24 dev eth0");
     let server = format!(
@@ -203,12 +224,13 @@ fn two_machines_at_a_switch_reach_each_other() {
         address(2)
     );
     let boot = Boot::script(CLOUD, &server).cmdline("quiet").flag(&net);
-    let (mut command, _scratch) = boot.command("translate");
+    let (mut command, _scratch) = boot.flag(flags[0]).command("translate");
     let mut running = Running::start(&mut command);
     running.until("serving", 1);
     Boot::script(CLOUD, &client)
         .cmdline("quiet")
         .flag(&net)
+        .flag(flags[1])
         .doppel("translate", MINUTE)
         .expect(PASSED);
 }
@@ -247,4 +269,99 @@ fn a_tap_device_that_the_user_does_not_have_is_an_error_that_tells_of_the_way() 
     run(Command::new(DOPPEL).args(arguments), MINUTE)
         .expect(1)
         .says("tap");
+}
+
+/// Kills of the process of a network while its guest transfers.
+const KILLS: u32 = 30;
+
+/// A server of `data` that says whether it is enough, and one that answers whole uploads with the check sum.
+fn servers(data: Vec<u8>, enough: Arc<AtomicBool>) -> (u16, u16) {
+    let http = serve(move |mut client| {
+        let mut request = [0; 4096];
+        let n = client.read(&mut request).unwrap_or(0);
+        let asks = String::from_utf8_lossy(&request[..n]).contains("GET /enough");
+        let body = match (asks, enough.load(Ordering::SeqCst)) {
+            (false, _) => &data[..],
+            (true, true) => b"yes",
+            (true, false) => b"no",
+        };
+        let head = format!("HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n", body.len());
+        let _ = client
+            .write_all(head.as_bytes())
+            .and_then(|()| client.write_all(body));
+    });
+    let sink = serve(|mut client| {
+        let mut data = Vec::new();
+        // What a killed process leaves is no end.
+        if client.read_to_end(&mut data).is_ok() {
+            let _ = client.write_all(sha256(&data).as_bytes());
+        }
+    });
+    (http, sink)
+}
+
+#[test]
+fn the_process_of_a_network_is_killed_over_and_over_and_the_guest_sees_lost_packets_at_most() {
+    let script = include_str!("scripts/network_domain.sh");
+    for engine in ["translate", "direct"] {
+        let data = data();
+        let (sum, enough) = (sha256(&data), Arc::new(AtomicBool::new(false)));
+        let (http, sink) = servers(data, enough.clone());
+        let port = free_port();
+        let net = format!(
+            "--driver-domain net --net user,dns=127.0.0.1:{},hostfwd=tcp::{port}-:80",
+            name_server()
+        );
+        let words = format!("quiet http={http} sink={sink} sum={sum}");
+        let boot = Boot::script(CLOUD, script).cmdline(&words).flag(&net);
+        let finished = thread::scope(|scope| {
+            let killer = scope.spawn(|| {
+                assert!(get(port, "/index.html").contains("hello from the guest"));
+                let mut kills = 0;
+                let mut pause = 5;
+                while kills < KILLS {
+                    thread::sleep(Duration::from_millis(pause));
+                    pause = (pause * 7 + 13) % 400 + 5;
+                    for pid in backends("net", &format!(":{port}-")) {
+                        let killed = Command::new("kill").args(["-9", &pid.to_string()]).status();
+                        kills += u32::from(killed.unwrap().success());
+                    }
+                    // The port is there again.
+                    if kills % 5 == 0 {
+                        assert!(get(port, "/index.html").contains("hello from the guest"));
+                    }
+                }
+                enough.store(true, Ordering::SeqCst);
+            });
+            let finished = boot.doppel(engine, 4 * MINUTE);
+            killer.join().unwrap();
+            finished
+        });
+        let finished = finished.expect(PASSED);
+        let told = finished
+            .console
+            .lines()
+            .find(|line| line.contains("transfers:"));
+        println!("{engine}: {}", told.unwrap());
+        assert!(backends("net", &format!(":{port}-")).is_empty());
+    }
+}
+
+#[test]
+fn the_process_of_a_network_ends_with_the_monitor_and_comes_back_with_a_reboot() {
+    let port = free_port();
+    let mark = format!(":{port}-");
+    let net = format!("--driver-domain net --net user,hostfwd=tcp::{port}-:22");
+    let boot = Boot::script(CLOUD, "echo booted; reboot -f").flag(&net);
+    let (mut command, _scratch) = boot.cmdline("quiet").command("translate");
+    let mut machine = Running::start(&mut command);
+    machine.until("booted", 2);
+    let pid = machine.child.id().to_string();
+    let killed = Command::new("kill").args(["-9", &pid]).status();
+    assert!(killed.unwrap().success());
+    let end = Instant::now() + MINUTE;
+    while !backends("net", &mark).is_empty() {
+        assert!(Instant::now() < end, "it goes on");
+        thread::sleep(Duration::from_millis(20));
+    }
 }

@@ -107,14 +107,14 @@ fn every_thread_of_a_machine_is_inside_the_sandbox() {
         let disk = scratch.path("disk");
         File::create(&disk).unwrap().set_len(1 << 20).unwrap();
         let boot = Boot::script(CLOUD, "echo script runs\nsleep 60").flag(&format!(
-            "--rng --console none --driver-domain disk --disk {},format=raw",
+            "--rng --console none --driver-domain disk,net --disk {},format=raw",
             disk.display()
         ));
         let (mut command, _scratch) = boot.command(engine);
         let mut running = Running::start(&mut command);
         running.until("script runs", 1);
         let monitor = running.child.id();
-        let processes = [monitor, disk_process(monitor)];
+        let processes = [monitor, process(monitor, "disk"), process(monitor, "net")];
         let tasks = processes.map(|pid| fs::read_dir(format!("/proc/{pid}/task")).unwrap());
         let mut threads = 0;
         for task in tasks.into_iter().flatten() {
@@ -122,8 +122,10 @@ fn every_thread_of_a_machine_is_inside_the_sandbox() {
             let status = fs::read_to_string(path.join("status")).unwrap();
             assert!(status.contains("NoNewPrivs:\t1"), "{engine}: {status}");
             assert!(status.contains("Seccomp:\t2"), "{engine}: {status}");
-            // First threads, who starts others, and the threads of the disk's process have one filter, all others their own besides.
-            let first = processes.iter().any(|pid| path.ends_with(pid.to_string()));
+            // First threads, who starts others, and the threads of the disk's process have one filter, all others their own besides; so has the
+            // network's process, which is started when the machine is made.
+            let first = processes[..2].iter();
+            let first = first.copied().any(|pid| path.ends_with(pid.to_string()));
             let name = fs::read_to_string(path.join("comm")).unwrap();
             let filters = match first || ["starter", "disk"].contains(&name.trim()) {
                 true => 1,
@@ -141,15 +143,16 @@ fn every_thread_of_a_machine_is_inside_the_sandbox() {
     }
 }
 
-/// The process that `monitor` started for its disk.
-fn disk_process(monitor: u32) -> u32 {
+/// The process that `monitor` started for its disk or network.
+fn process(monitor: u32, class: &str) -> u32 {
     let children = fs::read_to_string(format!("/proc/{monitor}/task/{monitor}/children")).unwrap();
     let mut children = children.split_whitespace().map(|pid| pid.parse().unwrap());
     let serves = |pid: &u32| {
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap();
-        line.split(|b| *b == 0).any(|word| word == b"backend")
+        let mut words = line.split(|b| *b == 0);
+        words.any(|word| word == b"backend") && words.any(|word| word == class.as_bytes())
     };
-    children.find(serves).expect("a process for the disk")
+    children.find(serves).expect("a process for it")
 }
 
 #[test]

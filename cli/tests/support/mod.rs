@@ -167,6 +167,22 @@ impl Drop for Running {
     }
 }
 
+/// Processes of `--driver-domain` that serve something of this class with `text` in its description.
+pub fn backends(class: &str, text: &str) -> Vec<u32> {
+    let serves = |pid: &u32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line).into_owned();
+        let words: Vec<_> = line.split_terminator('\0').collect();
+        match words[..] {
+            [_, "backend", .., "--", of, what] => of == class && what.contains(text),
+            _ => false,
+        }
+    };
+    let entries = fs::read_dir("/proc").unwrap().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(serves).collect()
+}
+
 /// A guest to boot: a Debian kernel, the default guest's initramfs and what a test adds to it.
 pub struct Boot {
     guest: Guest,
