@@ -32,7 +32,7 @@ struct Args {
     /// The build of Doppel.
     #[arg(long, default_value = "target/release/doppel")]
     doppel: PathBuf,
-    /// What it is told of the network; several are compared.
+    /// What it is told of the network, with other options behind it ("user --driver-domain net"); several are compared.
     #[arg(long, default_values_t = ["user".to_owned()])]
     net: Vec<String>,
     /// Without QEMU.
@@ -157,7 +157,8 @@ fn doppel(program: &Path, net: &str) -> Command {
         "--debug-exit",
         "--no-reboot",
     ]);
-    command.args(["--memory", "512M", "--net", net]);
+    command.args(["--memory", "512M", "--net"]);
+    command.args(net.split_whitespace());
     command
 }
 
