@@ -96,7 +96,7 @@ pub fn run_observed(
     if let Some(limit) = limit {
         session.end_after(&machine, limit)?;
     }
-    own_memory_unsafe::let_program_go();
+    own_memory_unsafe::keep_small();
     let ending = machine.run();
     let order = session.end(&ending);
     if let Some(file) = stats {

@@ -96,8 +96,10 @@ pub(crate) struct Peers {
     alone_wanted: AtomicBool,
     /// Which CPUs may write to a page without asking, a bit each.
     pub writers: Granules,
-    /// Which CPUs have translations of a page.
-    pub owners: Granules,
+    /// Which CPUs have translations of a page, where there is, or was, more than one.
+    owners: Granules,
+    /// Held while the owners of a page and its CODE flag change.
+    pub changes: Mutex<()>,
 }
 
 /// A request on its way: who has to answer, and the number of the request there.
@@ -128,6 +130,7 @@ impl Peers {
             alone_wanted: AtomicBool::new(false),
             writers: Granules::new(pages),
             owners: Granules::new(pages),
+            changes: Mutex::default(),
         })
     }
 
@@ -144,7 +147,7 @@ impl Peers {
             None => seats.push(Arc::downgrade(&peer)),
         }
         drop(seats);
-        if !others.is_empty() && !self.shared.swap(true, Ordering::SeqCst) {
+        if !others.is_empty() && self.begin_to_share(&others) {
             let asked = others
                 .iter()
                 .filter_map(|p| p.ask(|r| r.protect_all = true));
@@ -153,8 +156,42 @@ impl Peers {
         peer
     }
 
+    /// Notes what those there own, which they did not have to say while they were alone; true where nobody has done so.
+    fn begin_to_share(&self, others: &[Arc<Peer>]) -> bool {
+        let _changes = lock(&self.changes);
+        if self.is_shared() {
+            return false;
+        }
+        for peer in others {
+            let pages = peer.code.used().chain(peer.claimed.used());
+            pages.for_each(|page| self.owners.add(page, peer.bit));
+        }
+        self.shared.store(true, Ordering::SeqCst);
+        true
+    }
+
     pub fn is_shared(&self) -> bool {
         self.shared.load(Ordering::Relaxed)
+    }
+
+    /// The CPUs that may have translations of a page, a bit each. A CPU that is alone may have some of every page: [`Peer::has_code`] knows.
+    pub fn owners(&self, gpa: u64) -> u64 {
+        match self.shared.load(Ordering::SeqCst) {
+            true => self.owners.get(gpa),
+            false => u64::MAX,
+        }
+    }
+
+    /// Makes a CPU an owner of a page, or one no more. `changes` is held. True where the page has owners.
+    pub fn set_owner(&self, gpa: u64, by: &Peer, owns: bool) -> bool {
+        if !self.is_shared() {
+            return owns;
+        }
+        match owns {
+            true => self.owners.add(gpa, by.bit),
+            false => self.owners.remove(gpa, by.bit),
+        }
+        self.owners.get(gpa) != 0
     }
 
     /// The peers whose bits are set.
@@ -175,8 +212,8 @@ impl Peer {
     fn new(bit: u64, peers: Arc<Peers>) -> Self {
         Peer {
             bit,
-            code: Granules::new(peers.owners.pages()),
-            claimed: Granules::new(peers.owners.pages()),
+            code: Granules::new(peers.writers.pages()),
+            claimed: Granules::new(peers.writers.pages()),
             peers,
             in_guest: AtomicBool::new(false),
             any: AtomicBool::new(false),

@@ -9,7 +9,7 @@
 //! then. So of two that meet, one sees the other.
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering, fence};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 use crate::peer::{Asked, Peer, Peers, lock};
 use crate::{PAGE_MASK, PAGE_SIZE};
@@ -23,21 +23,31 @@ pub type CodeGranules = u64;
 const GRANULE_SHIFT: u64 = 6;
 
 /// Pages whose words are allocated together, when the first of them is set.
-const REGION: usize = 512;
+const REGION: usize = 64;
+/// Regions that are entered together.
+const REGIONS: usize = 64;
 type Region = [AtomicU64; REGION];
+type Stretch = [OnceLock<Box<Region>>; REGIONS];
 
-/// A word a page, most of them 0.
+/// A word a page, most of them 0: those of pages that lie together, and nearly no memory for the others.
 #[derive(Debug)]
 pub(crate) struct Granules {
-    regions: Vec<OnceLock<Box<Region>>>,
+    stretches: Vec<OnceLock<Box<Stretch>>>,
     pages: u64,
+}
+
+/// Where a page's word is: stretch, region, word.
+fn place(gpa: u64) -> (usize, usize, usize) {
+    let page = (gpa / PAGE_SIZE) as usize;
+    let region = page / REGION;
+    (region / REGIONS, region % REGIONS, page % REGION)
 }
 
 impl Granules {
     pub fn new(pages: u64) -> Self {
-        let regions = pages.div_ceil(REGION as u64);
+        let stretches = pages.div_ceil((REGION * REGIONS) as u64);
         Granules {
-            regions: (0..regions).map(|_| OnceLock::new()).collect(),
+            stretches: (0..stretches).map(|_| OnceLock::new()).collect(),
             pages,
         }
     }
@@ -47,19 +57,21 @@ impl Granules {
     }
 
     pub fn get(&self, gpa: u64) -> u64 {
-        let page = (gpa / PAGE_SIZE) as usize;
-        let region = self.regions.get(page / REGION).and_then(OnceLock::get);
-        region.map_or(0, |r| r[page % REGION].load(Ordering::SeqCst))
+        let (stretch, region, word) = place(gpa);
+        let stretch = self.stretches.get(stretch).and_then(OnceLock::get);
+        let region = stretch.and_then(|regions| regions[region].get());
+        region.map_or(0, |words| words[word].load(Ordering::SeqCst))
     }
 
     fn word(&self, gpa: u64) -> Option<&AtomicU64> {
-        let page = (gpa / PAGE_SIZE) as usize;
-        let region = self.regions.get(page / REGION)?;
-        let region = region.get_or_init(|| Box::new([const { AtomicU64::new(0) }; REGION]));
-        Some(&region[page % REGION])
+        let (stretch, region, word) = place(gpa);
+        let stretch = self.stretches.get(stretch)?;
+        let regions = stretch.get_or_init(|| Box::new([const { OnceLock::new() }; REGIONS]));
+        let empty = || Box::new([const { AtomicU64::new(0) }; REGION]);
+        Some(&regions[region].get_or_init(empty)[word])
     }
 
-    fn add(&self, gpa: u64, bits: u64) {
+    pub fn add(&self, gpa: u64, bits: u64) {
         if let Some(word) = self.word(gpa) {
             word.fetch_or(bits, Ordering::SeqCst);
         }
@@ -81,11 +93,14 @@ impl Granules {
 
     /// The pages whose words are not 0.
     pub fn used(&self) -> impl Iterator<Item = u64> {
-        let regions = self.regions.iter().enumerate();
-        let used = regions.filter_map(|(n, r)| Some((n, r.get()?)));
-        used.flat_map(|(n, region)| {
-            let set = |w: &AtomicU64| w.load(Ordering::SeqCst) != 0;
-            let pages = (0..REGION).filter(move |at| set(&region[*at]));
+        let stretches = self.stretches.iter().enumerate();
+        let regions = stretches.flat_map(|(n, stretch)| {
+            let regions = stretch.get().into_iter().flat_map(|s| s.iter().enumerate());
+            regions.filter_map(move |(m, region)| Some((n * REGIONS + m, region.get()?)))
+        });
+        regions.flat_map(|(n, region)| {
+            let set = |at: &usize| region[*at].load(Ordering::SeqCst) != 0;
+            let pages = (0..REGION).filter(set);
             pages.map(move |at| (n * REGION + at) as u64 * PAGE_SIZE)
         })
     }
@@ -95,8 +110,6 @@ impl Granules {
 #[derive(Debug)]
 pub struct PageTracker {
     flags: Vec<AtomicU8>,
-    /// Held while the owners of a page and its CODE flag change.
-    changes: Mutex<()>,
     peers: Arc<Peers>,
 }
 
@@ -107,7 +120,6 @@ impl PageTracker {
         flags.resize_with(pages as usize, AtomicU8::default);
         PageTracker {
             flags,
-            changes: Mutex::default(),
             peers: Peers::new(pages),
         }
     }
@@ -180,48 +192,39 @@ impl PageTracker {
         if by.code.get(gpa) & bits == bits {
             return;
         }
-        let _changes = lock(&self.changes);
+        let _changes = lock(&self.peers.changes);
         by.code.add(gpa, bits);
-        if self.peers.owners.get(gpa) & by.bit() == 0 {
-            self.peers.owners.add(gpa, by.bit());
-            self.set(gpa, CODE);
-        }
+        self.own(gpa, by);
     }
 
     /// Notes that the processor itself executes the page as code of a CPU: all of it counts as translated until [`Self::release_code`].
     /// [`Self::protect`] is to follow.
     pub fn claim_code(&self, gpa: u64, by: &Peer) {
-        let _changes = lock(&self.changes);
+        let _changes = lock(&self.peers.changes);
         by.claimed.add(gpa, CodeGranules::MAX);
-        self.peers.owners.add(gpa, by.bit());
-        self.set(gpa, CODE);
+        self.own(gpa, by);
     }
 
     /// Ends a claim; translated code stays noted.
     pub fn release_code(&self, gpa: u64, by: &Peer) {
-        let _changes = lock(&self.changes);
+        let _changes = lock(&self.peers.changes);
         by.claimed.remove(gpa, CodeGranules::MAX);
         self.own(gpa, by);
     }
 
     /// Sets which granules of the page still hold code of a CPU, after it threw blocks away.
     pub fn set_code(&self, gpa: u64, granules: CodeGranules, by: &Peer) {
-        let _changes = lock(&self.changes);
+        let _changes = lock(&self.peers.changes);
         by.code.set(gpa, granules);
         self.own(gpa, by);
     }
 
     /// Makes a CPU an owner of the page where it has code there.
     fn own(&self, gpa: u64, by: &Peer) {
-        if by.has_code(gpa, CodeGranules::MAX) {
-            self.peers.owners.add(gpa, by.bit());
+        let owns = by.has_code(gpa, CodeGranules::MAX);
+        if self.peers.set_owner(gpa, by, owns) {
             self.set(gpa, CODE);
-            return;
-        }
-        self.peers.owners.remove(gpa, by.bit());
-        if self.peers.owners.get(gpa) == 0
-            && let Some(f) = self.flags.get((gpa / PAGE_SIZE) as usize)
-        {
+        } else if let Some(f) = self.flags.get((gpa / PAGE_SIZE) as usize) {
             f.fetch_and(!CODE, Ordering::SeqCst);
         }
     }
@@ -229,7 +232,7 @@ impl PageTracker {
     /// True where a write of `len` bytes at `gpa` (within one page) may change translated code of any CPU.
     pub fn touches_code(&self, gpa: u64, len: u64) -> bool {
         self.has_code(gpa) && {
-            let owners = self.peers.of(self.peers.owners.get(gpa));
+            let owners = self.peers.of(self.peers.owners(gpa));
             let bits = granules(gpa, len);
             owners.iter().any(|o| o.has_code(gpa, bits))
         }
@@ -299,7 +302,7 @@ impl PageTracker {
     /// Tells all other CPUs that have translated any of `len` bytes at `gpa` (within one page) of a write to them.
     pub fn tell_others(&self, gpa: u64, len: u64, by: &Peer) -> Asked {
         let (page, bits) = (gpa & !PAGE_MASK, granules(gpa, len));
-        let concerned = concerned(&self.peers, self.peers.owners.get(gpa), page, bits);
+        let concerned = concerned(&self.peers, self.peers.owners(gpa), page, bits);
         by.ask_others(concerned | by.group(), |r| {
             *r.code.entry(page).or_default() |= bits;
         })
@@ -316,7 +319,7 @@ impl PageTracker {
                 continue;
             }
             let (page, bits) = (at & !PAGE_MASK, granules(at, len));
-            let concerned = concerned(&self.peers, self.peers.owners.get(at), page, bits);
+            let concerned = concerned(&self.peers, self.peers.owners(at), page, bits);
             for peer in self.peers.of(concerned) {
                 let _ = peer.ask(|r| *r.code.entry(page).or_default() |= bits);
             }
@@ -354,6 +357,23 @@ mod tests {
     use super::*;
 
     #[test]
+    fn each_page_has_a_word_of_its_own() {
+        let pages = 2 * (REGION * REGIONS) as u64 + 5;
+        let words = Granules::new(pages);
+        let some = [0, 1, 63, 64, 4095, 4096, 4161, pages - 1];
+        for page in some {
+            words.add(page * PAGE_SIZE + 7, page + 1);
+        }
+        assert!(some.iter().all(|p| words.get(p * PAGE_SIZE) == p + 1));
+        assert_eq!([2, 62, 65, 4097].map(|p| words.get(p * PAGE_SIZE)), [0; 4]);
+        assert!(words.used().eq(some.map(|page| page * PAGE_SIZE)));
+        words.remove(4096 * PAGE_SIZE, u64::MAX);
+        words.set(PAGE_SIZE, 0);
+        assert_eq!(words.used().count(), some.len() - 2);
+        assert_eq!(words.get(u64::MAX), 0);
+    }
+
+    #[test]
     fn granules_cover_the_bytes() {
         assert_eq!(granules(0x1000, 1), 1);
         assert_eq!(granules(0x103f, 2), 0b11);
@@ -378,6 +398,29 @@ mod tests {
         assert!(!t.has_code(0x2100));
         t.set_code(0x2000, 1 << 4, &cpu);
         assert!(t.touches_code(0x2104, 4) && !t.touches_code(0x2140, 4));
+    }
+
+    #[test]
+    fn a_cpu_that_was_alone_owns_what_it_translated() {
+        let t = PageTracker::new(16);
+        let first = t.join();
+        t.add_code(0x2100, 10, &first);
+        t.claim_code(0x3000, &first);
+        t.add_code(0x4100, 10, &first);
+        t.set_code(0x4000, 0, &first);
+        assert!(t.touches_code(0x2104, 4) && !t.touches_code(0x2000, 8));
+        assert!(t.has_code(0x3000) && !t.has_code(0x4000));
+        let second = t.join();
+        let _ = first.take_requests();
+        t.add_code(0x2200, 10, &second);
+        assert!(t.touches_code(0x2104, 4) && t.touches_code(0x3abc, 1));
+        t.note_device_write(0x2100, 4);
+        assert!(first.has_requests() && !second.has_requests());
+        t.set_code(0x2000, 0, &second);
+        assert!(t.has_code(0x2000), "the first has code there");
+        t.set_code(0x2000, 0, &first);
+        t.release_code(0x3000, &first);
+        assert!(!t.has_code(0x2000) && !t.has_code(0x3000));
     }
 
     #[test]

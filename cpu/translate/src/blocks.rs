@@ -9,6 +9,8 @@
 //! Invariant: no linked jump and no jump cache entry leads to a block that was thrown away.
 
 use std::hash::BuildHasher;
+use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use hashbrown::HashTable;
@@ -17,7 +19,6 @@ use rustc_hash::{FxBuildHasher, FxHashMap};
 use doppel_memory::{CodeGranules, PAGE_MASK, PAGE_SIZE, PageTracker, Peer, Privilege};
 
 use crate::cache_unsafe::CodeCache;
-use crate::chunks::Chunks;
 use crate::context_unsafe::Slots;
 use crate::flags::FlagPlace;
 use crate::frontend::Simd;
@@ -27,6 +28,8 @@ use crate::records::{
     AccessRecord, Before, BlockRecord, BoundaryRecord, BranchRecord, ExitRecord, NONE, PackedKey,
 };
 use crate::rewrite::{AccessSite, Base, Boundary, ExitSite, FirstSites, Translated};
+use crate::table_unsafe::Table;
+use crate::translator::CACHE_MARGIN;
 
 /// Index of a block, valid until the cache is emptied.
 pub(crate) type BlockId = u32;
@@ -127,11 +130,11 @@ pub(crate) struct Blocks {
     cache: u64,
     /// Whose they are.
     peer: Arc<Peer>,
-    blocks: Chunks<BlockRecord>,
-    boundaries: Chunks<BoundaryRecord>,
-    exits: Chunks<ExitRecord>,
-    accesses: Chunks<AccessRecord>,
-    branches: Chunks<BranchRecord>,
+    blocks: Table<BlockRecord>,
+    boundaries: Table<BoundaryRecord>,
+    exits: Table<ExitRecord>,
+    accesses: Table<AccessRecord>,
+    branches: Table<BranchRecord>,
     recipes: Recipes,
     by_key: HashTable<BlockId>,
     /// First of the list of the blocks that begin in a page.
@@ -156,17 +159,18 @@ fn hash(key: PackedKey) -> u64 {
 }
 
 impl Blocks {
-    /// No blocks yet of a CPU, for a cache at this host address.
-    pub fn new(cache: u64, peer: Arc<Peer>) -> Self {
-        Blocks {
-            cache,
+    /// No blocks yet of a CPU, for a cache at these host addresses. What is known of them takes no more than the cache is large.
+    pub fn new(cache: Range<u64>, peer: Arc<Peer>) -> io::Result<Self> {
+        let most = (cache.end - cache.start) as usize + CACHE_MARGIN;
+        Ok(Blocks {
+            cache: cache.start,
             peer,
-            blocks: Chunks::default(),
-            boundaries: Chunks::default(),
-            exits: Chunks::default(),
-            accesses: Chunks::default(),
-            branches: Chunks::default(),
-            recipes: Recipes::default(),
+            blocks: Table::new(most)?,
+            boundaries: Table::new(most)?,
+            exits: Table::new(most)?,
+            accesses: Table::new(most)?,
+            branches: Table::new(most)?,
+            recipes: Recipes::new(most)?,
             by_key: HashTable::new(),
             by_page: FxHashMap::default(),
             second_pages: FxHashMap::default(),
@@ -177,7 +181,7 @@ impl Blocks {
             generation: 0,
             links: 0,
             invalidated: 0,
-        }
+        })
     }
 
     /// Whose record of translated bytes they stand in.
@@ -193,6 +197,11 @@ impl Blocks {
             }
         }
         self.slots.push(slots);
+    }
+
+    /// How many CPUs run them.
+    pub fn cpus(&self) -> usize {
+        self.slots.len()
     }
 
     /// Several CPUs run them.
@@ -568,13 +577,20 @@ impl Blocks {
         for page in self.by_page.keys().chain(self.by_second_page.keys()) {
             tracker.set_code(*page, 0, &self.peer);
         }
-        *self = Blocks {
-            links: self.links,
-            invalidated: self.invalidated,
-            generation: self.generation + 1,
-            slots: std::mem::take(&mut self.slots),
-            ..Blocks::new(self.cache, self.peer.clone())
-        };
+        self.blocks.clear();
+        self.boundaries.clear();
+        self.exits.clear();
+        self.accesses.clear();
+        self.branches.clear();
+        self.recipes.clear();
+        self.by_key = HashTable::new();
+        self.by_page = FxHashMap::default();
+        self.second_pages = FxHashMap::default();
+        self.by_second_page = FxHashMap::default();
+        self.cross_page = [Vec::new(), Vec::new()];
+        self.removed = Vec::new();
+        self.slots.iter().for_each(Slots::give_back);
+        self.generation += 1;
     }
 
     /// The block that a host address lies in, and the guest instruction there.
@@ -616,17 +632,37 @@ impl Blocks {
         (from as u32..to as u32).map(|n| self.exit(n))
     }
 
-    /// Host bytes that hold metadata, roughly.
-    pub fn metadata_bytes(&self) -> u64 {
-        (self.blocks.bytes()
+    /// Bytes of what is known of them.
+    pub fn bytes(&self) -> usize {
+        self.blocks.bytes()
             + self.boundaries.bytes()
             + self.exits.bytes()
             + self.accesses.bytes()
-            + self.accesses.len() * size_of::<u64>()
             + self.branches.bytes()
             + self.recipes.bytes()
-            + self.by_key.allocation_size()
-            + self.by_page.capacity() * size_of::<(u64, BlockId)>()) as u64
+            + self.heap_bytes()
+    }
+
+    /// What that takes of the host's memory.
+    pub fn memory(&self) -> usize {
+        let tables = self.blocks.memory()
+            + self.boundaries.memory()
+            + self.exits.memory()
+            + self.accesses.memory()
+            + self.branches.memory()
+            + self.recipes.memory();
+        tables + self.heap_bytes()
+    }
+
+    fn heap_bytes(&self) -> usize {
+        let by_second_page = self.by_second_page.capacity() * size_of::<(u64, Vec<BlockId>)>();
+        let links = self.cross_page.iter().map(Vec::capacity).sum::<usize>();
+        self.by_key.allocation_size()
+            + self.by_page.capacity() * size_of::<(u64, BlockId)>()
+            + self.second_pages.capacity() * size_of::<(BlockId, u64)>()
+            + by_second_page
+            + links * size_of::<Link>()
+            + self.removed.capacity() * size_of::<BlockId>()
     }
 }
 
@@ -677,7 +713,7 @@ mod tests {
             let cache = CodeCache::new(1 << 20, false, false).unwrap();
             let tracker = PageTracker::new(64);
             Rig {
-                blocks: Blocks::new(cache.range().start, tracker.join()),
+                blocks: Blocks::new(cache.range(), tracker.join()).unwrap(),
                 cache,
                 tracker,
             }

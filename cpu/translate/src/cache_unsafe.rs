@@ -32,6 +32,8 @@ pub(crate) struct CodeCache {
     used: usize,
     slots_used: usize,
     forms_used: usize,
+    /// The accesses that have forms.
+    formed: Vec<u32>,
     /// So much of both mappings has memory; whole batches, so whole pages.
     populated: usize,
     /// The part at the start that survives [`Self::clear`].
@@ -64,6 +66,7 @@ impl CodeCache {
             used: 0,
             slots_used: 0,
             forms_used: 0,
+            formed: Vec::new(),
             populated: 0,
             pinned: 0,
         })
@@ -123,13 +126,20 @@ impl CodeCache {
     /// Lets the form of an access begin at host address `at`; 0 where it has none.
     pub fn set_form(&mut self, access: u32, at: u64) {
         assert!(at == 0 || self.range().contains(&at));
-        self.form(access as usize).store(at, Ordering::Release);
+        if self.form(access as usize).swap(at, Ordering::AcqRel) == 0 {
+            self.formed.push(access);
+        }
+    }
+
+    /// Bytes of the table of forms that may be in use.
+    pub fn form_bytes(&self) -> usize {
+        8 * self.forms_used
     }
 
     /// No access has a form any more.
     pub fn clear_forms(&mut self) {
-        for n in 0..self.forms_used {
-            self.form(n).store(0, Ordering::Release);
+        for n in std::mem::take(&mut self.formed) {
+            self.form(n as usize).store(0, Ordering::Release);
         }
     }
 
@@ -199,6 +209,14 @@ impl CodeCache {
     /// Throws away everything that is not pinned.
     pub fn clear(&mut self) {
         self.clear_forms();
+        // SAFETY: within the reservation; a page that is read again is all zeros, as it is now.
+        unsafe {
+            libc::madvise(
+                self.forms() as *mut _,
+                self.form_bytes(),
+                libc::MADV_DONTNEED,
+            )
+        };
         self.used = self.pinned;
         self.slots_used = 0;
         self.forms_used = 0;

@@ -80,6 +80,15 @@ impl Slots {
         unsafe { &*self.0.at.as_ptr().add(at).cast::<AtomicU64>() }
     }
 
+    /// Forgets all; the host has their memory back. No code may lead through one until it is set again.
+    pub fn give_back(&self) {
+        // SAFETY: the slots are whole pages of the memory behind the context, and nothing but slots.
+        unsafe {
+            let at = self.0.at.as_ptr().add(SLOTS).cast();
+            libc::madvise(at, self.0.len - SLOTS, libc::MADV_DONTNEED);
+        }
+    }
+
     /// Lets a slot lead to a host address.
     pub fn set(&self, n: u32, target: u64) {
         self.slot(n).store(target, Ordering::Release);

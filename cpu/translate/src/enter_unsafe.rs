@@ -74,16 +74,24 @@ impl ThreadSetup {
 /// The thread's alternate signal stack, from the first run of translated code to the end of the thread.
 struct SignalStack {
     old: libc::stack_t,
-    _memory: Vec<u8>,
+    memory: *mut libc::c_void,
 }
+
+/// Bytes of it. Of a mapping of its own only what was touched takes memory.
+const SIGNAL_STACK_SIZE: usize = 256 << 10;
 
 impl SignalStack {
     fn install() -> Self {
-        let mut memory = vec![0u8; 256 << 10];
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let size = SIGNAL_STACK_SIZE;
+        // SAFETY: a new mapping at an address of the kernel's choice touches nothing of ours.
+        let memory = unsafe { libc::mmap(std::ptr::null_mut(), size, access, flags, -1, 0) };
+        assert!(memory != libc::MAP_FAILED, "there is no memory for a stack");
         let new = libc::stack_t {
-            ss_sp: memory.as_mut_ptr().cast(),
+            ss_sp: memory,
             ss_flags: SS_AUTODISARM,
-            ss_size: memory.len(),
+            ss_size: size,
         };
         // SAFETY: the memory lives as long as this value, whose drop puts the old stack back first.
         let old = unsafe {
@@ -91,17 +99,17 @@ impl SignalStack {
             libc::sigaltstack(&new, &mut old);
             old
         };
-        SignalStack {
-            old,
-            _memory: memory,
-        }
+        SignalStack { old, memory }
     }
 }
 
 impl Drop for SignalStack {
     fn drop(&mut self) {
-        // SAFETY: `old` is what the kernel gave us for this thread.
-        unsafe { libc::sigaltstack(&self.old, std::ptr::null_mut()) };
+        // SAFETY: `old` is what the kernel gave us for this thread; nobody uses the memory once it is put back.
+        unsafe {
+            libc::sigaltstack(&self.old, std::ptr::null_mut());
+            libc::munmap(self.memory, SIGNAL_STACK_SIZE);
+        }
     }
 }
 

@@ -13,7 +13,6 @@ mod access;
 mod asm;
 mod blocks;
 mod cache_unsafe;
-mod chunks;
 mod classify;
 mod code_map;
 mod code_pages;
@@ -38,9 +37,9 @@ mod shared;
 mod slot_links;
 mod spaces;
 mod stats;
+mod table_unsafe;
 mod thunk;
 mod translator;
-mod trim_unsafe;
 mod user_return;
 
 pub use engine::{Switch, Translate, TranslateError, TranslateOptions, supported};

@@ -14,7 +14,6 @@ use crate::narrow::{self, Mode};
 use crate::records::MAX_CODE;
 use crate::rewrite::{Base, Setting};
 use crate::translator::{CACHE_MARGIN, Translator};
-use crate::trim_unsafe::give_back_free_memory;
 
 /// Bytes that are read for a block, unless they turn out to be too few.
 const USUAL_BYTES: usize = 96;
@@ -540,7 +539,6 @@ impl Translator {
         code.cache.clear();
         self.forget_all();
         self.observe_emptying();
-        give_back_free_memory();
     }
 
     /// All blocks are gone.

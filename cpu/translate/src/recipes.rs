@@ -6,9 +6,11 @@
 //! Invariant: the next recipe of a chain stands before it, in the same block.
 //! Cost: 8 bytes for a place that needs a recipe, and 12 for a recipe, which the places of a block share.
 
-use crate::chunks::Chunks;
+use std::io;
+
 use crate::records::RecipeRecord;
 use crate::rewrite::{Chained, IN_PLACE, RecipeId, Translated};
+use crate::table_unsafe::Table;
 
 /// Which recipe is the first of those that give what is not in place, if anything is not.
 pub(crate) type Lost = Option<u32>;
@@ -16,14 +18,22 @@ pub(crate) type Lost = Option<u32>;
 /// The number of a place, and of its first recipe.
 type Need = (u32, u32);
 
-#[derive(Default)]
 pub(crate) struct Recipes {
-    recipes: Chunks<RecipeRecord>,
-    boundaries: Chunks<Need>,
-    exits: Chunks<Need>,
+    recipes: Table<RecipeRecord>,
+    boundaries: Table<Need>,
+    exits: Table<Need>,
 }
 
 impl Recipes {
+    /// For so many bytes of each kind, at least.
+    pub fn new(most: usize) -> io::Result<Self> {
+        Ok(Recipes {
+            recipes: Table::new(most)?,
+            boundaries: Table::new(most)?,
+            exits: Table::new(most)?,
+        })
+    }
+
     /// Enters those of a block whose boundaries and exits are numbered from these on.
     pub fn add(&mut self, code: &Translated, first_boundary: u32, first_exit: u32) {
         let first = self.recipes.len() as u32;
@@ -56,6 +66,18 @@ impl Recipes {
     pub fn bytes(&self) -> usize {
         self.recipes.bytes() + self.boundaries.bytes() + self.exits.bytes()
     }
+
+    /// Bytes that they take of the host's memory.
+    pub fn memory(&self) -> usize {
+        self.recipes.memory() + self.boundaries.memory() + self.exits.memory()
+    }
+
+    /// Forgets all.
+    pub fn clear(&mut self) {
+        self.recipes.clear();
+        self.boundaries.clear();
+        self.exits.clear();
+    }
 }
 
 fn pack((at, (recipe, next)): (usize, &Chained)) -> RecipeRecord {
@@ -66,7 +88,7 @@ fn pack((at, (recipe, next)): (usize, &Chained)) -> RecipeRecord {
     RecipeRecord::new(recipe, back as u32)
 }
 
-fn look_up(needs: &Chunks<Need>, place: u32) -> Lost {
+fn look_up(needs: &Table<Need>, place: u32) -> Lost {
     let at = needs.partition_point(0..needs.len(), |need| need.0 < place);
     let (found, first) = *needs.get(at)?;
     (found == place).then_some(first)
@@ -100,7 +122,7 @@ mod tests {
 
     #[test]
     fn each_place_finds_the_recipes_of_its_block() {
-        let mut recipes = Recipes::default();
+        let mut recipes = Recipes::new(1 << 16).unwrap();
         recipes.add(&block(), 0, 0);
         recipes.add(&Translated::default(), 5, 2);
         recipes.add(&block(), 9, 3);

@@ -14,7 +14,8 @@
 //!
 //! Cost: two uncontended locks for a way through the monitor. A vCPU that shares with nobody has the code always, and no lock.
 
-use std::ops::{Deref, DerefMut};
+use std::io;
+use std::ops::{Deref, DerefMut, Range};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use doppel_memory::PAGE_SIZE;
@@ -45,7 +46,7 @@ impl Code {
 
     fn new(
         options: &TranslateOptions,
-        blocks: impl FnOnce(u64) -> Blocks,
+        blocks: impl FnOnce(Range<u64>) -> io::Result<Blocks>,
     ) -> Result<Self, TranslateError> {
         let size = Code::size(options);
         let mut cache = CodeCache::new(size, options.perf_map, options.huge_code)
@@ -56,7 +57,7 @@ impl Code {
         cache.append(&asm.bytes);
         cache.pin();
         Ok(Code {
-            blocks: blocks(cache.range().start),
+            blocks: blocks(cache.range()).map_err(|e| TranslateError::Cache(size, e))?,
             cache,
             thunks,
             busy: 0,
@@ -65,9 +66,18 @@ impl Code {
 
     /// Bytes that are left for code and what has to be known of it.
     pub fn room(&self) -> usize {
-        let known = self.blocks.metadata_bytes() as usize;
+        let known = self.blocks.bytes() + self.slot_bytes() + self.cache.form_bytes();
         let taken = self.cache.used() + known;
         (self.cache.room()).min(self.cache.len().saturating_sub(taken))
+    }
+
+    /// What the host's memory holds of that beside the mappings of the code, which the forms lie behind.
+    pub fn memory(&self) -> usize {
+        self.blocks.memory() + self.slot_bytes()
+    }
+
+    fn slot_bytes(&self) -> usize {
+        self.blocks.cpus() * 8 * self.cache.slots_used()
     }
 }
 
@@ -131,7 +141,7 @@ impl Held {
     /// Code of its own.
     pub fn own(
         options: &TranslateOptions,
-        blocks: impl FnOnce(u64) -> Blocks,
+        blocks: impl FnOnce(Range<u64>) -> io::Result<Blocks>,
     ) -> Result<Self, TranslateError> {
         Ok(Held {
             code: Some(Box::new(Code::new(options, blocks)?)),
@@ -144,7 +154,7 @@ impl Held {
     pub fn shared(
         with: &SharedCode,
         options: &TranslateOptions,
-        blocks: impl FnOnce(u64) -> Blocks,
+        blocks: impl FnOnce(Range<u64>) -> io::Result<Blocks>,
     ) -> Result<Self, TranslateError> {
         let mut place = with.0.lock();
         let first = !place.made;

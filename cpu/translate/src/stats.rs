@@ -121,7 +121,7 @@ impl Translator {
     fn code_stats(&self) -> CodeStats {
         let look = |code: &Code| CodeStats {
             bytes: code.cache.used() as u64,
-            metadata: code.blocks.metadata_bytes(),
+            metadata: code.memory() as u64,
             invalidated: code.blocks.invalidated,
             links: code.blocks.links,
             huge_pages: code.cache.huge_pages,

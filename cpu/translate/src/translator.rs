@@ -101,7 +101,7 @@ impl Translator {
         let context =
             ContextBox::new(cpu, slots(size)).map_err(|e| TranslateError::Cache(size, e))?;
         peer.set_nudge(context.nudge());
-        let blocks = |at| Blocks::new(at, peer.clone());
+        let blocks = |cache| Blocks::new(cache, peer.clone());
         let mut code = match with {
             None => Held::own(&options, blocks)?,
             Some(with) => Held::shared(with, &options, blocks)?,
