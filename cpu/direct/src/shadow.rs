@@ -7,7 +7,7 @@
 //! and only what differs is unmapped: to the guest that is the same as a flush.
 //! Invariant: an entry names what is mapped in the child once the changes that came with it are made. It has write permission only where the
 //! CPU [may write](doppel_memory::PageTracker::may_write) to the page, and never along with permission to execute.
-//! Cost: 8 bytes a page; some 10 ns a page and flush.
+//! Cost: 8 bytes a page, for 64 pages that lie together; some 10 ns a page and flush.
 
 use std::collections::BTreeMap;
 
@@ -82,24 +82,47 @@ pub enum Revoked {
     Execute,
 }
 
-struct Region {
-    entries: [Entry; REGION_PAGES],
-    used: usize,
-}
+/// Pages whose entries are allocated together: most programs map few pages of a region.
+const PIECE: usize = 64;
+const PIECES: usize = REGION_PAGES / PIECE;
 
-impl Region {
-    fn new() -> Box<Self> {
-        Box::new(Region {
-            entries: [Entry::NONE; REGION_PAGES],
-            used: 0,
+#[derive(Default)]
+struct Pieces([Option<Box<[Entry; PIECE]>>; PIECES]);
+
+impl Pieces {
+    fn get(&self, n: usize) -> Entry {
+        let piece = self.0[n / PIECE].as_ref();
+        piece.map_or(Entry::NONE, |entries| entries[n % PIECE])
+    }
+
+    /// Sets an entry; what was there.
+    fn replace(&mut self, n: usize, entry: Entry) -> Entry {
+        let empty = || Box::new([Entry::NONE; PIECE]);
+        let piece = self.0[n / PIECE].get_or_insert_with(empty);
+        std::mem::replace(&mut piece[n % PIECE], entry)
+    }
+
+    /// All entries that may be mapped, with their numbers.
+    fn iter_mut(&mut self) -> impl Iterator<Item = (usize, &mut Entry)> {
+        let pieces = self.0.iter_mut().enumerate();
+        let there = pieces.filter_map(|(m, piece)| Some((m, piece.as_mut()?)));
+        there.flat_map(|(m, piece)| {
+            let entries = piece.iter_mut().enumerate();
+            entries.map(move |(n, entry)| (m * PIECE + n, entry))
         })
     }
+}
+
+#[derive(Default)]
+struct Region {
+    entries: Pieces,
+    used: usize,
 }
 
 /// The shadow of one address space.
 #[derive(Default)]
 pub struct Shadow {
-    regions: BTreeMap<u64, Box<Region>>,
+    regions: BTreeMap<u64, Region>,
     pages: usize,
 }
 
@@ -111,14 +134,14 @@ impl Shadow {
     /// What is mapped at a linear address.
     pub fn get(&self, linear: u64) -> Entry {
         let region = self.regions.get(&(linear >> REGION_SHIFT));
-        region.map_or(Entry::NONE, |r| r.entries[index(linear)])
+        region.map_or(Entry::NONE, |r| r.entries.get(index(linear)))
     }
 
     /// Notes what is mapped at a linear address from now on.
     pub fn set(&mut self, linear: u64, entry: Entry) {
         let region = self.regions.entry(linear >> REGION_SHIFT);
-        let region = region.or_insert_with(Region::new);
-        let old = std::mem::replace(&mut region.entries[index(linear)], entry);
+        let region = region.or_default();
+        let old = region.entries.replace(index(linear), entry);
         let (old, new) = (usize::from(old.is_mapped()), usize::from(entry.is_mapped()));
         region.used = region.used + new - old;
         self.pages = self.pages + new - old;
@@ -146,7 +169,7 @@ impl Shadow {
     /// Takes a permission for a guest physical page away wherever it is mapped.
     pub fn revoke(&mut self, gpa: u64, what: Revoked, changes: &mut Changes) {
         for (number, region) in &mut self.regions {
-            for (n, entry) in region.entries.iter_mut().enumerate() {
+            for (n, entry) in region.entries.iter_mut() {
                 if entry.gpa() != gpa || !entry.is_mapped() {
                     continue;
                 }
@@ -173,7 +196,7 @@ impl Shadow {
         for (number, region) in &mut self.regions {
             let start = number << REGION_SHIFT;
             let survey = Survey::of(ram, paging, start);
-            for (n, entry) in region.entries.iter_mut().enumerate() {
+            for (n, entry) in region.entries.iter_mut() {
                 if !entry.is_mapped() {
                     continue;
                 }
