@@ -1,7 +1,7 @@
 //! How much of a processor a process got: on a busy host less than one, and its times are then longer than they should be.
 
-use crate::family::{family, time_of_the_gone};
 use anyhow::Result;
+use doppel_footprint::family::{family, time_of_the_gone};
 use nix::time::clock_getcpuclockid;
 use nix::unistd::Pid;
 use std::time::{Duration, Instant};

@@ -1,4 +1,3 @@
 //! What measurements share: the processor time of a process and of all that it started.
 
 pub mod cpu;
-pub mod family;

@@ -18,11 +18,16 @@ use std::ops::Range;
 use std::thread;
 use std::time::Duration;
 
+use doppel_footprint::smaps::{self, Mapping};
 use doppel_seccomp::{Kind, narrowed};
 
 #[cfg(target_env = "gnu")]
 /// Bytes of a block that becomes a mapping, and of free memory at the end of the heap that is given back.
 const LARGE: c_int = 512 << 10;
+
+#[cfg(target_env = "gnu")]
+/// The same until the guest runs: what is read then goes again, and buffers for later stay untouched.
+const LARGE_AT_START: c_int = 48 << 10;
 
 /// Prepares the allocator for a machine with so many processors. To be called before threads are started.
 #[cfg(target_env = "gnu")]
@@ -30,12 +35,17 @@ pub fn prepare_allocator(cpus: u32) {
     let arenas = c_int::try_from(cpus).unwrap_or(c_int::MAX);
     for (parameter, value) in [
         (libc::M_ARENA_MAX, arenas),
-        (libc::M_MMAP_THRESHOLD, LARGE),
+        (libc::M_MMAP_THRESHOLD, LARGE_AT_START),
         (libc::M_TRIM_THRESHOLD, LARGE),
     ] {
-        // SAFETY: sets a number of the allocator, under its own lock. Where it refuses, nothing changes.
-        unsafe { libc::mallopt(parameter, value) };
+        set_allocator(parameter, value);
     }
+}
+
+#[cfg(target_env = "gnu")]
+fn set_allocator(parameter: c_int, value: c_int) {
+    // SAFETY: sets a number of the allocator, under its own lock. Where it refuses, nothing changes.
+    unsafe { libc::mallopt(parameter, value) };
 }
 
 /// Does nothing: the allocator is another.
@@ -50,6 +60,8 @@ const PERIOD: Duration = Duration::from_secs(10);
 pub fn keep_small() {
     let program = Program::own();
     program.let_go();
+    #[cfg(target_env = "gnu")]
+    set_allocator(libc::M_MMAP_THRESHOLD, LARGE);
     give_back_free_heap();
     let again = narrowed(Kind::Console, move || {
         loop {
@@ -79,7 +91,10 @@ struct Program(Vec<Range<usize>>);
 impl Program {
     fn own() -> Program {
         let smaps = fs::read_to_string("/proc/self/smaps").unwrap_or_default();
-        Program(unchanged(&smaps, Program::own as *const () as usize))
+        Program(unchanged(
+            &smaps::parse(&smaps),
+            Program::own as *const () as usize,
+        ))
     }
 
     fn let_go(&self) {
@@ -92,39 +107,17 @@ impl Program {
 }
 
 /// Of the file that is mapped at address `at`: the private mappings that cannot be written to and in which no page was.
-fn unchanged(smaps: &str, at: usize) -> Vec<Range<usize>> {
-    let mut mappings = Vec::new();
-    let mut program = None;
-    for line in smaps.lines() {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        match words[..] {
-            ["Anonymous:", kib, "kB"] => {
-                if let Some((_, _, changed)) = mappings.last_mut() {
-                    *changed = kib != "0";
-                }
-            }
-            [range, permissions, _, _, inode, path] if !range.ends_with(':') => {
-                let Some(range) = addresses(range) else {
-                    continue;
-                };
-                if range.contains(&at) {
-                    program = Some((inode, path));
-                }
-                let fixed = permissions.starts_with("r-") && permissions.ends_with('p');
-                mappings.push((range, fixed.then_some((inode, path)), true));
-            }
-            _ => {}
-        }
-    }
-    let is_program = |file: &Option<(&str, &str)>| file.is_some() && *file == program;
-    mappings.retain(|(_, file, changed)| is_program(file) && !changed);
-    mappings.into_iter().map(|(range, _, _)| range).collect()
-}
-
-fn addresses(range: &str) -> Option<Range<usize>> {
-    let (start, end) = range.split_once('-')?;
-    let number = |text| usize::from_str_radix(text, 16).ok();
-    Some(number(start)?..number(end)?)
+fn unchanged(mappings: &[Mapping], at: usize) -> Vec<Range<usize>> {
+    let file = |m: &Mapping| (m.inode, m.name.clone());
+    let Some(program) = mappings.iter().find(|m| m.range.contains(&at)).map(file) else {
+        return Vec::new();
+    };
+    let fixed = |m: &&Mapping| m.permissions.starts_with("r-") && m.permissions.ends_with('p');
+    let same = mappings
+        .iter()
+        .filter(|m| m.inode != 0 && file(m) == program);
+    let unchanged = same.filter(fixed).filter(|m| m.anonymous == 0);
+    unchanged.map(|m| m.range.clone()).collect()
 }
 
 #[cfg(test)]
@@ -149,10 +142,17 @@ Anonymous:  0 kB
 
     #[test]
     fn only_pages_that_are_as_in_the_file_go() {
-        assert_eq!(unchanged(SMAPS, 0x3010), [0x1000..0x3000, 0x3000..0x5000]);
-        assert_eq!(unchanged(SMAPS, 0x8010).first(), Some(&(0x8000..0x9000)));
-        assert_eq!(unchanged(SMAPS, 0x9010), []);
-        assert_eq!(unchanged("", 0x3010), []);
+        let mappings = smaps::parse(SMAPS);
+        assert_eq!(
+            unchanged(&mappings, 0x3010),
+            [0x1000..0x3000, 0x3000..0x5000]
+        );
+        assert_eq!(
+            unchanged(&mappings, 0x8010).first(),
+            Some(&(0x8000..0x9000))
+        );
+        assert_eq!(unchanged(&mappings, 0x9010), []);
+        assert_eq!(unchanged(&[], 0x3010), []);
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::thread::{self, Scope, ScopedJoinHandle};
 
 use doppel_direct::{Direct, DirectError, DirectHost};
+use doppel_footprint::Footprint;
 use doppel_memory::GuestRam;
 use doppel_seccomp::{Kind, narrowed};
 use doppel_translate::{SharedCode, Translate, TranslateOptions};
@@ -18,7 +19,6 @@ use crate::control::{Cause, Control};
 use crate::cpu_bus::CpuBus;
 use crate::doorbell::Doorbell;
 use crate::engine::{EngineError, EngineKind};
-use crate::footprint::Footprint;
 use crate::machine::MachineError;
 use crate::pc::{Pc, PcParts};
 use crate::serial::CharLink;

@@ -28,7 +28,6 @@ mod cpu_bus;
 mod death;
 mod doorbell;
 mod engine;
-mod footprint;
 #[cfg(test)]
 mod hostile;
 mod instance;
@@ -52,6 +51,7 @@ pub use doppel_block as block;
 pub use doppel_bootdisk as bootdisk;
 pub use doppel_device::{Backed, CharSink, CharSource, HostClock, InputQueue, OutputQueue};
 pub use doppel_direct::DirectOptions;
+pub use doppel_footprint::Footprint;
 pub use doppel_memory::{Backing, GuestRam, GuestSlice};
 pub use doppel_net as net;
 pub use doppel_net::NetConfig;
@@ -62,7 +62,6 @@ pub use doppel_virtio::{
 };
 pub use doppel_x86::CpuModel;
 pub use engine::{EngineChoice, EngineError, EngineKind, Selection};
-pub use footprint::Footprint;
 pub use machine::{Ending, Machine, MachineError};
 pub use serial::{CharLink, SerialBackend};
 pub use stats::{

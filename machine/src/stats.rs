@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use doppel_footprint::Footprint;
 use doppel_virtio::GuestMemoryStats;
 use doppel_x86::EngineStats;
 use serde::Serialize;
 
 use crate::cpu_bus::BusExits;
-use crate::footprint::Footprint;
 use crate::vcpu::{RunExits, VcpuTime};
 use crate::virtio::DeviceCounters;
 

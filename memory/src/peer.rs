@@ -22,7 +22,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
-use crate::track::{CodeGranules, Granules};
+use crate::track::{CodeGranules, Granules, PageSet};
 
 /// CPUs that can share one RAM at most: each has a bit in the masks of a page.
 pub const MOST_CPUS: usize = 64;
@@ -75,7 +75,7 @@ pub struct Peer {
     /// What it has translated, where it translates.
     pub(crate) code: Granules,
     /// What of that the processor executes as it is.
-    pub(crate) claimed: Granules,
+    pub(crate) claimed: PageSet,
 }
 
 impl std::fmt::Debug for Peer {
@@ -163,7 +163,7 @@ impl Peers {
             return false;
         }
         for peer in others {
-            let pages = peer.code.used().chain(peer.claimed.used());
+            let pages = peer.code.used().chain(peer.claimed.iter());
             pages.for_each(|page| self.owners.add(page, peer.bit));
         }
         self.shared.store(true, Ordering::SeqCst);
@@ -213,7 +213,7 @@ impl Peer {
         Peer {
             bit,
             code: Granules::new(peers.writers.pages()),
-            claimed: Granules::new(peers.writers.pages()),
+            claimed: PageSet::new(peers.writers.pages()),
             peers,
             in_guest: AtomicBool::new(false),
             any: AtomicBool::new(false),
@@ -230,7 +230,7 @@ impl Peer {
 
     /// True where any of these granules of the page hold code that it has translated or claimed.
     pub(crate) fn has_code(&self, gpa: u64, granules: CodeGranules) -> bool {
-        (self.code.get(gpa) | self.claimed.get(gpa)) & granules != 0
+        self.code.get(gpa) & granules != 0 || (granules != 0 && self.claimed.contains(gpa))
     }
 
     /// From now on its translations are those of `leader`, who has the record of them (itself, at
@@ -415,7 +415,7 @@ impl Peer {
 
 impl Drop for Peer {
     fn drop(&mut self) {
-        for page in self.code.used().chain(self.claimed.used()) {
+        for page in self.code.used().chain(self.claimed.iter()) {
             self.peers.owners.remove(page, self.bit);
         }
     }

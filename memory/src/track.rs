@@ -106,6 +106,45 @@ impl Granules {
     }
 }
 
+/// A set of pages.
+#[derive(Debug)]
+pub(crate) struct PageSet(Granules);
+
+/// Where a page's bit is.
+fn bit_of(gpa: u64) -> (u64, u64) {
+    let page = gpa / PAGE_SIZE;
+    (page / 64 * PAGE_SIZE, 1 << (page % 64))
+}
+
+impl PageSet {
+    pub fn new(pages: u64) -> Self {
+        PageSet(Granules::new(pages.div_ceil(64)))
+    }
+
+    pub fn contains(&self, gpa: u64) -> bool {
+        let (word, bit) = bit_of(gpa);
+        self.0.get(word) & bit != 0
+    }
+
+    fn insert(&self, gpa: u64) {
+        let (word, bit) = bit_of(gpa);
+        self.0.add(word, bit);
+    }
+
+    fn remove(&self, gpa: u64) {
+        let (word, bit) = bit_of(gpa);
+        self.0.remove(word, bit);
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = u64> {
+        self.0.used().flat_map(|word| {
+            let (bits, first) = (self.0.get(word), word * 64);
+            let set = (0..64).filter(move |n| bits >> n & 1 != 0);
+            set.map(move |n| first + n * PAGE_SIZE)
+        })
+    }
+}
+
 /// Per-page facts about guest RAM. All methods may be called from any thread.
 #[derive(Debug)]
 pub struct PageTracker {
@@ -201,14 +240,14 @@ impl PageTracker {
     /// [`Self::protect`] is to follow.
     pub fn claim_code(&self, gpa: u64, by: &Peer) {
         let _changes = lock(&self.peers.changes);
-        by.claimed.add(gpa, CodeGranules::MAX);
+        by.claimed.insert(gpa);
         self.own(gpa, by);
     }
 
     /// Ends a claim; translated code stays noted.
     pub fn release_code(&self, gpa: u64, by: &Peer) {
         let _changes = lock(&self.peers.changes);
-        by.claimed.remove(gpa, CodeGranules::MAX);
+        by.claimed.remove(gpa);
         self.own(gpa, by);
     }
 
@@ -371,6 +410,18 @@ mod tests {
         words.set(PAGE_SIZE, 0);
         assert_eq!(words.used().count(), some.len() - 2);
         assert_eq!(words.get(u64::MAX), 0);
+    }
+
+    #[test]
+    fn a_set_has_the_pages_that_were_put_in() {
+        let set = PageSet::new(5000);
+        let pages = [0, 1, 63, 64, 4095, 4999].map(|page| page * PAGE_SIZE);
+        pages.iter().for_each(|page| set.insert(page + 9));
+        assert!(pages.iter().all(|page| set.contains(*page)));
+        assert!(!set.contains(2 * PAGE_SIZE) && !set.contains(u64::MAX));
+        assert!(set.iter().eq(pages));
+        set.remove(PAGE_SIZE);
+        assert_eq!(set.iter().nth(1), Some(63 * PAGE_SIZE));
     }
 
     #[test]

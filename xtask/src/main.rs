@@ -3,7 +3,6 @@
 mod boots;
 mod console;
 mod debian;
-mod footprint;
 mod hostile;
 mod soak;
 mod source;

@@ -1,9 +1,9 @@
 //! `cargo xtask soak`: stress-ng in a guest with several processors, for long; the guest's kernel has no complaint, the monitor does not grow.
 
 use crate::debian::{Lab, Ssh, Start};
-use crate::footprint::Footprint;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
+use doppel_footprint::Footprint;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -22,12 +22,11 @@ pub struct Soak {
 
 const STRESSORS: &str = "--cpu 2 --vm 2 --vm-bytes 96M --io 1 --hdd 2 --hdd-bytes 64M --sock 2 --fork 2 --verify --metrics-brief";
 const MEMORY: &str = "1G";
-const RAM: u64 = 1 << 20;
+const RAM: u64 = 1 << 30;
 const BOOT: Duration = Duration::from_secs(300);
 const STEP: Duration = Duration::from_secs(120);
-/// KiB that the monitor may grow by after the first quarter of the time besides new translations, which have a bound of their own. Their records,
-/// which lie among all else, take no more than the code.
-const GROWTH_MAX: u64 = 4 << 10;
+/// Bytes that the monitor may grow by after the first quarter of the time, besides translations and their tables, which have a bound of their own.
+const GROWTH_MAX: u64 = 4 << 20;
 /// What a kernel says in trouble, whatever level it says it at.
 const COMPLAINTS: &str = "rcu.*stall|soft lockup|hard lockup|hung_task|blocked for more than|BUG|WARNING|Call Trace|I/O error|Oops|unstable|EXT4-fs error|segfault|out of memory|NETDEV WATCHDOG|nobody cared";
 
@@ -63,7 +62,7 @@ pub fn soak(root: &Path, args: &Soak) -> Result<()> {
     let mut settled = None;
     while start.elapsed() < length {
         std::thread::sleep((length / 20).max(Duration::from_secs(10)));
-        let now = Footprint::of(console.pid(), RAM)?;
+        let now = Footprint::of_family(console.pid(), RAM)?;
         println!("{:5} s: {now}", start.elapsed().as_secs());
         if start.elapsed() > length / 4 {
             settled.get_or_insert(now);
@@ -72,7 +71,7 @@ pub fn soak(root: &Path, args: &Soak) -> Result<()> {
     // What is under way is finished; on a busy host that takes a while.
     let wait = "cd /root; for i in $(seq 300); do test -e stress.status && break; sleep 1; done; cat stress.log; exit $(cat stress.status)";
     print!("{}", ssh.run(wait, BOOT * 2).context("stress-ng")?);
-    let end = Footprint::of(console.pid(), RAM)?;
+    let end = Footprint::of_family(console.pid(), RAM)?;
     println!("    end: {end}");
     let after = ssh.run(warnings, STEP)?;
     let new = after.strip_prefix(before.as_str()).unwrap_or(&after);
@@ -93,14 +92,13 @@ pub fn soak(root: &Path, args: &Soak) -> Result<()> {
     ensure!(status.success(), "the monitor ended with {status}");
     lab.look(&disk)?;
     let settled = settled.context("it was too short")?;
-    let translations = end.code.saturating_sub(settled.code);
     println!(
-        "monitor: {} KiB after a quarter of the time, {} KiB at the end, {translations} KiB of new code; the kernel has no complaint, the disk is clean",
-        settled.monitor(),
-        end.monitor()
+        "monitor: {} KiB after a quarter of the time, {} KiB at the end; the kernel has no complaint, the disk is clean",
+        settled.monitor_bytes >> 10,
+        end.monitor_bytes >> 10
     );
     ensure!(
-        end.monitor() <= settled.monitor() + translations + GROWTH_MAX,
+        end.monitor_bytes <= settled.monitor_bytes + GROWTH_MAX,
         "the monitor grows"
     );
     Ok(())

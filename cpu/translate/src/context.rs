@@ -12,6 +12,7 @@ use doppel_x86::{Cpu, Segment};
 use crate::code_map::{self, CodeMap};
 use crate::jump_cache::{JumpCache, JumpEntry};
 use crate::rewrite::hold::SLOTS as HELD_SLOTS;
+use crate::table_unsafe::NAMED;
 
 /// One a privilege, and one for user code of other modes than 64-bit mode.
 pub(crate) const JUMP_CACHES: usize = 4;
@@ -181,7 +182,8 @@ displacement! {
 
 /// Behind the context lie the *slots*: host addresses that code jumps through, where a link assumes what is right for one CPU or may have to be
 /// cut often (writing code that runs costs the processor a flush of its pipeline). Each CPU has its own of every slot.
-pub(crate) const SLOTS: usize = size_of::<Context>().next_multiple_of(4096);
+/// A page before them has a name (see `table_unsafe`).
+pub(crate) const SLOTS: usize = size_of::<Context>().next_multiple_of(4096) + NAMED;
 
 /// Displacement of a slot that code jumps through.
 pub(crate) const fn slot(n: u32) -> i32 {

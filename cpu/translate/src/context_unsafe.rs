@@ -10,6 +10,7 @@ use doppel_x86::{Cpu, Kick};
 
 use crate::context::{Context, SLOTS};
 use crate::jump_cache::FIRST_INDEX_MASK;
+use crate::table_unsafe::{NAMED, name_page};
 
 /// The owned context, at a fixed address; shared with kickers, which touch nothing but `poll`.
 pub(crate) struct ContextBox {
@@ -55,10 +56,13 @@ impl Memory {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         // SAFETY: a new mapping at an address of the kernel's choice touches nothing of ours.
         let p = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, flags, -1, 0) };
-        match NonNull::new(p.cast()) {
-            Some(at) if p != libc::MAP_FAILED => Ok(Memory { at, len }),
-            _ => Err(io::Error::last_os_error()),
-        }
+        let memory = match NonNull::new(p.cast()) {
+            Some(at) if p != libc::MAP_FAILED => Memory { at, len },
+            _ => return Err(io::Error::last_os_error()),
+        };
+        // SAFETY: the page between context and slots, which neither uses.
+        unsafe { name_page(memory.at.as_ptr().add(SLOTS - NAMED))? };
+        Ok(memory)
     }
 }
 

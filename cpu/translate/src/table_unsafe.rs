@@ -3,18 +3,23 @@
 //! Problem: tables of translations grow to megabytes and are emptied at once. A vector is copied whenever it is full, and what it leaves behind
 //! in the heap fits nothing else; what is freed in the middle of the heap the host does not get back.
 //! Idea: each table has addresses for the most that it may ever hold. The host gives memory as it grows, and has all of it back when it is emptied.
+//! A page of a file without bytes lies before each, whose name tells in /proc/PID/smaps what is behind it (`doppel-records`).
 //! Invariant: the first `len` entries were written, and lie in the first `given` bytes of the reservation, which may be read and written.
 //! Cost: a system call for every 32 KiB, in place of eight page faults, and less than that of memory that is not used yet.
 
 use std::alloc::{Layout, handle_alloc_error};
+use std::fs::File;
 use std::io;
 use std::ops::{Deref, DerefMut, Range};
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr::{NonNull, null_mut};
 
 /// So many bytes are asked of the host at a time.
 const BATCH: usize = 32 << 10;
 /// So many are made accessible at a time.
 const STRETCH: usize = 1 << 20;
+/// Bytes of the page that has the name.
+pub(crate) const NAMED: usize = 4096;
 
 pub(crate) struct Table<T> {
     at: NonNull<T>,
@@ -23,6 +28,7 @@ pub(crate) struct Table<T> {
     given: usize,
     /// Bytes that may be accessed.
     accessible: usize,
+    /// Bytes of addresses, that page not counted.
     reserved: usize,
 }
 
@@ -37,18 +43,24 @@ impl<T: Copy> Table<T> {
         const { assert!(size_of::<T>() > 0 && align_of::<T>() <= 4096) };
         let reserved = most.max(1).next_multiple_of(STRETCH);
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let (none, len) = (libc::PROT_NONE, NAMED + reserved);
         // SAFETY: a new mapping at an address of the kernel's choice touches nothing of ours.
-        let p = unsafe { libc::mmap(null_mut(), reserved, libc::PROT_NONE, flags, -1, 0) };
-        match NonNull::new(p.cast()) {
-            Some(at) if p != libc::MAP_FAILED => Ok(Table {
-                at,
-                len: 0,
-                given: 0,
-                accessible: 0,
-                reserved,
-            }),
-            _ => Err(io::Error::last_os_error()),
+        let begin = unsafe { libc::mmap(null_mut(), len, none, flags, -1, 0) };
+        if begin == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
         }
+        // SAFETY: within the reservation, which is not at address 0.
+        let at = unsafe { NonNull::new_unchecked(begin.cast::<u8>().add(NAMED)) };
+        let table = Table {
+            at: at.cast(),
+            len: 0,
+            given: 0,
+            accessible: 0,
+            reserved,
+        };
+        // SAFETY: the first page of the reservation, which the table does not use.
+        unsafe { name_page(begin.cast())? };
+        Ok(table)
     }
 
     /// Bytes of its entries.
@@ -108,10 +120,34 @@ impl<T: Copy> Table<T> {
     }
 }
 
+/// Has the page at `at` tell that records lie behind it. It cannot be accessed any more.
+///
+/// # Safety
+/// The page is mapped, and nobody uses it.
+pub(crate) unsafe fn name_page(at: *mut u8) -> io::Result<()> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_FIXED;
+    // SAFETY: a valid C string and flags, and a descriptor that is ours alone; the page is nobody's, as the caller promises.
+    let named = unsafe {
+        let file = match libc::memfd_create(c"doppel-records".as_ptr(), libc::MFD_CLOEXEC) {
+            -1 => return Err(io::Error::last_os_error()),
+            fd => File::from_raw_fd(fd),
+        };
+        let fd = file.as_raw_fd();
+        libc::mmap(at.cast(), NAMED, libc::PROT_NONE, flags, fd, 0)
+    };
+    match named {
+        libc::MAP_FAILED => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
 impl<T> Drop for Table<T> {
     fn drop(&mut self) {
         // SAFETY: mapped in `new`, and nobody has it any more; entries need no drop, since they can be copied.
-        unsafe { libc::munmap(self.at.as_ptr().cast(), self.reserved) };
+        unsafe {
+            let at = self.at.as_ptr().cast::<u8>().sub(NAMED);
+            libc::munmap(at.cast(), NAMED + self.reserved);
+        }
     }
 }
 

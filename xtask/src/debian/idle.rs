@@ -3,8 +3,9 @@
 use super::lab::{Lab, Start};
 use super::ssh::Ssh;
 use super::{BOOT, STEP};
-use crate::footprint::{Footprint, cpu_seconds};
 use anyhow::{Result, ensure};
+use doppel_footprint::Footprint;
+use doppel_footprint::family::time_of_all;
 use std::time::{Duration, Instant};
 
 /// Units that start late are done after this.
@@ -12,8 +13,8 @@ const SETTLE: Duration = Duration::from_secs(30);
 const WATCH: Duration = Duration::from_secs(60);
 /// Goal: of a processor.
 const SHARE_MAX: f64 = 0.01;
-/// KiB of the guest.
-const RAM: u64 = 512 << 10;
+/// Bytes of the guest.
+const RAM: u64 = 512 << 20;
 
 /// One processor, a disk, a network card.
 pub fn idle(lab: &Lab) -> Result<()> {
@@ -26,12 +27,12 @@ pub fn idle(lab: &Lab) -> Result<()> {
     ssh.wait(BOOT)?;
     ssh.run("systemctl is-system-running --wait", STEP)?;
     std::thread::sleep(SETTLE);
-    let (start, before) = (Instant::now(), cpu_seconds(console.pid())?);
+    let (start, before) = (Instant::now(), time_of_all(console.pid())?);
     std::thread::sleep(WATCH);
-    let used = cpu_seconds(console.pid())? - before;
-    let share = used / start.elapsed().as_secs_f64();
+    let used = time_of_all(console.pid())?.saturating_sub(before);
+    let share = used.as_secs_f64() / start.elapsed().as_secs_f64();
     println!("idle: {:.2} % of a processor", share * 100.0);
-    println!("memory: {}", Footprint::of(console.pid(), RAM)?);
+    println!("memory: {}", Footprint::of_family(console.pid(), RAM)?);
     console.send("poweroff")?;
     console.end(STEP)?;
     let (records, monitor) = (lab.memory("record_bytes")?, lab.memory("monitor_bytes")?);

@@ -6,8 +6,8 @@
 use super::lab::{Lab, Start};
 use super::ssh::{INSTALL, Ssh};
 use super::{BOOT, STEP, least};
-use crate::footprint::cpu_seconds;
 use anyhow::{Context, Result, ensure};
+use doppel_footprint::family::time_of_all;
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
@@ -106,9 +106,9 @@ fn timed(ssh: &Ssh, pid: u32, command: &str) -> Result<Took> {
     let script = format!(
         "s=$(date +%s.%N); ({command}) > log 2>&1 || {{ tail log; exit 1; }}; e=$(date +%s.%N); echo $s $e"
     );
-    let before = cpu_seconds(pid)?;
+    let before = time_of_all(pid)?;
     let printed = ssh.run(&script, LONG)?;
-    let processor = cpu_seconds(pid)? - before;
+    let processor = time_of_all(pid)?.saturating_sub(before).as_secs_f64();
     let mut numbers = printed.split_whitespace().map(str::parse::<f64>);
     let mut next = || {
         let number = numbers.next().and_then(Result::ok);
