@@ -158,7 +158,7 @@ Anonymous:  0 kB
     #[test]
     fn the_program_goes_on_without_its_pages() {
         let own = Program::own();
-        let here = addresses as *const () as usize;
+        let here = unchanged as *const () as usize;
         assert!(own.0.iter().any(|pages| pages.contains(&here)));
         own.let_go();
         assert_eq!(Program::own(), own);

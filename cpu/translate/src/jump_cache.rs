@@ -15,7 +15,7 @@ use std::ops::Range;
 use crate::blocks::BlockId;
 
 /// Entries of the first level; a power of two.
-const FIRST: usize = 4096;
+const FIRST: usize = 8192;
 /// log2 of the entries of the second level.
 const SECOND_BITS: u32 = 14;
 const SECOND: usize = 1 << SECOND_BITS;
