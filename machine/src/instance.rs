@@ -21,6 +21,7 @@ use crate::doorbell::Doorbell;
 use crate::engine::{EngineError, EngineKind};
 use crate::machine::MachineError;
 use crate::pc::{Pc, PcParts};
+use crate::probe::Probe;
 use crate::serial::CharLink;
 use crate::slice_unsafe::ask_for_short_slices;
 use crate::vcpu::{RunExits, Sleepers, Vcpu, VcpuTime};
@@ -116,9 +117,12 @@ impl Instance {
     ) -> Result<Self, MachineError> {
         let Loaded { ram, entry, direct } = loaded;
         let engines = Engines::new(config, engine, direct)?;
-        let engines = on_a_stack_of_its_own(|| new_cpus(config.cpus, &ram, model, &entry))?
+        let cpus = on_a_stack_of_its_own(|| new_cpus(config.cpus, &ram, model, &entry))?;
+        let probes: Vec<Arc<Probe>> = cpus.iter().map(|_| Arc::default()).collect();
+        let engines = cpus
             .into_iter()
-            .map(|cpu| engines.engine(cpu))
+            .zip(&probes)
+            .map(|(cpu, probe)| engines.engine(cpu, probe))
             .collect::<Result<Vec<_>, _>>()?;
         let sleepers = Sleepers::new(config.cpus);
         let doorbells: Vec<_> = engines.iter().map(|e| Doorbell::new(e.kicker())).collect();
@@ -131,6 +135,7 @@ impl Instance {
             sleepers: &sleepers,
             ram: &ram,
         })?;
+        probes.iter().for_each(|probe| probe.by(&pc.timers));
         let vcpus = engines
             .into_iter()
             .zip(doorbells)
@@ -266,7 +271,11 @@ impl<'a> Engines<'a> {
         })
     }
 
-    fn engine(&self, mut cpu: Box<Cpu>) -> Result<Box<dyn Engine>, EngineError> {
+    fn engine(
+        &self,
+        mut cpu: Box<Cpu>,
+        probe: &Arc<Probe>,
+    ) -> Result<Box<dyn Engine>, EngineError> {
         if self.kind == EngineKind::Interpret {
             return Ok(Box::new(Interpret::new(cpu)));
         }
@@ -280,7 +289,7 @@ impl<'a> Engines<'a> {
         let direct = self.direct.as_ref().map(|host| {
             // The processor reads the host's TSC.
             cpu.tsc_offset = 0;
-            Direct::new(host.clone(), &cpu, config.direct)
+            Direct::new(host.clone(), &cpu, config.direct).reminded_by(probe.clone())
         });
         let observers = config.observers.clone();
         let engine = match config.cpus > 1 {
@@ -288,6 +297,7 @@ impl<'a> Engines<'a> {
             false => Translate::new(cpu, options).map(|engine| engine.observed(observers)),
         };
         let engine = engine.map_err(refused)?;
+        probe.calls(engine.kicker());
         Ok(Box::new(match direct {
             Some(direct) => engine.leaving_user_code_to(Box::new(direct)),
             None => engine,

@@ -35,6 +35,7 @@ mod layout;
 mod machine;
 mod panic_watch;
 mod pc;
+mod probe;
 mod run_delay;
 mod serial;
 mod slice_unsafe;

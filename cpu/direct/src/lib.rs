@@ -12,6 +12,7 @@ mod arch_stub;
 mod change;
 mod changes;
 mod child;
+mod counts;
 mod elf;
 mod exchange;
 mod filter;
@@ -36,7 +37,7 @@ pub use child::{Child, Entry, Stop};
 pub use host::DirectHost;
 pub use kick_unsafe::KickFlag;
 pub use state::{CODE_32, CODE_64, STACK, UserState};
-pub use user::{Direct, DirectOptions};
+pub use user::{Direct, DirectOptions, Reminder};
 pub use zygote::{CpuidFaults, MOST_CHILDREN, Zygote};
 
 /// Why user code cannot be run in a child.

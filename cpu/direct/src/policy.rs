@@ -2,10 +2,10 @@
 //!
 //! Problem: direct execution runs at native speed, but each time that user code is left (a system call, a page fault, an interrupt) costs some
 //! microseconds more than under translation. Which is cheaper depends on how long user code runs in between, and only trying tells.
-//! Idea: two tests. *In*: two interrupts in a row find user code running in the same address space, none finds the kernel between them, and the kernel was
-//! entered so rarely meanwhile that a stretch of user code was long ([`Times::stretch`]) on average. *Out*: an address space has an account. Each stretch
-//! pays in a part of its length (up to a bound, and without what was a wait for the host's processor), each stop and each change of a mapping takes out its price; when the account is overdrawn, the address space is translated again, and for
-//! twice as long as the last time before it is tried once more.
+//! Idea: tests on the way in and one on the way out. *In* ([`Scout`]): two looks in a row find user code running in the same address space, none finds the kernel between them, and the kernel was
+//! entered so rarely meanwhile that a stretch of user code was long ([`Times::stretch`]) on average. *In* ([`Explorer`]): code is executed for the first time, so that its translation would take longer than the stops. *Out* ([`Account`]): each stretch
+//! pays in a part of its length (up to a bound, and without what was a wait for the host's processor), each page of code that need not be translated its price, each stop and each change of a mapping takes out its price; when the account is overdrawn, the address space is translated again. Where
+//! that was the first thing it did, it is so for twice as long as the last time before it is tried once more; where direct execution had paid, only until the tests on the way in say otherwise.
 //! Invariant: what is lost to trying is at most the overdraft in the time until the next try, whatever the guest does.
 //! Cost: one reading of the TSC per stop; one of processor time per long stretch, and per interrupt that finds translated user code.
 
@@ -21,16 +21,24 @@ pub struct Times {
     pub stop: i64,
     /// What the change of a mapping costs.
     pub change: u64,
-    /// The account of an address space that is tried.
-    pub advance: i64,
+    /// The account of an address space that is tried, for the first time and again.
+    pub advance: (i64, i64),
+    /// What a page of code is worth that need not be translated.
+    pub page: u64,
+    /// What it costs to translate the first of a page that nobody has executed, with what is likely to follow, and a block of one that only this address space has.
+    pub translation: (u64, u64),
+    /// Translations follow each other no further apart, and cost so much together, where it pays to try.
+    pub unknown: (u64, u64),
     /// A stretch from which on it is asked what of it was a wait for the host's processor.
     pub long: u64,
     /// How much of a stretch counts.
     pub longest: u64,
-    /// What an account holds at most.
-    pub most: i64,
+    /// What an account holds at most, and what it may hold by pages of code.
+    pub most: (i64, i64),
     /// The first time away, and the longest.
     pub away: (u64, u64),
+    /// From one look at user code to the next where it may be worth a second one soon.
+    pub look: u64,
     /// Two looks at user code count as one stretch of looks if no further apart.
     pub apart: (u64, u64),
 }
@@ -43,12 +51,16 @@ impl Times {
             stretch: 25 * us,
             stop: 7 * us as i64,
             change: us + us / 2,
-            advance: 1500 * us as i64,
+            advance: (1500 * us as i64, 1000 * us as i64),
+            page: 40 * us,
+            translation: (20 * us, 5 * us / 2),
+            unknown: (5_000 * us, 120 * us),
             long: 60 * us,
             longest: 4000 * us,
-            most: 4000 * us as i64,
-            away: (8_000 * us, 1_000_000 * us),
-            apart: (1_500 * us, 20_000 * us),
+            most: (700 * us as i64, 4000 * us as i64),
+            away: (4_000 * us, 1_000_000 * us),
+            look: 1_000 * us,
+            apart: (700 * us, 20_000 * us),
         }
     }
 
@@ -58,11 +70,15 @@ impl Times {
             stretch: 0,
             stop: 0,
             change: 0,
-            advance: 1,
+            advance: (1, 1),
+            page: 0,
+            translation: (1, 1),
+            unknown: (u64::MAX, 1),
             long: u64::MAX,
             longest: 1,
-            most: 1,
+            most: (1, 1),
             away: (0, 0),
+            look: u64::MAX,
             apart: (0, u64::MAX),
         }
     }
@@ -75,6 +91,8 @@ pub struct Stretch {
     pub ticks: u64,
     /// How many these were.
     pub changes: u64,
+    /// Pages of code that it came to, and that nobody had executed yet.
+    pub pages: u64,
 }
 
 /// A look at user code when it was interrupted.
@@ -92,24 +110,77 @@ pub struct Look {
 
 /// The test on the way in, for one CPU.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Scout(Look);
+pub struct Scout {
+    /// The last look at user code, unless the kernel was found since.
+    user: Look,
+    /// When the last was, at whatever, and how often user code had been entered.
+    last: (u64, u64),
+}
 
 impl Scout {
     /// The kernel was found running: what was seen of user code before tells nothing of the time since.
     pub fn kernel(&mut self) {
-        self.0 = Look::default();
+        self.user = Look::default();
+    }
+
+    /// User code is translated from now on; that is as good as a look.
+    pub fn begin(&mut self, look: Look) {
+        self.user = look;
+        self.last = (look.tsc, look.entries);
+    }
+
+    /// Whether user code was entered seldom enough since the last look that another one soon may be worth its cost.
+    pub fn seldom(&mut self, times: &Times, tsc: u64, entries: u64) -> bool {
+        let before = std::mem::replace(&mut self.last, (tsc, entries));
+        let entered = entries.saturating_sub(before.1) + 1;
+        tsc.saturating_sub(before.0) / entered >= times.stretch / 2
     }
 
     /// Whether it pays to try, as far as this look and the one before can tell.
     pub fn promising(&mut self, times: &Times, look: Look) -> bool {
-        let since = look.tsc.saturating_sub(self.0.tsc);
-        let same = look.root == self.0.root && since <= times.apart.1;
+        let since = look.tsc.saturating_sub(self.user.tsc);
+        let same = look.root == self.user.root && since <= times.apart.1;
         if same && since < times.apart.0 {
             return false;
         }
-        let before = std::mem::replace(&mut self.0, look);
+        let before = std::mem::replace(&mut self.user, look);
         let spent = look.spent.saturating_sub(before.spent);
         same && spent / (look.entries.saturating_sub(before.entries) + 1) >= times.stretch
+    }
+}
+
+/// The other test on the way in, for code that is executed for the first time: to translate it takes longer than to run it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Explorer {
+    /// When its first block was come to.
+    first: Look,
+    /// The last.
+    last: u64,
+    /// What it would cost to translate them.
+    cost: u64,
+}
+
+impl Explorer {
+    /// User code came to a block that would have to be translated for so much. True where it pays to try: that was more often
+    /// the case lately than it left its code.
+    /// It takes `doubt` times as much as usual.
+    pub fn promising(&mut self, times: &Times, look: Look, cost: u64, doubt: u64) -> bool {
+        let (apart, enough) = times.unknown;
+        if look.root != self.first.root || look.tsc.saturating_sub(self.last) > apart {
+            *self = Explorer {
+                first: look,
+                ..Explorer::default()
+            };
+        }
+        self.last = look.tsc;
+        self.cost += cost;
+        let entries = look.entries.saturating_sub(self.first.entries);
+        let promising =
+            self.cost >= enough.saturating_mul(doubt) && entries * times.stop as u64 <= self.cost;
+        if promising {
+            *self = Explorer::default();
+        }
+        promising
     }
 }
 
@@ -118,6 +189,12 @@ impl Scout {
 pub struct Account {
     /// `None` while it is translated.
     credit: Option<i64>,
+    /// What has been paid in since it was opened, stops and changes taken off.
+    earned: i64,
+    /// That was as much as an account can hold, at some time.
+    paid: bool,
+    /// It was tried before.
+    tried: bool,
     /// How long it is translated the next time, and until when it is now.
     away: u64,
     until: u64,
@@ -128,6 +205,9 @@ impl Account {
     pub fn new(times: &Times) -> Self {
         Account {
             credit: None,
+            earned: 0,
+            paid: false,
+            tried: false,
             away: times.away.0,
             until: 0,
         }
@@ -138,12 +218,30 @@ impl Account {
         self.credit.is_some()
     }
 
+    /// What has been tried in vain before says nothing of now.
+    pub fn forgive(&mut self) {
+        self.until = 0;
+    }
+
+    /// Twice as much for each time that it was tried in vain.
+    pub fn doubt(&self, times: &Times) -> u64 {
+        self.away.checked_div(times.away.0).unwrap_or(1)
+    }
+
+    /// True where it may be opened.
+    pub fn may_open(&self, now: u64) -> bool {
+        now >= self.until && !self.is_direct()
+    }
+
     /// Executes it directly from now on, unless that was tried in vain too lately.
     pub fn open(&mut self, times: &Times, now: u64) -> bool {
-        if now < self.until || self.is_direct() {
+        if !self.may_open(now) {
             return false;
         }
-        self.credit = Some(times.advance);
+        let (first, again) = times.advance;
+        self.credit = Some(if self.tried { again } else { first });
+        (self.earned, self.paid) = (0, false);
+        self.tried = true;
         true
     }
 
@@ -155,23 +253,33 @@ impl Account {
         let changes = stretch.changes * times.change;
         let ran = stretch.ticks.saturating_sub(changes).min(times.longest);
         let gain = (ran * GAIN.0 / GAIN.1) as i64 - changes as i64;
-        let credit = credit
-            .saturating_add(gain)
-            .saturating_sub(times.stop)
-            .min(times.most);
+        let gain = gain.saturating_sub(times.stop);
+        let pages = (stretch.pages * times.page) as i64;
+        self.earned = self.earned.saturating_add(gain + pages);
+        self.paid |= self.earned >= times.most.0;
+        let (most, most_pages) = times.most;
+        let credit = credit.saturating_add(gain).min(credit.max(most));
+        let credit = (credit + pages).min(credit.max(most_pages));
         self.credit = Some(credit);
-        if credit >= times.most {
-            self.away = times.away.0;
-        }
         if credit < 0 {
             self.close(times, now);
         }
         credit >= 0
     }
 
-    /// Has it translated for a time, which doubles with each time.
+    /// True where direct execution paid, until it was closed: what the program does has changed, and may change back soon.
+    pub fn has_paid(&self) -> bool {
+        self.paid
+    }
+
+    /// Has it translated: where it was tried in vain for a time, which doubles with each time.
     pub fn close(&mut self, times: &Times, now: u64) {
         self.credit = None;
+        if self.paid {
+            self.away = times.away.0;
+            self.until = now;
+            return;
+        }
         self.until = now + self.away;
         self.away = (self.away * 2).min(times.away.1);
     }
@@ -187,7 +295,10 @@ mod tests {
     const MS: u64 = 1_000_000;
 
     fn ran(ticks: u64) -> Stretch {
-        Stretch { ticks, changes: 0 }
+        Stretch {
+            ticks,
+            ..Stretch::default()
+        }
     }
 
     #[test]
@@ -254,7 +365,7 @@ mod tests {
             entries,
         };
         scout.promising(&times, look(100 * MS, 0));
-        assert!(!scout.promising(&times, look(101 * MS, 500)));
+        assert!(!scout.promising(&times, look(100 * MS + MS / 2, 500)));
         assert!(!scout.promising(&times, look(104 * MS, 600)));
     }
 
@@ -273,8 +384,44 @@ mod tests {
             assert!(!account.open(&times, now + times.away.0 / 2));
             now = account.until;
         }
-        assert!(lost.iter().all(|n| *n <= 250), "{lost:?}");
+        assert!(
+            lost[0] <= 250 && lost[1..].iter().all(|n| *n <= 160),
+            "{lost:?}"
+        );
         assert_eq!(account.away, times.away.0 * 16);
+    }
+
+    #[test]
+    fn code_that_nobody_has_executed_is_promising_unless_it_is_left_often() {
+        let times = times();
+        let cost = times.unknown.1 / 6;
+        for (entries, promising) in [(1, true), (20, false)] {
+            let mut explorer = Explorer::default();
+            let look = |n: u64, root| Look {
+                root,
+                tsc: n * MS / 10,
+                spent: 0,
+                entries: n * entries,
+            };
+            let mut page = |n, root| explorer.promising(&times, look(n, root), cost, 1);
+            assert!((1..6).all(|n| !page(n, 1)));
+            assert_eq!(page(6, 1), promising);
+            assert!(!page(7, 2), "another address space");
+            assert!((1..6).all(|n| !page(200 + n * 100, 2)), "long ago");
+        }
+    }
+
+    #[test]
+    fn pages_that_need_not_be_translated_pay() {
+        let times = times();
+        let mut account = Account::new(&times);
+        account.open(&times, 0);
+        let first = Stretch {
+            pages: 1,
+            ..ran(3000)
+        };
+        let mut stops = (0..1000).take_while(|_| account.stopped(&times, first, 0));
+        assert_eq!(stops.by_ref().count(), 1000);
     }
 
     #[test]
@@ -285,6 +432,7 @@ mod tests {
         let long = Stretch {
             ticks: 300_000,
             changes: 128,
+            ..Stretch::default()
         };
         let stops = (0..1000).take_while(|_| account.stopped(&times, long, 0));
         assert!(stops.count() < 50, "all of it went into mappings");
@@ -299,10 +447,13 @@ mod tests {
         for _ in 0..1000 {
             assert!(account.stopped(&times, ran(50_000), 0));
         }
+        assert!(account.is_direct());
+        let stops = (0..1000).take_while(|_| account.stopped(&times, ran(1000), 0));
+        assert!(stops.count() < 250, "what was earned long ago is forgotten");
+        assert!(account.has_paid() && account.may_open(0));
         assert_eq!(
             account.away, times.away.0,
             "what was tried in vain is forgotten"
         );
-        assert!(account.is_direct());
     }
 }

@@ -26,9 +26,10 @@ use doppel_x86::{
 use rustc_hash::FxHashMap;
 
 use crate::changes::Changes;
+use crate::counts::{Counts, nanoseconds};
 use crate::hazard::{Hazards, Verdict};
 use crate::pin::Pin;
-use crate::policy::{Account, Look, Scout, Stretch, Times};
+use crate::policy::{Account, Explorer, Look, Scout, Stretch, Times};
 use crate::shadow::{Entry, Revoked, Shadow};
 use crate::spent::{self, Spent};
 use crate::state::{self, UserState};
@@ -43,6 +44,9 @@ const MOST_SPACES: usize = 32;
 const MAPPINGS: (usize, usize) = (16, 128);
 /// Pages before the faulting one that are mapped along with it.
 const PAGES_BEFORE: usize = 16;
+/// Pages of code, before the faulting one and from it on, that are looked through along with it: to look through one that is then not executed takes
+/// longer than a stop for one that is.
+const CODE_AROUND: (usize, usize) = (2, 8);
 /// Times that a page changes between written and executed before it is executed no more.
 const MOST_TURNS: u32 = 20;
 
@@ -60,27 +64,16 @@ struct Space {
     /// Host mappings that the child can have, about.
     mappings: usize,
     used: u64,
+    /// Tells programs apart that have had this address space one after the other.
+    life: u64,
 }
 
-/// What is counted.
-#[derive(Clone, Copy, Debug, Default)]
-struct Counts {
-    runs: u64,
-    ticks: u64,
-    system_calls: u64,
-    page_faults: u64,
-    other_traps: u64,
-    calls: u64,
-    sensitive: u64,
-    gone: u64,
-    pages_mapped: u64,
-    revisions: u64,
-    replaced: u64,
-    opened: u64,
-    closed: u64,
-    emptied: u64,
-    /// Interruptions that found user code in a child, and translated.
-    found: [u64; 2],
+/// A page that was claimed as code.
+#[derive(Clone, Copy, Debug)]
+struct Claim {
+    verdict: Verdict,
+    /// The program that came to it first: [`Space::life`].
+    life: u64,
 }
 
 /// How user code is executed directly.
@@ -90,6 +83,17 @@ pub struct DirectOptions {
     pub always: bool,
 }
 
+/// Has the engine come by after a time: whoever keeps it calls the engine, as an interrupt does.
+pub trait Reminder: Send + Sync {
+    /// In so many nanoseconds, and no longer at an earlier time that was asked for.
+    fn after(&self, nanoseconds: u64);
+    /// Whether it has called since this was last asked.
+    fn take_rung(&self) -> bool;
+}
+
+/// Looks at user code that are asked for after direct execution has paid for a while and does so no longer.
+const LOOKS: u32 = 4;
+
 /// Direct execution for one vCPU.
 pub struct Direct {
     host: Arc<DirectHost>,
@@ -97,8 +101,19 @@ pub struct Direct {
     options: DirectOptions,
     times: Times,
     scout: Scout,
+    explorer: Explorer,
+    /// Pages of code that nobody had executed, since the last stop.
+    explored: u64,
+    reminder: Option<Arc<dyn Reminder>>,
+    /// How often it may still be asked to remind.
+    looks: u32,
+    /// How often user code had been entered when it was last left to this.
+    entries: u64,
     spaces: BTreeMap<u64, Space>,
-    claims: FxHashMap<u64, Verdict>,
+    claims: FxHashMap<u64, Claim>,
+    /// The program that runs, and how many there were.
+    life: u64,
+    lives: u64,
     /// How often pages that were executed were written.
     turns: FxHashMap<u64, u32>,
     /// Guest physical pages that may be in some shadow, a bit each.
@@ -133,8 +148,15 @@ impl Direct {
                 false => Times::new(cpu.tsc_hz),
             },
             scout: Scout::default(),
+            explorer: Explorer::default(),
+            explored: 0,
+            reminder: None,
+            looks: 0,
+            entries: 0,
             spaces: BTreeMap::new(),
             claims: FxHashMap::default(),
+            life: 0,
+            lives: 0,
             turns: FxHashMap::default(),
             mapped: vec![0; pages.div_ceil(64) as usize],
             user: Box::new(UserState::new(0)),
@@ -147,6 +169,42 @@ impl Direct {
             failures: 0,
             counts: Counts::default(),
             tsc_hz: cpu.tsc_hz,
+        }
+    }
+
+    /// With somebody who has the engine come by between the guest's own interrupts.
+    pub fn reminded_by(self, reminder: Arc<dyn Reminder>) -> Self {
+        Direct {
+            reminder: Some(reminder),
+            ..self
+        }
+    }
+
+    /// Has the engine come by soon for another look.
+    fn look_again(&mut self) {
+        if let Some(reminder) = self.reminder.as_ref().filter(|_| self.looks > 0) {
+            self.looks -= 1;
+            reminder.after(nanoseconds(self.times.look, self.tsc_hz));
+        }
+    }
+
+    fn look(&self, cpu: &Cpu, entries: u64) -> Look {
+        Look {
+            root: root(cpu),
+            tsc: host_tsc(),
+            spent: spent::of_this_thread(self.tsc_hz),
+            entries,
+        }
+    }
+
+    /// The address space is translated from now on, after it was executed directly.
+    fn closed(&mut self, cpu: &Cpu) {
+        self.counts.closed += 1;
+        if self.space(root(cpu)).is_some_and(|s| s.account.has_paid()) {
+            let look = self.look(cpu, self.entries);
+            self.scout.begin(look);
+            self.looks = LOOKS;
+            self.look_again();
         }
     }
 
@@ -203,6 +261,7 @@ impl Direct {
         let stretch = Stretch {
             ticks: stretch,
             changes: space.changes.list().len() as u64,
+            pages: 0,
         };
         space.changes.clear();
         match stop {
@@ -301,9 +360,13 @@ impl Direct {
         let Some((root, linear, kind)) = self.missed.take() else {
             return;
         };
+        let serves = |entry: Entry| match kind {
+            AccessKind::Write => entry.may_write(),
+            _ => entry.is_mapped(),
+        };
         let mapped = self
             .space(root)
-            .is_none_or(|s| s.shadow.get(linear).is_mapped());
+            .is_none_or(|s| serves(s.shadow.get(linear)));
         if root != here || mapped {
             return;
         }
@@ -400,12 +463,13 @@ impl Direct {
 
     /// Claims a page as code and looks for sensitive instructions in it, once.
     fn verdict(&mut self, cpu: &mut Cpu, gpa: u64) -> Verdict {
-        if let Some(verdict) = self.claims.get(&gpa) {
-            return *verdict;
+        if let Some(claim) = self.claims.get(&gpa) {
+            return claim.verdict;
         }
         if self.turns.get(&gpa).is_some_and(|n| *n > MOST_TURNS) {
             return Verdict::Sensitive;
         }
+        self.explored += u64::from(!cpu.ram.tracker().has_code(gpa));
         cpu.ram.tracker().claim_code(gpa, &cpu.peer);
         cpu.give_up_writing_to(gpa);
         let asked = cpu.ram.tracker().protect(gpa, &cpu.peer);
@@ -415,7 +479,9 @@ impl Direct {
             p.read(&mut page);
         }
         let verdict = hazard::verdict(&page, self.hazards);
-        self.claims.insert(gpa, verdict);
+        let life = self.life;
+        let claim = Claim { verdict, life };
+        self.claims.insert(gpa, claim);
         self.follow_given_up(cpu);
         verdict
     }
@@ -462,6 +528,11 @@ impl Direct {
             if mapped || self.host.reserved().contains(&at) || !ram.is_ram(leaf.gpa) {
                 continue;
             }
+            let near = n + CODE_AROUND.0 >= here && n < here + CODE_AROUND.1;
+            let code = leaf.execute && !leaf.writable;
+            if code && !near && !self.claims.contains_key(&leaf.gpa) {
+                continue;
+            }
             let entry = self.entry_at(cpu, root, at, &leaf, AccessKind::Read);
             self.map(cpu, root, at, entry);
         }
@@ -481,7 +552,10 @@ impl Direct {
         }
         let times = self.times;
         let space = self.spaces.entry(root);
-        let space = space.or_insert_with(|| Space::new(&times));
+        let space = space.or_insert_with(|| {
+            self.lives += 1;
+            Space::new(&times, self.lives)
+        });
         let opened = space.account.open(&times, host_tsc());
         self.counts.opened += u64::from(opened);
         if opened {
@@ -533,7 +607,7 @@ impl Direct {
 }
 
 impl Space {
-    fn new(times: &Times) -> Self {
+    fn new(times: &Times, life: u64) -> Self {
         Space {
             shadow: Shadow::default(),
             account: Account::new(times),
@@ -543,6 +617,7 @@ impl Space {
             id: u64::MAX,
             mappings: 0,
             used: 0,
+            life,
         }
     }
 
@@ -589,21 +664,62 @@ impl Space {
 
 impl UserCode for Direct {
     fn interrupted(&mut self, cpu: &Cpu, entries: u64) -> bool {
+        let reminded = self.reminder.as_ref().is_some_and(|r| r.take_rung());
+        let seldom = self.scout.seldom(&self.times, host_tsc(), entries);
         if cpu.cpl != 3 {
             self.scout.kernel();
+            if reminded && seldom {
+                self.look_again();
+            }
             return false;
         }
-        self.pin.tick();
         let translated = !std::mem::take(&mut self.kicked);
-        self.counts.found[usize::from(translated)] += 1;
+        if !reminded {
+            self.pin.tick();
+            self.counts.found[usize::from(translated)] += 1;
+        }
+        let look = self.look(cpu, entries);
+        let promising = self.scout.promising(&self.times, look);
+        if promising && eligible(cpu) && self.open(root(cpu)) {
+            return true;
+        }
+        let space = self.spaces.get(&root(cpu));
+        if translated && seldom && space.is_none_or(|s| s.account.may_open(look.tsc)) {
+            self.looks = self.looks.max(u32::from(!reminded));
+            self.look_again();
+        }
+        false
+    }
+
+    fn untranslated(&mut self, cpu: &Cpu, page: u64, entries: u64) -> bool {
+        let (root, (first, block)) = (root(cpu), self.times.translation);
+        // Where the tables were flushed since, they may be another program's.
+        let same = self.spaces.get(&root).filter(|s| s.id == cpu.spaces.id());
+        let own = self.claims.get(&page).zip(same);
+        let own = own.is_some_and(|(claim, space)| claim.life == space.life);
+        let cost = match (own, cpu.ram.tracker().has_code(page)) {
+            (true, _) => block,
+            (false, false) => first,
+            (false, true) => return false,
+        };
         let look = Look {
-            root: root(cpu),
+            root,
             tsc: host_tsc(),
-            spent: spent::of_this_thread(self.tsc_hz),
+            spent: 0,
             entries,
         };
-        let promising = self.scout.promising(&self.times, look);
-        promising && eligible(cpu) && self.open(root(cpu))
+        let account = self.spaces.get(&root).map(|s| s.account);
+        let doubt = account.map_or(1, |a| a.doubt(&self.times));
+        let promising = self.explorer.promising(&self.times, look, cost, doubt);
+        if !promising || !eligible(cpu) {
+            return false;
+        }
+        if let Some(space) = self.space(root) {
+            space.account.forgive();
+        }
+        let opened = self.open(root);
+        self.counts.opened_unknown += u64::from(opened);
+        opened
     }
 
     fn takes(&mut self, cpu: &Cpu) -> bool {
@@ -613,6 +729,8 @@ impl UserCode for Direct {
             if is_direct && s.follow_flushes(cpu, &mut self.counts) {
                 self.counts.replaced += 1;
                 s.account = Account::new(&self.times);
+                self.lives += 1;
+                s.life = self.lives;
             }
             s.account.is_direct()
         });
@@ -622,8 +740,10 @@ impl UserCode for Direct {
         eligible(cpu) && (direct || self.open(root(cpu)))
     }
 
-    fn run(&mut self, cpu: &mut Cpu, called: &dyn Fn() -> bool) -> Left {
+    fn run(&mut self, cpu: &mut Cpu, called: &dyn Fn() -> bool, entries: u64) -> Left {
         let root = root(cpu);
+        self.entries = entries;
+        self.life = self.spaces.get(&root).map_or(0, |s| s.life);
         self.kicked = false;
         self.ambition = MAPPINGS.0;
         self.map_missed(cpu, root);
@@ -646,11 +766,16 @@ impl UserCode for Direct {
                 }
             };
             let left = self.stopped(cpu, root, stop);
+            let stretch = Stretch {
+                pages: std::mem::take(&mut self.explored),
+                ..stretch
+            };
+            self.counts.explored += stretch.pages;
             let (times, hz) = (self.times, self.tsc_hz);
             if let Some(space) = self.space(root)
                 && !space.stopped(&times, stretch, hz)
             {
-                self.counts.closed += 1;
+                self.closed(cpu);
                 return left.unwrap_or(Left::Declined);
             }
             if let Some(left) = left {
@@ -688,29 +813,14 @@ impl UserCode for Direct {
     }
 
     fn stats(&self) -> EngineStats {
-        let c = &self.counts;
-        let children = self.spaces.values().filter(|s| s.child.is_some()).count();
+        let with_child = self.spaces.values().filter(|s| s.child.is_some());
         let pages: usize = self.spaces.values().map(|s| s.shadow.pages()).sum();
-        EngineStats::from([
-            ("direct_runs", c.runs),
-            ("direct_nanoseconds", nanoseconds(c.ticks, self.tsc_hz)),
-            ("direct_stops_system_call", c.system_calls),
-            ("direct_stops_page_fault", c.page_faults),
-            ("direct_stops_other_trap", c.other_traps),
-            ("direct_stops_called", c.calls),
-            ("user_interruptions_direct", c.found[0]),
-            ("user_interruptions_translated", c.found[1]),
-            ("direct_entries_sensitive_page", c.sensitive),
-            ("direct_children", children as u64),
-            ("direct_children_lost", c.gone),
-            ("direct_pages_mapped", c.pages_mapped),
+        let mut stats = self.counts.stats(self.tsc_hz);
+        stats.extend([
+            ("direct_children", with_child.count() as u64),
             ("direct_shadow_pages", pages as u64),
-            ("direct_shadow_revisions", c.revisions),
-            ("direct_shadow_emptied", c.emptied),
-            ("direct_programs_replaced", c.replaced),
-            ("direct_switches_in", c.opened),
-            ("direct_switches_out", c.closed),
-        ])
+        ]);
+        stats
     }
 }
 
@@ -726,10 +836,6 @@ impl Kick for Kicker {
 
 /// Children that cannot be had until no more are tried.
 const MOST_FAILURES: u32 = 8;
-
-fn nanoseconds(ticks: u64, hz: u64) -> u64 {
-    (u128::from(ticks) * 1_000_000_000 / u128::from(hz.max(1))) as u64
-}
 
 /// What tells address spaces apart: where their page tables are. (Linux gives one of them different PCIDs over time.)
 fn root(cpu: &Cpu) -> u64 {

@@ -58,9 +58,11 @@ impl Translator {
         let gpa = self.code_page(rip)? | (rip & PAGE_MASK);
         let key = self.key(gpa, rip);
         let found = self.code.blocks.find(&key);
-        let block = found
-            .filter(|b| self.still_straddles(*b, rip))
-            .or_else(|| self.translate_block(key, rip))?;
+        let found = found.filter(|b| self.still_straddles(*b, rip));
+        if found.is_none() && self.leaves_untranslated(gpa & !PAGE_MASK) {
+            return None;
+        }
+        let block = found.or_else(|| self.translate_block(key, rip))?;
         if self.code.blocks.second_page(block).is_none() {
             let host = self.code.blocks.entry_saved(block);
             self.context.code_map.note_block(&key, host);

@@ -17,6 +17,7 @@ use crate::access::KnownSites;
 use crate::blocks::{BlockId, Blocks};
 use crate::cache_unsafe::slots;
 use crate::code_pages::CodePages;
+use crate::context::Context;
 use crate::context_unsafe::ContextBox;
 use crate::engine::{TranslateError, TranslateOptions};
 use crate::enter_unsafe::enter;
@@ -200,11 +201,22 @@ impl Translator {
         let Some(user_code) = &mut self.user_code else {
             return;
         };
-        let cpu = &self.context.cpu;
-        let events = cpu.counters.exceptions.iter().sum::<u64>() + cpu.counters.interrupts;
-        if user_code.interrupted(cpu, self.context.user_entries + events) {
+        if user_code.interrupted(&self.context.cpu, entries(&self.context)) {
             self.forget_user_jumps();
         }
+    }
+
+    /// Whether the user code of this page, which has not been translated yet, is left to somebody else from now on.
+    pub fn leaves_untranslated(&mut self, page: u64) -> bool {
+        let cpu = &self.context.cpu;
+        let Some(user_code) = self.user_code.as_mut().filter(|_| cpu.cpl == 3) else {
+            return false;
+        };
+        let leaves = user_code.untranslated(cpu, page, entries(&self.context));
+        if leaves {
+            self.forget_user_jumps();
+        }
+        leaves
     }
 
     /// Has user code run by who it is left to; false where it is left to nobody.
@@ -216,8 +228,9 @@ impl Translator {
             return false;
         }
         let from = self.context.cpu.rip;
+        let entries = entries(&self.context);
         let (cpu, called) = self.context.cpu_and_call();
-        let left = user_code.run(cpu, &called);
+        let left = user_code.run(cpu, &called, entries);
         if self.context.cpu.rip != from {
             // The exit that led here does not lead to where user code has come by now.
             self.link_from = None;
@@ -377,6 +390,12 @@ impl Translator {
         let linear = page.wrapping_add(offset as u64);
         self.code.blocks.mode(block).cut(linear)
     }
+}
+
+/// How often user code was entered so far.
+fn entries(context: &Context) -> u64 {
+    let counters = &context.cpu.counters;
+    context.user_entries + counters.exceptions.iter().sum::<u64>() + counters.interrupts
 }
 
 pub(crate) const PRIVILEGES: [Privilege; 3] = [

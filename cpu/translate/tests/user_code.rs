@@ -33,7 +33,7 @@ impl UserCode for Mover {
     fn takes(&mut self, cpu: &Cpu) -> bool {
         cpu.rip == self.from && !self.done
     }
-    fn run(&mut self, cpu: &mut Cpu, _called: &dyn Fn() -> bool) -> Left {
+    fn run(&mut self, cpu: &mut Cpu, _called: &dyn Fn() -> bool, _entries: u64) -> Left {
         self.done = true;
         cpu.rip = self.to;
         Left::Declined
@@ -104,4 +104,71 @@ fn an_exit_is_not_linked_to_where_others_have_taken_the_code() {
     assert_eq!(engine.run(&mut EmptyBus), Exit::Shutdown);
     let counts = [0, 3, 1].map(|n| engine.cpu().gpr[n]);
     assert_eq!(counts, [2, 1, 1], "begun, at the target, elsewhere");
+}
+
+/// Takes user code when it has come to so many blocks that have no translation, and gives it back at `to`.
+struct Explorer {
+    blocks: u32,
+    to: u64,
+    taken: bool,
+}
+
+impl UserCode for Explorer {
+    fn interrupted(&mut self, _cpu: &Cpu, _entries: u64) -> bool {
+        false
+    }
+    fn untranslated(&mut self, _cpu: &Cpu, page: u64, _entries: u64) -> bool {
+        assert_eq!(page, CODE);
+        self.blocks = self.blocks.saturating_sub(1);
+        self.blocks == 0 && !self.taken
+    }
+    fn takes(&mut self, _cpu: &Cpu) -> bool {
+        self.blocks == 0 && !self.taken
+    }
+    fn run(&mut self, cpu: &mut Cpu, _called: &dyn Fn() -> bool, _entries: u64) -> Left {
+        self.taken = true;
+        cpu.rip = self.to;
+        Left::Declined
+    }
+    fn flushed(&mut self, _cpu: &Cpu, _flushed: &Flushed) {}
+    fn written(&mut self, _cpu: &Cpu, _page: u64) {}
+    fn kicker(&self) -> Arc<dyn Kick> {
+        Arc::new(NoKick)
+    }
+    fn stats(&self) -> EngineStats {
+        EngineStats::default()
+    }
+}
+
+#[test]
+fn others_may_take_code_before_it_is_translated() {
+    let mut a = CodeAssembler::new(64).unwrap();
+    let (mut second, mut elsewhere) = (a.create_label(), a.create_label());
+    a.inc(eax).unwrap();
+    a.jmp(second).unwrap();
+    a.set_label(&mut second).unwrap();
+    a.inc(ebx).unwrap();
+    a.inc(edi).unwrap();
+    a.ud2().unwrap();
+    a.set_label(&mut elsewhere).unwrap();
+    a.inc(ecx).unwrap();
+    a.ud2().unwrap();
+    let options = BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS;
+    let assembled = a.assemble_options(CODE, options).unwrap();
+    let explorer = Explorer {
+        blocks: 2,
+        to: assembled.label_ip(&elsewhere).unwrap(),
+        taken: false,
+    };
+    let cpu = user_cpu(&assembled.inner.code_buffer);
+    let mut engine = Translate::new(cpu, TranslateOptions::default())
+        .unwrap()
+        .leaving_user_code_to(Box::new(explorer));
+    assert_eq!(engine.run(&mut EmptyBus), Exit::Shutdown);
+    let counts = [0, 3, 7, 1].map(|n| engine.cpu().gpr[n]);
+    assert_eq!(
+        counts,
+        [1, 1, 0, 1],
+        "translated, one interpreted on the way, taken, given back"
+    );
 }

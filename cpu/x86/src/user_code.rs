@@ -30,11 +30,16 @@ pub trait UserCode: Send {
     /// True where the address space is left to the other from now on: the engine forgets what would lead it past [`Self::takes`].
     fn interrupted(&mut self, cpu: &Cpu, entries: u64) -> bool;
 
+    /// The engine has come to user code of this page (guest physical) that it has no translation of. True as for [`Self::interrupted`]: it is not translated.
+    fn untranslated(&mut self, _cpu: &Cpu, _page: u64, _entries: u64) -> bool {
+        false
+    }
+
     /// Whether [`Self::run`] is to run this CPU's user code.
     fn takes(&mut self, cpu: &Cpu) -> bool;
 
-    /// Runs it, until `called` is true (whoever makes it true calls [`Self::kicker`] afterwards) or there is another reason.
-    fn run(&mut self, cpu: &mut Cpu, called: &dyn Fn() -> bool) -> Left;
+    /// Runs it, until `called` is true (whoever makes it true calls [`Self::kicker`] afterwards) or there is another reason. `entries` is as for [`Self::interrupted`].
+    fn run(&mut self, cpu: &mut Cpu, called: &dyn Fn() -> bool, entries: u64) -> Left;
 
     /// Follows a flush of the CPU's TLBs, or a change of the address space.
     fn flushed(&mut self, cpu: &Cpu, flushed: &Flushed);
