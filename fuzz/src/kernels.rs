@@ -24,7 +24,8 @@ pub struct Kernels {
     /// Begin with this case.
     #[arg(long, default_value_t = 0)]
     first: u64,
-    /// One engine, compared with the interpreter; otherwise the translator, direct execution and another one in turn.
+    /// One engine, compared with the interpreter; otherwise the translator, direct execution and another one in turn. `kvm` is the
+    /// host's.
     #[arg(long)]
     engine: Option<String>,
     /// Run one case and show it.
@@ -119,6 +120,10 @@ fn show(rig: &Rig, summary: &Summary) {
         summary.failures.len()
     );
     println!("engine                           runs    instructions   processor seconds");
+    if rig.kvm_runs + rig.kvm_refused > 0 {
+        let (runs, refused) = (rig.kvm_runs, rig.kvm_refused);
+        println!("{:28} {runs:8} runs, and {refused} that it refused", "kvm");
+    }
     for runner in rig.runners() {
         println!(
             "{:28} {:8} {:15} {:19.1}",

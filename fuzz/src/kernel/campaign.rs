@@ -12,6 +12,7 @@ use super::case::{Case, Kept};
 use super::compare::{comparable, differences};
 use super::coverage::Coverage;
 use super::image::{Image, Supervisors, places};
+use super::kvm_unsafe::KvmRunner;
 use super::machine::{Final, Kind, Runner};
 use super::trace::Tracer;
 use crate::rig::variants;
@@ -74,6 +75,10 @@ pub struct Rig {
     model: Arc<CpuidModel>,
     kinds: Vec<(&'static str, Kind)>,
     runners: BTreeMap<&'static str, Runner>,
+    kvm: Option<KvmRunner>,
+    /// Cases that KVM ran to their end, and those in which it met with what it cannot do.
+    pub kvm_runs: u64,
+    pub kvm_refused: u64,
     physical_bits: u32,
     /// Engines that this host has not, which was said.
     missing: Vec<&'static str>,
@@ -83,6 +88,8 @@ const DEFAULTS: &str = "translate";
 const EXACT: &str = "translate-entry-flags";
 const DIRECT: &str = "direct";
 const ORACLE: &str = "interpret";
+/// Only when it is asked for.
+const KVM: &str = "kvm";
 
 fn kinds() -> Vec<(&'static str, Kind)> {
     let interpreters = [
@@ -99,7 +106,11 @@ fn kinds() -> Vec<(&'static str, Kind)> {
 
 /// The names of all engines.
 pub fn names() -> Vec<&'static str> {
-    kinds().into_iter().map(|(name, _)| name).collect()
+    kinds()
+        .into_iter()
+        .map(|(name, _)| name)
+        .chain([KVM])
+        .collect()
 }
 
 impl Rig {
@@ -113,6 +124,9 @@ impl Rig {
             model,
             kinds: kinds(),
             runners: BTreeMap::new(),
+            kvm: None,
+            kvm_runs: 0,
+            kvm_refused: 0,
             missing: Vec::new(),
         })
     }
@@ -169,6 +183,9 @@ impl Rig {
         expected: &Final,
         engine: &str,
     ) -> Result<Verdict> {
+        if engine == KVM {
+            return self.check_against_kvm(case, image, expected);
+        }
         let Some(runner) = self.runner(engine)? else {
             return Ok(Verdict::NotCompared);
         };
@@ -189,9 +206,48 @@ impl Rig {
         Ok(Verdict::Same)
     }
 
+    fn check_against_kvm(
+        &mut self,
+        case: &Case,
+        image: &Image,
+        expected: &Final,
+    ) -> Result<Verdict> {
+        if self.kvm.is_none() && !self.missing.contains(&KVM) {
+            match KvmRunner::new(&self.model) {
+                Ok(runner) => self.kvm = Some(runner),
+                Err(e) => {
+                    eprintln!("SKIPPED: this host has no KVM that serves here: {e:#}");
+                    self.missing.push(KVM);
+                }
+            }
+        }
+        let Some(kvm) = &mut self.kvm else {
+            return Ok(Verdict::NotCompared);
+        };
+        let Ok(last) = kvm.run(image, &case.dma, expected) else {
+            // It says what it cannot do; the CPU is of no use after that.
+            self.kvm = None;
+            self.kvm_refused += 1;
+            return Ok(Verdict::NotCompared);
+        };
+        self.kvm_runs += 1;
+        let found = differences(&last, expected, case.flags);
+        if found.is_empty() {
+            return Ok(Verdict::Same);
+        }
+        let trace = self.tracer.run(image, &case.dma);
+        Ok(match trace.unspecified {
+            None => Verdict::Different(found),
+            Some(_) => Verdict::Unspecified,
+        })
+    }
+
     /// The engines of a case.
     fn engines(&self, plan: &Plan, case: &Case, number: u64) -> Vec<&'static str> {
         let names = self.kinds.iter().map(|(name, _)| *name);
+        if plan.engine.as_deref() == Some(KVM) {
+            return vec![KVM];
+        }
         if let Some(wanted) = &plan.engine {
             return names.filter(|name| name == wanted).collect();
         }
@@ -200,6 +256,12 @@ impl Rig {
             .collect();
         let defaults = if case.flags { EXACT } else { DEFAULTS };
         vec![defaults, DIRECT, others[number as usize % others.len()]]
+    }
+
+    /// Whether the manual says what comes out of a case.
+    pub fn is_specified(&mut self, case: &Case) -> bool {
+        let trace = case.image().map(|image| self.tracer.run(&image, &case.dma));
+        trace.is_some_and(|trace| trace.unspecified.is_none())
     }
 
     /// A CPU as the kernels have.

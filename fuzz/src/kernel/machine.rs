@@ -286,7 +286,8 @@ impl Runner {
     }
 }
 
-fn contents(ram: &GuestRam) -> Vec<u8> {
+/// All bytes of RAM.
+pub fn contents(ram: &GuestRam) -> Vec<u8> {
     let mut bytes = vec![0; RAM as usize];
     for (n, page) in bytes.chunks_mut(PAGE).enumerate() {
         if let Some(p) = ram.ptr((n * PAGE) as u64) {
@@ -296,7 +297,8 @@ fn contents(ram: &GuestRam) -> Vec<u8> {
     bytes
 }
 
-fn is_equal(ram: &GuestRam, bytes: &[u8]) -> bool {
+/// Whether RAM holds these bytes.
+pub fn is_equal(ram: &GuestRam, bytes: &[u8]) -> bool {
     let mut page = [0; PAGE];
     bytes.chunks(PAGE).enumerate().all(|(n, wanted)| {
         if let Some(p) = ram.ptr((n * PAGE) as u64) {
@@ -420,7 +422,8 @@ fn reset_long(cpu: &mut Cpu, image: &Image) {
     cpu.flush_tlb(true);
 }
 
-fn registers(cpu: &Cpu) -> Vec<(&'static str, u64)> {
+/// What is compared of a CPU, by name.
+pub fn registers(cpu: &Cpu) -> Vec<(&'static str, u64)> {
     const NAMES: [&str; 16] = [
         "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12",
         "r13", "r14", "r15",

@@ -18,6 +18,7 @@ pub mod compare;
 pub mod coverage;
 pub mod encoded;
 pub mod image;
+pub mod kvm_unsafe;
 pub mod layout;
 pub mod machine;
 pub mod narrow;

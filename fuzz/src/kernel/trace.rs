@@ -10,7 +10,7 @@ use doppel_x86::{Activity, Cpu, CpuMode, CpuidModel, Gpr, Seg, event, interpret}
 use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic};
 
 use super::image::Image;
-use super::layout::{RAM, STUBS};
+use super::layout::{CURSOR, RAM, STUBS};
 use super::machine::{self, KernelBus};
 
 /// Instructions that a case may take here.
@@ -107,7 +107,9 @@ impl Tracer {
         if let Some(i) = instruction {
             let key = (place.0, place.1, i.code());
             *trace.reached.instructions.entry(key).or_default() += 1;
-            if raised.is_empty() && is_unspecified(&i) {
+            // The supervisor's shifts leave flags to nobody.
+            let supervisor = (STUBS..CURSOR).contains(&i.ip());
+            if raised.is_empty() && !supervisor && is_unspecified(&i) {
                 trace.unspecified = trace.unspecified.or(Some(i));
             }
         }
@@ -189,6 +191,8 @@ fn is_unspecified(i: &Instruction) -> bool {
     use Mnemonic::*;
     match i.mnemonic() {
         And | Or | Xor | Test | Bt | Bts | Btr | Btc | Cmpxchg | Xadd => false,
+        // A processor may say that a component is in use whose state is the initial one.
+        Xsave | Xsave64 | Xsavec | Xsavec64 | Xsaveopt | Xsaveopt64 => true,
         Rdtsc | Rdtscp | Rdrand | Rdseed | Rdpmc => true,
         _ => i.rflags_undefined() != 0,
     }
