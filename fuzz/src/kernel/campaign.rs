@@ -84,6 +84,8 @@ pub struct Rig {
     missing: Vec<&'static str>,
 }
 
+/// Time after which a failing case is told as small as it is by then.
+const MOST_MINIMIZING: Duration = Duration::from_secs(40);
 const DEFAULTS: &str = "translate";
 const EXACT: &str = "translate-entry-flags";
 const DIRECT: &str = "direct";
@@ -380,7 +382,11 @@ impl Failed<'_> {
         kinds: &mut BTreeMap<Likeness, usize>,
     ) -> Result<()> {
         let (case, engine) = (self.case, self.engine);
+        let began = Instant::now();
         let kept = case.everything().least(|kept| {
+            if began.elapsed() > MOST_MINIMIZING {
+                return false;
+            }
             let verdict = rig.check(&case.only(kept), engine);
             matches!(verdict, Ok(Verdict::Different(_)))
         });

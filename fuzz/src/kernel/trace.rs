@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use doppel_memory::{GuestRam, probe};
 use doppel_x86::{Activity, Cpu, CpuMode, CpuidModel, Gpr, Seg, event, interpret};
-use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic};
+use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, RflagsBits};
 
 use super::image::Image;
 use super::layout::{CURSOR, RAM, STUBS};
@@ -186,14 +186,21 @@ fn selector(code: u64) -> String {
     format!("{table}{}", if code & 1 != 0 { " EXT" } else { "" })
 }
 
-/// Flags that are not defined, or results that are the host's. Logic and bit tests leave or clear AF and the rest everywhere.
+/// Flags that are not defined, or results that are the host's. Logic, bit tests and moves from and to control and debug registers
+/// clear flags or leave them as they are on every processor, and here.
 fn is_unspecified(i: &Instruction) -> bool {
     use Mnemonic::*;
+    const FLAGS: u32 = RflagsBits::OF
+        | RflagsBits::SF
+        | RflagsBits::ZF
+        | RflagsBits::AF
+        | RflagsBits::CF
+        | RflagsBits::PF;
     match i.mnemonic() {
-        And | Or | Xor | Test | Bt | Bts | Btr | Btc | Cmpxchg | Xadd => false,
+        Mov | And | Or | Xor | Test | Bt | Bts | Btr | Btc => false,
         // A processor may say that a component is in use whose state is the initial one.
         Xsave | Xsave64 | Xsavec | Xsavec64 | Xsaveopt | Xsaveopt64 => true,
         Rdtsc | Rdtscp | Rdrand | Rdseed | Rdpmc => true,
-        _ => i.rflags_undefined() != 0,
+        _ => i.rflags_undefined() & FLAGS != 0,
     }
 }
