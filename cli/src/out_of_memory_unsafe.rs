@@ -52,10 +52,10 @@ fn told(block: *mut u8, size: usize) -> *mut u8 {
 fn end(size: usize) -> ! {
     let mut text = [0; 320];
     let mut rest = &mut text[..];
-    let _ = write!(
+    let _ = writeln!(
         rest,
         "doppel: the host gives no memory for {size} bytes more, so this ends here; what a guest has flushed is on its disks. \
-         Ask for less with --memory or --code-cache, or raise the limit (ulimit -v, the control group)\n"
+         Ask for less with --memory or --code-cache, or raise the limit (ulimit -v, the control group)"
     );
     let left = rest.len();
     let _ = rustix::io::write(rustix::stdio::stderr(), &text[..320 - left]);

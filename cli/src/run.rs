@@ -5,6 +5,7 @@ use crate::devices::{ConsoleSpec, Opened, VsockSpec};
 use crate::domain::{self, Domain, OpenFile};
 use crate::explain;
 use crate::guest;
+use crate::host_error::with_advice;
 use crate::own_memory_unsafe;
 use crate::sandbox;
 use crate::signals::Signals;
@@ -110,9 +111,10 @@ fn end_at_panic() {
     std::panic::set_hook(Box::new(|info| {
         let thread = thread::current();
         let name = thread.name().unwrap_or("a thread without a name");
+        let why = with_advice(&info.to_string().replace('\n', " "));
         eprintln!(
             "doppel: the machine ends here, for a thread of the monitor ({name}) cannot go on; what the guest has flushed is on its disks. \
-             Where the host is not short of memory or threads, this is a bug: {info}"
+             Where the host is not short of memory or threads, this is a bug: {why}"
         );
         std::process::exit(1);
     }));
@@ -126,7 +128,8 @@ fn open_disks(args: &Run) -> Result<(Vec<Disk>, Vec<OpenFile>)> {
             true => domain::disk(spec, args.sandbox).context("--disk")?,
             false => (spec.open().context("--disk")?, Vec::new()),
         };
-        anyhow::Ok((ToldDisk::new(disk, spec.path.clone()), files))
+        let told: Disk = Arc::new(ToldDisk::new(disk, spec.path.clone()));
+        anyhow::Ok((told, files))
     };
     let disks: Result<Vec<_>> = args.devices.disks().map(open).collect();
     let (disks, files): (_, Vec<_>) = disks?.into_iter().unzip();

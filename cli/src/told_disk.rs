@@ -28,9 +28,9 @@ pub struct ToldDisk {
 
 impl ToldDisk {
     /// `disk`, which is `path` on the host.
-    pub fn new(disk: Arc<dyn BlockBackend>, path: PathBuf) -> Arc<dyn BlockBackend> {
+    pub fn new(disk: Arc<dyn BlockBackend>, path: PathBuf) -> Self {
         let told = Default::default();
-        Arc::new(ToldDisk { disk, path, told })
+        ToldDisk { disk, path, told }
     }
 
     fn tell<T>(&self, at: At, result: io::Result<T>) -> io::Result<T> {

@@ -405,6 +405,13 @@ pub const GROUPS: &[Group] = &[
         calls: &[],
         tested: TAP,
     },
+    // What is typed interrupts a vCPU, and what ends the machine calls it, while its user code is in a child.
+    Group {
+        need: Need::Always,
+        kinds: &[Kind::Console],
+        calls: &[Sysno::pidfd_send_signal],
+        tested: &[],
+    },
     // A terminal's settings and size; not TIOCSTI, which types.
     Group {
         need: Need::Always,

@@ -137,7 +137,16 @@ pub struct Running {
 
 impl Running {
     pub fn start(command: &mut Command) -> Running {
-        let command = command.stdin(Stdio::null()).stdout(Stdio::piped());
+        Running::start_with(command, Stdio::null())
+    }
+
+    /// The same with a pipe to type into.
+    pub fn start_typing(command: &mut Command) -> Running {
+        Running::start_with(command, Stdio::piped())
+    }
+
+    fn start_with(command: &mut Command, input: Stdio) -> Running {
+        let command = command.stdin(input).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let console = child.stdout.take().unwrap();
         Running {

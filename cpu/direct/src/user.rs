@@ -304,7 +304,12 @@ impl Direct {
             }
             Stop::Gone { lost: false } => Some(Left::Called),
             // What user code has done since it was entered is done, and its registers are lost.
-            Stop::Gone { lost: true } => Some(Left::Raise(Exception::gp(0))),
+            Stop::Gone { lost: true } => {
+                tracing::warn!(
+                    "a process in which the processor ran user code of the guest was killed; the guest's program gets a general protection fault, and the guest goes on"
+                );
+                Some(Left::Raise(Exception::gp(0)))
+            }
         }
     }
 
@@ -759,8 +764,13 @@ impl UserCode for Direct {
             }
             let (stop, stretch) = match self.run_child(cpu, root) {
                 Ok(done) => done,
-                Err(_) => {
+                Err(e) => {
                     self.failures += 1;
+                    if self.failures == MOST_FAILURES {
+                        tracing::warn!(
+                            "the guest's user code is not executed directly any more, for the host refuses it ({e}); it is translated"
+                        );
+                    }
                     self.close(root);
                     return Left::Declined;
                 }

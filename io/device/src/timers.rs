@@ -251,7 +251,7 @@ mod tests {
         let alarm = timers.alarm(weak(&target));
         let sender = Mutex::new(sender);
         timers.when_late(move || sender.lock().unwrap().send("late").unwrap());
-        let mut wake_after = |nanos| {
+        let wake_after = |nanos| {
             alarm.set(Some(clock.now() + 10));
             clock.advance(10 + nanos);
             timers.tell_lateness();
