@@ -80,3 +80,10 @@ pub enum DeviceState {
     Balloon(BalloonState),
     Vsock(VsockState),
 }
+
+/// Fills `data` from `offset` of a configuration space of these bytes.
+pub(crate) fn copy_config(bytes: &[u8], offset: u64, data: &mut [u8]) {
+    let at = usize::try_from(offset).unwrap_or(usize::MAX);
+    let from = bytes.get(at..).unwrap_or_default();
+    data.iter_mut().zip(from).for_each(|(to, byte)| *to = *byte);
+}

@@ -24,6 +24,7 @@ use doppel_memory::GuestRam;
 use doppel_seccomp::Kind;
 use serde::{Deserialize, Serialize};
 
+use crate::device::copy_config;
 use crate::locks::lock;
 use crate::worker::{Stop, Worker};
 use crate::{
@@ -180,9 +181,7 @@ impl VirtioDevice for Balloon {
         for (at, word) in [target, actual, 0, self.poison].into_iter().enumerate() {
             bytes[4 * at..][..4].copy_from_slice(&word.to_le_bytes());
         }
-        let at = usize::try_from(offset).unwrap_or(usize::MAX);
-        let from = bytes.get(at..).unwrap_or_default();
-        data.iter_mut().zip(from).for_each(|(to, byte)| *to = *byte);
+        copy_config(&bytes, offset, data);
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {

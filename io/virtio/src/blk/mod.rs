@@ -21,6 +21,7 @@ use doppel_seccomp::Kind;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk as bit;
 
+use crate::device::copy_config;
 use crate::worker::Worker;
 use crate::{Activation, DeviceState, OnNotify, Queue, VirtioDevice};
 use pool::{Slot, lock};
@@ -173,9 +174,7 @@ impl VirtioDevice for Blk {
             self.queues,
             self.disk.writeback.load(Ordering::Relaxed),
         );
-        let at = usize::try_from(offset).unwrap_or(usize::MAX);
-        let from = bytes.get(at..).unwrap_or_default();
-        data.iter_mut().zip(from).for_each(|(to, byte)| *to = *byte);
+        copy_config(&bytes, offset, data);
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {

@@ -24,6 +24,7 @@ use doppel_memory::GuestRam;
 use doppel_seccomp::Kind;
 use serde::{Deserialize, Serialize};
 
+use crate::device::copy_config;
 use crate::locks::{lock, try_lock};
 use crate::worker::{Stop, Worker};
 use crate::{
@@ -164,9 +165,7 @@ impl VirtioDevice for Console {
         let window = window(&self.backend);
         self.told.store(window, Ordering::Relaxed);
         let bytes = config::bytes(window);
-        let at = usize::try_from(offset).unwrap_or(usize::MAX);
-        let from = bytes.get(at..).unwrap_or_default();
-        data.iter_mut().zip(from).for_each(|(to, byte)| *to = *byte);
+        copy_config(&bytes, offset, data);
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {

@@ -14,6 +14,7 @@ use doppel_seccomp::Kind;
 use doppel_share::{Session, SessionState, Share};
 use serde::{Deserialize, Serialize};
 
+use crate::device::copy_config;
 use crate::worker::Worker;
 use crate::{Activation, DeviceState, Queue, VirtioDevice};
 
@@ -84,9 +85,7 @@ impl VirtioDevice for Fs {
         let tag = self.share.tag().bytes();
         bytes.iter_mut().zip(tag).for_each(|(to, byte)| *to = byte);
         bytes[TAG_LEN..].copy_from_slice(&REQUEST_QUEUES.to_le_bytes());
-        let at = usize::try_from(offset).unwrap_or(usize::MAX);
-        let from = bytes.get(at..).unwrap_or_default();
-        data.iter_mut().zip(from).for_each(|(to, byte)| *to = *byte);
+        copy_config(&bytes, offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> io::Result<()> {

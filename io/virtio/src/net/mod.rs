@@ -28,6 +28,7 @@ use doppel_seccomp::Kind;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_net as bit;
 
+use crate::device::copy_config;
 use crate::locks::{lock, try_lock};
 use crate::worker::{Stop, Worker};
 use crate::{
@@ -185,12 +186,7 @@ impl VirtioDevice for Net {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = self.config();
-        let start = usize::try_from(offset)
-            .unwrap_or(usize::MAX)
-            .min(config.len());
-        let n = data.len().min(config.len() - start);
-        data[..n].copy_from_slice(&config[start..start + n]);
+        copy_config(&self.config(), offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> io::Result<()> {

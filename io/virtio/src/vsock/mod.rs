@@ -21,6 +21,7 @@ use doppel_memory::GuestRam;
 use doppel_seccomp::Kind;
 use serde::{Deserialize, Serialize};
 
+use crate::device::copy_config;
 use crate::worker::{Stop, Worker};
 use crate::{Activation, Broken, DeviceState, Queue, VirtioDevice, wait_readable_for};
 use muxer::Muxer;
@@ -109,9 +110,7 @@ impl VirtioDevice for Vsock {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let bytes = u64::from(self.cid).to_le_bytes();
-        let at = usize::try_from(offset).unwrap_or(usize::MAX);
-        let from = bytes.get(at..).unwrap_or_default();
-        data.iter_mut().zip(from).for_each(|(to, byte)| *to = *byte);
+        copy_config(&bytes, offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> io::Result<()> {
