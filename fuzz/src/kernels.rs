@@ -112,10 +112,11 @@ fn show(rig: &Rig, summary: &Summary) {
         println!("{}  and {} like it\n", f.report, f.more);
     }
     println!(
-        "{} kernels, of which {} did not end and {} were not compared on an engine (not specified); {} exceptions, interrupts and system calls; {} different failures",
+        "{} kernels, of which {} did not end and {} were not compared on an engine (not specified), {} took it too long; {} exceptions, interrupts and system calls; {} different failures",
         summary.cases,
         summary.endless,
         summary.unspecified,
+        summary.too_slow,
         summary.records,
         summary.failures.len()
     );

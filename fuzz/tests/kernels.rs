@@ -27,6 +27,7 @@ fn generated_kernels_do_on_every_engine_what_they_do_on_the_interpreter() {
     assert!(summary.cases > 60, "only {} kernels in time", summary.cases);
     assert!(summary.records > 20 * summary.cases, "too few exceptions");
     assert!(summary.endless * 20 < summary.cases, "too many do not end");
+    assert!(summary.too_slow * 20 < summary.cases, "too many are slow");
     assert!(
         summary.unspecified * 20 < summary.cases,
         "too many not compared"

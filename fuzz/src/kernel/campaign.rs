@@ -13,7 +13,7 @@ use super::compare::{comparable, differences};
 use super::coverage::Coverage;
 use super::image::{Image, Supervisors, places};
 use super::kvm_unsafe::KvmRunner;
-use super::machine::{Final, Kind, Runner};
+use super::machine::{Ending, Final, Kind, Runner};
 use super::trace::Tracer;
 use crate::rig::variants;
 
@@ -53,6 +53,8 @@ pub struct Summary {
     pub failures: Vec<Failure>,
     /// Cases on an engine that came out otherwise, but after an instruction whose outcome nobody specifies.
     pub unspecified: u64,
+    /// Cases that an engine did not end in time.
+    pub too_slow: u64,
     pub coverage: Coverage,
 }
 
@@ -64,6 +66,8 @@ pub enum Verdict {
     Different(Vec<String>),
     /// It differs, but after an instruction whose outcome nobody specifies.
     Unspecified,
+    /// It ends on the interpreter, but on this engine not within seconds, as where code changes itself at each instruction.
+    TooSlow,
     /// It does not end, or it is not for this engine.
     NotCompared,
 }
@@ -196,6 +200,9 @@ impl Rig {
         }
         for _ in 0..2 {
             let last = runner.run(image, &case.dma, Some(expected));
+            if last.ending == Ending::TimedOut {
+                return Ok(Verdict::TooSlow);
+            }
             let found = differences(&last, expected, case.flags);
             if !found.is_empty() {
                 let trace = self.tracer.run(image, &case.dma);
@@ -345,6 +352,7 @@ fn run_case(
                 }
             }
             Verdict::NotCompared => {}
+            Verdict::TooSlow => summary.too_slow += 1,
             Verdict::Unspecified => summary.unspecified += 1,
             Verdict::Different(found) => {
                 let failed = Failed {
@@ -421,6 +429,7 @@ pub fn report(
     let least = case.only(kept);
     let differences = match rig.check(&least, engine)? {
         Verdict::NotCompared => "not compared: endless, or not for this engine".to_owned(),
+        Verdict::TooSlow => "not compared: it takes seconds".to_owned(),
         Verdict::Unspecified => "not compared: nobody specifies what comes out".to_owned(),
         Verdict::Same => "no difference".to_owned(),
         Verdict::Different(found) => found.join("\n  "),

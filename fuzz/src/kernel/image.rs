@@ -60,6 +60,9 @@ fn supervised(paging: Paging) -> Result<Vec<u8>> {
     for (from, to) in [(0, PML4), (0x2_0000, LOG), (USER_CODE, RAM)] {
         image.0[from as usize..to as usize].fill(0xcc);
     }
+    if paging == Paging::Off {
+        image.0[PML4 as usize..GDT as usize].fill(0xcc);
+    }
     let pieces = match paging {
         Paging::Long => supervisor::pieces()?,
         paging => supervisor32::pieces(paging)?,
