@@ -227,6 +227,17 @@ fn switch_between(flags: [&str; 2]) {
     let (mut command, _scratch) = boot.flag(flags[0]).command("translate");
     let mut running = Running::start(&mut command);
     running.until("serving", 1);
+    // The place is taken again by the next process.
+    if let [pid] = backends("net", &name)[..] {
+        let killed = Command::new("kill").args(["-9", &pid.to_string()]).status();
+        assert!(killed.unwrap().success());
+        let next = |pids: Vec<u32>| pids.len() == 1 && pids != [pid];
+        let end = Instant::now() + MINUTE;
+        while !next(backends("net", &name)) {
+            assert!(Instant::now() < end, "no other process");
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
     Boot::script(CLOUD, &client)
         .cmdline("quiet")
         .flag(&net)

@@ -390,7 +390,7 @@ pub const GROUPS: &[Group] = &[
     Group {
         need: Need::Unix(Apart),
         kinds: &[Kind::Supervisor],
-        calls: &[Sysno::mkdir, Sysno::flock],
+        calls: &[Sysno::mkdir, Sysno::flock, Sysno::open],
         tested: &[],
     },
     Group {
@@ -404,6 +404,12 @@ pub const GROUPS: &[Group] = &[
         kinds: &[Kind::Supervisor, Kind::NetServer],
         calls: &[],
         tested: TAP,
+    },
+    Group {
+        need: Need::Tap(Apart),
+        kinds: &[Kind::Supervisor],
+        calls: &[Sysno::open],
+        tested: &[],
     },
     // What is typed interrupts a vCPU, and what ends the machine calls it, while its user code is in a child.
     Group {
@@ -480,7 +486,10 @@ pub const GROUPS: &[Group] = &[
             Sysno::landlock_add_rule,
             Sysno::landlock_restrict_self,
         ],
-        tested: &[(Sysno::socketpair, Is(0, libc::AF_UNIX as u32))],
+        tested: &[
+            (Sysno::socketpair, Is(0, libc::AF_UNIX as u32)),
+            (Sysno::setsockopt, Is(1, libc::SOL_SOCKET as u32)),
+        ],
     },
     // What makes a machine.
     Group {
