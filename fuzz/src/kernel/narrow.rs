@@ -339,7 +339,7 @@ pub fn control_registers(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
             a.mov(cr4, eax)
         }
         2 => {
-            let root = *w.r.pick(&[PML4, PML4_B]);
+            let root = w.root();
             a.mov(eax, root as u32)?;
             a.mov(cr3, eax)
         }

@@ -77,6 +77,7 @@ const EVERYWHERE: &[Kind] = &[
 const KERNEL: &[Kind] = &[
     ("change a mapping", 16, system::change_mapping),
     ("remap and access", 8, system::remap_and_access),
+    ("remap and call", 8, system::remap_and_call),
     ("flushes", 6, system::flushes),
     ("switch the address space", 8, system::switch_address_space),
     ("control registers", 9, system::control_registers),
@@ -182,8 +183,7 @@ fn context(r: &mut Random, traits: Traits) -> Context {
     };
     let rsp = if v86 { 0xfff0 } else { rsp };
     let cr3 = match w.r.below(10) {
-        0..5 => PML4,
-        5..8 => PML4_B,
+        0..5 => w.root(),
         _ => 0,
     };
     Context {
@@ -196,7 +196,7 @@ fn context(r: &mut Random, traits: Traits) -> Context {
         rsp,
         registers,
         cr3,
-        restores: u64::from(w.r.percent(60)) | u64::from(w.r.percent(80)) << 1,
+        restores: u64::from(w.r.percent(40)) | u64::from(w.r.percent(80)) << 1,
     }
 }
 

@@ -98,6 +98,25 @@ pub fn remap_and_access(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
     a.mov(rdx, qword_ptr(rbx + 8))
 }
 
+/// Calls a routine, maps another page in its place, and calls what is there then.
+pub fn remap_and_call(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
+    let page = w.page();
+    let at = *w.r.pick(&ALIASES) + page * 0x1000 + 0x40 * w.r.below(63);
+    a.mov(rbx, at)?;
+    for _ in 0..2 + w.r.below(3) {
+        a.call(rbx)?;
+        let user = 4 * u64::from(w.r.percent(20));
+        let entry = (SPARE + w.r.below(ROUTINE_PAGES) * 0x1000) | 3 | user;
+        a.mov(rax, entry)?;
+        for tables in X_TABLES {
+            a.mov(rcx, tables[2] + 8 * page)?;
+            a.mov(qword_ptr(rcx), rax)?;
+        }
+        flush(w, a, Some(page))?;
+    }
+    a.call(rbx)
+}
+
 pub fn flushes(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
     let at = w.pointer();
     a.mov(rbx, at)?;
@@ -129,7 +148,7 @@ pub fn flushes(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
 }
 
 fn root(w: &mut Writer) -> u64 {
-    let root = *w.r.pick(&[PML4, PML4_B]);
+    let root = w.root();
     match (w.traits.pcids, w.r.percent(92)) {
         (true, true) => root | w.r.below(4) | w.r.below(2) << 63,
         (false, true) => root | (w.r.bits() & 0x18),

@@ -112,6 +112,14 @@ impl Writer<'_> {
         *self.r.pick(&COUNTERS)
     }
 
+    /// The root of an address space. A page that is global is to be the same in all: there is one then.
+    pub fn root(&mut self) -> u64 {
+        match self.traits.globals {
+            true => PML4,
+            false => *self.r.pick(&[PML4, PML4_B]),
+        }
+    }
+
     /// How often a loop runs.
     pub fn times(&mut self) -> u64 {
         match self.r.percent(12) {
