@@ -9,7 +9,7 @@ use super::write::{Assembled, Writer};
 fn access(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
     let base = w.register32();
     let data = w.register32();
-    let m = base + *w.r.pick(&[0i32, 0, 4, 0x7c, -4, 0x1000]);
+    let m = base + *w.r.pick(&[0i32, 0, 4, 0x7c, -4, 0xf00]);
     let m = match w.r.below(8) {
         0 => m.es(),
         1 => m.fs(),

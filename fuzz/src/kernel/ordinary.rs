@@ -37,8 +37,7 @@ fn parts(
 
 /// An address off a base, rarely with a segment or an index.
 fn operand(w: &mut Writer, base: AsmRegister64) -> AsmMemoryOperand {
-    let displacement =
-        *w.r.pick(&[0i32, 0, 1, 8, 16, -8, 64, 0x7f, 0x1000, -0x1000]);
+    let displacement = *w.r.pick(&[0i32, 0, 1, 8, 16, -8, 64, 0x7f, 0xf00, -0x1000]);
     let m = base + displacement;
     match w.r.below(16) {
         0 => m.fs(),
