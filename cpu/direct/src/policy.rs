@@ -54,7 +54,7 @@ impl Times {
             advance: (1500 * us as i64, 1000 * us as i64),
             page: 40 * us,
             translation: (20 * us, 5 * us / 2),
-            unknown: (5_000 * us, 120 * us),
+            unknown: (5_000 * us, 3_000 * us),
             long: 60 * us,
             longest: 4000 * us,
             most: (700 * us as i64, 4000 * us as i64),
@@ -395,7 +395,7 @@ mod tests {
     fn code_that_nobody_has_executed_is_promising_unless_it_is_left_often() {
         let times = times();
         let cost = times.unknown.1 / 6;
-        for (entries, promising) in [(1, true), (20, false)] {
+        for (entries, promising) in [(1, true), (100, false)] {
             let mut explorer = Explorer::default();
             let look = |n: u64, root| Look {
                 root,

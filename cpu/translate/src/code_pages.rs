@@ -56,6 +56,11 @@ impl CodePages {
         self.user.insert(page, gpa);
     }
 
+    /// How many user pages are known.
+    pub fn user_pages(&self) -> usize {
+        self.user.len()
+    }
+
     /// Follows a flush of the CPU's TLBs. User pages count as not global.
     pub fn flush(&mut self, flushed: &Flushed) -> Lost {
         let before = self.count();

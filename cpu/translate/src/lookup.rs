@@ -21,6 +21,9 @@ const USUAL_BYTES: usize = 96;
 /// Blocks that leave the jump caches one by one: more cost more than the caches are worth.
 const MOST_ONE_BY_ONE: usize = 64;
 
+/// So many pages of user code may be no more than a process touches that runs for a moment.
+const FEW_PAGES: usize = 8;
+
 /// The last page of a 32-bit address space.
 const LAST_NARROW_PAGE: u64 = 0xffff_f000;
 
@@ -144,7 +147,7 @@ impl Translator {
         }
         self.code_pages.insert(user, page, &t);
         self.note_page(user, page, gpa);
-        if user && self.options.code_neighbours {
+        if user && self.options.code_neighbours && self.code_pages.user_pages() > FEW_PAGES {
             self.enter_neighbours(page);
         }
         Some(gpa)
