@@ -182,25 +182,28 @@ impl BusMaster {
 
     /// As [`Bus::read`].
     pub fn read(&mut self, address: u64, size: u8) -> u64 {
-        if let Some((offset, device)) = self.same(address, size) {
-            return device.read(offset, size) & all_ones(size);
+        match self.whole(address, size) {
+            Some((offset, device)) => device.read(offset, size) & all_ones(size),
+            None => self.bus.read(address, size),
         }
-        self.find(address);
-        self.bus.read(address, size)
     }
 
     /// As [`Bus::write`].
     pub fn write(&mut self, address: u64, size: u8, value: u64) {
-        if let Some((offset, device)) = self.same(address, size) {
-            return device.write(offset, size, value & all_ones(size));
+        match self.whole(address, size) {
+            Some((offset, device)) => device.write(offset, size, value & all_ones(size)),
+            None => self.bus.write(address, size, value),
         }
-        self.find(address);
-        self.bus.write(address, size, value);
     }
 
-    fn find(&mut self, address: u64) {
-        self.changes = self.bus.changes.load(Ordering::Acquire);
-        self.last = self.bus.find(address);
+    /// The device that takes all of this access at once, if there is one.
+    #[inline]
+    fn whole(&mut self, address: u64, size: u8) -> Option<(u64, &dyn BusDevice)> {
+        if self.same(address, size).is_none() {
+            self.changes = self.bus.changes.load(Ordering::Acquire);
+            self.last = self.bus.find(address);
+        }
+        self.same(address, size)
     }
 
     /// The device found last, where it takes all of this access at once.
