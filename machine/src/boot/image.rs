@@ -17,7 +17,7 @@ use vm_memory::{GuestAddress, GuestMemory, Permissions};
 
 use super::BootError;
 
-/// Threads that copy a file: with more they wait for one another in the host's kernel.
+/// Threads that copy a file, the caller's counted: with more they wait for one another in the host's kernel.
 const THREADS: u64 = 2;
 /// Bytes that are worth a thread of their own: half a millisecond.
 const SHORTEST_PART: u64 = 2 << 20;
@@ -158,12 +158,15 @@ impl<'a> Image<'a> {
             .div_ceil(THREADS)
             .next_multiple_of(PAGE_SIZE)
             .max(SHORTEST_PART);
+        let mut parts = steps(&(0..len), part);
+        let own = parts.next();
         thread::scope(|scope| {
-            let copies = steps(&(0..len), part).map(|part| {
+            let copies = parts.map(|part| {
                 let copy = thread::Builder::new().spawn_scoped(scope, move || copy(part));
                 copy.map_err(|e| self.io_error(e))
             });
             let copies = copies.collect::<Result<Vec<_>, _>>()?;
+            own.map_or(Ok(()), copy)?;
             let copied = copies.into_iter().map(|copy| match copy.join() {
                 Ok(copied) => copied,
                 Err(panic) => resume_unwind(panic),
