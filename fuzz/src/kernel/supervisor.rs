@@ -19,35 +19,46 @@ pub const RECORD_REGISTERS: u64 = 7;
 /// CR2, CR0, CR3, CR4, DR6, DR7, then DS, ES, FS and GS.
 pub const RECORD_SYSTEM: u64 = 22;
 
-type Assembled = Result<(), IcedError>;
+pub(super) type Assembled = Result<(), IcedError>;
 
 /// Addresses and bytes.
 pub fn pieces() -> Result<Vec<(u64, Vec<u8>)>> {
-    let mut pieces = Vec::new();
-    for vector in 0..256 {
-        let at = STUBS + 16 * u64::from(vector);
-        pieces.push((at, assemble(at, |a| stub(a, vector))?));
-    }
+    let mut pieces = stubs(64)?;
     for (at, code) in [
         (SUPERVISOR, note as fn(&mut CodeAssembler) -> Assembled),
         (SYSCALL_ENTRY, |a| call_entry(a, 0x100)),
         (SYSENTER_ENTRY, |a| call_entry(a, 0x101)),
         (DISPATCH, dispatch),
-        (FINISH, |a| {
-            a.cli()?;
-            a.hlt()?;
-            a.jmp(FINISH)
-        }),
+        (FINISH, finish),
     ] {
-        pieces.push((at, assemble(at, code)?));
+        pieces.push((at, assemble(64, at, code)?));
     }
     Ok(pieces)
 }
 
-fn assemble(at: u64, code: impl Fn(&mut CodeAssembler) -> Assembled) -> Result<Vec<u8>> {
-    let mut a = CodeAssembler::new(64)?;
+pub(super) fn assemble(
+    bits: u32,
+    at: u64,
+    code: impl Fn(&mut CodeAssembler) -> Assembled,
+) -> Result<Vec<u8>> {
+    let mut a = CodeAssembler::new(bits)?;
     code(&mut a)?;
     Ok(a.assemble(at)?)
+}
+
+/// What the gates of all vectors lead to.
+pub(super) fn stubs(bits: u32) -> Result<Vec<(u64, Vec<u8>)>> {
+    let piece = |vector| {
+        let at = STUBS + 16 * u64::from(vector);
+        Ok((at, assemble(bits, at, |a| stub(a, vector))?))
+    };
+    (0..256).map(piece).collect()
+}
+
+pub(super) fn finish(a: &mut CodeAssembler) -> Assembled {
+    a.cli()?;
+    a.hlt()?;
+    a.jmp(FINISH)
 }
 
 fn stub(a: &mut CodeAssembler, vector: u32) -> Assembled {

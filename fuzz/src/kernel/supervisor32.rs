@@ -2,23 +2,19 @@
 //! they have in real kernels, so the dispatcher first puts the ordinary task back.
 
 use anyhow::Result;
-use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
 use super::layout::*;
-use super::supervisor::{NO_ERROR, RECORD_REGISTERS, RECORD_SYSTEM, WITH_ERROR_CODE};
+use super::supervisor::{
+    Assembled, NO_ERROR, RECORD_REGISTERS, RECORD_SYSTEM, assemble, finish, stubs,
+};
 use super::write::Paging;
-
-type Assembled = Result<(), IcedError>;
 
 /// Addresses and bytes.
 pub fn pieces(paging: Paging) -> Result<Vec<(u64, Vec<u8>)>> {
-    let mut pieces = Vec::new();
-    for vector in 0..256 {
-        let at = STUBS + 16 * u64::from(vector);
-        pieces.push((at, assemble(at, |a| stub(a, vector))?));
-    }
-    pieces.push((SUPERVISOR, assemble(SUPERVISOR, |a| note(a, paging))?));
+    let mut pieces = stubs(32)?;
+    let note = assemble(32, SUPERVISOR, |a| note(a, paging))?;
+    pieces.push((SUPERVISOR, note));
     for (at, code) in [
         (
             SYSCALL_ENTRY,
@@ -31,29 +27,11 @@ pub fn pieces(paging: Paging) -> Result<Vec<(u64, Vec<u8>)>> {
             a.push(8)?;
             a.jmp(SUPERVISOR)
         }),
-        (FINISH, |a| {
-            a.cli()?;
-            a.hlt()?;
-            a.jmp(FINISH)
-        }),
+        (FINISH, finish),
     ] {
-        pieces.push((at, assemble(at, code)?));
+        pieces.push((at, assemble(32, at, code)?));
     }
     Ok(pieces)
-}
-
-fn assemble(at: u64, code: impl Fn(&mut CodeAssembler) -> Assembled) -> Result<Vec<u8>> {
-    let mut a = CodeAssembler::new(32)?;
-    code(&mut a)?;
-    Ok(a.assemble(at)?)
-}
-
-fn stub(a: &mut CodeAssembler, vector: u32) -> Assembled {
-    if !WITH_ERROR_CODE.contains(&vector) {
-        a.push(NO_ERROR)?;
-    }
-    a.push(vector as i32)?;
-    a.jmp(SUPERVISOR)
 }
 
 /// Of SYSENTER, and of SYSCALL where there is that: a frame as an exception has it.
