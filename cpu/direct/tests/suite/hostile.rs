@@ -4,7 +4,9 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::rig::{CODE, DATA, DATA_OFFSET, Random, Rig, Runner, breakpoint, exception, maps};
+use crate::rig::{
+    CODE, DATA, DATA_OFFSET, Random, Rig, Runner, breakpoint, exception, keeps_its_maps, maps,
+};
 use doppel_direct::{Change, KickFlag, Stop};
 use iced_x86::code_asm::*;
 
@@ -89,19 +91,7 @@ fn a_jump_to_any_byte_of_the_stub_is_survived() {
             // It found its way out, or the stub did what stubs do.
             Stop::Trap { .. } | Stop::SystemCall(_) | Stop::Kicked | Stop::Gone { .. } => {}
         }
-        let mut now = maps(r.child.pid());
-        // One that was killed loses its mappings one by one.
-        for _ in 0..1000 {
-            if now == mapped || now.is_empty() {
-                break;
-            }
-            std::thread::sleep(std::time::Duration::from_millis(1));
-            now = maps(r.child.pid());
-        }
-        assert!(
-            now == mapped || now.is_empty(),
-            "{offset:#x}: {stop:?} {now}"
-        );
+        keeps_its_maps(r.child.pid(), &mapped, (format_args!("{offset:#x}"), &stop));
     }
     assert_eq!(maps(rig.zygote.pid()), before);
     all_is_well(&rig);
@@ -204,8 +194,7 @@ fn random_bytes_over_the_exchange_area_are_survived() {
         for _ in 0..4 {
             let stop = run_a_while(&mut r);
             gone += u32::from(matches!(stop, Stop::Gone { .. }));
-            let now = maps(r.child.pid());
-            assert!(now == mapped || now.is_empty(), "{round}: {stop:?} {now}");
+            keeps_its_maps(r.child.pid(), &mapped, (round, &stop));
         }
     }
     eprintln!("{gone} of 1600 runs ended with the child's death");
@@ -250,9 +239,8 @@ fn random_code_that_knows_where_the_stub_is_is_survived() {
             _ => random.next() % 400,
         });
         let stop = run_a_while(&mut r);
-        let now = maps(r.child.pid());
-        assert!(now == mapped || now.is_empty(), "{round}: {stop:?} {now}");
-        if now.is_empty() || matches!(stop, Stop::Gone { .. }) {
+        keeps_its_maps(r.child.pid(), &mapped, (round, &stop));
+        if matches!(stop, Stop::Gone { .. }) || maps(r.child.pid()).is_empty() {
             gone += 1;
             r = rig.runner_of(&[0xcc]);
             mapped = maps(r.child.pid());

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
 
 use doppel_direct::{Change, Child, CpuidFaults, KickFlag, Stop, UserState, Zygote};
 use iced_x86::code_asm::CodeAssembler;
@@ -149,4 +150,15 @@ impl Rig {
 /// What a process has mapped, or nothing where there is no such process.
 pub fn maps(pid: u32) -> String {
     std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default()
+}
+
+/// That a process has the mappings that it had, or none since it is dead. One that was killed loses them one by one.
+pub fn keeps_its_maps(pid: u32, before: &str, what: impl std::fmt::Debug) {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    let mut now = maps(pid);
+    while now != before && !now.is_empty() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(1));
+        now = maps(pid);
+    }
+    assert!(now == before || now.is_empty(), "{what:?} {now}");
 }
