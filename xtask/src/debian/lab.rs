@@ -125,7 +125,8 @@ impl Lab {
     fn doppel(&self, start: Start<'_>, engine: &str) -> Command {
         let mut command = Command::new(&self.doppel);
         command.args(["run", "--engine", engine, "--memory", start.memory]);
-        command.arg("--stats").arg(self.stats());
+        // Only memory is read of them, and code that counts is slower.
+        command.arg("--stats").arg(self.stats()).arg("--no-run-counts");
         command.args(["--cpus", &start.cpus.to_string(), "--disk"]);
         command.arg(start.disk);
         if let Some(second) = start.second {
