@@ -22,9 +22,10 @@
 use std::ops::RangeInclusive;
 
 use doppel_x86::HiddenInstructions;
-use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
+use iced_x86::{Decoder, DecoderOptions, FlowControl};
 
 use crate::hidden::{self, Where};
+use crate::length::{self, Kind, LONGEST, Length};
 
 /// Which of them count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,10 +61,11 @@ pub enum Verdict {
 /// Looks a page through.
 pub fn verdict(page: &[u8], hazards: Hazards) -> Verdict {
     let mut verdict = Verdict::Harmless;
+    let mut walk = Walk::new(page);
     for at in memchr::memchr_iter(0x0f, page) {
         match found(page, at, hazards) {
-            Common if leads_to(page, at) && at < LEAST => verdict = Verdict::Early,
-            Common if leads_to(page, at) => return Verdict::Sensitive,
+            Common if walk.leads_to(at) && at < LEAST => verdict = Verdict::Early,
+            Common if walk.leads_to(at) => return Verdict::Sensitive,
             Telling => return Verdict::Sensitive,
             _ => {}
         }
@@ -98,7 +100,7 @@ fn is_sensitive_at(code: &[u8], at: usize, hazards: Hazards) -> bool {
     match found(code, at, hazards) {
         Nothing => false,
         Telling => true,
-        Common => leads_to(code, at),
+        Common => Walk::new(code).leads_to(at),
     }
 }
 
@@ -163,23 +165,10 @@ fn may_have_f3(page: &[u8], at: usize) -> bool {
 
 /// How far before an instruction decoding starts, at most and at least: far enough to have fallen into step where there is so much before.
 const STARTS: (usize, usize) = (160, 96);
+/// Every so many bytes there is a start.
+const STEP: usize = 4;
 /// At least, where there is little.
 const LEAST: usize = 12;
-/// Of so many starts one has to lead there.
-const ONE_IN: usize = 2;
-
-/// True where decoding the code before leads to a common one at the byte.
-fn leads_to(page: &[u8], at: usize) -> bool {
-    let Some(last) = at.checked_sub(LEAST.max(STARTS.1.min(at / 2))) else {
-        // Little is known of what comes before; perhaps nothing does.
-        let ways = ways_to(page, 0..=at, at);
-        return ways.first() == Some(&Way::There) || 2 * count(&ways, Way::There) > at + 1;
-    };
-    let ways = ways_to(page, at.saturating_sub(STARTS.0)..=at, at);
-    let starts = &ways[..ways.len() - (at - last)];
-    let (there, past) = (count(starts, Way::There), count(starts, Way::Past));
-    there > 0 && there * ONE_IN >= there + past
-}
 
 /// Where decoding leads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -192,40 +181,69 @@ enum Way {
     Nowhere,
 }
 
-fn count(ways: &[Way], way: Way) -> usize {
-    ways.iter().filter(|w| **w == way).count()
+/// Ways through code. What was decoded is kept: most ways are the same after some instructions.
+struct Walk<'a> {
+    code: &'a [u8],
+    /// What begins at each byte, where that was asked.
+    met: Vec<Option<Length>>,
 }
 
-/// Bytes of the longest instruction.
-const MOST_BYTES: usize = 15;
-
-/// For each of these bytes, where decoding from there on leads with regard to `at`: from the last to the first, since what
-/// comes after an instruction is known already then.
-fn ways_to(page: &[u8], starts: RangeInclusive<usize>, at: usize) -> Vec<Way> {
-    let first = *starts.start();
-    let mut ways = vec![Way::Past; starts.clone().count()];
-    let end = page.len().min(at + MOST_BYTES);
-    let mut instruction = Instruction::default();
-    for start in starts.rev() {
-        let code = &page[start..end];
-        let mut decoder = Decoder::with_ip(64, code, 0, DecoderOptions::NO_INVALID_CHECK);
-        decoder.decode_out(&mut instruction);
-        let next = start + decoder.position();
-        ways[start - first] = match ways.get(next - first) {
-            Some(_) if is_no_code(&instruction, &page[start..next]) => Way::Nowhere,
-            Some(way) => *way,
-            None if is_common(instruction.mnemonic()) && goes_on(&page[next.min(page.len())..]) => {
-                Way::There
-            }
-            None => Way::Past,
-        };
+impl<'a> Walk<'a> {
+    fn new(code: &'a [u8]) -> Self {
+        let met = Vec::new();
+        Walk { code, met }
     }
-    ways
-}
 
-/// What data look like: two zero bytes, what is undefined, what only a kernel may execute.
-fn is_no_code(instruction: &Instruction, bytes: &[u8]) -> bool {
-    bytes == [0, 0] || instruction.is_invalid() || instruction.is_privileged()
+    /// True where decoding the code before leads to a common one at the byte.
+    fn leads_to(&mut self, at: usize) -> bool {
+        let near = LEAST.max(STARTS.1.min(at / 2));
+        if at < near {
+            // Little is known of what comes before; perhaps nothing does.
+            let (there, all) = self.votes(0..=at, 1, at);
+            return self.way(0, at) == Way::There || 2 * there > all + 1;
+        }
+        let starts = at.saturating_sub(STARTS.0)..=at - near;
+        let (there, all) = self.votes(starts, STEP, at);
+        there > 0 && 2 * there >= all
+    }
+
+    /// How many of these starts lead there, and how many lead anywhere.
+    fn votes(&mut self, starts: RangeInclusive<usize>, step: usize, at: usize) -> (usize, usize) {
+        let ways = starts.step_by(step).map(|start| self.way(start, at));
+        let (mut there, mut all) = (0, 0);
+        for way in ways {
+            there += usize::from(way == Way::There);
+            all += usize::from(way != Way::Nowhere);
+        }
+        (there, all)
+    }
+
+    fn way(&mut self, start: usize, at: usize) -> Way {
+        let mut here = start;
+        loop {
+            let Length { bytes, kind } = self.instruction(here);
+            let next = here + bytes;
+            if next > at {
+                let rest = &self.code[next.min(self.code.len())..];
+                return match kind == Kind::Common && goes_on(rest) {
+                    true => Way::There,
+                    false => Way::Past,
+                };
+            }
+            if kind == Kind::NoCode {
+                return Way::Nowhere;
+            }
+            here = next;
+        }
+    }
+
+    fn instruction(&mut self, at: usize) -> Length {
+        if self.met.is_empty() {
+            self.met = vec![None; self.code.len()];
+        }
+        let code = &self.code[at..];
+        *self.met[at].get_or_insert_with(|| length::decode(code))
+    }
 }
 
 /// True where what comes next is code as user programs have it, as far as it can be told: tables between code hardly ever are.
@@ -234,7 +252,7 @@ fn goes_on(code: &[u8]) -> bool {
     let decoder = Decoder::with_ip(64, code, 0, DecoderOptions::NONE);
     for i in decoder.into_iter().take(INSTRUCTIONS) {
         if i.is_invalid() {
-            return i.len() == code.len() || code.len() < MOST_BYTES;
+            return i.len() == code.len() || code.len() < LONGEST;
         }
         let ends = [
             FlowControl::Return,
@@ -248,17 +266,10 @@ fn goes_on(code: &[u8]) -> bool {
     true
 }
 
-fn is_common(mnemonic: Mnemonic) -> bool {
-    use Mnemonic::{Lar, Lsl, Sgdt, Sidt, Sldt, Smsw, Str, Sysenter, Verr, Verw};
-    matches!(
-        mnemonic,
-        Lar | Lsl | Sysenter | Verr | Verw | Sgdt | Sidt | Sldt | Smsw | Str
-    )
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use iced_x86::Mnemonic;
 
     const ALL: Hazards = Hazards {
         cpuid: true,
@@ -400,6 +411,14 @@ mod tests {
         assert!(is_sensitive_across(&end, beginning, ALL), "lar rax, [rax]");
         end[AROUND.0 - 2..].copy_from_slice(&[0x0f, 0x84]);
         assert!(!is_sensitive_across(&end, beginning, ALL), "je");
+    }
+
+    fn is_common(mnemonic: Mnemonic) -> bool {
+        use Mnemonic::{Lar, Lsl, Sgdt, Sidt, Sldt, Smsw, Str, Sysenter, Verr, Verw};
+        matches!(
+            mnemonic,
+            Lar | Lsl | Sysenter | Verr | Verw | Sgdt | Sidt | Sldt | Smsw | Str
+        )
     }
 
     /// What the decoder knows by name.

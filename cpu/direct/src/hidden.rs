@@ -13,8 +13,8 @@
 use doppel_x86::HiddenInstructions;
 use iced_x86::{Decoder, DecoderOptions, Instruction};
 
-/// Bytes of the longest instruction.
-const LONGEST: usize = 15;
+use crate::length::LONGEST;
+
 /// How far before an instruction the starts lie that are asked where they lead: at most, and at least where there is so much.
 const STARTS: (usize, usize) = (160, 96);
 /// At the beginning of a page there is less.

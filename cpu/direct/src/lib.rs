@@ -21,6 +21,7 @@ mod hazard;
 mod hidden;
 mod host;
 mod kick_unsafe;
+mod length;
 mod pin;
 mod policy;
 mod process;
