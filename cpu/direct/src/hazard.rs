@@ -3,18 +3,20 @@
 //! Popek and Goldberg's theorem wants every sensitive instruction to trap; on x86 some do not, and tell user code of the host. A page that holds one
 //! is not made executable. Two kinds of them:
 //!
-//! * *Telling* ones, three bytes or so that hardly occur by chance (CPUID, RDTSCP, RDPID, XGETBV …): an instruction may begin at any byte, so every byte of the
-//!   page counts as the beginning of one.
-//! * *Common* ones, whose two bytes are in every other page as part of a displacement (`0f 00`, `0f 02`, `0f 03`: SLDT, LSL, VERW and the like, which tell of
-//!   descriptors that all 64-bit Linux systems have alike, and of the number of the processor): they count where decoding leads to them. x86 code decoded from a wrong
+//! * *Telling* ones, which hardly occur by chance (CPUID, RDPID, XSAVE …): an instruction may begin at any byte, so every byte of the
+//!   page counts as the beginning of one. An XSAVE does not tell where the code sets its mask right before, to components that host and guest both
+//!   have: so the dynamic linker's lazy binding does it.
+//! * *Common* ones, whose bytes are part of other instructions (`0f 00`, `0f 02`, `0f 03`: SLDT, LSL, VERW and the like, which tell of
+//!   descriptors that all 64-bit Linux systems have alike, and of the number of the processor; `0f 01 f9`: RDTSCP, which tells that too, or an AND with 15 and an ADD; XGETBV): they count where decoding
+//!   leads to them. x86 code decoded from a wrong
 //!   byte falls into step within some instructions, so it is decoded from many bytes before; most starts lead to an instruction that is one, and
 //!   hardly any to one that is none.
 //!
 //! What goes on in the next page is looked at where both pages are executable ([`is_sensitive_across`]). A displacement that begins in the page before
 //! looks like a common one at the beginning of a page; so the page before is asked, where there is one.
 //!
-//! Limit: code that jumps into the middle of its own instructions can execute a common one unnoticed. It learns a few bits about descriptors that it
-//! could guess, and the number of the host's processor.
+//! Limit: code that jumps into the middle of its own instructions, or between an XSAVE and its mask, can execute one unnoticed. It learns a few bits about descriptors that it
+//! could guess, the number of the host's processor, and which components of extended state the host has.
 //!
 //! Not here, for they trap or are the same in the guest: RDTSC (the guest's TSC is the host's), CPUID where the host makes it fault, PUSHF and POPF (user code changes and sees the same bits), reads of selectors (equal by condition), RDPMC,
 //! far transfers and loads of selectors (a load that does not fault is looked at when user code stops).
@@ -22,7 +24,7 @@
 use std::ops::RangeInclusive;
 
 use doppel_x86::HiddenInstructions;
-use iced_x86::{Decoder, DecoderOptions, FlowControl};
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
 use crate::hidden::{self, Where};
 use crate::length::{self, Kind, LONGEST, Length};
@@ -32,8 +34,8 @@ use crate::length::{self, Kind, LONGEST, Length};
 pub struct Hazards {
     /// CPUID does not fault.
     pub cpuid: bool,
-    /// The host's XCR0 is not what guests are offered, so XGETBV shows it and XSAVE stores by it.
-    pub xsave: bool,
+    /// Components of extended state in which the host's XCR0 is not what guests are offered: XGETBV shows them and XSAVE stores by them.
+    pub components: u64,
     /// What the guest's processor does not have.
     pub hidden: HiddenInstructions,
 }
@@ -43,9 +45,11 @@ pub struct Hazards {
 enum Found {
     Nothing,
     Telling,
+    /// Telling, unless its mask is known.
+    Masked,
     Common,
 }
-use Found::{Common, Nothing, Telling};
+use Found::{Common, Masked, Nothing, Telling};
 
 /// What a page holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,10 +68,9 @@ pub fn verdict(page: &[u8], hazards: Hazards) -> Verdict {
     let mut walk = Walk::new(page);
     for at in memchr::memchr_iter(0x0f, page) {
         match found(page, at, hazards) {
-            Common if walk.leads_to(at) && at < LEAST => verdict = Verdict::Early,
-            Common if walk.leads_to(at) => return Verdict::Sensitive,
-            Telling => return Verdict::Sensitive,
-            _ => {}
+            found if !walk.counts(at, found, hazards) => {}
+            Common if at < LEAST => verdict = Verdict::Early,
+            _ => return Verdict::Sensitive,
         }
     }
     match hidden::find(page, hazards.hidden) {
@@ -97,11 +100,7 @@ pub fn is_sensitive_across(
 }
 
 fn is_sensitive_at(code: &[u8], at: usize, hazards: Hazards) -> bool {
-    match found(code, at, hazards) {
-        Nothing => false,
-        Telling => true,
-        Common => Walk::new(code).leads_to(at),
-    }
+    Walk::new(code).counts(at, found(code, at, hazards), hazards)
 }
 
 fn when(condition: bool, found: Found) -> Found {
@@ -130,9 +129,9 @@ fn found(page: &[u8], at: usize, h: Hazards) -> Found {
         0x34 => Common,
         0xa2 => when(h.cpuid, Telling),
         // XSAVE, XSAVEOPT.
-        0xae => when(h.xsave && memory && matches!(reg, 4 | 6), Telling),
+        0xae => when(h.components != 0 && memory && matches!(reg, 4 | 6), Masked),
         // XSAVEC; RDPID.
-        0xc7 if memory => when(h.xsave && reg == 4, Telling),
+        0xc7 if memory => when(h.components != 0 && reg == 4, Masked),
         0xc7 => when(reg == 7 && may_have_f3(page, at), Telling),
         _ => Nothing,
     }
@@ -145,8 +144,8 @@ fn group_7(modrm: u8, h: Hazards) -> Found {
     const OTHERS: [u8; 6] = [0xc1, 0xd9, 0xee, 0xef, 0xf9, 0xfd];
     let reg = modrm >> 3 & 7;
     match modrm {
-        XGETBV => when(h.xsave, Telling),
-        byte if OTHERS.contains(&byte) => Telling,
+        XGETBV => when(h.components != 0, Common),
+        byte if OTHERS.contains(&byte) => Common,
         _ => when(reg == 4 || (modrm < 0xc0 && reg < 2), Common),
     }
 }
@@ -192,6 +191,38 @@ impl<'a> Walk<'a> {
     fn new(code: &'a [u8]) -> Self {
         let met = Vec::new();
         Walk { code, met }
+    }
+
+    /// Whether what was found at the byte is to be reckoned with.
+    fn counts(&mut self, at: usize, found: Found, hazards: Hazards) -> bool {
+        match found {
+            Nothing => false,
+            Telling => true,
+            Masked => self
+                .mask_before(at)
+                .is_none_or(|mask| mask & hazards.components != 0),
+            Common => self.leads_to(at),
+        }
+    }
+
+    /// The mask in EDX:EAX, where the code right before the opcode sets it and then does nothing but store.
+    fn mask_before(&mut self, at: usize) -> Option<u64> {
+        /// Bytes before, that decoding starts at.
+        const BEFORE: RangeInclusive<usize> = 64..=96;
+        let starts = at.checked_sub(*BEFORE.end())?..=at - BEFORE.start();
+        let start = { starts }.find(|start| self.way(*start, at) == Way::Past)?;
+        let decoder = Decoder::with_ip(64, &self.code[start..], 0, DecoderOptions::NONE);
+        let mut mask = Mask::default();
+        let mut end = start;
+        for instruction in decoder {
+            end += instruction.len();
+            if end > at {
+                let is_save = instruction.op0_kind() == OpKind::Memory && !instruction.is_invalid();
+                return mask.value().filter(|_| is_save);
+            }
+            mask.follow(&instruction);
+        }
+        None
     }
 
     /// True where decoding the code before leads to a common one at the byte.
@@ -246,6 +277,37 @@ impl<'a> Walk<'a> {
     }
 }
 
+/// EDX and EAX, as far as constants tell.
+#[derive(Default)]
+struct Mask {
+    eax: Option<u32>,
+    edx: Option<u32>,
+}
+
+impl Mask {
+    fn follow(&mut self, i: &Instruction) {
+        let constant = match (i.mnemonic(), i.op0_kind(), i.op1_kind()) {
+            (Mnemonic::Mov, OpKind::Memory, _) => return,
+            (Mnemonic::Mov, OpKind::Register, OpKind::Immediate32) => Some(i.immediate32()),
+            (Mnemonic::Xor, OpKind::Register, OpKind::Register)
+                if i.op0_register() == i.op1_register() =>
+            {
+                Some(0)
+            }
+            _ => None,
+        };
+        match (i.op0_register(), constant) {
+            (Register::EAX, Some(_)) => self.eax = constant,
+            (Register::EDX, Some(_)) => self.edx = constant,
+            _ => *self = Mask::default(),
+        }
+    }
+
+    fn value(&self) -> Option<u64> {
+        Some(u64::from(self.edx?) << 32 | u64::from(self.eax?))
+    }
+}
+
 /// True where what comes next is code as user programs have it, as far as it can be told: tables between code hardly ever are.
 fn goes_on(code: &[u8]) -> bool {
     const INSTRUCTIONS: usize = 8;
@@ -273,12 +335,12 @@ mod tests {
 
     const ALL: Hazards = Hazards {
         cpuid: true,
-        xsave: true,
+        components: 0x200,
         hidden: HiddenInstructions::NONE,
     };
     const NONE: Hazards = Hazards {
         cpuid: false,
-        xsave: false,
+        components: 0,
         hidden: HiddenInstructions::NONE,
     };
 
@@ -374,17 +436,19 @@ mod tests {
     fn others_are_not() {
         let codes: &[&[u8]] = &[
             &[0x90],
-            &[0x0f, 0x31],             // rdtsc
-            &[0x0f, 0x05],             // syscall
-            &[0x0f, 0x0b],             // ud2
-            &[0x0f, 0xaf, 0xc1],       // imul
-            &[0x0f, 0x84, 1, 2, 3, 4], // je
-            &[0x0f, 0xc7, 0x0f],       // cmpxchg8b
-            &[0x0f, 0xc7, 0xf8],       // rdseed
-            &[0x0f, 0xae, 0xf8],       // sfence
-            &[0x0f, 0xae, 0x3f],       // clflush
-            &[0x0f, 0x01, 0x17],       // lgdt, which traps
-            &[0x0f, 0x01, 0xd6],       // xtest
+            &[0x0f, 0x31],                                     // rdtsc
+            &[0x0f, 0x05],                                     // syscall
+            &[0x0f, 0x0b],                                     // ud2
+            &[0x0f, 0xaf, 0xc1],                               // imul
+            &[0x0f, 0x84, 1, 2, 3, 4],                         // je
+            &[0x0f, 0xc7, 0x0f],                               // cmpxchg8b
+            &[0x0f, 0xc7, 0xf8],                               // rdseed
+            &[0x0f, 0xae, 0xf8],                               // sfence
+            &[0x0f, 0xae, 0x3f],                               // clflush
+            &[0x0f, 0x01, 0x17],                               // lgdt, which traps
+            &[0x0f, 0x01, 0xd6],                               // xtest
+            &[0x83, 0xe2, 0x0f, 0x01, 0xd0, 0x0f, 0xbe, 0xc0], // and edx, 15; add eax, edx
+            &[0x83, 0xe1, 0x0f, 0x01, 0xf9, 0x0f, 0xbe, 0xc0], // and ecx, 15; add ecx, edi
         ];
         for code in codes {
             assert_eq!(
@@ -400,6 +464,32 @@ mod tests {
         ] {
             assert_eq!(verdict(&page(code, 100), NONE), Verdict::Harmless);
         }
+    }
+
+    /// As glibc's dynamic linker has it.
+    fn lazy_binding(mask: &[u8], between: &[u8]) -> Vec<u8> {
+        let store = [0x48, 0x89, 0x94, 0x24, 0x50, 0x02, 0x00, 0x00]; // mov [rsp + 0x250], rdx
+        let xsavec = [0x0f, 0xc7, 0x64, 0x24, 0x40]; // xsavec [rsp + 0x40]
+        [mask, &store, &store, between, &xsavec].concat()
+    }
+
+    #[test]
+    fn a_save_whose_mask_is_known_tells_nothing_but_what_it_masks() {
+        let known = [0xb8, 0xee, 0, 0, 0, 0x31, 0xd2]; // mov eax, 0xee; xor edx, edx
+        let more = [0xb8, 0xee, 0x02, 0, 0, 0x31, 0xd2];
+        let half = [0xb8, 0xee, 0, 0, 0, 0x89, 0xc2]; // mov edx, eax
+        let of =
+            |mask: &[u8], between: &[u8]| verdict(&page(&lazy_binding(mask, between), 2000), ALL);
+        assert_eq!(of(&known, &[]), Verdict::Harmless);
+        assert_eq!(
+            of(&more, &[]),
+            Verdict::Sensitive,
+            "a component that differs"
+        );
+        assert_eq!(of(&half, &[]), Verdict::Sensitive, "an unknown half");
+        assert_eq!(of(&known, &[0xff, 0xc0]), Verdict::Sensitive, "inc eax");
+        assert_eq!(of(&known, &[0xff, 0xd1]), Verdict::Sensitive, "call rcx");
+        assert_eq!(of(&known, &[0x75, 0x02]), Verdict::Sensitive, "jne");
     }
 
     #[test]

@@ -42,7 +42,7 @@ impl DirectHost {
     pub(crate) fn hazards(&self, guest: &CpuidModel) -> Hazards {
         Hazards {
             cpuid: !self.zygote.cpuid_faults(),
-            xsave: host_xcr0() != guest.xcr0(),
+            components: host_xcr0() ^ guest.xcr0(),
             hidden: guest.hidden(),
         }
     }

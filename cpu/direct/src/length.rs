@@ -9,7 +9,7 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Ordinary,
-    /// It tells of descriptors, or is SYSENTER (`hazard`).
+    /// It tells of the host, and its bytes are often part of others (`hazard`).
     Common,
     /// What no code of user programs has: undefined, for kernels, or two zero bytes.
     NoCode,
@@ -154,6 +154,10 @@ fn group_kind(map: u8, opcode: u8, modrm: u8) -> Kind {
         (2, 0x00) if matches!(reg, 0 | 1 | 4 | 5) => return Kind::Common,
         (2, 0x00) => true,
         (2, 0x01) if reg == 4 || memory && reg < 2 => return Kind::Common,
+        // VMCALL, XGETBV, VMMCALL, RDPKRU, WRPKRU, RDTSCP, RDPRU.
+        (2, 0x01) if matches!(modrm, 0xc1 | 0xd0 | 0xd9 | 0xee | 0xef | 0xf9 | 0xfd) => {
+            return Kind::Common;
+        }
         (2, 0x01) => memory && reg != 5 || reg == 6,
         (2, 0x71 | 0x72) => memory || !matches!(reg, 2 | 4 | 6),
         (2, 0x73) => memory || !matches!(reg, 2 | 3 | 6 | 7),
@@ -393,15 +397,26 @@ mod tests {
 
     #[test]
     fn common_ones_are_the_full_decoders() {
-        use Mnemonic::{Lar, Lsl, Sgdt, Sidt, Sldt, Smsw, Str, Sysenter, Verr, Verw};
-        let common = [Lar, Lsl, Sysenter, Verr, Verw, Sgdt, Sidt, Sldt, Smsw, Str];
+        use Mnemonic::{Lar, Lsl, Rdpkru, Rdpru, Rdtscp, Sgdt, Sidt, Sldt, Smsw, Str, Sysenter};
+        use Mnemonic::{Verr, Verw, Vmcall, Vmmcall, Wrpkru, Xgetbv};
+        let descriptors = [Lar, Lsl, Sysenter, Verr, Verw, Sgdt, Sidt, Sldt, Smsw, Str];
+        let others = [Vmcall, Vmmcall, Rdpkru, Wrpkru, Rdtscp, Rdpru, Xgetbv];
+        let common = [&descriptors[..], &others].concat();
         let mut count = 0;
         for escape in [&[][..], &[0x0f]] {
             every(escape, |code| {
-                let i = Decoder::with_ip(64, code, 0, DecoderOptions::NO_INVALID_CHECK).decode();
-                let is_common = common.contains(&i.mnemonic());
-                count += u32::from(is_common);
-                assert_eq!(is_common, decode(code).kind == Kind::Common, "{code:x?}");
+                let is_common = |code: &[u8]| {
+                    let mut decoder = Decoder::new(64, code, DecoderOptions::NO_INVALID_CHECK);
+                    common.contains(&decoder.decode().mnemonic())
+                };
+                count += u32::from(is_common(code));
+                if decode(code).kind == Kind::Common {
+                    // A prefix may make another of it, or nothing.
+                    let opcode = code.iter().position(|b| *b == 0x0f).unwrap();
+                    assert!(is_common(&code[opcode..]), "{code:x?}");
+                } else {
+                    assert!(!is_common(code), "{code:x?}");
+                }
             });
         }
         assert!(count > 1000, "{count}");

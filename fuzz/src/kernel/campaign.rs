@@ -206,7 +206,7 @@ impl Rig {
             let found = differences(&last, expected, case.flags);
             if !found.is_empty() {
                 let trace = self.tracer.run(image, &case.dma);
-                let known = engine == DIRECT && trace.reached.user_looks_at_descriptors();
+                let known = engine == DIRECT && trace.reached.user_asks_the_host();
                 return Ok(match trace.unspecified {
                     None if !known => Verdict::Different(found),
                     _ => Verdict::Unspecified,

@@ -34,11 +34,17 @@ pub struct Reached {
 impl Reached {
     /// Whether user code executed what direct execution looks for, but cannot find everywhere among other bytes (see the limit told in
     /// `cpu/direct/src/hazard.rs`): the host answers then.
-    pub fn user_looks_at_descriptors(&self) -> bool {
+    pub fn user_asks_the_host(&self) -> bool {
         use Mnemonic::*;
         let tells = |code: &Code| {
-            let common = [Lar, Lsl, Sysenter, Verr, Verw, Sgdt, Sidt, Sldt, Smsw, Str];
-            common.contains(&code.mnemonic())
+            let descriptors = [Lar, Lsl, Sysenter, Verr, Verw, Sgdt, Sidt, Sldt, Smsw, Str];
+            let others = [
+                Rdtscp, Xgetbv, Rdpkru, Wrpkru, Vmcall, Vmmcall, Xsave, Xsave64, Xsavec, Xsavec64,
+                Xsaveopt, Xsaveopt64,
+            ];
+            [&descriptors[..], &others]
+                .concat()
+                .contains(&code.mnemonic())
         };
         let mut executed = self.instructions.keys();
         executed.any(|(_, cpl, code)| *cpl == 3 && tells(code))
