@@ -207,9 +207,9 @@ impl Rig {
             if !found.is_empty() {
                 let trace = self.tracer.run(image, &case.dma);
                 let known = engine == DIRECT && trace.reached.user_asks_the_host();
-                return Ok(match trace.unspecified {
-                    None if !known => Verdict::Different(found),
-                    _ => Verdict::Unspecified,
+                return Ok(match trace.is_specified() && !known {
+                    true => Verdict::Different(found),
+                    false => Verdict::Unspecified,
                 });
             }
         }
@@ -246,9 +246,9 @@ impl Rig {
             return Ok(Verdict::Same);
         }
         let trace = self.tracer.run(image, &case.dma);
-        Ok(match trace.unspecified {
-            None => Verdict::Different(found),
-            Some(_) => Verdict::Unspecified,
+        Ok(match trace.is_specified() {
+            true => Verdict::Different(found),
+            false => Verdict::Unspecified,
         })
     }
 
@@ -271,7 +271,7 @@ impl Rig {
     /// Whether the manual says what comes out of a case.
     pub fn is_specified(&mut self, case: &Case) -> bool {
         let trace = case.image().map(|image| self.tracer.run(&image, &case.dma));
-        trace.is_some_and(|trace| trace.unspecified.is_none())
+        trace.is_some_and(|trace| trace.is_specified())
     }
 
     /// A CPU as the kernels have.

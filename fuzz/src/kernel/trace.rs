@@ -10,7 +10,7 @@ use doppel_x86::{Activity, Cpu, CpuMode, CpuidModel, Gpr, Seg, event, interpret}
 use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, RflagsBits};
 
 use super::image::Image;
-use super::layout::{CURSOR, RAM, STUBS};
+use super::layout::{CURSOR, PD, PDPT, PML4, PML4_B, RAM, STUBS};
 use super::machine::{self, KernelBus};
 
 /// Instructions that a case may take here.
@@ -67,6 +67,15 @@ pub struct Trace {
     pub reached: Reached,
     /// An instruction was executed whose outcome nobody specifies: processors may differ from there on.
     pub unspecified: Option<Instruction>,
+    /// A step wrote over the upper tables of what it runs in, and flushed nothing: the outcome is open.
+    pub lost_tables: bool,
+}
+
+impl Trace {
+    /// Whether the manual says what comes out.
+    pub fn is_specified(&self) -> bool {
+        self.unspecified.is_none() && !self.lost_tables
+    }
 }
 
 /// A CPU of its own.
@@ -96,6 +105,7 @@ impl Tracer {
         self.bus.reset(dma);
         machine::reset(&mut self.cpu, image);
         let mut trace = Trace::default();
+        let tables = self.upper_tables();
         let mut wakes = 0;
         for _ in 0..MOST {
             event::deliver_pending(&mut self.cpu, &mut self.bus);
@@ -111,7 +121,17 @@ impl Tracer {
                 _ => break,
             }
         }
+        trace.lost_tables = self.upper_tables() != tables;
         trace
+    }
+
+    /// The entries that lead to the identity map, without accessed and dirty bits. No step has business there.
+    fn upper_tables(&self) -> [u64; 4] {
+        const ACCESSED_AND_DIRTY: u64 = 0x60;
+        [PML4, PML4_B, PDPT, PD].map(|at| {
+            let entry = self.cpu.ram.load::<u64>(at);
+            entry.unwrap_or(0) & !ACCESSED_AND_DIRTY
+        })
     }
 
     fn step(&mut self, trace: &mut Trace) {
