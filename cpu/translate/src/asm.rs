@@ -310,6 +310,41 @@ impl Asm {
     pub fn lea32(&mut self, dst: Reg, base: Reg, disp: i32) {
         self.mem(&[0x8d], false, dst, base, disp);
     }
+    /// `lea dst, [base + disp]`, the low 16 bits of `dst` alone.
+    pub fn lea16(&mut self, dst: Reg, base: Reg, disp: i32) {
+        self.raw(&[0x66]);
+        self.mem(&[0x8d], false, dst, base, disp);
+    }
+    /// `movzx dst, src` of 16 bits.
+    pub fn movzx16(&mut self, dst: Reg, src: Reg) {
+        let modrm = 0xc0 | (dst & 7) << 3 | (src & 7);
+        self.raw(&[Self::rex(false, dst, 0, src), 0x0f, 0xb7, modrm]);
+    }
+    /// `mov dst, src` of 16 bits.
+    pub fn mov16(&mut self, dst: Reg, src: Reg) {
+        let modrm = 0xc0 | (src & 7) << 3 | (dst & 7);
+        self.raw(&[0x66, Self::rex(false, src, 0, dst), 0x89, modrm]);
+    }
+    /// `mov dst, [base + disp]` of 2 bytes.
+    pub fn load_mem16(&mut self, dst: Reg, base: Reg, disp: i32) {
+        self.raw(&[0x66]);
+        self.mem(&[0x8b], false, dst, base, disp);
+    }
+    /// `movzx dst, word [base + disp]`.
+    pub fn load_mem_zx16(&mut self, dst: Reg, base: Reg, disp: i32) {
+        self.mem(&[0x0f, 0xb7], false, dst, base, disp);
+    }
+    /// `mov [base + disp], src` of 2 bytes.
+    pub fn store_mem16(&mut self, base: Reg, disp: i32, src: Reg) {
+        self.raw(&[0x66]);
+        self.mem(&[0x89], false, src, base, disp);
+    }
+    /// `mov word [base + disp], imm`.
+    pub fn store_mem_imm16(&mut self, base: Reg, disp: i32, imm: i32) {
+        self.raw(&[0x66]);
+        self.mem(&[0xc7], false, 0, base, disp);
+        self.raw(&(imm as u16).to_le_bytes());
+    }
     /// `mov dst, [base + disp]` of 4 bytes.
     pub fn load_mem32(&mut self, dst: Reg, base: Reg, disp: i32) {
         self.mem(&[0x8b], false, dst, base, disp);

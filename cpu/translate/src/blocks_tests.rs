@@ -48,7 +48,7 @@ impl Rig {
             gpa,
             privilege: 1,
             simd: Simd::None,
-            mode: Mode::Long,
+            mode: Mode::LONG,
             base: Base::Fixed(0),
             form: Form::Normal,
         };

@@ -9,7 +9,6 @@ use iced_x86::{
 
 use crate::flags::{ALL, FlagUse};
 use crate::frontend::{Decoding, Simd};
-use crate::narrow::Mode;
 use crate::ordinary;
 
 /// How the translator treats an instruction.
@@ -288,6 +287,8 @@ fn inline_system(i: &Instruction, how: Decoding) -> Option<Class> {
         return Some(Class::Interpret);
     }
     match i.code() {
+        // Virtual-8086 mode asks for IOPL.
+        Code::Pushfq if how.user && how.mode.paragraphs => return Some(Class::Interpret),
         Code::Pushfq => return Some(Class::Pushf),
         Code::Syscall => return Some(Class::Syscall),
         Code::Rdpid_r64 => return Some(Class::Rdpid),
@@ -382,11 +383,12 @@ fn extended_state(i: &Instruction, how: Decoding) -> Option<Class> {
         Xrstor | Xrstor64 => false,
         _ => return None,
     };
-    let inline = how.inline_xsave && how.mode == Mode::Long && how.simd >= Simd::Avx;
+    let inline = how.inline_xsave && !how.mode.is_narrow() && how.simd >= Simd::Avx;
     inline.then_some(Class::ExtendedState { write })
 }
 
-/// A string instruction at addresses of the mode's width, in flat segments. Of the repeated ones, those that move and store.
+/// A string instruction at addresses of the mode's width in flat segments, or at any outside of 64-bit mode in others. Of the repeated ones, those that
+/// move and store.
 fn string(i: &Instruction, how: Decoding) -> Option<Class> {
     use Mnemonic::*;
     let element = match i.mnemonic() {
@@ -398,8 +400,9 @@ fn string(i: &Instruction, how: Decoding) -> Option<Class> {
     };
     let narrow = (0..i.op_count())
         .any(|op| matches!(i.op_kind(op), OpKind::MemoryESEDI | OpKind::MemorySegESI));
-    let flat = how.mode != Mode::Segmented && narrow == how.mode.is_narrow();
-    if !flat || i.segment_prefix() != Register::None {
+    let segmented = how.mode.is_narrow() && !how.mode.flat;
+    let plain = narrow == how.mode.is_narrow() && i.segment_prefix() == Register::None;
+    if !segmented && !plain {
         return None;
     }
     let size = i.memory_size().size() as u8;
@@ -416,8 +419,8 @@ fn string(i: &Instruction, how: Decoding) -> Option<Class> {
 
 fn bit_string(i: &Instruction, how: Decoding) -> Class {
     let based = matches!(i.memory_segment(), Register::FS | Register::GS);
-    let segmented = how.mode == Mode::Segmented || how.mode == Mode::Flat && based;
-    if segmented || how.mode == Mode::Long && short_addresses(i) {
+    let segmented = how.mode.is_narrow() && (!how.mode.flat || based);
+    if segmented || !how.mode.is_narrow() && short_addresses(i) {
         Class::Interpret
     } else {
         Class::BitString

@@ -100,7 +100,7 @@ impl CodeMap {
 
     /// The tag of a block that may stand here.
     fn tag_of(key: &Key) -> Option<u64> {
-        let user = key.privilege == Privilege::User as u8 && key.mode == Mode::Long;
+        let user = key.privilege == Privilege::User as u8 && key.mode == Mode::LONG;
         (user && key.form == Form::Normal).then(|| tag(key.gpa, key.simd))
     }
 
@@ -153,7 +153,7 @@ mod tests {
             simd: Simd::Avx,
             base: Base::Dynamic,
             form: Form::Normal,
-            mode: Mode::Long,
+            mode: Mode::LONG,
         }
     }
 
@@ -194,7 +194,7 @@ mod tests {
         let mut others = [key(0x5010); 3];
         others[0].privilege = Privilege::Supervisor as u8;
         others[1].form = Form::Careful;
-        others[2].mode = Mode::Flat;
+        others[2].mode = Mode::FLAT;
         for other in &others {
             map.note_block(other, 77);
             assert_eq!(map.find(0x1010), None);

@@ -67,6 +67,8 @@ pub struct TranslateOptions {
     pub keep_spaces: bool,
     /// Translate 32-bit code too.
     pub narrow_modes: bool,
+    /// With that, translate 16-bit code, code on 16-bit stacks and in code segments that are not flat; and code of CPL 1 and 2.
+    pub short_modes: bool,
     /// Share translations between the CPUs of a machine ([`Translate::sharing`]).
     pub shared_cache: bool,
     /// Count the blocks and instructions that run (costs six instructions a block) and the time spent in translated code.
@@ -118,6 +120,7 @@ impl TranslateOptions {
         "cross-pages" => cross_pages,
         "keep-spaces" => keep_spaces,
         "narrow-modes" => narrow_modes,
+        "short-modes" => short_modes,
         "shared-cache" => shared_cache,
     };
 
@@ -164,6 +167,7 @@ impl Default for TranslateOptions {
             cross_pages: true,
             keep_spaces: true,
             narrow_modes: true,
+            short_modes: true,
             shared_cache: true,
             count: false,
             perf_map: false,
@@ -194,7 +198,7 @@ pub fn supported() -> Result<(), TranslateError> {
     Ok(())
 }
 
-/// The engine that translates 64-bit and 32-bit guest code to host code; other modes are interpreted.
+/// The engine that translates guest code of every mode to host code; what it does not translate is interpreted.
 pub struct Translate {
     t: Box<Translator>,
 }
@@ -279,18 +283,18 @@ impl Engine for Translate {
     }
 }
 
-/// What stands at `linear` now: some instructions, up to a branch or the end of the page, as text on a line.
-fn beginning(cpu: &Cpu, linear: u64) -> String {
+/// What stands at `rip` now: some instructions, up to a branch or the end of the page, as text on a line.
+fn beginning(cpu: &Cpu, rip: u64) -> String {
     const INSTRUCTIONS: usize = 6;
-    let found = probe(&cpu.ram, &cpu.paging(), linear);
+    let mode = Mode::of(cpu).unwrap_or_default();
+    let found = probe(&cpu.ram, &cpu.paging(), mode.linear(rip));
     let Some(code) = found.and_then(|t| cpu.ram.ptr(t.gpa)) else {
         return "not mapped any more".to_owned();
     };
     let mut bytes = [0; 15 * INSTRUCTIONS];
     let len = bytes.len().min(code.room());
     code.read(&mut bytes[..len]);
-    let bits = Mode::of(cpu).unwrap_or_default().bits();
-    let decoder = Decoder::with_ip(bits, &bytes[..len], linear, DecoderOptions::NONE);
+    let decoder = Decoder::with_ip(mode.bits(), &bytes[..len], rip, DecoderOptions::NONE);
     let mut formatter = IntelFormatter::new();
     let mut texts = Vec::new();
     for i in decoder.into_iter().take(INSTRUCTIONS) {
@@ -309,10 +313,14 @@ fn beginning(cpu: &Cpu, linear: u64) -> String {
 mod tests {
     use super::*;
     use doppel_memory::GuestRam;
+    use doppel_x86::{Cr0, Efer, Seg};
 
     #[test]
     fn a_block_shows_its_first_instructions() {
-        let cpu = Cpu::new(0, Arc::new(GuestRam::new(1 << 20).unwrap()));
+        let mut cpu = Cpu::new(0, Arc::new(GuestRam::new(1 << 20).unwrap()));
+        cpu.cr0 |= Cr0::PE;
+        cpu.efer |= Efer::LMA;
+        cpu.seg[Seg::Cs as usize].attributes = 0xa09b;
         let code = [0x48, 0x89, 0xd8, 0xff, 0xc1, 0xeb, 0xfe, 0x90];
         cpu.ram.ptr(0x1000).unwrap().write(&code);
         assert_eq!(beginning(&cpu, 0x1000), "mov rax, rbx; inc ecx; jmp 0x1005");

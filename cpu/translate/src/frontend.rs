@@ -14,8 +14,8 @@ use doppel_x86::HiddenInstructions;
 pub(crate) use crate::classify::{Class, Element, Facts, has_memory};
 use crate::engine::TranslateOptions;
 use crate::flags::{ALL, FlagSet, FlagUse};
-use crate::narrow::{Mode, Widened, widen};
-use crate::rewrite::{Reference, constant_move, reference};
+use crate::narrow::{Mode, widen};
+use crate::rewrite::{Base, Reference, constant_move, reference};
 
 /// Which instructions the guest's control registers let run: a part of a block's key.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -32,7 +32,9 @@ pub(crate) enum Simd {
 pub(crate) struct Decoding {
     pub simd: Simd,
     pub mode: Mode,
-    /// CPL 3.
+    /// RIP of the beginning of the page where that is [placed](Mode::is_placed).
+    pub origin: u64,
+    /// Not CPL 0.
     pub user: bool,
     pub flag_liveness: bool,
     pub inline_system: bool,
@@ -51,7 +53,8 @@ impl Decoding {
         Decoding {
             simd,
             mode,
-            user: privilege == Privilege::User as u8,
+            origin: 0,
+            user: privilege == Privilege::User as u8 || mode.middle,
             flag_liveness: options.flag_liveness,
             inline_system: options.inline_system,
             inline_strings: options.inline_strings,
@@ -59,6 +62,14 @@ impl Decoding {
             yield_spins: options.yield_spins,
             extend: options.extend,
             hidden: HiddenInstructions::default(),
+        }
+    }
+
+    /// The same for a block that is keyed by this.
+    pub fn placed(self, base: Base) -> Self {
+        match base {
+            Base::Fixed(origin) => Decoding { origin, ..self },
+            Base::Dynamic => self,
         }
     }
 
@@ -88,8 +99,12 @@ pub(crate) struct GuestInstruction {
     pub reference: Option<Reference>,
     /// General registers that it moves by a constant, and by how much.
     pub moves: (u16, i64),
-    /// Bytes that a push, a pop or a near address has in its mode.
+    /// Bytes that it pushes or pops, or of the near address that it goes to.
     pub word: u8,
+    /// It is not of 64-bit mode.
+    pub narrow: bool,
+    /// Its addresses, or its counter, have 16 bits.
+    pub short: bool,
     /// The host's bytes for it are not the guest's.
     pub encode: bool,
 }
@@ -110,40 +125,49 @@ impl GuestInstruction {
             reference: None,
             moves: (0, 0),
             word: 8,
+            narrow: false,
+            short: false,
             encode: false,
         }
     }
 
     /// Fills in what is known of what was decoded.
     fn learn(&mut self, info: &mut InstructionInfoFactory, how: Decoding) {
-        let narrow = how.mode.is_narrow();
         let hidden = how.hidden.has(&self.decoded);
-        let widened = match narrow {
-            true => widen(&mut self.decoded),
-            false => Widened::Same,
-        };
+        self.narrow = how.mode.is_narrow();
+        let widened = self.narrow.then(|| widen(&mut self.decoded, how.mode, how.origin));
+        if let Some(Some(w)) = widened {
+            (self.encode, self.word, self.short) = (w.encode, w.word, w.short);
+        }
         let mut facts = match widened {
-            Widened::None => Facts::interpreted(info, &self.decoded),
+            Some(None) => Facts::interpreted(info, &self.decoded),
             _ => Facts::of(info, &self.decoded, how),
         };
-        if hidden || narrow && accesses_code_segment(&self.decoded, facts.class) {
+        if hidden || self.narrow && !self.may_be_translated(facts.class, how) {
             facts = Facts::interpreted(info, &self.decoded);
         }
-        self.word = (how.mode.bits() / 8) as u8;
-        self.encode = widened == Widened::Changed;
         self.offset = self.decoded.ip() as u16;
         self.class = facts.class;
         self.simd = facts.simd;
         self.flags = facts.flags;
         self.writes = facts.writes;
         self.uses = facts.uses;
-        self.reference = reference(self).filter(|_| how.mode != Mode::Segmented);
+        self.reference = reference(self).filter(|_| !self.narrow || how.mode.flat && !self.short);
         self.moves = constant_move(self);
     }
 
-    /// It is of 32-bit code.
-    pub fn is_narrow(&self) -> bool {
-        self.word == 4
+    /// False for what the translation of a class does otherwise than this instruction in narrow code.
+    fn may_be_translated(&self, class: Class, how: Decoding) -> bool {
+        let d = &self.decoded;
+        // Where it is not to be written, and perhaps not to be read.
+        let code = accesses_code_segment(d, class) && how.mode.flat;
+        // What it leaves above SP is the moved stack pointer's.
+        let stack = class == Class::Pop
+            && self.word < how.mode.stack()
+            && d.op0_register() == Register::RSP;
+        // Its address wraps after the bit offset was added.
+        let bits = class == Class::BitString && self.short;
+        !code && !stack && !bits
     }
 
     /// True where the emitted code may leave to the monitor before the instruction is done.
@@ -312,7 +336,6 @@ fn liveness(instructions: &mut [GuestInstruction]) {
     }
 }
 
-/// Where it is not to be written, and perhaps not to be read.
 fn accesses_code_segment(i: &Instruction, class: Class) -> bool {
     let accesses = has_memory(i) && !matches!(class, Class::Lea | Class::Nothing);
     accesses && i.memory_segment() == Register::CS

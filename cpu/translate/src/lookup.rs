@@ -10,8 +10,8 @@ use crate::code_map::CROSSINGS_A_LINK;
 use crate::context::JUMP_CACHES;
 use crate::engine::TranslateOptions;
 use crate::frontend::{Decoding, GuestBlock, MOST_BYTES, Simd};
-use crate::narrow::{self, Mode};
-use crate::records::MAX_CODE;
+use crate::narrow::{self, LAST_NARROW_PAGE, Mode};
+use crate::records::{MAX_CODE, NARROW_GPA_BITS};
 use crate::rewrite::{Base, Setting};
 use crate::translator::{CACHE_MARGIN, Translator};
 
@@ -23,9 +23,6 @@ const MOST_ONE_BY_ONE: usize = 64;
 
 /// So many pages of user code may be no more than a process touches that runs for a moment.
 const FEW_PAGES: usize = 8;
-
-/// The last page of a 32-bit address space.
-const LAST_NARROW_PAGE: u64 = 0xffff_f000;
 
 impl Translator {
     /// Host address of the translation at the CPU's RIP; `None` where the instruction there has to be interpreted.
@@ -54,14 +51,19 @@ impl Translator {
     }
 
     fn find_block(&mut self, rip: u64) -> Option<BlockId> {
-        if self.mode.is_narrow() && rip >= LAST_NARROW_PAGE {
-            // Its code goes on at address 0.
+        let linear = self.mode.linear(rip);
+        if self.mode.is_narrow() && (linear.max(rip) >= LAST_NARROW_PAGE || self.mode.room(rip) == 0)
+        {
+            // Its code goes on at address 0, or is outside of its segment.
             return None;
         }
-        let gpa = self.code_page(rip)? | (rip & PAGE_MASK);
+        let gpa = self.code_page(linear)? | (linear & PAGE_MASK);
+        if self.mode.is_narrow() && gpa >> NARROW_GPA_BITS != 0 {
+            return None;
+        }
         let key = self.key(gpa, rip);
         let found = self.code.blocks.find(&key);
-        let found = found.filter(|b| self.still_straddles(*b, rip));
+        let found = found.filter(|b| self.still_straddles(*b, linear));
         if found.is_none() && self.leaves_untranslated(gpa & !PAGE_MASK) {
             return None;
         }
@@ -85,11 +87,12 @@ impl Translator {
     /// Neither do they tell modes apart: those are emptied that hold another mode's and that code of this one may look into.
     fn follow_mode(&mut self, mode: Mode) {
         self.mode = mode;
-        if mode == Mode::Long && self.kernel_mode == Mode::Long {
+        if mode == Mode::LONG && self.kernel_mode == Mode::LONG {
             return;
         }
         let cpu = &self.context.cpu;
-        let ends = [false, true].map(|write| cpu.seg.map(|s| narrow::last(&s, write)));
+        let rights = !mode.paragraphs;
+        let ends = [false, true].map(|write| cpu.seg.map(|s| narrow::last(&s, write, rights)));
         let user = cpu.cpl == 3;
         self.context.segment_ends = ends;
         if mode.is_narrow() && user {
@@ -110,8 +113,8 @@ impl Translator {
     fn key(&self, gpa: u64, rip: u64) -> Key {
         let privilege = self.context.cpu.privilege();
         let base = match privilege {
-            Privilege::User => Base::Dynamic,
-            _ => Base::Fixed(rip & !PAGE_MASK),
+            Privilege::User if !self.mode.is_placed() => Base::Dynamic,
+            _ => Base::Fixed(self.mode.origin(rip)),
         };
         Key {
             gpa,
@@ -123,16 +126,16 @@ impl Translator {
         }
     }
 
-    /// Physical page of the code at `rip`, from the guest's page tables.
-    fn code_page(&mut self, rip: u64) -> Option<u64> {
+    /// Physical page of the code at a linear address, from the guest's page tables.
+    fn code_page(&mut self, linear: u64) -> Option<u64> {
         let cpu = &mut self.context.cpu;
         let user = cpu.cpl == 3;
-        let page = rip & !PAGE_MASK;
+        let page = linear & !PAGE_MASK;
         if let Some(gpa) = self.code_pages.get(user, page) {
             self.note_page(user, page, gpa);
             return Some(gpa);
         }
-        if !Cpu::canonical(rip) {
+        if !Cpu::canonical(linear) {
             return None;
         }
         let privilege = if user {
@@ -168,15 +171,15 @@ impl Translator {
     }
 
     fn note_page(&mut self, user: bool, linear: u64, gpa: u64) {
-        if user && self.mode == Mode::Long {
+        if user && self.mode == Mode::LONG {
             self.context.code_map.note_page(linear, gpa, self.simd);
         }
     }
 
-    fn still_straddles(&mut self, block: BlockId, rip: u64) -> bool {
+    fn still_straddles(&mut self, block: BlockId, linear: u64) -> bool {
         match self.code.blocks.second_page(block) {
             None => true,
-            Some(second) => self.code_page((rip | PAGE_MASK).wrapping_add(1)) == Some(second),
+            Some(second) => self.code_page((linear | PAGE_MASK).wrapping_add(1)) == Some(second),
         }
     }
 
@@ -229,6 +232,7 @@ impl Translator {
         (self.code.cache).take(translated.slots, translated.accesses.len());
         self.counts.translations += 1;
         self.counts.narrow += u64::from(key.mode.is_narrow());
+        self.counts.short += u64::from(!key.mode.is_usual());
         self.counts.unencodable += u64::from(translated.unencodable);
         self.counts.pins += u64::from(translated.pins);
         self.counts.holds += u64::from(translated.holds);
@@ -296,10 +300,13 @@ impl Translator {
     /// Decodes the block at `rip`, from its page alone or one instruction from two pages; tells the second page.
     fn read_block(&mut self, guest: &mut GuestBlock, key: &Key, rip: u64) -> Option<Option<u64>> {
         let how = Decoding::new(key.simd, key.mode, key.privilege, &self.options)
+            .placed(key.base)
             .hiding(self.context.cpu.cpuid.hidden());
         let mut bytes = [0u8; MOST_BYTES + 15];
-        let start = (rip & PAGE_MASK) as u16;
-        let len = ((PAGE_SIZE - (rip & PAGE_MASK)) as usize).min(MOST_BYTES);
+        let start = (key.gpa & PAGE_MASK) as u16;
+        let allowed = key.mode.room(rip).min((MOST_BYTES + 15) as u64) as usize;
+        let len = ((PAGE_SIZE - u64::from(start)) as usize).min(MOST_BYTES);
+        let (whole_page, len) = (len <= allowed, len.min(allowed));
         let code = self.context.cpu.ram.ptr(key.gpa)?;
         // Few blocks are long.
         let some = len.min(USUAL_BYTES);
@@ -316,12 +323,17 @@ impl Translator {
             }
             return (key.form != Form::TwoPages || !guest.is_atomic()).then_some(None);
         }
-        let second = self.code_page((rip | PAGE_MASK).wrapping_add(1))?;
+        if !whole_page {
+            return None;
+        }
+        let linear = key.mode.linear(rip);
+        let second = self.code_page((linear | PAGE_MASK).wrapping_add(1))?;
         let rest = self.context.cpu.ram.ptr(second)?;
         rest.read(&mut bytes[len..len + 15]);
+        let both = (len + 15).min(allowed);
         let info = self.rewriter.info();
         guest
-            .decode(info, &bytes[..len + 15], start, how)
+            .decode(info, &bytes[..both], start, how)
             .then(|| guest.keep_first(how.flag_liveness))?;
         Some(Some(second))
     }
@@ -353,7 +365,7 @@ impl Translator {
         let code = &mut *self.code;
         let e = code.blocks.exit(exit);
         if let Some(slot) = e.site.slot {
-            let user = code.blocks.base(e.block) == Base::Dynamic;
+            let user = code.blocks.privilege(e.block) == Privilege::User as u8;
             (self.slot_links).link(slot, (exit, to), user, &code.blocks);
             code.blocks.links += 1;
             return true;
@@ -466,7 +478,10 @@ impl Translator {
         let cache = jump_cache_of(b.key.privilege, b.key.mode);
         let cache = &mut self.context.jump_cache[usize::from(cache)];
         match b.key.base {
-            Base::Fixed(page) => cache.forget(page | (b.key.gpa & PAGE_MASK)),
+            Base::Fixed(origin) => {
+                let rip = origin.wrapping_add(b.key.gpa & PAGE_MASK);
+                cache.forget(b.key.mode.cut(rip));
+            }
             Base::Dynamic => {
                 cache.remove(&b.host_range());
                 self.context.code_map.forget_block(&b.key);
@@ -568,16 +583,20 @@ fn extent((page, granules): (u64, CodeGranules)) -> (u64, u64) {
 fn translatable(cpu: &Cpu, options: &TranslateOptions) -> Option<Mode> {
     let stepping = cpu.rflags.contains(Rflags::TF) || cpu.has_instruction_breakpoints();
     let shadow = cpu.interrupt_shadow || cpu.mov_ss_shadow;
-    let checks = cpu.cpl == 3 && needs_checks(cpu);
+    let checks = cpu.cpl != 0 && needs_checks(cpu);
     if stepping || shadow || checks {
         return None;
     }
-    Mode::of(cpu).filter(|mode| options.narrow_modes || !mode.is_narrow())
+    let allowed = |mode: &Mode| match mode.is_narrow() {
+        true => options.narrow_modes && (options.short_modes || mode.is_usual()),
+        false => options.short_modes || mode.is_usual(),
+    };
+    Mode::of(cpu).filter(allowed)
 }
 
-/// User code whose RDTSC or unaligned accesses are to fault.
+/// Code whose RDTSC, or user code whose unaligned accesses, are to fault.
 fn needs_checks(cpu: &Cpu) -> bool {
-    cpu.cr4.contains(Cr4::TSD) || (cpu.rflags.contains(Rflags::AC) && cpu.cr0.contains(Cr0::AM))
+    cpu.cr4.contains(Cr4::TSD) || (cpu.cpl == 3 && cpu.rflags.contains(Rflags::AC) && cpu.cr0.contains(Cr0::AM))
 }
 
 fn simd_of(cpu: &Cpu) -> Simd {

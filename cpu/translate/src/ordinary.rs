@@ -233,7 +233,8 @@ mod tests {
         let (mut ordinary, mut all) = (0, 0);
         for user in [false, true] {
             let how = Decoding {
-                mode: crate::narrow::Mode::Long,
+                mode: crate::narrow::Mode::LONG,
+                origin: 0,
                 simd: Simd::Avx512,
                 user,
                 flag_liveness: true,

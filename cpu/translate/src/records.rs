@@ -11,7 +11,7 @@
 use crate::blocks::{BlockId, Form, Key};
 use crate::flags::FlagPlace;
 use crate::frontend::Simd;
-use crate::narrow::Mode;
+use crate::narrow::{LAST_NARROW_PAGE, Mode, Width};
 use crate::recipe::{Kind, Recipe, Source};
 use crate::rewrite::{AccessSite, Base, Boundary, BranchSite, ExitSite, Part};
 
@@ -52,59 +52,133 @@ fn flag_place(saved: bool) -> FlagPlace {
 /// A [`Key`]; equal where the keys are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct PackedKey {
-    /// The physical address, from bit 8 on, and below it privilege, vector state, form and mode.
-    gpa: u64,
-    /// The linear page; bit 0 is set where there is none.
+    /// From the lowest bit on: privilege, vector state, form, what the mode is but for the code segment, whether there is no page; then the physical address,
+    /// with the lower bits of the limit below it outside of 64-bit mode.
+    low: u64,
+    /// In 64-bit mode the linear page, or 0 where there is none; else base, linear page and the upper bits of the limit.
     base: u64,
 }
 
 const SIMD: [Simd; 4] = [Simd::None, Simd::Sse, Simd::Avx, Simd::Avx512];
 const FORMS: [Form; 3] = [Form::Normal, Form::TwoPages, Form::Careful];
+const WIDTHS: [Width; 3] = [Width::Bits64, Width::Bits32, Width::Bits16];
+const DYNAMIC: u64 = 1 << 12;
+const FLAGS: u32 = 13;
+const LOW_LIMIT: u32 = 9;
+/// Bits of physical addresses that keys have room for.
+const GPA_BITS: u32 = u64::BITS - FLAGS;
+pub(crate) const NARROW_GPA_BITS: u32 = GPA_BITS - LOW_LIMIT;
+
+/// A limit as descriptors have it: 20 bits, and one that says that they count pages.
+fn pack_limit(limit: u32) -> u64 {
+    match limit < 1 << 20 {
+        true => limit.into(),
+        false => u64::from(limit >> 12) | 1 << 20,
+    }
+}
+
+fn unpack_limit(packed: u64) -> u32 {
+    match packed >> 20 {
+        0 => packed as u32,
+        _ => (packed as u32) << 12 | 0xfff,
+    }
+}
 
 impl PackedKey {
     pub fn new(key: &Key) -> Self {
-        assert!(key.gpa < 1 << 56 && key.privilege < 4);
-        let low = u64::from(key.privilege)
+        let m = &key.mode;
+        let narrow = m.is_narrow();
+        let bits = if narrow { NARROW_GPA_BITS } else { GPA_BITS };
+        assert!(key.gpa < 1 << bits && key.privilege < 4);
+        let flags = [m.flat, m.short_stack, m.middle, m.paragraphs];
+        let flags = (8..).zip(flags).map(|(n, is)| u64::from(is) << n);
+        let mut low = u64::from(key.privilege)
             | (key.simd as u64) << 2
             | (key.form as u64) << 4
-            | (key.mode as u64) << 6;
-        PackedKey {
-            gpa: key.gpa << 8 | low,
-            base: match key.base {
-                Base::Fixed(page) => page,
-                Base::Dynamic => 1,
-            },
+            | (m.width as u64) << 6
+            | flags.sum::<u64>();
+        let origin = match key.base {
+            Base::Fixed(origin) => origin,
+            Base::Dynamic => {
+                low |= DYNAMIC;
+                0
+            }
+        };
+        if !narrow {
+            low |= key.gpa << FLAGS;
+            return PackedKey { low, base: origin };
         }
+        let limit = pack_limit(m.limit);
+        low |= key.gpa << (FLAGS + LOW_LIMIT) | (limit & ((1 << LOW_LIMIT) - 1)) << FLAGS;
+        let page = match key.base {
+            Base::Fixed(origin) => m.linear(origin) >> 12,
+            Base::Dynamic => 0,
+        };
+        let base = u64::from(m.base) | page << 32 | limit >> LOW_LIMIT << 52;
+        PackedKey { low, base }
+    }
+
+    fn is_narrow(self) -> bool {
+        self.low >> 6 & 3 != 0
     }
 
     pub fn gpa(self) -> u64 {
-        self.gpa >> 8
-    }
-
-    pub fn base(self) -> Base {
-        match self.base {
-            1 => Base::Dynamic,
-            page => Base::Fixed(page),
+        match self.is_narrow() {
+            true => self.low >> (FLAGS + LOW_LIMIT),
+            false => self.low >> FLAGS,
         }
     }
 
+    pub fn base(self) -> Base {
+        if self.low & DYNAMIC != 0 {
+            return Base::Dynamic;
+        }
+        if !self.is_narrow() {
+            return Base::Fixed(self.base);
+        }
+        let page = (self.base >> 32) as u32 & 0xf_ffff;
+        let origin = (page << 12).wrapping_sub(self.base as u32);
+        // No code is translated that begins as far up as what this would be otherwise.
+        Base::Fixed(match origin > LAST_NARROW_PAGE as u32 {
+            true => i64::from(origin as i32) as u64,
+            false => origin.into(),
+        })
+    }
+
     pub fn form(self) -> Form {
-        FORMS[self.gpa as usize >> 4 & 3]
+        FORMS[self.low as usize >> 4 & 3]
     }
 
     pub fn mode(self) -> Mode {
-        Mode::ALL[self.gpa as usize >> 6 & 3]
+        let is = |n: u32| self.low >> n & 1 != 0;
+        let (base, limit) = match self.is_narrow() {
+            true => {
+                let low = self.low >> FLAGS & ((1 << LOW_LIMIT) - 1);
+                let limit = unpack_limit(self.base >> 52 << LOW_LIMIT | low);
+                (self.base as u32, limit)
+            }
+            false => (0, 0),
+        };
+        Mode {
+            width: WIDTHS[self.low as usize >> 6 & 3],
+            flat: is(8),
+            short_stack: is(9),
+            middle: is(10),
+            paragraphs: is(11),
+            base,
+            limit,
+        }
     }
 
     pub fn privilege(self) -> u8 {
-        self.gpa as u8 & 3
+        self.low as u8 & 3
     }
 
     pub fn unpack(self) -> Key {
         Key {
             gpa: self.gpa(),
             privilege: self.privilege(),
-            simd: SIMD[self.gpa as usize >> 2 & 3],
+            simd: SIMD[self.low as usize >> 2 & 3],
             base: self.base(),
             form: self.form(),
             mode: self.mode(),
@@ -411,26 +485,44 @@ mod tests {
     use super::*;
     use crate::flags::ALL;
 
+    fn check(key: Key) {
+        assert_eq!(PackedKey::new(&key).unpack(), key);
+    }
+
     #[test]
     fn keys_come_out_as_they_went_in() {
-        for base in [
-            Base::Dynamic,
-            Base::Fixed(0),
-            Base::Fixed(0xffff_ffff_8100_0000),
-        ] {
-            let modes = Mode::ALL.into_iter().cycle();
-            let forms = FORMS.into_iter().cycle();
-            for ((simd, form), mode) in SIMD.into_iter().zip(forms).zip(modes) {
-                for (gpa, privilege) in [(0, 0), ((1 << 41) - 1, 2), (0x12_3456, 1)] {
-                    let key = Key {
-                        gpa,
-                        privilege,
-                        simd,
-                        base,
-                        form,
-                        mode,
-                    };
-                    assert_eq!(PackedKey::new(&key).unpack(), key);
+        let (forms, simds) = (FORMS.into_iter().cycle(), SIMD.into_iter().cycle());
+        let gpas = [(0, 0), ((1 << 41) - 1, 2), (0x12_3456, 1)].into_iter();
+        for ((form, simd), (gpa, privilege)) in forms.zip(simds).zip(gpas.cycle()).take(12) {
+            let key = |base, mode| Key {
+                gpa,
+                privilege,
+                simd,
+                base,
+                form,
+                mode,
+            };
+            for base in [
+                Base::Dynamic,
+                Base::Fixed(0),
+                Base::Fixed(0xffff_ffff_8100_0000),
+            ] {
+                check(key(base, Mode::LONG));
+            }
+            check(key(Base::Dynamic, Mode::FLAT));
+            for n in 0..48 {
+                let is = |bit: u32| n >> bit & 1 != 0;
+                let mode = Mode {
+                    width: if is(0) { Width::Bits16 } else { Width::Bits32 },
+                    flat: false,
+                    short_stack: is(1),
+                    middle: is(2),
+                    paragraphs: is(3),
+                    base: [0, 0x7c40, 0xffff_f345][n >> 4],
+                    limit: [0xffff, u32::MAX, 0x12_3fff, 77][n & 3],
+                };
+                for rip in [0u64, 0x100, 0x3cc0, 0xffff, 0x1234_5678, 0xffff_efff] {
+                    check(key(Base::Fixed(mode.origin(rip)), mode));
                 }
             }
         }

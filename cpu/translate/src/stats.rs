@@ -11,6 +11,7 @@ pub(crate) struct Counts {
     pub translations: u64,
     /// Those of them of 32-bit code.
     pub narrow: u64,
+    pub short: u64,
     pub translated_instructions: u64,
     pub cache_flushes: u64,
     pub dispatches: u64,
@@ -56,7 +57,8 @@ impl Translator {
         let code = self.code_stats();
         EngineStats::from([
             ("translations", c.translations),
-            ("translations_of_32_bit_code", c.narrow),
+            ("translations_of_32_bit_code", c.narrow - c.short),
+            ("translations_of_16_bit_and_segmented_code", c.short),
             ("instructions_translated", c.translated_instructions),
             ("code_cache_bytes", code.bytes),
             ("code_cache_flushes", c.cache_flushes),

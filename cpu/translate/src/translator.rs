@@ -133,9 +133,9 @@ impl Translator {
             spaces: Spaces::default(),
             link_from: None,
             simd: Simd::None,
-            mode: Mode::Long,
-            kernel_mode: Mode::Long,
-            user_mode: Mode::Flat,
+            mode: Mode::LONG,
+            kernel_mode: Mode::LONG,
+            user_mode: Mode::FLAT,
             counts: Counts::default(),
             recent: Recent::default(),
             observers: Observers::default(),
@@ -387,8 +387,8 @@ impl Translator {
             Base::Fixed(page) => page,
             Base::Dynamic => self.context.page_base,
         };
-        let linear = page.wrapping_add(offset as u64);
-        self.code.blocks.mode(block).cut(linear)
+        let rip = page.wrapping_add(offset as u64);
+        self.code.blocks.mode(block).cut(rip)
     }
 }
 

@@ -2,10 +2,11 @@
 //!
 //! The exits that lead to a block are a list through their records, so that a block can be thrown away with all ways to it.
 
+use doppel_memory::Privilege;
+
 use super::{BlockId, Blocks, Link};
 use crate::cache_unsafe::CodeCache;
 use crate::records::{Before, NONE};
-use crate::rewrite::Base;
 
 impl Blocks {
     /// Where an exit leads that is linked to a block.
@@ -24,7 +25,7 @@ impl Blocks {
         self.lead(exit, entry, cache);
         self.links += 1;
         if across_pages {
-            let user = usize::from(self.base(e.block) == Base::Dynamic);
+            let user = usize::from(self.privilege(e.block) == Privilege::User as u8);
             self.cross_page[user].push((exit, to));
         }
     }

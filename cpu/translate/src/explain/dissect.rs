@@ -26,6 +26,7 @@ const THUNKS: u64 = HOST - 0x1_0000;
 /// All that a block's translation depends on, apart from the options.
 #[derive(Clone, Copy)]
 pub(crate) struct Origin<'a> {
+    /// Where it runs: RIP.
     pub linear: u64,
     pub bytes: &'a [u8],
     pub privilege: u8,
@@ -38,8 +39,8 @@ pub(crate) struct Origin<'a> {
 
 impl<'a> Origin<'a> {
     pub fn decode(&self, options: &TranslateOptions) -> Option<GuestBlock> {
-        let how = Decoding::new(self.simd, self.mode, self.privilege, options);
-        let start = (self.linear & PAGE_MASK) as u16;
+        let how = Decoding::new(self.simd, self.mode, self.privilege, options).placed(self.base);
+        let start = (self.mode.linear(self.linear) & PAGE_MASK) as u16;
         let mut block = decode(&mut InstructionInfoFactory::new(), self.bytes, start, how)?;
         block.straddler_follows |= self.straddler_follows;
         Some(block)

@@ -75,7 +75,10 @@ impl Translator {
         let block = self.code.blocks.get(id);
         let linear = match (block.key.form, block.key.base) {
             (Form::Normal, _) => rip,
-            (_, Base::Fixed(page)) => page | (rip & PAGE_MASK),
+            (_, Base::Fixed(origin)) => {
+                let at = origin.wrapping_add(block.key.gpa & PAGE_MASK);
+                block.key.mode.cut(at)
+            }
             (_, Base::Dynamic) => self.context.page_base | (rip & PAGE_MASK),
         };
         if let Some(map) = &self.observers.perf_map {

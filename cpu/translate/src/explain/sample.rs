@@ -73,7 +73,7 @@ impl Sample<'_> {
             bytes: &rest[..room.min(rest.len())],
             privilege,
             simd: Simd::Avx512,
-            mode: Mode::Long,
+            mode: Mode::LONG,
             base: match self.user {
                 true => Base::Dynamic,
                 false => Base::Fixed(linear & !PAGE_MASK),

@@ -48,6 +48,9 @@ impl Work<'_> {
         let d = moved(&i.decoded, plus);
         if self.is_narrow() {
             self.base_index_address(&d);
+            if i.short {
+                self.asm().movzx16(S0, S0);
+            }
             self.segment(i, d.memory_segment(), access);
         } else {
             self.address(&d, true);
@@ -79,7 +82,11 @@ impl Work<'_> {
         let (base, index) = (i.memory_base(), i.memory_index());
         let disp = i.memory_displacement64();
         if base == Register::None && index == Register::None {
-            let at = self.s.mode.cut(disp);
+            let at = if self.is_narrow() {
+                disp & 0xffff_ffff
+            } else {
+                disp
+            };
             self.asm().mov_imm(S0, at);
             return;
         }
@@ -194,14 +201,13 @@ impl Work<'_> {
 
     /// S0 = linear address of the instruction's one memory access, explicit or on the stack, plus a constant.
     pub(super) fn own_address(&mut self, i: &GuestInstruction, plus: i64, access: (u8, bool)) {
-        let word = i32::from(self.word());
         match i.class {
             Class::Memory { .. } | Class::JumpIndirect => {
                 return self.linear_address(i, plus, access);
             }
-            Class::Pop | Class::Return => self.lea_word(S0, RSP, plus as i32),
-            Class::Leave => self.lea_word(S0, RBP, plus as i32),
-            _ => self.lea_word(S0, RSP, plus as i32 - word),
+            Class::Pop | Class::Return => self.stack_offset(RSP, plus as i32),
+            Class::Leave => self.stack_offset(RBP, plus as i32),
+            _ => self.stack_offset(RSP, plus as i32 - i32::from(i.word)),
         }
         if self.is_narrow() {
             self.segment(i, Register::SS, access);

@@ -55,18 +55,44 @@ impl Work<'_> {
 
     /// LOOP and JRCXZ reach only 127 bytes: the original jumps over a jump.
     pub(super) fn counted(&mut self, i: &GuestInstruction, target: i64) {
-        let from = usize::from(i.offset - self.block.start);
-        let opcode = &self.block.bytes[from..from + i.decoded.len() - 1];
-        if i.is_narrow() {
-            self.r.asm.raw(&[0x67]); // ECX, not RCX
+        if i.short {
+            return self.counted_by_cx(i, target);
         }
-        self.r.asm.raw(opcode);
+        if i.narrow {
+            self.r.asm.raw(&[0x67, counted_opcode(i)]); // ECX, not RCX
+        } else {
+            let from = usize::from(i.offset - self.block.start);
+            let opcode = &self.block.bytes[from..from + i.decoded.len() - 1];
+            self.r.asm.raw(opcode);
+        }
         self.asm().raw(&[2, 0xeb, 0]); // to the next but one; jmp short to the end
         let short = self.asm().pos();
         let taken = self.link_jump();
         self.exit(target, taken);
-        let skip = (self.asm().pos() - short) as u8;
-        self.asm().bytes[short - 1] = skip;
+        self.end_short_jump(short);
+    }
+
+    /// The same where CX counts, which 64-bit mode has not: ECX is CX for a moment, and RCX stands in S0. No flag changes.
+    fn counted_by_cx(&mut self, i: &GuestInstruction, target: i64) {
+        let a = self.asm();
+        a.mov(S0, RCX);
+        a.movzx16(RCX, RCX);
+        a.raw(&[0x67, counted_opcode(i), 2, 0xeb, 0]);
+        let short = a.pos();
+        a.mov16(S0, RCX);
+        a.mov(RCX, S0);
+        let taken = self.link_jump();
+        self.exit(target, taken);
+        self.end_short_jump(short);
+        let a = self.asm();
+        a.mov16(S0, RCX);
+        a.mov(RCX, S0);
+    }
+
+    /// A short jump whose displacement ends at `from` leads here.
+    fn end_short_jump(&mut self, from: usize) {
+        let skip = (self.asm().pos() - from) as u8;
+        self.asm().bytes[from - 1] = skip;
     }
 
     pub(super) fn direct_exit(&mut self, target: i64) {
@@ -233,7 +259,7 @@ impl Work<'_> {
     fn slot_stub(&mut self, n: usize) {
         let at = self.asm().pos() as u32;
         let exit = &self.out.exits[n];
-        let long = self.s.mode == Mode::Long && self.s.base == Base::Dynamic;
+        let long = self.s.mode == Mode::LONG && self.s.base == Base::Dynamic;
         let (cross, target) = (
             self.s.thunks.cross(exit.flags).filter(|_| long),
             exit.target,
@@ -260,12 +286,20 @@ impl Work<'_> {
         self.before_check(i);
         if i.decoded.op0_kind() == OpKind::Memory {
             self.branch_target(i);
+            self.check_target(i);
             self.asm().store(ctx::SPILL, S0);
         } else {
             // Not through S0, which may reach the stack.
+            if self.s.mode.is_placed() {
+                self.branch_target(i);
+                self.check_target(i);
+            }
             let mut r = self.source(i.decoded.op0_register(), S1);
-            if i.is_narrow() {
-                self.asm().mov32(S1, r);
+            if i.narrow {
+                match i.word {
+                    2 => self.asm().movzx16(S1, r),
+                    _ => self.asm().mov32(S1, r),
+                }
                 r = S1;
             }
             self.asm().store(ctx::SPILL, r);
@@ -278,6 +312,7 @@ impl Work<'_> {
     pub(super) fn jump_indirect(&mut self, i: &GuestInstruction) {
         self.before_check(i);
         self.branch_target(i);
+        self.check_target(i);
         self.indirect(i);
     }
 
@@ -286,17 +321,18 @@ impl Work<'_> {
         let d = &i.decoded;
         if d.op0_kind() == OpKind::Memory {
             if i.class == Class::JumpIndirect {
-                let (base, at) = self.operand(i, self.word(), false);
-                self.load_word(S0, base, at);
+                let at = self.operand(i, i.word, false);
+                self.load_word(i.word, S0, at);
             } else {
-                self.linear_address(i, 0, (self.word(), false));
-                self.check(i, self.word().into(), false);
-                self.load_word(S0, S0, 0);
+                self.linear_address(i, 0, (i.word, false));
+                self.check(i, i.word.into(), false);
+                self.load_word(i.word, S0, (S0, 0));
             }
             return;
         }
         match self.source(d.op0_register(), S0) {
             S0 => {}
+            n if i.word == 2 => self.asm().movzx16(S0, n),
             n => self.mov_word(S0, n),
         }
     }
@@ -312,16 +348,16 @@ impl Work<'_> {
     }
 
     pub(super) fn ret(&mut self, i: &GuestInstruction) {
-        let (base, at) = self.operand(i, self.word(), false);
+        let at = self.operand(i, i.word, false);
         self.before_check(i);
-        self.load_word(S0, base, at);
+        self.load_word(i.word, S0, at);
+        self.check_target(i);
         let extra = if i.decoded.op_count() > 0 {
             i.decoded.immediate16()
         } else {
             0
         };
-        let by = i32::from(self.word()) + i32::from(extra);
-        self.lea_word(RSP, RSP, by);
+        self.move_stack(RSP, i32::from(i.word) + i32::from(extra));
         self.indirect(i);
     }
 
@@ -346,5 +382,16 @@ impl Work<'_> {
         }
         a.jmp_indexed4(S1, cache + 8);
         self.miss(miss, number, i);
+    }
+}
+
+/// The opcode of a branch on a counter.
+fn counted_opcode(i: &GuestInstruction) -> u8 {
+    use iced_x86::Mnemonic::*;
+    match i.decoded.mnemonic() {
+        Loopne => 0xe0,
+        Loope => 0xe1,
+        Loop => 0xe2,
+        _ => 0xe3,
     }
 }

@@ -121,10 +121,13 @@ impl Work<'_> {
         base: Reg,
         disp: i32,
     ) {
-        let bytes = self.block.bytes_of(i);
-        if let Some(bytes) = patch::with_operand(&i.decoded, bytes, base, disp, register) {
-            self.asm().raw(bytes.get());
-            return;
+        // The bytes of 16-bit code mean something else.
+        if self.s.mode.width != Width::Bits16 {
+            let bytes = self.block.bytes_of(i);
+            if let Some(bytes) = patch::with_operand(&i.decoded, bytes, base, disp, register) {
+                self.asm().raw(bytes.get());
+                return;
+            }
         }
         explicit_form(own);
         set_host_operand(own, base, disp);
@@ -159,7 +162,7 @@ impl Work<'_> {
         let scale = bit.size().trailing_zeros() as u8;
         a.shl64(S1, scale);
         a.add64(S0, S1);
-        if i.is_narrow() {
+        if i.narrow {
             a.mov32(S0, S0);
         }
         let write = d.mnemonic() != iced_x86::Mnemonic::Bt;

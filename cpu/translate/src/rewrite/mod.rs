@@ -40,7 +40,7 @@ use crate::context as ctx;
 use crate::engine::TranslateOptions;
 use crate::flags::{ALL, FlagPlace, FlagSet};
 use crate::frontend::{Class, Element, GuestBlock, GuestInstruction, Simd};
-use crate::narrow::Mode;
+use crate::narrow::{Mode, Width};
 use crate::recipe::Recipe;
 use crate::thunk::{Check, Thunks, load_simd};
 pub(crate) use address::check_len;
@@ -602,14 +602,8 @@ impl Work<'_> {
         match to.size() {
             8 => self.asm().mov(n, S0),
             4 => self.asm().mov32(n, S0),
-            _ => self.mov16(n, S0),
+            _ => self.asm().mov16(n, S0),
         }
-    }
-
-    fn mov16(&mut self, dst: Reg, src: Reg) {
-        let rex = 0x40 | (src >> 3) << 2 | dst >> 3;
-        self.asm()
-            .raw(&[0x66, rex, 0x89, 0xc0 | (src & 7) << 3 | (dst & 7)]);
     }
 
     fn swapgs(&mut self) {

@@ -96,7 +96,7 @@ pub(crate) fn reference(i: &GuestInstruction) -> Option<Reference> {
     let d = &i.decoded;
     let register = d.op0_kind() != OpKind::Memory;
     match i.class {
-        _ if i.is_narrow() && !register && based(d) => None,
+        _ if i.narrow && !register && based(d) => None,
         Class::Memory { size, write } => of_operand(d, size, write),
         Class::JumpIndirect if !register => of_operand(d, i.word, false),
         Class::Push | Class::CallIndirect if register => stack(Register::RSP, -word, true),
@@ -235,7 +235,7 @@ pub(crate) fn constant_move(i: &GuestInstruction) -> (u16, i64) {
         }
         _ if matches!(i.class, Class::Push | Class::Call) => return (stack, -word),
         _ if i.class == Class::Pop && d.op0_register() != Register::RSP => return (stack, word),
-        code if i.is_narrow() => match narrow_move(d, code) {
+        code if i.narrow => match narrow_move(d, code) {
             Some(by) => by,
             None => return (0, 0),
         },

@@ -12,6 +12,7 @@ const NOW: i32 = ctx::SPILL;
 const SOURCE: i32 = ctx::SPILL + 8;
 const NEXT_RSI: i32 = ctx::SPILL + 16;
 const NEXT_RDI: i32 = ctx::SPILL + 24;
+const COUNT: i32 = ctx::SPILL + 32;
 
 /// Opcodes of moves from memory and to it, and of comparisons of a register with memory and the reverse, for bytes; the next ones are
 /// for larger operands.
@@ -41,14 +42,32 @@ impl Work<'_> {
         self.at_s0(element.opcode(), value, size);
         self.after_own(i);
         for pointer in first.into_iter().chain([last]) {
-            self.lea_word(pointer, pointer, size.into());
+            match i.short {
+                true => self.asm().lea16(pointer, pointer, size.into()),
+                false => self.lea_word(pointer, pointer, size.into()),
+            }
         }
     }
 
     /// S0 = host address of the element at `pointer`.
     fn pointed(&mut self, i: &GuestInstruction, pointer: Reg, size: u8, write: bool) {
-        self.mov_word(S0, pointer);
+        self.pointer(i, S0, pointer);
+        if self.is_segmented() {
+            self.segment(i, pointed_segment(i, pointer), (size, write));
+        }
         self.check(i, size.into(), write);
+    }
+
+    /// `to` = what a register that points, or counts, has in its bits that do.
+    fn pointer(&mut self, i: &GuestInstruction, to: Reg, register: Reg) {
+        match i.short {
+            true => self.asm().movzx16(to, register),
+            false => self.mov_word(to, register),
+        }
+    }
+
+    fn is_segmented(&self) -> bool {
+        self.is_narrow() && !self.s.mode.flat
     }
 
     /// One of the instructions above with a register and `[S0]`. The flags stay unless it is a comparison.
@@ -66,7 +85,10 @@ impl Work<'_> {
         self.before_check(i);
         self.asm().test_gs_imm32(ctx::RFLAGS, DF);
         self.leave_if(CC_NE, i);
-        if i.is_narrow() {
+        if self.is_segmented() {
+            return self.repeat_segmented(i, size, source);
+        }
+        if i.narrow {
             for r in [RCX, RSI, RDI] {
                 self.asm().mov32(r, r);
             }
@@ -76,10 +98,12 @@ impl Work<'_> {
         let again = self.r.asm.pos();
         self.asm().store(NOW, RCX);
         if source {
-            self.shorten(i, RSI, size, false);
+            self.asm().mov(S0, RSI);
+            self.shorten(i, size, false);
             self.asm().store(SOURCE, S0);
         }
-        self.shorten(i, RDI, size, true);
+        self.asm().mov(S0, RDI);
+        self.shorten(i, size, true);
         let narrow = self.is_narrow();
         let a = self.asm();
         a.load(S1, NOW);
@@ -116,9 +140,75 @@ impl Work<'_> {
         a.bind(nothing);
     }
 
-    /// S0 = host address of `pointer`; NOW becomes the number of elements that fit into its page, if that is less.
-    fn shorten(&mut self, i: &GuestInstruction, pointer: Reg, size: u8, write: bool) {
-        self.asm().mov(S0, pointer);
+    /// The same through segments, at addresses of 32 or 16 bits. Each turn begins anew, with what the registers are by then; their upper bits stay.
+    fn repeat_segmented(&mut self, i: &GuestInstruction, size: u8, source: bool) {
+        let again = self.r.asm.pos();
+        self.pointer(i, S0, RCX);
+        let a = self.asm();
+        a.test64(S0, S0);
+        let nothing = a.jcc(CC_E);
+        a.store(NOW, S0);
+        if source {
+            self.stretch(i, RSI, size, false);
+            self.shorten(i, size, false);
+            self.asm().store(SOURCE, S0);
+        }
+        self.stretch(i, RDI, size, true);
+        self.shorten(i, size, true);
+        let pointers = [(RDI, NEXT_RDI), (RSI, NEXT_RSI)];
+        let pointers = &pointers[..1 + usize::from(source)];
+        let a = self.asm();
+        a.store(COUNT, RCX);
+        for (r, slot) in pointers {
+            a.store(*slot, *r);
+        }
+        a.load(RCX, NOW);
+        if source {
+            a.load(RSI, SOURCE);
+        }
+        a.mov(RDI, S0);
+        if size == 2 {
+            a.raw(&[0x66]);
+        }
+        let opcode = if source { 0xa4 } else { 0xaa };
+        a.raw(&[0xf3, opcode | u8::from(size > 1)]);
+        a.load(RCX, COUNT);
+        a.load(S1, NOW);
+        for (r, slot) in pointers {
+            a.load(*r, *slot);
+            a.lea_index(S0, *r, S1, size);
+            set_pointer(a, i.short, *r);
+        }
+        a.mov(S0, RCX);
+        a.sub64(S0, S1);
+        set_pointer(a, i.short, RCX);
+        self.poll();
+        let more = self.asm().jmp();
+        let a = self.asm();
+        a.bind_at(more, again);
+        a.bind(nothing);
+    }
+
+    /// S0 = linear address of the elements of this turn, if all of them lie within the segment and below where the pointer wraps.
+    fn stretch(&mut self, i: &GuestInstruction, pointer: Reg, size: u8, write: bool) {
+        let segment = pointed_segment(i, pointer);
+        let n = segment.number() as u8;
+        self.pointer(i, S0, pointer);
+        let a = self.asm();
+        a.load(S1, NOW);
+        a.lea_index(S1, S0, S1, size);
+        a.lea(S1, S1, -1);
+        a.cmp_gs(S1, ctx::segment_end(n, write));
+        self.leave_if(CC_G, i);
+        if i.short {
+            self.asm().alu_imm64(Alu::Cmp, S1, 0xffff);
+            self.leave_if(CC_A, i);
+        }
+        self.asm().add_gs32(S0, ctx::segment_base(n));
+    }
+
+    /// S0, a linear address, becomes a host address; NOW becomes the number of elements that fit into its page, if that is less.
+    fn shorten(&mut self, i: &GuestInstruction, size: u8, write: bool) {
         self.check(i, 1, write);
         let a = self.asm();
         a.mov32(S1, S0);
@@ -134,6 +224,23 @@ impl Work<'_> {
         let longer = a.jcc(CC_A);
         a.store(NOW, S1);
         a.bind(longer);
+    }
+}
+
+/// The register becomes S0, in its bits that point or count.
+fn set_pointer(a: &mut Asm, short: bool, register: Reg) {
+    match short {
+        true => a.mov16(register, S0),
+        false => a.mov32(register, S0),
+    }
+}
+
+/// The segment of what a register points to.
+fn pointed_segment(i: &GuestInstruction, pointer: Reg) -> Register {
+    match (pointer, i.decoded.segment_prefix()) {
+        (RDI, _) => Register::ES,
+        (_, Register::None) => Register::DS,
+        (_, segment) => segment,
     }
 }
 

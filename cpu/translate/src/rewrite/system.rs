@@ -106,22 +106,28 @@ impl Work<'_> {
         self.whole_flags();
         let a = self.asm();
         a.store(ctx::SPILL, S0);
-        let word = i32::from(self.word());
+        let word = i32::from(i.word);
         self.stack_address(i, -word, true);
-        self.check(i, self.word().into(), true);
+        self.check(i, i.word.into(), true);
         self.asm().load(S1, ctx::SPILL);
-        self.store_word(S0, 0, S1);
-        self.lea_word(RSP, RSP, -word);
+        self.store_word(i.word, (S0, 0), S1);
+        self.move_stack(RSP, -word);
     }
 
     /// POPFQ at CPL 0 that changes nothing but IF and the arithmetic flags; anything else is interpreted.
     pub(super) fn popf(&mut self, i: &GuestInstruction) {
         self.before_check(i);
         self.stack_address(i, 0, false);
-        self.check(i, self.word().into(), false);
-        self.load_word(S0, S0, 0);
+        self.check(i, i.word.into(), false);
+        self.load_word(i.word, S0, (S0, 0));
         let a = self.asm();
         a.load(S1, ctx::RFLAGS);
+        if i.word == 2 {
+            // The others stay.
+            a.alu_imm32(Alu::And, S1, !0xffff);
+            a.or64(S0, S1);
+            a.load(S1, ctx::RFLAGS);
+        }
         a.xor64(S1, S0);
         a.test_imm32(S1, !(ARITHMETIC | IF));
         self.leave_if(CC_NE, i);
@@ -132,8 +138,7 @@ impl Work<'_> {
         a.bind(masked);
         a.store(ctx::RFLAGS, S0);
         self.set_arithmetic_flags();
-        let word = i32::from(self.word());
-        self.lea_word(RSP, RSP, word);
+        self.move_stack(RSP, i.word.into());
     }
 
     pub(super) fn rdtsc(&mut self, i: &GuestInstruction) {
@@ -190,7 +195,7 @@ impl Work<'_> {
             if is_scratch(to) {
                 self.asm().store16(ctx::gpr(n), S0);
             } else {
-                self.mov16(n, S0);
+                self.asm().mov16(n, S0);
             }
             return;
         }
