@@ -135,7 +135,9 @@ impl GuestInstruction {
     fn learn(&mut self, info: &mut InstructionInfoFactory, how: Decoding) {
         let hidden = how.hidden.has(&self.decoded);
         self.narrow = how.mode.is_narrow();
-        let widened = self.narrow.then(|| widen(&mut self.decoded, how.mode, how.origin));
+        let widened = self
+            .narrow
+            .then(|| widen(&mut self.decoded, how.mode, how.origin));
         if let Some(Some(w)) = widened {
             (self.encode, self.word, self.short) = (w.encode, w.word, w.short);
         }

@@ -52,7 +52,8 @@ impl Translator {
 
     fn find_block(&mut self, rip: u64) -> Option<BlockId> {
         let linear = self.mode.linear(rip);
-        if self.mode.is_narrow() && (linear.max(rip) >= LAST_NARROW_PAGE || self.mode.room(rip) == 0)
+        if self.mode.is_narrow()
+            && (linear.max(rip) >= LAST_NARROW_PAGE || self.mode.room(rip) == 0)
         {
             // Its code goes on at address 0, or is outside of its segment.
             return None;
@@ -596,7 +597,8 @@ fn translatable(cpu: &Cpu, options: &TranslateOptions) -> Option<Mode> {
 
 /// Code whose RDTSC, or user code whose unaligned accesses, are to fault.
 fn needs_checks(cpu: &Cpu) -> bool {
-    cpu.cr4.contains(Cr4::TSD) || (cpu.cpl == 3 && cpu.rflags.contains(Rflags::AC) && cpu.cr0.contains(Cr0::AM))
+    cpu.cr4.contains(Cr4::TSD)
+        || (cpu.cpl == 3 && cpu.rflags.contains(Rflags::AC) && cpu.cr0.contains(Cr0::AM))
 }
 
 fn simd_of(cpu: &Cpu) -> Simd {

@@ -1,14 +1,17 @@
 //! Random 32-bit code, translated and interpreted: registers, flags and memory must end up the same.
 
+mod random_code;
+
 use std::sync::Arc;
 
 use doppel_memory::GuestRam;
 use doppel_translate::{Translate, TranslateOptions};
-use doppel_x86::{Cpu, Cr0, Cr4, Dtr, EmptyBus, Engine, Exit, Rflags, Seg, Segment};
+use doppel_x86::{Cpu, Cr0, Cr4, Dtr, EmptyBus, Engine, Rflags, Seg, Segment};
 use iced_x86::{
     CpuidFeature, Decoder, DecoderOptions, Encoder, FlowControl, Instruction, Mnemonic, OpKind,
     Register,
 };
+use random_code::{Outcome, Random, difference};
 
 const GDT: u64 = 0x4000;
 const IDT: u64 = 0x5000;
@@ -21,21 +24,6 @@ const END: u64 = 0x40000;
 
 const CASES: u64 = 600;
 const ROUNDS: u32 = 3;
-
-struct Random(u64);
-
-impl Random {
-    fn bits(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16
-    }
-
-    fn below(&mut self, n: u64) -> u64 {
-        self.bits() % n
-    }
-}
 
 /// Descriptors by their selectors: flat code, flat data, data with a base and a limit, flat data that is read only.
 const DESCRIPTORS: [u64; 5] = [
@@ -250,16 +238,6 @@ fn program(random: &mut Random) -> Vec<u8> {
     code
 }
 
-#[derive(PartialEq)]
-struct Outcome {
-    exit: Exit,
-    gpr: [u64; 8],
-    rip: u64,
-    flags: u64,
-    cr2: u64,
-    memory: Vec<u64>,
-}
-
 fn run(seed: u64, narrow_modes: bool) -> (Outcome, Vec<u8>) {
     let mut random = Random(seed);
     let code = program(&mut random);
@@ -271,43 +249,7 @@ fn run(seed: u64, narrow_modes: bool) -> (Outcome, Vec<u8>) {
     };
     let mut engine = Translate::new(cpu_with(&code, &mut random), options).unwrap();
     let exit = engine.run(&mut EmptyBus);
-    let cpu = engine.cpu();
-    let mut gpr = [0; 8];
-    for (to, from) in gpr.iter_mut().zip(cpu.gpr) {
-        *to = from & 0xffff_ffff;
-    }
-    let memory = (0..END)
-        .step_by(8)
-        .map(|at| cpu.ram.load::<u64>(at).unwrap());
-    let outcome = Outcome {
-        exit,
-        gpr,
-        rip: cpu.rip,
-        flags: cpu.rflags.bits(),
-        cr2: cpu.cr2,
-        memory: memory.collect(),
-    };
-    (outcome, code)
-}
-
-fn difference(ours: &Outcome, theirs: &Outcome) -> String {
-    let mut text = format!(
-        "{:?} {:x?} rip {:x} flags {:x}\n{:?} {:x?} rip {:x} flags {:x}\n",
-        ours.exit,
-        ours.gpr,
-        ours.rip,
-        ours.flags,
-        theirs.exit,
-        theirs.gpr,
-        theirs.rip,
-        theirs.flags
-    );
-    for (n, (a, b)) in ours.memory.iter().zip(&theirs.memory).enumerate() {
-        if a != b {
-            text += &format!("[{:x}] {a:x} {b:x}\n", 8 * n);
-        }
-    }
-    text
+    (Outcome::of(&engine, exit, END), code)
 }
 
 fn listing(code: &[u8]) -> String {
