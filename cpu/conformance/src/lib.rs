@@ -15,6 +15,7 @@ mod crowd;
 pub mod engines;
 pub mod hostile;
 pub mod layout;
+pub mod legacy;
 pub mod machine;
 pub mod paging;
 mod watchdog;
@@ -23,6 +24,7 @@ pub use bus::{Lines, TestBus};
 pub use crowd::{Crowd, each_crowd};
 pub use engines::{ENGINES, Row};
 pub use layout::*;
+pub use legacy::{End, Legacy, LegacyMachine, each_legacy, kind};
 pub use machine::{Action, Machine, Record};
 
 /// Runs a test on every engine.
