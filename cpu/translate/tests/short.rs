@@ -151,7 +151,7 @@ fn protected(r: &mut Random) -> Setup {
             6 + r.below(8) as u16
         };
         *s = segment(
-            8 * selector | u16::from(cpl),
+            (8 * selector) | u16::from(cpl),
             descriptors[usize::from(selector)],
         );
     }
@@ -413,7 +413,7 @@ impl Writer<'_> {
             // mov ax, selector; mov ds/es/fs/gs, ax
             0 | 1 => {
                 let selector = match self.setup.kind {
-                    Kind::Protected => 8 * (6 + self.r.below(8)) | u64::from(self.setup.cpl),
+                    Kind::Protected => (8 * (6 + self.r.below(8))) | u64::from(self.setup.cpl),
                     _ => (DATA >> 4) + pick(self.r, &[0, 1, 0x10, 0xff, 0xf00]),
                 };
                 self.set(0, selector, false);
@@ -567,14 +567,13 @@ fn fits(i: &Instruction) -> bool {
         )
     };
     let stack = i.op_count() > 0 && matches!(i.op0_register(), Register::ESP | Register::SP);
-    let other_segment = (0..i.op_count())
-        .any(|op| i.op_kind(op) == OpKind::Register && i.op_register(op).is_segment_register());
+    let loads_segment = i.op_count() > 0 && i.op0_register().is_segment_register();
     !i.is_invalid()
         && i.flow_control() == FlowControl::Next
         && !i.is_privileged()
         && i.cpuid_features().iter().all(integer)
         && !stack
-        && !(other_segment && i.op0_register().is_segment_register())
+        && !loads_segment
         // What is left undefined differs between the host and the interpreter.
         && i.rflags_undefined() == 0
         && !matches!(

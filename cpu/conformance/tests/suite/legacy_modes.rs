@@ -15,6 +15,8 @@ const ALL: [Legacy; 5] = [
     Legacy::Protected(3),
 ];
 
+type Instructions = fn(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>;
+
 fn each_mode(test: impl Fn(&mut LegacyMachine)) {
     for mode in ALL {
         each_legacy(mode, &test);
@@ -173,7 +175,7 @@ fn code_knows_its_ip_and_not_where_its_segment_begins() {
                 a.loop_(again)
             });
             let ips = 0x500 + 0x4f0 + 0x10 + 0xf500 + 4 * 3u64;
-            assert_eq!(m.reg(Gpr::Rbx) & 0xffff, 5 * ips & 0xffff);
+            assert_eq!(m.reg(Gpr::Rbx) & 0xffff, (5 * ips) & 0xffff);
         });
     }
 }
@@ -363,8 +365,8 @@ fn cpl_1_and_2_ask_for_iopl_and_may_use_the_supervisors_pages() {
 #[test]
 fn virtual_8086_mode_asks_for_iopl_where_it_has_to() {
     for (iopl, good) in [(3, true), (2, false), (0, false)] {
-        let codes: [fn(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>; 3] =
-            [|a| a.pushf(), |a| a.popf(), |a| a.cli()];
+        let pushf: Instructions = |a| a.pushf();
+        let codes: [Instructions; 3] = [pushf, |a| a.popf(), |a| a.cli()];
         for code in codes {
             each_legacy(Legacy::V86(iopl), |m| {
                 m.put(CODE + 0x101, 0xf4u8);
