@@ -472,6 +472,10 @@ impl Asm {
     pub fn and_gs32(&mut self, reg: Reg, disp: i32) {
         self.gs(false, 0x23, reg, disp);
     }
+    /// `or reg32, gs:[disp]`.
+    pub fn or_gs32(&mut self, reg: Reg, disp: i32) {
+        self.gs(false, 0x0b, reg, disp);
+    }
     /// `cmp reg, gs:[disp]`.
     pub fn cmp_gs(&mut self, reg: Reg, disp: i32) {
         self.gs(true, 0x3b, reg, disp);

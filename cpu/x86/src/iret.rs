@@ -89,14 +89,17 @@ fn to_protected(cpu: &mut Cpu, bus: &mut dyn Bus, size: u64) -> Result<(), Excep
     let target = return_target(cpu, bus, selector, rip)?;
     let writable = writable_flags(cpu, size);
     let from_long = cpu.mode() == CpuMode::Bits64;
-    if target.cpl == cpu.cpl && !from_long {
-        stack.commit(cpu);
-    } else {
+    let outwards = target.cpl != cpu.cpl;
+    if outwards || from_long {
         outer_stack(cpu, bus, stack, size, &target)?.commit(cpu);
+    } else {
+        stack.commit(cpu);
     }
     target.commit(cpu);
     set_flags(cpu, flags, writable);
-    segment::drop_privileged_data(cpu);
+    if outwards {
+        segment::drop_privileged_data(cpu);
+    }
     Ok(())
 }
 

@@ -341,13 +341,16 @@ pub(crate) fn resolve_stack(
     Ok(mark_accessed(cpu, bus, found)?.segment(selector))
 }
 
-/// Null every data segment register that code of the new, lesser privilege may not use (far return, IRET).
+/// Null every data segment register that code of the new, lesser privilege may not use (far return, IRET). One that is null
+/// already loses its RPL.
 pub(crate) fn drop_privileged_data(cpu: &mut Cpu) {
     let cpl = cpu.cpl;
     for seg in [Seg::Es, Seg::Ds, Seg::Fs, Seg::Gs] {
         let s = &mut cpu.seg[seg as usize];
         let conforming_code = s.attributes & 0x1c == 0x1c;
-        if !s.unusable() && s.dpl() < cpl && !conforming_code {
+        if s.unusable() {
+            s.selector = 0;
+        } else if s.dpl() < cpl && !conforming_code {
             *s = Segment {
                 base: s.base,
                 ..Segment::null(0, 0)

@@ -360,6 +360,10 @@ fn software_interrupt(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step
     };
     let event = Event::software(vector, source, next_rip(cpu, i));
     exception::deliver(cpu, bus, &event)?;
+    if source == Source::PrivilegedSoftware {
+        // The #DB that MOV SS has put off does not come after this one, which processors raise in its place.
+        cpu.breakpoint_hits = 0;
+    }
     if source != Source::SoftwareInterrupt
         && let Some(n) = cpu.counters.exceptions.get_mut(usize::from(vector))
     {

@@ -380,3 +380,22 @@ fn mov_ss_delays_a_data_breakpoint_by_one_instruction() {
         assert_eq!(r[0].rip, shadow_ends);
     });
 }
+
+#[test]
+fn int1_takes_the_place_of_a_data_breakpoint_that_mov_ss_delays() {
+    each_engine(|m| {
+        m.put(DATA, KERNEL_DS);
+        m.run_code(|a| {
+            set_dr(a, dr0, DATA)?;
+            set_dr(a, dr7, enable(0, ACCESS, LEN[1]))?;
+            a.mov(ss, word_ptr(DATA))?;
+            a.db(&[0xf1])?;
+            a.mov(r9, dr6)?;
+            a.xor(r8d, r8d)?;
+            a.mov(dr7, r8)
+        });
+        assert_eq!(m.vectors(), [1]);
+        assert_eq!(m.records()[0].rip, CODE + 2 * (10 + 4) + 7 + 1);
+        assert_eq!(m.reg(Gpr::R9) & 0xf, 0);
+    });
+}

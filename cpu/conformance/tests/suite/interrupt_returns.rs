@@ -78,6 +78,31 @@ fn a_frame_may_lie_in_two_pages() {
     });
 }
 
+#[test]
+fn null_selectors_lose_their_rpl() {
+    each_engine(|m| {
+        m.place(64, HANDLER, |a: &mut CodeAssembler| a.iretq());
+        m.gate(0x80, HANDLER, 0xe, 0, 3);
+        m.set_reg(Gpr::Rcx, OFTEN);
+        m.set_reg(Gpr::Rbx, 0);
+        m.run_user(|a| {
+            let mut again = a.create_label();
+            a.set_label(&mut again)?;
+            without_data_segments(a)?;
+            for segment in [ds, es, fs, gs] {
+                a.mov(eax, 3)?;
+                a.mov(segment, ax)?;
+                a.int(0x80)?;
+                a.mov(eax, segment)?;
+                a.add(rbx, rax)?;
+            }
+            a.dec(ecx)?;
+            a.jnz(again)
+        });
+        assert_eq!(m.reg(Gpr::Rbx), 0);
+    });
+}
+
 type Change = fn(&mut CodeAssembler) -> Result<(), IcedError>;
 
 /// Byte 5 of a descriptor: present, privilege, type.

@@ -48,7 +48,7 @@ impl Work<'_> {
         self.return_to_user(i);
     }
 
-    /// Those of lesser privilege would be dropped.
+    /// Those of lesser privilege would be dropped, and of null selectors the RPL.
     fn leave_with_data_segments(&mut self, i: &GuestInstruction) {
         let a = self.asm();
         a.load32(S1, ctx::segment_attributes(0));
@@ -57,6 +57,13 @@ impl Work<'_> {
         }
         a.test_imm32(S1, Segment::UNUSABLE as i32);
         self.leave_if(CC_E, i);
+        let a = self.asm();
+        a.load32(S1, ctx::segment_selector(0));
+        for segment in [3, 4, 5] {
+            a.or_gs32(S1, ctx::segment_selector(segment));
+        }
+        a.test_imm32(S1, 3);
+        self.leave_if(CC_NE, i);
     }
 
     fn leave_unless_descriptors_are_flat(&mut self, i: &GuestInstruction) {
