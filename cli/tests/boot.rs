@@ -127,6 +127,25 @@ fn the_cloud_kernel_reaches_its_first_process_interpreted() {
         .says("the first process runs");
 }
 
+/// Sleeps until its alarm clock wakes it; processor and devices are then as they were.
+const SUSPEND: &str = "\
+    set -e\n\
+    echo +2 >/sys/class/rtc/rtc0/wakealarm\n\
+    before=$(cut -d . -f 1 /proc/uptime)\n\
+    echo freeze >/sys/power/state\n\
+    after=$(cut -d . -f 1 /proc/uptime)\n\
+    [ $((after - before)) -ge 1 ]\n\
+    [ \"$(cat /sys/power/suspend_stats/success)\" = 1 ]\n\
+    echo awake\n";
+
+#[test]
+fn a_guest_that_is_suspended_is_woken_by_its_alarm_clock() {
+    for flags in ["--cpus 1", "--cpus 2"] {
+        let boot = Boot::script(GENERIC, SUSPEND).flag(flags);
+        boot.doppel("auto", MINUTES).expect(PASSED).says("awake");
+    }
+}
+
 /// Prints the kernel's messages of level warning and worse, without their time stamps, once it has had time to complain.
 const WARNINGS: &str = "sleep 10; echo; dmesg -r | sed -n 's/^<[0-4]>\\[[^]]*\\] /warning: /p'";
 

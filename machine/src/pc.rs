@@ -98,9 +98,9 @@ impl Pc {
             virtio: VirtioDevices::default(),
         };
         pc.attach_interrupt_controllers()?;
-        pc.attach_timers(&parts)?;
+        let pm = pc.attach_power(&parts)?;
+        pc.attach_timers(&parts, pm)?;
         pc.attach_serial(&parts)?;
-        pc.attach_power(&parts)?;
         if parts.config.test_devices {
             pc.attach_test_devices(parts.config)?;
         }
@@ -116,9 +116,13 @@ impl Pc {
 
     /// A pin on ISA interrupt `irq`: to the 8259s and to the I/O APIC, where interrupt 0 comes in at input 2.
     fn isa_pin(&self, irq: u8) -> Pin {
+        Line::new(self.isa_inputs(irq)).pin()
+    }
+
+    fn isa_inputs(&self, irq: u8) -> Vec<(Arc<dyn InterruptInput>, u32)> {
         let irq = u32::from(irq);
         let gsi = if irq == 0 { layout::PIT_GSI } else { irq };
-        Line::new(vec![(self.pic.clone(), irq), (self.apics.clone(), gsi)]).pin()
+        vec![(self.pic.clone(), irq), (self.apics.clone(), gsi)]
     }
 
     /// Makes `device` answer at blocks of ports: first port, number of ports, what the device calls the first.
@@ -140,12 +144,15 @@ impl Pc {
         self.memory.attach(window, self.apics.clone())
     }
 
-    fn attach_timers(&self, parts: &PcParts) -> Result<(), BusError> {
+    /// The clock's interrupt is an event to power management too.
+    fn attach_timers(&self, parts: &PcParts, pm: Arc<Wired<AcpiPm>>) -> Result<(), BusError> {
         let pit = Wired::new(I8254::new(), vec![self.isa_pin(0)], &self.timers);
         self.at_ports(&[(0x40, 4, 0), (0x61, 1, 4)], &pit)?;
         let low = parts.config.memory.min(HOLE_START);
         let rtc = Mc146818::new(self.timers.clock().wall(), low, parts.config.memory - low);
-        let rtc = Wired::new(rtc, vec![self.isa_pin(layout::RTC_IRQ)], &self.timers);
+        let mut inputs = self.isa_inputs(layout::RTC_IRQ);
+        inputs.push((pm, 0));
+        let rtc = Wired::new(rtc, vec![Line::new(inputs).pin()], &self.timers);
         self.at_ports(&[(layout::RTC, 2, 0)], &rtc)
     }
 
@@ -160,7 +167,7 @@ impl Pc {
     }
 
     /// Everything that switches the machine off or resets it.
-    fn attach_power(&self, parts: &PcParts) -> Result<(), MachineError> {
+    fn attach_power(&self, parts: &PcParts) -> Result<Arc<Wired<AcpiPm>>, MachineError> {
         let control = parts.control;
         let pm = AcpiPmConfig {
             sleep_type_s5: layout::SLEEP_TYPE_S5,
@@ -183,7 +190,7 @@ impl Pc {
             let exit = Wired::new(DebugExit::new(control.clone()), vec![], &self.timers);
             self.at_ports(&[(DEBUG_EXIT, 4, 0)], &exit)?;
         }
-        Ok(())
+        Ok(pm)
     }
 
     /// What test programs that were written for QEMU expect.

@@ -2,7 +2,8 @@
 //!
 //! Offsets 0 to 15 are the block at the PM base port: PM1 status (0) and enable (2), PM1 control (4), PM timer (8),
 //! GPE0 status (12) and enable (14). Offset 16 is the SMI command port and 17 the scratch port after it. Output 0 is the
-//! system control interrupt (level).
+//! system control interrupt (level), input 0 the interrupt of the real-time clock: its rise is the RTC alarm event, which wakes a
+//! guest that sleeps in its lightest state (S0).
 //!
 //! There is no firmware to own the hardware in legacy mode: the SMI command port does what its SMI handler would do.
 //!
@@ -170,6 +171,12 @@ impl Chip for AcpiPm {
         }
     }
 
+    fn set_input(&mut self, _input: u32, level: bool, _now: Nanos) {
+        if level {
+            self.status |= RTC_ALARM;
+        }
+    }
+
     fn outputs(&mut self) -> Outputs {
         Outputs {
             level: self.interrupt().into(),
@@ -248,6 +255,19 @@ mod tests {
         assert_eq!(pm.outputs().level, 1);
         assert_eq!(pm.read(0, 4, 0), 0x0100_0100);
         pm.write(1, 1, 0x01, 0);
+        assert_eq!(pm.outputs().level, 0);
+    }
+
+    #[test]
+    fn an_interrupt_of_the_clock_is_an_event() {
+        let (mut pm, _) = chip();
+        pm.write(16, 1, 2, 0);
+        pm.set_input(0, true, 0);
+        assert_eq!(pm.outputs().level, 0, "not enabled");
+        pm.write(2, 2, RTC_ALARM.into(), 0);
+        assert_eq!(pm.outputs().level, 1);
+        pm.write(0, 2, RTC_ALARM.into(), 0);
+        pm.set_input(0, false, 0);
         assert_eq!(pm.outputs().level, 0);
     }
 
