@@ -5,12 +5,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anyhow::Result;
-use doppel_memory::{GuestRam, probe};
+use doppel_memory::{GuestRam, PAGE_SIZE, probe};
 use doppel_x86::{Activity, Cpu, CpuMode, CpuidModel, Gpr, Seg, event, interpret};
 use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, RflagsBits};
 
 use super::image::Image;
-use super::layout::{CURSOR, PD, PDPT, PML4, PML4_B, RAM, STUBS};
+use super::layout::{CURSOR, PD, PDPT, PML4, PML4_B, PT, RAM, STUBS};
 use super::machine::{self, KernelBus};
 
 /// Instructions that a case may take here.
@@ -67,7 +67,7 @@ pub struct Trace {
     pub reached: Reached,
     /// An instruction was executed whose outcome nobody specifies: processors may differ from there on.
     pub unspecified: Option<Instruction>,
-    /// A step wrote over the upper tables of what it runs in, and flushed nothing: the outcome is open.
+    /// A step wrote over the tables of what it runs in, and flushed nothing: the outcome is open.
     pub lost_tables: bool,
 }
 
@@ -105,7 +105,7 @@ impl Tracer {
         self.bus.reset(dma);
         machine::reset(&mut self.cpu, image);
         let mut trace = Trace::default();
-        let tables = self.upper_tables();
+        let tables = self.identity_map();
         let mut wakes = 0;
         for _ in 0..MOST {
             event::deliver_pending(&mut self.cpu, &mut self.bus);
@@ -121,17 +121,20 @@ impl Tracer {
                 _ => break,
             }
         }
-        trace.lost_tables = self.upper_tables() != tables;
+        trace.lost_tables = self.identity_map() != tables;
         trace
     }
 
-    /// The entries that lead to the identity map, without accessed and dirty bits. No step has business there.
-    fn upper_tables(&self) -> [u64; 4] {
-        const ACCESSED_AND_DIRTY: u64 = 0x60;
-        [PML4, PML4_B, PDPT, PD].map(|at| {
+    /// The entries of the identity map and those that lead there, without accessed and dirty bits. No step has business there.
+    fn identity_map(&self) -> Vec<u64> {
+        /// Of one entry of 64 bits, or two of 32.
+        const ACCESSED_AND_DIRTY: u64 = 0x60_0000_0060;
+        let upper = [PML4, PML4_B, PDPT, PD].into_iter();
+        let entries = upper.chain((PT..PT + PAGE_SIZE).step_by(8)).map(|at| {
             let entry = self.cpu.ram.load::<u64>(at);
             entry.unwrap_or(0) & !ACCESSED_AND_DIRTY
-        })
+        });
+        entries.collect()
     }
 
     fn step(&mut self, trace: &mut Trace) {
@@ -147,7 +150,9 @@ impl Tracer {
             *trace.reached.instructions.entry(key).or_default() += 1;
             // The supervisor's shifts leave flags to nobody.
             let supervisor = (STUBS..CURSOR).contains(&i.ip());
-            if raised.is_empty() && !supervisor && is_unspecified(&i) {
+            let specified = supervisor || !is_unspecified(&i);
+            // Where it faults depends on it too.
+            if !specified && raised.is_empty() || saves_what_is_in_use(&i) {
                 trace.unspecified = trace.unspecified.or(Some(i));
             }
         }
@@ -224,6 +229,13 @@ fn selector(code: u64) -> String {
     format!("{table}{}", if code & 1 != 0 { " EXT" } else { "" })
 }
 
+/// A processor may say that a component is in use whose state is the initial one.
+fn saves_what_is_in_use(i: &Instruction) -> bool {
+    use Mnemonic::*;
+    let saves = [Xsave, Xsave64, Xsavec, Xsavec64, Xsaveopt, Xsaveopt64];
+    saves.contains(&i.mnemonic())
+}
+
 /// Flags that are not defined, or results that are the host's. Logic, bit tests and moves from and to control and debug registers
 /// clear flags or leave them as they are on every processor, and here.
 fn is_unspecified(i: &Instruction) -> bool {
@@ -236,8 +248,6 @@ fn is_unspecified(i: &Instruction) -> bool {
         | RflagsBits::PF;
     match i.mnemonic() {
         Mov | And | Or | Xor | Test | Bt | Bts | Btr | Btc => false,
-        // A processor may say that a component is in use whose state is the initial one.
-        Xsave | Xsave64 | Xsavec | Xsavec64 | Xsaveopt | Xsaveopt64 => true,
         Rdtsc | Rdtscp | Rdrand | Rdseed | Rdpmc => true,
         _ => i.rflags_undefined() & FLAGS != 0,
     }
