@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use doppel_memory::{GuestRam, PAGE_SIZE, probe};
 use doppel_x86::{Activity, Cpu, CpuMode, CpuidModel, Gpr, Seg, event, interpret};
-use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, RflagsBits};
+use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, RflagsBits};
 
 use super::image::Image;
 use super::layout::{CURSOR, PD, PDPT, PML4, PML4_B, PT, RAM, STUBS};
@@ -151,8 +151,10 @@ impl Tracer {
             // The supervisor's shifts leave flags to nobody.
             let supervisor = (STUBS..CURSOR).contains(&i.ip());
             let specified = supervisor || !is_unspecified(&i);
-            // Where it faults depends on it too.
-            if !specified && raised.is_empty() || saves_what_is_in_use(&i) {
+            // Whether its return address is written before.
+            let lost_call = i.flow_control() == FlowControl::IndirectCall && !raised.is_empty();
+            // Where a save faults depends on what is in use, too.
+            if !specified && raised.is_empty() || saves_what_is_in_use(&i) || lost_call {
                 trace.unspecified = trace.unspecified.or(Some(i));
             }
         }
