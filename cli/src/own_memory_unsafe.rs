@@ -59,6 +59,7 @@ const PERIOD: Duration = Duration::from_secs(10);
 /// until they are needed again; and heap that is free. Where the host does not tell which pages these are, or has no thread left, they stay.
 pub fn keep_small() {
     let program = Program::own();
+    program.split();
     program.let_go();
     #[cfg(target_env = "gnu")]
     set_allocator(libc::M_MMAP_THRESHOLD, LARGE);
@@ -84,6 +85,9 @@ fn give_back_free_heap() {
 #[cfg(not(target_env = "gnu"))]
 fn give_back_free_heap() {}
 
+/// Bytes of the program that come back at once.
+const PIECE: usize = 16 << 10;
+
 /// Where the program's own file is mapped, and nothing was written.
 #[derive(Debug, PartialEq, Eq)]
 struct Program(Vec<Range<usize>>);
@@ -95,6 +99,15 @@ impl Program {
             &smaps::parse(&smaps),
             Program::own as *const () as usize,
         ))
+    }
+
+    /// Makes a mapping of each piece. What is a file's comes back in runs of pages that do not cross the border of a mapping.
+    fn split(&self) {
+        let pieces = self.0.iter().flat_map(pieces);
+        for every_other in pieces.step_by(2) {
+            // SAFETY: what a core dump has of pages that nobody can write to is all that changes.
+            unsafe { libc::madvise(every_other.start as *mut _, every_other.len(), libc::MADV_DONTDUMP) };
+        }
     }
 
     fn let_go(&self) {
@@ -118,6 +131,14 @@ fn unchanged(mappings: &[Mapping], at: usize) -> Vec<Range<usize>> {
         .filter(|m| m.inode != 0 && file(m) == program);
     let unchanged = same.filter(fixed).filter(|m| m.anonymous == 0);
     unchanged.map(|m| m.range.clone()).collect()
+}
+
+/// Ranges between multiples of [`PIECE`].
+fn pieces(pages: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
+    let Range { start, end } = *pages;
+    let first = start / PIECE;
+    let count = end.div_ceil(PIECE) - first;
+    (first..first + count).map(move |n| start.max(n * PIECE)..end.min((n + 1) * PIECE))
 }
 
 #[cfg(test)]
