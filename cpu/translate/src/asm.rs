@@ -35,6 +35,15 @@ pub(crate) const CC_S: u8 = 8;
 pub(crate) const CC_AE: u8 = 3;
 pub(crate) const CC_G: u8 = 15;
 
+/// `[base + index * scale + disp]`; base and index may be missing.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Address {
+    pub base: Option<Reg>,
+    /// A register that is not RSP, and 1, 2, 4 or 8.
+    pub index: Option<(Reg, u8)>,
+    pub disp: i32,
+}
+
 /// Machine code under construction, to be placed at `base`.
 #[derive(Default)]
 pub(crate) struct Asm {
@@ -376,6 +385,27 @@ impl Asm {
             (dst & 7) << 3 | 4,
             sib,
         ]);
+    }
+    /// `lea dst, [base + index * scale + disp]`, cut to 32 bits unless it is `wide`.
+    pub fn lea_address(&mut self, wide: bool, dst: Reg, at: Address) {
+        let Address { base, index, disp } = at;
+        // Index 4 is none, base 5 without a displacement of a byte or more is none.
+        let (index, shift) = index.map_or((4, 0), |(n, scale)| (n, scale.trailing_zeros() as u8));
+        let short = i8::try_from(disp);
+        let (mode, low) = match (base, short) {
+            (None, _) => (0, 5),
+            (Some(n), Ok(0)) if n & 7 != 5 => (0, n),
+            (Some(n), Ok(_)) => (1, n),
+            (Some(n), Err(_)) => (2, n),
+        };
+        self.raw(&[Self::rex(wide, dst, index, low), 0x8d]);
+        self.raw(&[mode << 6 | (dst & 7) << 3 | 4]);
+        self.raw(&[shift << 6 | (index & 7) << 3 | (low & 7)]);
+        match (base, mode) {
+            (Some(_), 0) => {}
+            (Some(_), 1) => self.raw(&[disp as u8]),
+            _ => self.imm32(disp),
+        }
     }
     /// `mov dst, [base + disp]`.
     pub fn load_mem(&mut self, dst: Reg, base: Reg, disp: i32) {

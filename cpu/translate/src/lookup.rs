@@ -235,6 +235,7 @@ impl Translator {
         self.counts.narrow += u64::from(key.mode.is_narrow());
         self.counts.short += u64::from(!key.mode.is_usual());
         self.counts.unencodable += u64::from(translated.unencodable);
+        self.counts.encoded += u64::from(translated.encoded);
         self.counts.pins += u64::from(translated.pins);
         self.counts.holds += u64::from(translated.holds);
         self.counts.shared_checks += u64::from(translated.shared);

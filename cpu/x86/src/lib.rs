@@ -23,6 +23,7 @@ mod kvm;
 mod mmu;
 mod msr;
 mod mtrr;
+pub mod patch;
 mod peers;
 mod port;
 #[cfg(test)]

@@ -109,28 +109,32 @@ impl Work<'_> {
             }
             return;
         }
-        let code = if self.is_narrow() || base.size() == 4 || index.size() == 4 {
-            Code::Lea_r32_m
-        } else {
-            Code::Lea_r64_m
+        let narrow = self.is_narrow();
+        if !narrow && [base, index].into_iter().any(|r| r.size() == 4) {
+            return self.short_address(i);
+        }
+        let number = |r: Register| (r != Register::None).then(|| r.number() as Reg);
+        let at = Address {
+            base: number(base),
+            index: number(index).map(|n| (n, i.memory_index_scale() as u8)),
+            disp: disp as i32,
         };
+        self.asm().lea_address(!narrow, S0, at);
+    }
+
+    /// An address of 32 bits in 64-bit mode.
+    fn short_address(&mut self, i: &Instruction) {
+        let disp = i.memory_displacement64();
         let mut operand = Instruction::default();
-        operand.set_code(code);
-        operand.set_op0_register(if code == Code::Lea_r32_m {
-            Register::R10D
-        } else {
-            Register::R10
-        });
+        operand.set_code(Code::Lea_r32_m);
+        operand.set_op0_register(Register::R10D);
         operand.set_op1_kind(OpKind::Memory);
-        operand.set_memory_base(base);
-        operand.set_memory_index(index);
+        operand.set_memory_base(i.memory_base());
+        operand.set_memory_index(i.memory_index());
         operand.set_memory_index_scale(i.memory_index_scale());
         operand.set_memory_displacement64(disp);
-        operand.set_memory_displ_size(match (disp, code) {
-            (0, _) if base != Register::None => 0,
-            (_, Code::Lea_r32_m) if !self.is_narrow() => 4,
-            _ => 8,
-        });
+        let none = disp == 0 && i.memory_base() != Register::None;
+        operand.set_memory_displ_size(if none { 0 } else { 4 });
         self.encode(&operand);
     }
 
@@ -138,10 +142,12 @@ impl Work<'_> {
         let r = &mut *self.r;
         let ip = r.asm.base + r.asm.bytes.len() as u64;
         let before = r.asm.bytes.len();
-        r.encoder.set_buffer(std::mem::take(&mut r.asm.bytes));
+        let encoder = r.encoder.get_or_insert_with(|| Encoder::new(64));
+        encoder.set_buffer(std::mem::take(&mut r.asm.bytes));
         // Every instruction that comes here was decoded and had only operands replaced by ones that fit.
-        let result = r.encoder.encode(i, ip);
-        r.asm.bytes = r.encoder.take_buffer();
+        let result = encoder.encode(i, ip);
+        r.asm.bytes = encoder.take_buffer();
+        self.out.encoded += 1;
         if let Err(e) = result {
             debug_assert!(false, "cannot encode {i:?}: {e}");
             self.out.unencodable += 1;

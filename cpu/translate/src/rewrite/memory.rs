@@ -1,5 +1,7 @@
 //! Instructions with a memory operand.
 
+use doppel_x86::patch::{Operand, with_operand};
+
 use super::*;
 
 impl Work<'_> {
@@ -121,17 +123,31 @@ impl Work<'_> {
         base: Reg,
         disp: i32,
     ) {
-        // The bytes of 16-bit code mean something else.
-        if self.s.mode.width != Width::Bits16 {
-            let bytes = self.block.bytes_of(i);
-            if let Some(bytes) = patch::with_operand(&i.decoded, bytes, base, disp, register) {
-                self.asm().raw(bytes.get());
-                return;
-            }
+        if self.patch(i, register, base, disp) {
+            return;
         }
         explicit_form(own);
         set_host_operand(own, base, disp);
         self.encode(own);
+    }
+
+    /// Emits the instruction's own bytes with another memory operand, where they are of a plain form.
+    fn patch(&mut self, i: &GuestInstruction, register: Option<Reg>, base: Reg, disp: i32) -> bool {
+        if self.s.mode.width == Width::Bits16 {
+            // The bytes mean something else.
+            return false;
+        }
+        let operand = Operand {
+            base,
+            disp,
+            renamed: register.map(|r| (1 << S0 | 1 << S1, r)),
+        };
+        let bytes = self.block.bytes_of(i);
+        let patched = with_operand(&i.decoded, bytes, operand);
+        if let Some(bytes) = &patched {
+            self.r.asm.raw(bytes.get());
+        }
+        patched.is_some()
     }
 
     /// `bt m, r` and its family: the register is a signed bit offset from the operand's address.
@@ -181,10 +197,12 @@ impl Work<'_> {
             self.asm().load(S1, ctx::SPILL);
             self.place = FlagPlace::Registers;
         }
-        let mut own = *d;
-        own.set_op1_register(scratch_one(bit));
-        set_host_operand(&mut own, S0, 0);
-        self.encode(&own);
+        if !self.patch(i, Some(S1), S0, 0) {
+            let mut own = *d;
+            own.set_op1_register(scratch_one(bit));
+            set_host_operand(&mut own, S0, 0);
+            self.encode(&own);
+        }
         self.after_own(i);
     }
 }

@@ -20,7 +20,6 @@ mod iret;
 mod lost;
 mod memory;
 mod narrow;
-mod patch;
 mod pin;
 mod rebuild;
 mod resident;
@@ -102,7 +101,8 @@ struct SlowJump {
 /// Translates blocks; keeps its buffers from one to the next.
 pub(crate) struct Rewriter {
     pub asm: Asm,
-    encoder: Encoder,
+    /// Made when it is first needed: it has large tables.
+    encoder: Option<Encoder>,
     info: InstructionInfoFactory,
     /// An outcome that is done with, for its buffers.
     spare: Translated,
@@ -125,7 +125,7 @@ impl Rewriter {
     pub fn new() -> Self {
         Rewriter {
             asm: Asm::default(),
-            encoder: Encoder::new(64),
+            encoder: None,
             info: InstructionInfoFactory::new(),
             spare: Translated::default(),
             references: Vec::new(),

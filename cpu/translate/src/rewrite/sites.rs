@@ -86,6 +86,8 @@ pub(crate) struct Translated {
     pub slots: usize,
     /// Instructions that could not be encoded with another operand, so that they are interpreted.
     pub unencodable: u32,
+    /// Instructions that the library encoded.
+    pub encoded: u32,
     /// Registers borrowed for a base.
     pub pins: u32,
     /// Bases kept in memory.

@@ -372,6 +372,18 @@ fn decode_bytes(cpu: &mut Cpu, mode: CpuMode, bytes: &[u8]) -> (Instruction, Dec
     (decoder.decode(), decoder.last_error())
 }
 
+/// The bytes at RIP in 64-bit mode, where they still are the instruction that was found there.
+pub(super) fn bytes_of(cpu: &mut Cpu, i: &Instruction) -> Option<[u8; 16]> {
+    let mode = cpu.mode();
+    if mode != CpuMode::Bits64 || !Cpu::canonical(cpu.rip) {
+        return None;
+    }
+    let mut bytes = [0; 16];
+    let available = cpu.fetch(cpu.rip, &mut bytes).ok()?;
+    let (again, _) = decode_bytes(cpu, mode, &bytes[..available]);
+    (again == *i && again.len() == i.len()).then_some(bytes)
+}
+
 /// True where the bytes of an invalid instruction do not end before the longest that is allowed. The decoder says the same of
 /// these as of other invalid ones, but not when one byte is missing.
 fn too_long(cpu: &mut Cpu, mode: CpuMode, bytes: &[u8]) -> bool {

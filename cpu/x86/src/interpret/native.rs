@@ -20,7 +20,7 @@ use super::flags;
 use super::operand::{effective_address, linear, linear_displaced};
 use super::snippet::{self, Aligned, Memory, Plan, Snippet};
 use super::vector::{self, Layout};
-use super::{Flow, Step, masked};
+use super::{Flow, Step, decode, masked};
 use crate::{Bus, Cpu, Cr4, Exception, FpuArea, Gpr, Rflags};
 
 /// Bytes of the largest memory operand.
@@ -118,7 +118,7 @@ impl Host {
     }
 
     fn execute(&mut self, cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
-        let snippet = self.snippet(i).ok_or(Exception::UD)?;
+        let snippet = self.snippet(cpu, i).ok_or(Exception::UD)?;
         snippet.plan.unit.check(cpu)?;
         let Some(memory) = snippet.plan.memory else {
             self.run_in_steps(cpu, i, &snippet)?;
@@ -211,19 +211,21 @@ impl Host {
         self.commit(cpu, i, &snippet.plan, at)
     }
 
-    fn snippet(&mut self, i: &Instruction) -> Option<Snippet> {
+    fn snippet(&mut self, cpu: &mut Cpu, i: &Instruction) -> Option<Snippet> {
         let key = snippet::normalize(i);
         if let Some(known) = self.snippets.get(&key) {
             return *known;
         }
-        let made = snippet::compile(&key).and_then(|(code, plan)| {
+        let bytes = decode::bytes_of(cpu, i);
+        let bytes = bytes.as_ref().and_then(|bytes| bytes.get(..i.len()));
+        let made = snippet::compile(&key, bytes).and_then(|(code, plan)| {
             let code = self.append(&code)?;
             Some(Snippet { code, plan })
         });
         // The guest decides how many there are: they must not grow without bound.
         if self.snippets.len() >= MOST_SNIPPETS {
             self.forget();
-            return self.snippet(i);
+            return self.snippet(cpu, i);
         }
         self.snippets.insert(key, made);
         made
@@ -320,7 +322,7 @@ impl Host {
         for n in (4..8).filter(|n| i.immediate8() >> n & 1 != 0) {
             let mut one = *i;
             one.set_immediate8(1 << n | 1);
-            let Some(snippet) = self.snippet(&one) else {
+            let Some(snippet) = self.snippet(cpu, &one) else {
                 continue;
             };
             // A tiny product is flushed lest its sum raises what a denormal operand does; without that it tells whether it is exact.

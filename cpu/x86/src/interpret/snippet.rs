@@ -1,7 +1,8 @@
 //! Makes snippets: one instruction of the guest's, re-encoded so that it may run on the host.
 //!
 //! The memory operand becomes `[r]` with a register that the instruction does not otherwise use; a general register operand
-//! that is (part of) RSP becomes a second such register. Everything else is the guest's instruction as it is.
+//! that is (part of) RSP becomes a second such register. Everything else is the guest's instruction as it is; so are its bytes, where they are
+//! known and RSP is not among its registers. The library's encoder does the rest (see [`crate::patch`]).
 
 use iced_x86::{
     Encoder, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind,
@@ -12,6 +13,7 @@ use super::arch_native::SnippetCode;
 use super::availability::{Unit, host_has};
 use super::register::{gpr_index, register_size};
 use crate::Gpr;
+use crate::patch::{Operand, with_operand};
 
 /// What there is to know about a snippet.
 #[derive(Clone, Copy)]
@@ -66,8 +68,8 @@ pub(super) fn normalize(i: &Instruction) -> Instruction {
     key
 }
 
-/// The code and the plan for a [normalized](normalize) instruction; `None` where the host must not execute it.
-pub(super) fn compile(key: &Instruction) -> Option<(Vec<u8>, Plan)> {
+/// The code and the plan for a [normalized](normalize) instruction, whose bytes are these; `None` where the host must not execute it.
+pub(super) fn compile(key: &Instruction, bytes: Option<&[u8]>) -> Option<(Vec<u8>, Plan)> {
     let unit = Unit::of(key)?;
     let harmless = key.flow_control() == FlowControl::Next && !key.is_privileged();
     if !harmless || !host_has(key) || key.is_vsib() {
@@ -87,9 +89,12 @@ pub(super) fn compile(key: &Instruction) -> Option<(Vec<u8>, Plan)> {
         None => return None,
     };
     let stack_pointer = replace_stack_pointer(&mut native, &mut free)?;
-    let mut encoder = Encoder::new(64);
-    encoder.encode(&native, 0).ok()?;
-    let mut code = encoder.take_buffer();
+    let known = bytes.filter(|_| stack_pointer.is_none());
+    let patched = known.and_then(|bytes| patched(key, bytes, memory.as_ref()));
+    let mut code = match patched {
+        Some(code) => code,
+        None => encoded(&native)?,
+    };
     code.push(RET);
     let plan = Plan {
         unit,
@@ -98,6 +103,25 @@ pub(super) fn compile(key: &Instruction) -> Option<(Vec<u8>, Plan)> {
         flushes: flushes(key),
     };
     Some((code, plan))
+}
+
+/// The instruction's own bytes with its memory operand replaced.
+fn patched(key: &Instruction, bytes: &[u8], memory: Option<&Memory>) -> Option<Vec<u8>> {
+    let Some(memory) = memory else {
+        return Some(bytes.to_vec());
+    };
+    let operand = Operand {
+        base: memory.register as u8,
+        disp: 0,
+        renamed: None,
+    };
+    Some(with_operand(key, bytes, operand)?.get().to_vec())
+}
+
+fn encoded(native: &Instruction) -> Option<Vec<u8>> {
+    let mut encoder = Encoder::new(64);
+    encoder.encode(native, 0).ok()?;
+    Some(encoder.take_buffer())
 }
 
 fn flushes(key: &Instruction) -> bool {
