@@ -86,7 +86,7 @@ fn give_back_free_heap() {
 fn give_back_free_heap() {}
 
 /// Bytes of the program that come back at once.
-const PIECE: usize = 16 << 10;
+const PIECE: usize = 8 << 10;
 
 /// Where the program's own file is mapped, and nothing was written.
 #[derive(Debug, PartialEq, Eq)]

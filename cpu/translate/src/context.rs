@@ -10,7 +10,7 @@ use doppel_memory::Tlb;
 use doppel_x86::{Cpu, Segment};
 
 use crate::code_map::{self, CodeMap};
-use crate::jump_cache::{JumpCache, JumpEntry};
+use crate::jump_cache::{JumpCache, JumpEntry, SecondEntry};
 use crate::rewrite::hold::SLOTS as HELD_SLOTS;
 use crate::table_unsafe::NAMED;
 
@@ -239,5 +239,6 @@ pub(crate) const fn jump_cache(number: u8) -> i32 {
     JUMP_CACHE + (size_of::<JumpCache>() as i32) * number as i32
 }
 
-const _: () = assert!(size_of::<JumpEntry>() == 16);
+const _: () = assert!(size_of::<JumpEntry>() == 16 && size_of::<SecondEntry>() == 16);
+const _: () = assert!(offset_of!(SecondEntry, offset) == 8);
 const _: () = assert!(size_of::<doppel_x86::Rflags>() == 8);

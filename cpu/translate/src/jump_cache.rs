@@ -41,26 +41,48 @@ pub(crate) struct JumpEntry {
 /// An address that belongs in another slot of either level than address 0. (One that is not canonical would not do: a guest may jump
 /// to any.)
 const NOT_IN_SLOT_0: u64 = 8;
-/// No host address.
-const FORGOTTEN: u64 = 1;
+/// No block begins there.
+const FORGOTTEN: u32 = 1;
 
 impl JumpEntry {
     /// An entry that no address finds, since its own belongs in another slot.
     fn empty(slot: usize) -> JumpEntry {
-        let linear = if slot < WAYS { NOT_IN_SLOT_0 } else { 0 };
+        let linear = if slot == 0 { NOT_IN_SLOT_0 } else { 0 };
         JumpEntry { linear, host: 0 }
+    }
+}
+
+/// An entry of the second level: 16 bytes with the block, since it says where in the code cache that begins.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct SecondEntry {
+    pub linear: u64,
+    /// Bytes from the beginning of the cache, where a thunk is.
+    pub offset: u32,
+    block: BlockId,
+}
+
+impl SecondEntry {
+    /// As [`JumpEntry::empty`].
+    fn empty(slot: usize) -> SecondEntry {
+        let linear = if slot < WAYS { NOT_IN_SLOT_0 } else { 0 };
+        SecondEntry {
+            linear,
+            offset: 0,
+            block: 0,
+        }
     }
 
     /// Empty, but in the list of filled slots.
-    fn forgotten(slot: usize) -> JumpEntry {
-        JumpEntry {
-            host: FORGOTTEN,
-            ..JumpEntry::empty(slot)
+    fn forgotten(slot: usize) -> SecondEntry {
+        SecondEntry {
+            offset: FORGOTTEN,
+            ..SecondEntry::empty(slot)
         }
     }
 
     fn is_vacant(&self) -> bool {
-        self.host <= FORGOTTEN
+        self.offset <= FORGOTTEN
     }
 }
 
@@ -68,9 +90,9 @@ impl JumpEntry {
 #[repr(C)]
 pub(crate) struct JumpCache {
     pub first: [JumpEntry; FIRST],
-    pub second: [JumpEntry; SECOND],
-    /// Whose translations the entries of the second level lead to.
-    blocks: [BlockId; SECOND],
+    pub second: [SecondEntry; SECOND],
+    /// Host address of the code cache.
+    base: u64,
     filled: [u16; SECOND],
     len: usize,
     /// A bit for each slot of the first level that the thunk filled with what the second does not have; set by generated code.
@@ -92,8 +114,13 @@ impl JumpCache {
     pub fn initialize(&mut self) {
         self.first[0] = JumpEntry::empty(0);
         for slot in 0..WAYS {
-            self.second[slot] = JumpEntry::empty(slot);
+            self.second[slot] = SecondEntry::empty(slot);
         }
+    }
+
+    /// Tells an empty cache where the code cache begins, which is smaller than 4 GiB.
+    pub fn set_base(&mut self, base: u64) {
+        self.base = base;
     }
 
     /// The slot of the second level that holds a linear address.
@@ -104,19 +131,25 @@ impl JumpCache {
 
     /// The translation of a linear address.
     pub fn find(&self, linear: u64) -> Option<u64> {
-        Some(self.second[self.slot_of(linear)?].host)
+        let entry = self.second[self.slot_of(linear)?];
+        Some(self.base + u64::from(entry.offset))
     }
 
     /// Enters a translation.
     pub fn insert(&mut self, linear: u64, host: u64, block: BlockId) {
-        let entry = JumpEntry { linear, host };
+        let offset = (host - self.base) as u32;
         let slot = self
             .slot_of(linear)
             .unwrap_or_else(|| self.make_room(linear));
-        self.put(slot, entry, block);
+        let entry = SecondEntry {
+            linear,
+            offset,
+            block,
+        };
+        self.put(slot, entry);
         match first_slot(linear) {
             0 => {}
-            slot => self.first[slot] = entry,
+            slot => self.first[slot] = JumpEntry { linear, host },
         }
     }
 
@@ -125,16 +158,15 @@ impl JumpCache {
         let slot = second_slots(linear).start;
         let last = self.second[slot];
         if !last.is_vacant() {
-            self.put(slot + 1, last, self.blocks[slot]);
-            self.second[slot] = JumpEntry::forgotten(slot);
+            self.put(slot + 1, last);
+            self.second[slot] = SecondEntry::forgotten(slot);
         }
         slot
     }
 
-    fn put(&mut self, slot: usize, entry: JumpEntry, block: BlockId) {
-        self.blocks[slot] = block;
+    fn put(&mut self, slot: usize, entry: SecondEntry) {
         let old = std::mem::replace(&mut self.second[slot], entry);
-        if old.host == 0 {
+        if old.offset == 0 {
             // A slot leaves the list only with its entry, so the list has room for all.
             self.filled[self.len] = slot as u16;
             self.len += 1;
@@ -155,9 +187,8 @@ impl JumpCache {
     pub fn take(&mut self, taken: &mut Vec<(u64, BlockId)>, most: usize) {
         let filled = &self.filled[self.len.saturating_sub(most)..self.len];
         taken.extend(filled.iter().filter_map(|slot| {
-            let slot = usize::from(*slot);
-            let e = self.second[slot];
-            (!e.is_vacant()).then_some((e.linear, self.blocks[slot]))
+            let e = self.second[usize::from(*slot)];
+            (!e.is_vacant()).then_some((e.linear, e.block))
         }));
         self.clear();
     }
@@ -189,14 +220,14 @@ impl JumpCache {
 
     fn empty_second(&mut self, slot: usize) {
         self.forget_first(self.second[slot].linear);
-        self.second[slot] = JumpEntry::empty(slot);
+        self.second[slot] = SecondEntry::empty(slot);
     }
 
     /// Forgets one linear address.
     pub fn forget(&mut self, linear: u64) {
         self.forget_first(linear);
         if let Some(slot) = self.slot_of(linear) {
-            self.second[slot] = JumpEntry::forgotten(slot);
+            self.second[slot] = SecondEntry::forgotten(slot);
         }
     }
 
@@ -205,7 +236,8 @@ impl JumpCache {
         let mut kept = 0;
         for n in 0..self.len {
             let slot = self.filled[n];
-            if host.contains(&self.second[usize::from(slot)].host) {
+            let offset = self.second[usize::from(slot)].offset;
+            if host.contains(&(self.base + u64::from(offset))) {
                 self.empty_second(usize::from(slot));
             } else {
                 self.filled[kept] = slot;
@@ -221,17 +253,20 @@ impl JumpCache {
 mod tests {
     use super::*;
 
+    const BASE: u64 = 0x7f00_0000_0000;
+
     fn empty() -> Box<JumpCache> {
         let zeros = JumpEntry { linear: 0, host: 0 };
         let mut cache = Box::new(JumpCache {
             first: [zeros; FIRST],
-            second: [zeros; SECOND],
-            blocks: [0; SECOND],
+            second: [SecondEntry::empty(WAYS); SECOND],
+            base: 0,
             filled: [0; SECOND],
             len: 0,
             brought: [0; FIRST / 64],
         });
         cache.initialize();
+        cache.set_base(BASE);
         cache
     }
 
@@ -248,19 +283,19 @@ mod tests {
         let mut cache = empty();
         for n in 0..40_000u64 {
             let linear = n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 17;
-            cache.insert(linear, 0x1000 + n, n as BlockId);
-            assert_eq!(cache.find(linear), Some(0x1000 + n));
+            cache.insert(linear, BASE + 0x1000 + n, n as BlockId);
+            assert_eq!(cache.find(linear), Some(BASE + 0x1000 + n));
         }
         check(&cache);
-        cache.insert(0, 77, 1);
-        assert_eq!(cache.find(0), Some(77));
+        cache.insert(0, BASE + 77, 1);
+        assert_eq!(cache.find(0), Some(BASE + 77));
         cache.forget(0);
         assert_eq!(cache.find(0), None);
-        cache.insert(0, 78, 1);
-        cache.remove(&(0x1000 + 30_000..0x1000 + 40_000));
+        cache.insert(0, BASE + 78, 1);
+        cache.remove(&(BASE + 0x1000 + 30_000..BASE + 0x1000 + 40_000));
         check(&cache);
-        assert!(cache.second.iter().all(|e| e.host < 0x1000 + 30_000));
-        assert_eq!(cache.find(0), Some(78));
+        assert!(cache.second.iter().all(|e| e.offset < 0x1000 + 30_000));
+        assert_eq!(cache.find(0), Some(BASE + 78));
         cache.clear();
         check(&cache);
         assert_eq!(cache.len, 0);
@@ -300,7 +335,7 @@ mod tests {
             for linear in [0, 2, 4, 1 << 63, u64::MAX, 1 << 47] {
                 assert_eq!(cache.find(linear), None);
                 assert_ne!(cache.first[first_slot(linear)].linear, linear);
-                cache.insert(linear, 7, 1);
+                cache.insert(linear, BASE + 7, 1);
                 cache.forget(linear);
             }
         }

@@ -143,7 +143,7 @@ pub(crate) fn assemble(asm: &mut Asm, base: u64, how: How) -> Thunks {
     });
     let lookup = std::array::from_fn(|number| {
         let at = base + asm.pos() as u64;
-        lookup(asm, number as u8, exit, how);
+        lookup(asm, number as u8, (base, exit), how);
         at
     });
     let cross = how.code_map.then(|| {
@@ -379,8 +379,8 @@ fn ask_monitor(asm: &mut Asm, simd: bool, xsaveopt: bool, leave: usize) {
     asm.jmp_gs(ctx::ENTRY);
 }
 
-/// Goes on at the guest address in S0, which the first level of the jump cache does not know.
-fn lookup(asm: &mut Asm, number: u8, exit: u64, how: How) {
+/// Goes on at the guest address in S0, which the first level of the jump cache does not know. The code cache begins at `base`.
+fn lookup(asm: &mut Asm, number: u8, (base, exit): (u64, u64), how: How) {
     let (first, second) = (ctx::jump_cache(number), ctx::second_jump_cache(number));
     asm.alu_gs_imm32(Alu::Cmp, ctx::JUMP_MASK, 0);
     let kicked = asm.jcc(CC_E);
@@ -396,7 +396,9 @@ fn lookup(asm: &mut Asm, number: u8, exit: u64, how: How) {
     asm.bind(here);
     asm.count(ctx::SECOND_JUMPS);
     asm.store(ctx::SPILL, RAX);
-    asm.load_indexed8(RAX, S1, second + 8);
+    asm.load32_indexed8(RAX, S1, second + 8);
+    asm.mov_imm(S1, base);
+    asm.add64(RAX, S1);
     asm.mov32(S1, S0);
     asm.alu_imm32(Alu::And, S1, FIRST_INDEX_MASK);
     let stays_empty = asm.jcc(CC_E);

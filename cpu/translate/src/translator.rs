@@ -113,6 +113,10 @@ impl Translator {
         code.blocks.add_slots(context.slots());
         let mut t = Self::with(context, code, options);
         t.context.forms = t.code.cache.forms();
+        let base = t.range.start;
+        for cache in &mut t.context.jump_cache {
+            cache.set_base(base);
+        }
         t.code.put_back();
         Ok(t)
     }

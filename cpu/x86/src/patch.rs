@@ -55,8 +55,8 @@ pub struct Operand {
     pub base: Reg,
     /// Added to it.
     pub disp: i32,
-    /// The general registers of a set, a bit each, become another in the other operands. The memory operand is one of theirs, and the set has
-    /// a register that ModRM.reg or VEX.vvvv names, or nothing is given.
+    /// The general registers of a set, a bit each, become another in the other operands; without VEX that is the one that ModRM.reg names, whatever
+    /// the set says.
     pub renamed: Option<(u16, Reg)>,
 }
 

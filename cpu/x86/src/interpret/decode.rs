@@ -18,7 +18,7 @@ const PAGES: usize = 256;
 /// Instructions that are remembered where all are interpreted; a power of two, as is the next.
 const ENTRIES: usize = 1 << 14;
 /// The same where few are: those that another engine does not execute itself.
-const ENTRIES_OF_FEW: usize = 1 << 11;
+const ENTRIES_OF_FEW: usize = 1 << 9;
 /// Bytes of the longest instruction.
 const LONGEST: usize = 15;
 /// Executed instructions that are kept for a trace.
