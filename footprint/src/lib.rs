@@ -4,8 +4,8 @@ pub mod family;
 pub mod smaps;
 
 use std::fmt;
-use std::fs;
-use std::io;
+use std::fs::File;
+use std::io::{self, BufReader};
 
 use serde::Serialize;
 use smaps::Mapping;
@@ -40,8 +40,9 @@ impl Footprint {
     /// # Errors
     /// Where the host does not let it read /proc/self/smaps.
     pub fn own(ram: u64) -> io::Result<Footprint> {
-        let mappings = smaps::parse(&fs::read_to_string("/proc/self/smaps")?);
-        Ok(Footprint::sum(&mappings, ram))
+        let mut sum = Sum::new(ram);
+        sum.add("/proc/self/smaps")?;
+        Ok(sum.footprint)
     }
 
     /// Of the process `pid`, whose guest has `ram` bytes, and of those that it started.
@@ -49,16 +50,15 @@ impl Footprint {
     /// # Errors
     /// Where there is no such process, or its memory is not ours to read.
     pub fn of_family(pid: u32, ram: u64) -> io::Result<Footprint> {
-        let mut mappings = Vec::new();
+        let mut sum = Sum::new(ram);
         for member in family::family(pid)? {
-            match fs::read_to_string(format!("/proc/{member}/smaps")) {
-                Ok(text) => mappings.extend(smaps::parse(&text)),
+            match sum.add(&format!("/proc/{member}/smaps")) {
                 // It ended meanwhile.
-                Err(_) if member != pid => {}
-                Err(e) => return Err(e),
+                Err(e) if member == pid => return Err(e),
+                _ => {}
             }
         }
-        Ok(Footprint::sum(&mappings, ram))
+        Ok(sum.footprint)
     }
 
     /// Tells records apart from all else, where there are so many bytes of them and not all have a name.
@@ -74,19 +74,6 @@ impl Footprint {
         }
     }
 
-    fn sum(mappings: &[Mapping], ram: u64) -> Footprint {
-        let mut footprint = Footprint::default();
-        let mut before = &Mapping::default();
-        for mapping in mappings {
-            // What code jumps through lies right behind it and has no name, and so do records behind their named page.
-            let follows = mapping.name.is_empty() && mapping.range.start == before.range.end;
-            let name = if follows { &before.name } else { &mapping.name };
-            *footprint.place(name, mapping.size >= ram) += mapping.pss;
-            before = mapping;
-        }
-        footprint.with_records(0)
-    }
-
     fn place(&mut self, name: &str, is_as_large_as_ram: bool) -> &mut u64 {
         match name {
             _ if name.contains(CODE) => &mut self.code_bytes,
@@ -96,6 +83,42 @@ impl Footprint {
             "[vdso]" => &mut self.program_bytes,
             _ => &mut self.other_bytes,
         }
+    }
+}
+
+/// Mappings are added up.
+struct Sum {
+    footprint: Footprint,
+    ram: u64,
+    /// Name of the last one, and where it ends.
+    before: (String, usize),
+}
+
+impl Sum {
+    fn new(ram: u64) -> Sum {
+        Sum {
+            footprint: Footprint::default(),
+            ram,
+            before: Default::default(),
+        }
+    }
+
+    /// Adds those of a process.
+    fn add(&mut self, file: &str) -> io::Result<()> {
+        let smaps = BufReader::new(File::open(file)?);
+        self.before = Default::default();
+        smaps::each(smaps, |mapping| self.mapping(mapping))
+    }
+
+    fn mapping(&mut self, mapping: &Mapping) {
+        let (before, end) = &self.before;
+        // What code jumps through lies right behind it and has no name, and so do records behind their named page.
+        let follows = mapping.name.is_empty() && mapping.range.start == *end;
+        let name = if follows { before } else { &mapping.name };
+        let is_as_large_as_ram = mapping.size >= self.ram;
+        *self.footprint.place(name, is_as_large_as_ram) += mapping.pss;
+        self.before = (mapping.name.clone(), mapping.range.end);
+        self.footprint.monitor_bytes = self.footprint.program_bytes + self.footprint.other_bytes;
     }
 }
 
@@ -163,7 +186,9 @@ VmFlags: rd wr
             other_bytes: 17 << 10,
             monitor_bytes: 20 << 10,
         };
-        let footprint = Footprint::sum(&smaps::parse(SMAPS), 1 << 20);
+        let mut sum = Sum::new(1 << 20);
+        smaps::each(SMAPS.as_bytes(), |mapping| sum.mapping(mapping)).unwrap();
+        let footprint = sum.footprint;
         assert_eq!(footprint.record_bytes, 5 << 10);
         assert_eq!(footprint.with_records(35 << 10), expected);
         assert_eq!(footprint.with_records(4 << 10), footprint);

@@ -1,5 +1,6 @@
 //! The mappings of a process, as the host's kernel tells of them (proc(5), /proc/PID/smaps).
 
+use std::io::{self, BufRead};
 use std::ops::Range;
 
 /// One mapping.
@@ -25,26 +26,52 @@ pub struct Mapping {
 #[must_use]
 pub fn parse(smaps: &str) -> Vec<Mapping> {
     let mut mappings: Vec<Mapping> = Vec::new();
+    // A string can be read.
+    let _ = each(smaps.as_bytes(), |m| mappings.push(m.clone()));
+    mappings
+}
+
+/// The same one by one, in next to no memory: who weighs itself would weigh that too.
+///
+/// # Errors
+/// Where the host ends the reading.
+pub fn each(smaps: impl BufRead, mut f: impl FnMut(&Mapping)) -> io::Result<()> {
+    let mut mapping: Option<Mapping> = None;
     for line in smaps.lines() {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        match (&words[..], mappings.last_mut()) {
-            (["Size:", kib, "kB"], Some(m)) => m.size = bytes(kib),
-            (["Pss:", kib, "kB"], Some(m)) => m.pss = bytes(kib),
-            (["Anonymous:", kib, "kB"], Some(m)) => m.anonymous = bytes(kib),
-            ([range, permissions, _, _, inode, name @ ..], _) => {
-                let mapping = addresses(range).map(|range| Mapping {
-                    range,
-                    permissions: (*permissions).to_owned(),
-                    inode: inode.parse().unwrap_or_default(),
-                    name: name.join(" "),
-                    ..Mapping::default()
-                });
-                mappings.extend(mapping);
-            }
-            _ => {}
+        if let Some(next) = line_of(&line?, &mut mapping) {
+            mapping.replace(next).iter().for_each(&mut f);
         }
     }
-    mappings
+    mapping.iter().for_each(f);
+    Ok(())
+}
+
+/// Adds what a line tells of a mapping, or gives out the mapping that begins there.
+fn line_of(line: &str, mapping: &mut Option<Mapping>) -> Option<Mapping> {
+    let mut words = line.split_whitespace();
+    let first = words.next()?;
+    let place = match (first, mapping) {
+        ("Size:", Some(m)) => &mut m.size,
+        ("Pss:", Some(m)) => &mut m.pss,
+        ("Anonymous:", Some(m)) => &mut m.anonymous,
+        _ => return begin(first, words),
+    };
+    *place = bytes(words.next()?);
+    None
+}
+
+fn begin<'a>(range: &str, mut words: impl Iterator<Item = &'a str>) -> Option<Mapping> {
+    let range = addresses(range)?;
+    let permissions = words.next()?.to_owned();
+    let inode = words.nth(2)?.parse().unwrap_or_default();
+    let name: Vec<&str> = words.collect();
+    Some(Mapping {
+        range,
+        permissions,
+        inode,
+        name: name.join(" "),
+        ..Mapping::default()
+    })
 }
 
 fn addresses(range: &str) -> Option<Range<usize>> {

@@ -7,7 +7,7 @@
 //! and only what differs is unmapped: to the guest that is the same as a flush.
 //! Invariant: an entry names what is mapped in the child once the changes that came with it are made. It has write permission only where the
 //! CPU [may write](doppel_memory::PageTracker::may_write) to the page, and never along with permission to execute.
-//! Cost: 8 bytes a page, for 64 pages that lie together; some 10 ns a page and flush.
+//! Cost: 8 bytes a page, for 16 pages that lie together; some 10 ns a page and flush.
 
 use std::collections::BTreeMap;
 
@@ -83,7 +83,7 @@ pub enum Revoked {
 }
 
 /// Pages whose entries are allocated together: most programs map few pages of a region.
-const PIECE: usize = 64;
+const PIECE: usize = 16;
 const PIECES: usize = REGION_PAGES / PIECE;
 
 #[derive(Default)]
