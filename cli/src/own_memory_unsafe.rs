@@ -8,8 +8,10 @@
 //!
 //! Much of the program runs only once, before the guest does or while it boots, and stays mapped. And heap that was needed once, and lies
 //! between what is still in use, stays with the process. So both go back every ten seconds: what is needed again comes back from the host's page cache,
-//! 64 KiB at a fault, or as zeros.
-//! Cost: some 60 faults in ten seconds.
+//! or as zeros. At a fault the host maps not only the page but 64 KiB around it, as far as they are of the same mapping; what a running machine
+//! needs lies scattered over the program, so that this would bring most of it back. So the program is cut into mappings of 8 KiB, by an
+//! attribute that means nothing for it and that every other piece has.
+//! Cost: some 200 faults in ten seconds, and of the host's kernel some 0.2 MiB for 900 mappings.
 
 #[cfg(target_env = "gnu")]
 use std::ffi::c_int;
@@ -105,8 +107,14 @@ impl Program {
     fn split(&self) {
         let pieces = self.0.iter().flat_map(pieces);
         for every_other in pieces.step_by(2) {
-            // SAFETY: what a core dump has of pages that nobody can write to is all that changes.
-            unsafe { libc::madvise(every_other.start as *mut _, every_other.len(), libc::MADV_DONTDUMP) };
+            // SAFETY: all that changes is what a core dump has of pages that nobody can write to.
+            unsafe {
+                libc::madvise(
+                    every_other.start as *mut _,
+                    every_other.len(),
+                    libc::MADV_DONTDUMP,
+                )
+            };
         }
     }
 
@@ -177,11 +185,26 @@ Anonymous:  0 kB
     }
 
     #[test]
+    fn pieces_end_at_multiples_of_their_size() {
+        let split = |pages: Range<usize>| pieces(&pages).collect::<Vec<_>>();
+        assert_eq!(
+            split(0x1000..0x5000),
+            [0x1000..0x2000, 0x2000..0x4000, 0x4000..0x5000]
+        );
+        assert_eq!(split(0x2000..0x4000).len(), 1);
+        assert_eq!(split(0x2000..0x2000), []);
+    }
+
+    #[test]
     fn the_program_goes_on_without_its_pages() {
         let own = Program::own();
         let here = unchanged as *const () as usize;
         assert!(own.0.iter().any(|pages| pages.contains(&here)));
+        own.split();
         own.let_go();
-        assert_eq!(Program::own(), own);
+        let pieces = Program::own().0;
+        assert!(pieces.iter().all(|piece| piece.len() <= PIECE));
+        let bytes = |of: &[Range<usize>]| of.iter().map(ExactSizeIterator::len).sum::<usize>();
+        assert_eq!(bytes(&pieces), bytes(&own.0));
     }
 }

@@ -288,6 +288,7 @@ fn configuration(
         translate: translate_options(args),
         direct: args.direct,
         count: args.stats.is_some() && !args.no_run_counts,
+        weigh: args.stats.is_some(),
         ..MachineConfig::new(boot.kernel)
     })
 }

@@ -54,6 +54,8 @@ pub struct MachineConfig {
     pub direct: DirectOptions,
     /// Count what the engine runs and measure the time in devices, which costs a little.
     pub count: bool,
+    /// What it takes of the host's memory is looked at when it ends.
+    pub weigh: bool,
     /// Who is told of the blocks that are translated.
     pub observers: Observers,
 }
@@ -81,6 +83,7 @@ impl MachineConfig {
             translate: TranslateOptions::default(),
             direct: DirectOptions::default(),
             count: false,
+            weigh: false,
             observers: Observers::default(),
         }
     }

@@ -151,7 +151,7 @@ impl Instance {
             })
             .collect();
         Ok(Instance {
-            weighed: config.count.then_some(config.memory),
+            weighed: config.weigh.then_some(config.memory),
             pc,
             vcpus,
         })

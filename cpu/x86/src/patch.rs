@@ -84,7 +84,11 @@ const REX_W: u8 = 8;
 const REX_R: u8 = 4;
 
 fn legacy(bytes: &[u8], operand: Operand) -> Option<Bytes> {
-    let Operand { base, disp, renamed } = operand;
+    let Operand {
+        base,
+        disp,
+        renamed,
+    } = operand;
     let mut out = Bytes::default();
     let mut rest = bytes.iter().copied().peekable();
     let mut old_rex = None;
@@ -378,7 +382,15 @@ mod tests {
         for (base, disp) in [(10, 0), (3, 127), (13, 0), (12, -129), (5, 0), (4, 4096)] {
             let renamed = registers(&i).any(|(_, r)| is_in_set(r));
             for renamed in [None, renamed.then_some((SET, 11))] {
-                compared |= compare_one(&i, bytes, Operand { base, disp, renamed });
+                compared |= compare_one(
+                    &i,
+                    bytes,
+                    Operand {
+                        base,
+                        disp,
+                        renamed,
+                    },
+                );
             }
         }
         compared
