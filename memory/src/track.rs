@@ -16,6 +16,10 @@ use crate::{PAGE_MASK, PAGE_SIZE};
 
 const DIRTY: u8 = 1;
 const CODE: u8 = 2;
+/// Bits of a page.
+const FLAGS: u64 = 2;
+/// Pages whose bits are in a byte.
+const PAGES_A_BYTE: u64 = 8 / FLAGS;
 
 /// The 64-byte granules of one page that hold translated code, a bit each.
 pub type CodeGranules = u64;
@@ -148,7 +152,9 @@ impl PageSet {
 /// Per-page facts about guest RAM. All methods may be called from any thread.
 #[derive(Debug)]
 pub struct PageTracker {
+    /// Those of several pages in a byte.
     flags: Vec<AtomicU8>,
+    pages: u64,
     peers: Arc<Peers>,
 }
 
@@ -156,16 +162,17 @@ impl PageTracker {
     /// A tracker for `pages` pages from guest physical address 0, all clean.
     pub fn new(pages: u64) -> Self {
         let mut flags = Vec::new();
-        flags.resize_with(pages as usize, AtomicU8::default);
+        flags.resize_with(pages.div_ceil(PAGES_A_BYTE) as usize, AtomicU8::default);
         PageTracker {
             flags,
+            pages,
             peers: Peers::new(pages),
         }
     }
 
     /// Pages from guest physical address 0 on.
     pub fn pages(&self) -> u64 {
-        self.flags.len() as u64
+        self.pages
     }
 
     /// A CPU more that shares the RAM.
@@ -176,17 +183,33 @@ impl PageTracker {
         self.peers.join()
     }
 
+    /// The byte with the bits of a page, and how far these are from its low end.
+    #[inline]
+    fn place(&self, gpa: u64) -> Option<(&AtomicU8, u64)> {
+        let page = gpa / PAGE_SIZE;
+        if page >= self.pages {
+            return None;
+        }
+        let byte = self.flags.get((page / PAGES_A_BYTE) as usize)?;
+        Some((byte, page % PAGES_A_BYTE * FLAGS))
+    }
+
     #[inline]
     fn flag(&self, gpa: u64) -> u8 {
-        self.flags
-            .get((gpa / PAGE_SIZE) as usize)
-            .map_or(0, |f| f.load(Ordering::SeqCst))
+        self.place(gpa)
+            .map_or(0, |(f, at)| f.load(Ordering::SeqCst) >> at)
     }
 
     fn set(&self, gpa: u64, flag: u8) {
-        if let Some(f) = self.flags.get((gpa / PAGE_SIZE) as usize) {
-            f.fetch_or(flag, Ordering::SeqCst);
+        if let Some((f, at)) = self.place(gpa) {
+            f.fetch_or(flag << at, Ordering::SeqCst);
         }
+    }
+
+    /// Clears a flag; whether it was set.
+    fn take(&self, gpa: u64, flag: u8, order: Ordering) -> bool {
+        self.place(gpa)
+            .is_some_and(|(f, at)| f.fetch_and(!(flag << at), order) & flag << at != 0)
     }
 
     /// True where the page was written since the start or the last [`Self::take_dirty`].
@@ -205,16 +228,14 @@ impl PageTracker {
 
     /// Notes a write to `len` bytes.
     pub fn mark_range_dirty(&self, gpa: u64, len: u64) {
-        for (page, _) in pages(gpa, len, self.flags.len() as u64) {
+        for (page, _) in pages(gpa, len, self.pages) {
             self.mark_dirty(page);
         }
     }
 
     /// Returns whether the page was dirty and makes it clean. Software TLBs must be flushed afterwards.
     pub fn take_dirty(&self, gpa: u64) -> bool {
-        self.flags
-            .get((gpa / PAGE_SIZE) as usize)
-            .is_some_and(|f| f.fetch_and(!DIRTY, Ordering::AcqRel) & DIRTY != 0)
+        self.take(gpa, DIRTY, Ordering::AcqRel)
     }
 
     // ---- code ----
@@ -263,8 +284,8 @@ impl PageTracker {
         let owns = by.has_code(gpa, CodeGranules::MAX);
         if self.peers.set_owner(gpa, by, owns) {
             self.set(gpa, CODE);
-        } else if let Some(f) = self.flags.get((gpa / PAGE_SIZE) as usize) {
-            f.fetch_and(!CODE, Ordering::SeqCst);
+        } else {
+            self.take(gpa, CODE, Ordering::SeqCst);
         }
     }
 
@@ -352,7 +373,7 @@ impl PageTracker {
     /// executes a serializing instruction, as it must before it executes what a device has written, has followed by then.
     pub fn note_device_write(&self, gpa: u64, len: u64) {
         fence(Ordering::SeqCst);
-        for (at, len) in pages(gpa, len, self.flags.len() as u64) {
+        for (at, len) in pages(gpa, len, self.pages) {
             self.mark_dirty(at);
             if !self.has_code(at) {
                 continue;
@@ -504,6 +525,27 @@ mod tests {
         assert!(!a.has_requests());
         drop(a);
         assert!(!t.touches_code(0x2100, 8), "it is forgotten with its CPU");
+    }
+
+    #[test]
+    fn pages_that_share_a_byte_are_told_apart() {
+        let t = PageTracker::new(6);
+        let cpu = t.join();
+        t.add_code(0x2000, 4, &cpu);
+        for page in [0, 1, 3, 5] {
+            t.mark_dirty(page << 12);
+        }
+        let all = |has: &dyn Fn(u64) -> bool| (0..8).filter(|p| has(p << 12)).collect::<Vec<_>>();
+        assert_eq!(all(&|gpa| t.is_dirty(gpa)), [0, 1, 3, 5]);
+        assert_eq!(all(&|gpa| t.has_code(gpa)), [2]);
+        t.mark_dirty(0x2000);
+        assert!(t.take_dirty(0x1000) && t.take_dirty(0x2000));
+        t.mark_dirty(0x7000);
+        assert_eq!(all(&|gpa| t.is_dirty(gpa)), [0, 3, 5]);
+        assert_eq!(all(&|gpa| t.has_code(gpa)), [2]);
+        t.set_code(0x2000, 0, &cpu);
+        assert!(all(&|gpa| t.has_code(gpa)).is_empty());
+        assert_eq!(all(&|gpa| t.is_dirty(gpa)), [0, 3, 5]);
     }
 
     #[test]
