@@ -159,7 +159,7 @@ fn the_debug_exit_port_gives_its_value_and_is_not_there_unless_asked_for() {
 }
 
 /// MiB that the monitor may take besides guest and translations.
-const MOST_OWN_MEMORY: u64 = 16;
+const MOST_OWN_MEMORY: u64 = 10;
 
 #[test]
 fn statistics_are_written() {
