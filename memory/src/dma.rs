@@ -90,6 +90,17 @@ impl Bitmap for DmaSlice<'_> {
     }
 }
 
+/// Reports that pieces of guest RAM were written, as they report it themselves, but for one fence.
+pub(crate) fn note_written(pieces: &[GuestSlice<'_>]) {
+    let tracker = |piece: &GuestSlice<'_>| Arc::as_ptr(&piece.bitmap().bitmap.tracker);
+    for pieces in pieces.chunk_by(|a, b| tracker(a) == tracker(b)) {
+        let ranges = pieces
+            .iter()
+            .map(|piece| (piece.bitmap().address(), piece.len() as u64));
+        pieces[0].bitmap().bitmap.tracker.note_device_writes(ranges);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::Ordering;

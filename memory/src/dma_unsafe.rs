@@ -6,9 +6,8 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use vm_memory::bitmap::Bitmap;
-
 use crate::GuestSlice;
+use crate::dma::note_written;
 
 /// Pieces that the host takes at a time (UIO_MAXIOV).
 const PIECES_MAX: usize = 1024;
@@ -31,9 +30,7 @@ pub fn read_file_at(
     let flags = if at_once { libc::RWF_NOWAIT } else { 0 };
     let done = transfer(file, offset, into, Direction::ToGuest, flags);
     // After an error too: nobody says what the host wrote before it.
-    for slice in into {
-        slice.bitmap().mark_dirty(0, slice.len());
-    }
+    note_written(into);
     done
 }
 

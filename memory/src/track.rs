@@ -372,8 +372,14 @@ impl PageTracker {
     /// these bytes is told and called back. Nobody is waited for, so any lock may be held: a CPU that
     /// executes a serializing instruction, as it must before it executes what a device has written, has followed by then.
     pub fn note_device_write(&self, gpa: u64, len: u64) {
+        self.note_device_writes([(gpa, len)]);
+    }
+
+    /// The same for several ranges, address and length each.
+    pub fn note_device_writes(&self, ranges: impl IntoIterator<Item = (u64, u64)>) {
         fence(Ordering::SeqCst);
-        for (at, len) in pages(gpa, len, self.pages) {
+        let end = self.pages;
+        for (at, len) in ranges.into_iter().flat_map(|(at, len)| pages(at, len, end)) {
             self.mark_dirty(at);
             if !self.has_code(at) {
                 continue;

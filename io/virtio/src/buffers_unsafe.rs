@@ -33,20 +33,26 @@ impl<'r> Buffers<'r> {
 
     /// The first `at` bytes, or all, leave; what stays are those behind them.
     pub fn split_off_front(&mut self, at: usize) -> Buffers<'r> {
-        let mut front = Vec::new();
         let mut left = at;
-        while left > 0 && !self.0.is_empty() {
-            let len = self.0[0].len();
-            let Ok((head, tail)) = self.0[0].split_at(left.min(len)) else {
-                break;
-            };
-            left -= head.len();
+        let whole = self
+            .0
+            .iter()
+            .take_while(|slice| match left.checked_sub(slice.len()) {
+                Some(rest) => {
+                    left = rest;
+                    true
+                }
+                None => false,
+            });
+        let whole = whole.count();
+        let behind = self.0.split_off(whole);
+        let mut front = std::mem::replace(&mut self.0, behind);
+        if left > 0
+            && let Some(first) = self.0.first_mut()
+            && let Ok((head, tail)) = first.split_at(left)
+        {
             front.push(head);
-            if tail.is_empty() {
-                self.0.remove(0);
-            } else {
-                self.0[0] = tail;
-            }
+            *first = tail;
         }
         Buffers(front)
     }
@@ -75,5 +81,36 @@ impl<'r> Buffers<'r> {
             done += slice.write(rest, 0).unwrap_or(0);
         }
         done
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use doppel_memory::GuestRam;
+    use vm_memory::{GuestAddress, GuestMemoryBackend};
+
+    use super::*;
+
+    fn addresses(buffers: &Buffers<'_>) -> Vec<u64> {
+        let of = |slice: &GuestSlice<'_>| {
+            let start = slice.bitmap().address();
+            start..start + slice.len() as u64
+        };
+        buffers.slices().iter().flat_map(of).collect()
+    }
+
+    #[test]
+    fn buffers_are_cut_anywhere_and_no_byte_is_lost() {
+        let ram = GuestRam::new(1 << 20).unwrap();
+        let slice = |at, len| GuestMemoryBackend::get_slice(ram.view(), GuestAddress(at), len);
+        let pieces = [(0x1000, 3), (0x3000, 0), (0x2000, 4), (0x2004, 1)];
+        let all: Vec<_> = pieces.map(|(at, len)| slice(at, len).unwrap()).into();
+        for at in 0..=10 {
+            let mut rest = Buffers(all.clone());
+            let front = rest.split_off_front(at);
+            assert_eq!((front.len(), rest.len()), (at.min(8), 8 - at.min(8)));
+            let joined = [addresses(&front), addresses(&rest)].concat();
+            assert_eq!(joined, addresses(&Buffers(all.clone())), "at {at}");
+        }
     }
 }

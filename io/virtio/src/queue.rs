@@ -50,6 +50,19 @@ pub struct Queue {
     interrupt: Arc<dyn Interrupt>,
 }
 
+/// An interrupt that is due, or none.
+#[must_use]
+pub struct Announcement(Option<(Arc<dyn Interrupt>, u16)>);
+
+impl Announcement {
+    /// Sends it.
+    pub fn send(self) {
+        if let Some((interrupt, index)) = self.0 {
+            interrupt.queue(index);
+        }
+    }
+}
+
 impl Queue {
     /// The queue `index` of a device, which the driver placed at `state`.
     pub(crate) fn new(
@@ -181,10 +194,15 @@ impl Queue {
 
     /// Tells the driver of what was given back since the last call, if it wants to know.
     pub fn announce(&mut self) -> Result<(), Broken> {
-        if self.wants_interrupt()? {
-            self.interrupt.queue(self.index);
-        }
+        self.announcement()?.send();
         Ok(())
+    }
+
+    /// What [`Queue::announce`] does, for later: a driver that is woken needs the queue.
+    pub fn announcement(&mut self) -> Result<Announcement, Broken> {
+        let wanted = self.wants_interrupt()?;
+        let to = wanted.then(|| (self.interrupt.clone(), self.index));
+        Ok(Announcement(to))
     }
 
     fn wants_interrupt(&mut self) -> Result<bool, Broken> {

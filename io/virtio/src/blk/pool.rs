@@ -198,9 +198,17 @@ impl<'scope, 'env> Server<'scope, 'env> {
         let mut slot = lock(&self.queues[n]);
         let queue = slot.as_mut().ok_or(GONE)?;
         // What comes when the driver knows of this one tells nothing.
-        self.queues[n].pace.served(len, queue.has_next()?);
+        let another = queue.has_next()?;
+        self.queues[n].pace.served(len, another);
         queue.push(head, written)?;
-        queue.announce()
+        if !another {
+            // Who is woken may take this thread's processor, and shall not find the queue silent or locked with its next request.
+            queue.listen()?;
+        }
+        let announcement = queue.announcement()?;
+        drop(slot);
+        announcement.send();
+        Ok(())
     }
 
     fn hand_over(&self, n: usize, request: Request<'env>) {
@@ -233,5 +241,85 @@ impl<'scope, 'env> Server<'scope, 'env> {
         if let Err(broken) = self.give_back(n, 0, request.carry_out(self.disk)) {
             self.give_up(n, broken);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::sync::mpsc::{Sender, channel};
+    use std::time::Duration;
+
+    use super::*;
+    use crate::testing::{DriverQueue, Piece};
+    use crate::{Activation, Blk, EVENT_IDX, Interrupt, Notifier, QueueState, VirtioDevice};
+
+    const RINGS: u64 = 0x1_0000;
+    const DATA: u64 = 0x20_0000;
+
+    /// A driver whose next request comes with the interrupt: says whether it finds the queue free and listening.
+    struct Impatient {
+        slot: Arc<Slot>,
+        ram: Arc<GuestRam>,
+        event: u64,
+        finds: Sender<(bool, Option<u16>)>,
+    }
+
+    impl Interrupt for Impatient {
+        fn queue(&self, _: u16) {
+            let free = self.slot.queue.try_lock().is_ok();
+            let _ = self.finds.send((free, self.ram.load(self.event)));
+        }
+        fn config(&self) {}
+        fn needs_reset(&self, why: &str) {
+            panic!("{why}");
+        }
+    }
+
+    #[test]
+    fn who_is_told_of_a_long_request_finds_the_queue_free_and_listening() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&[7; 2 * LONG]).unwrap();
+        let spec = format!("{},format=raw", file.path().display());
+        let backend = spec.parse::<doppel_block::DiskSpec>().unwrap().open();
+        let mut blk = Blk::new(backend.unwrap(), "", 1);
+
+        let ram = Arc::new(GuestRam::new(16 << 20).unwrap());
+        let mut driver = DriverQueue::new(0, 16, RINGS);
+        let (finds, found) = channel();
+        let interrupt = Arc::new(Impatient {
+            slot: blk.slots[0].clone(),
+            ram: ram.clone(),
+            event: driver.used() + 4 + 8 * u64::from(driver.size),
+            finds,
+        });
+        let state = QueueState {
+            enabled: true,
+            size: driver.size,
+            descriptors: driver.base,
+            driver: driver.avail(),
+            device: driver.used(),
+            ..QueueState::default()
+        };
+        let notifier = Arc::new(Notifier::new().unwrap());
+        let (memory, to) = (ram.clone(), interrupt.clone());
+        let queue = Queue::new(0, &state, true, memory, notifier.clone(), to).unwrap();
+        let features = EVENT_IDX;
+        let activation = Activation {
+            features,
+            queues: vec![queue],
+            ram: ram.clone(),
+            interrupt,
+        };
+        blk.activate(activation).unwrap();
+
+        let data = Piece::In(DATA, 2 * LONG as u32);
+        let status = Piece::In(DATA - 0x1000, 1);
+        driver.submit(&ram, &[Piece::Out(DATA - 0x2000, 16), data, status]);
+        notifier.notify();
+        let found = found.recv_timeout(Duration::from_secs(20));
+        assert_eq!(found, Ok((true, Some(1))));
+        assert_eq!(ram.load::<u8>(DATA + 2 * LONG as u64 - 1), Some(7));
+        assert_eq!(blk.deactivate().len(), 1);
     }
 }
