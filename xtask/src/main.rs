@@ -1,4 +1,4 @@
-//! The project's own tasks: `tidy`, `test`, `boots`, `bench`, `fuzz`, `disks`, `hostile`, `debian`, `soak`, `stress`; `cargo xtask --help` says what each does.
+//! The project's own tasks: `tidy`, `test`, `boots`, `bench`, `fuzz`, `disks`, `hostile`, `debian`, `soak`, `stress`, `suites`; `cargo xtask --help` says what each does.
 
 mod boots;
 mod console;
@@ -55,6 +55,12 @@ enum Task {
         #[arg(long, default_value_t = 60)]
         seconds: u32,
     },
+    /// Run test suites of Linux, Python and others in a guest, and compare; the arguments go to the suites crate (try --help).
+    #[command(disable_help_flag = true)]
+    Suites {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// Run a long differential campaign; the arguments go to the fuzz crate (try --help).
     #[command(disable_help_flag = true)]
     Fuzz {
@@ -89,6 +95,10 @@ fn main() -> Result<()> {
             soak::soak(&root()?, &args)
         }
         Task::Stress { seconds } => stress(seconds),
+        Task::Suites { arguments } => {
+            cargo("build", &["--release", "--package", "doppel"])?;
+            run("doppel-suites", &arguments)
+        }
         Task::Fuzz { arguments } => run("doppel-fuzz", &arguments),
     }
 }

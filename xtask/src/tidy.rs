@@ -75,6 +75,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("bench", &["cli", "footprint"]),
     ("bench/guest", &[]),
     ("systems", &["cli", "bench"]),
+    ("suites", &["cli"]),
     ("xtask", &["footprint"]),
 ];
 
