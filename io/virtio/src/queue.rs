@@ -52,7 +52,7 @@ pub struct Queue {
 
 /// An interrupt that is due, or none.
 #[must_use]
-pub struct Announcement(Option<(Arc<dyn Interrupt>, u16)>);
+pub(crate) struct Announcement(Option<(Arc<dyn Interrupt>, u16)>);
 
 impl Announcement {
     /// Sends it.
@@ -199,7 +199,7 @@ impl Queue {
     }
 
     /// What [`Queue::announce`] does, for later: a driver that is woken needs the queue.
-    pub fn announcement(&mut self) -> Result<Announcement, Broken> {
+    pub(crate) fn announcement(&mut self) -> Result<Announcement, Broken> {
         let wanted = self.wants_interrupt()?;
         let to = wanted.then(|| (self.interrupt.clone(), self.index));
         Ok(Announcement(to))
