@@ -94,6 +94,7 @@ pub fn base(supervisors: &Supervisors, r: &mut Random, traits: Traits) -> Image 
                 traits,
                 mode: Mode::Bits32,
                 cpl: 0,
+                v86: false,
             };
             protected::fill(&mut image, &mut w, paging);
         }
@@ -129,6 +130,7 @@ fn experiments(image: &mut Image, r: &mut Random, traits: Traits, n: usize) {
         traits,
         mode: Mode::Bits64,
         cpl: 0,
+        v86: false,
     };
     let [pdpt, pd, pt] = X_TABLES[n];
     for entry in [1, 255, 256] {
@@ -217,6 +219,9 @@ fn descriptors(image: &mut Image, r: &mut Random) {
         // RSP0 and the first two stacks of the interrupt stack table.
         (SHORT_TR, system(TSS, 0x33, 0x89)),
     ] {
+        image.put(GDT + u64::from(selector & !7), descriptor);
+    }
+    for (selector, descriptor) in SHORT_DESCRIPTORS {
         image.put(GDT + u64::from(selector & !7), descriptor);
     }
     for selector in RANDOM_DESCRIPTORS.step_by(8) {
@@ -449,9 +454,10 @@ fn put_step(image: &mut Image, n: u64, step: &Step, at: u64) -> Option<()> {
     image.bytes(at, &code);
     let c = &step.context;
     let d = STEPS + n * STEP_SIZE;
-    let base = match c.mode {
-        Mode::Bits16 if c.flags & V86 != 0 => 0xffff0,
-        Mode::Bits16 => USER_CODE,
+    let base = match c.cs {
+        0xffff => 0xffff0,
+        U16 => USER_CODE,
+        K16 | C1 => KERNEL_CODE,
         _ => 0,
     };
     image.put(d + step::RIP, at - base);

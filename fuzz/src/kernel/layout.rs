@@ -113,6 +113,38 @@ pub const DOUBLE_FAULT_TR: u16 = 0x78;
 pub const RANDOM_DESCRIPTORS: std::ops::Range<u16> = 0x80..0x200;
 pub const CALL_GATES: std::ops::Range<u16> = 0x200..0x300;
 
+/// 64 KiB of the user's data and of its stack, whose pointer is SP; 16-bit code, data and stack of the kernel.
+pub const D16: u16 = 0x303;
+pub const S16: u16 = 0x30b;
+pub const K16: u16 = 0x310;
+pub const KD16: u16 = 0x318;
+pub const KS16: u16 = 0x320;
+/// Code with a base and data for CPL 1, code with a limit and data for CPL 2.
+pub const C1: u16 = 0x329;
+pub const DS1: u16 = 0x331;
+pub const C2: u16 = 0x33a;
+pub const DS2: u16 = 0x342;
+/// Where the stacks of 16 bits begin.
+pub const S16_BASE: u64 = USER_STACK - 0x1_0000;
+pub const KS16_BASE: u64 = STEP_STACK - 0x8000;
+
+/// The descriptors of these.
+pub const SHORT_DESCRIPTORS: [(u16, u64); 9] = [
+    (D16, short(USER_DATA, 0xffff, 0xf3)),
+    (S16, short(S16_BASE, 0xffff, 0xf3)),
+    (K16, short(KERNEL_CODE, 0xffff, 0x9b)),
+    (KD16, short(KERNEL_DATA, 0x7fff, 0x93)),
+    (KS16, short(KS16_BASE, 0xffff, 0x93)),
+    (C1, short(KERNEL_CODE, 0xffff, 0x40bb)),
+    (DS1, short(0, 0xf_ffff, 0xc0b3)),
+    (C2, short(0, 0xe_ffff, 0xc0db)),
+    (DS2, short(0, 0xf_ffff, 0xc0d3)),
+];
+
+const fn short(base: u64, limit: u64, attributes: u64) -> u64 {
+    limit & 0xffff | (base & 0xff_ffff) << 16 | attributes << 40 | (limit >> 16) << 48
+}
+
 /// INT with this vector ends a step.
 pub const END_STEP: u8 = 0x81;
 /// Vectors whose gates are random.

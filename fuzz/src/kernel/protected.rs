@@ -119,6 +119,9 @@ fn descriptors(image: &mut Image, r: &mut Random) {
     ] {
         image.put(GDT + u64::from(selector & !7), descriptor);
     }
+    for (selector, descriptor) in SHORT_DESCRIPTORS {
+        image.put(GDT + u64::from(selector & !7), descriptor);
+    }
     for selector in RANDOM_DESCRIPTORS.step_by(8) {
         image.put(GDT + u64::from(selector), random_descriptor(r));
     }

@@ -6,7 +6,7 @@ use iced_x86::code_asm::CodeAssembler;
 use super::image::V86;
 use super::layout::*;
 use super::write::{Assembled, Mode, Paging, Traits, Writer};
-use super::{encoded, narrow, ordinary, protected, system, transfer};
+use super::{encoded, narrow, ordinary, protected, short, system, transfer};
 use crate::random::Random;
 
 /// Some instructions that do not depend on where they are.
@@ -116,21 +116,37 @@ const NARROW: &[Kind] = &[
     ("ports", 4, narrow::ports),
 ];
 
-/// Code sizes and privileges of steps: how often, mode, CPL, CS, SS.
-const CONTEXTS: &[(u64, Mode, u8, u16, u16)] = &[
-    (40, Mode::Bits64, 3, U64, UDS),
-    (36, Mode::Bits64, 0, K64, KDS),
-    (14, Mode::Bits32, 3, U32, UDS),
-    (4, Mode::Bits32, 0, K32, KDS),
-    (6, Mode::Bits16, 3, U16, UDS),
+/// For 16-bit code too.
+const SHORT: &[Kind] = &[
+    ("short accesses", 40, short::accesses),
+    ("short loop", 24, short::loops),
+    ("short stack", 30, short::stack),
+    ("short strings", 20, short::strings),
+    ("short segments", 20, short::segments),
+];
+
+/// Code sizes and privileges of steps: how often, mode, CPL, CS, SS, DS.
+const CONTEXTS: &[(u64, Mode, u8, u16, u16, u16)] = &[
+    (40, Mode::Bits64, 3, U64, UDS, UDS),
+    (36, Mode::Bits64, 0, K64, KDS, UDS),
+    (14, Mode::Bits32, 3, U32, UDS, UDS),
+    (4, Mode::Bits32, 0, K32, KDS, UDS),
+    (4, Mode::Bits32, 1, C1, DS1, DS1),
+    (3, Mode::Bits32, 2, C2, DS2, DS2),
+    (6, Mode::Bits16, 3, U16, UDS, UDS),
+    (8, Mode::Bits16, 3, U16, S16, D16),
 ];
 
 /// The same without long mode; the last is virtual-8086 mode.
-const PROTECTED_CONTEXTS: &[(u64, Mode, u8, u16, u16)] = &[
-    (40, Mode::Bits32, 3, U32, UDS),
-    (36, Mode::Bits32, 0, K64, KDS),
-    (10, Mode::Bits16, 3, U16, UDS),
-    (14, Mode::Bits16, 3, 0xffff, 0xffff),
+const PROTECTED_CONTEXTS: &[(u64, Mode, u8, u16, u16, u16)] = &[
+    (40, Mode::Bits32, 3, U32, UDS, UDS),
+    (36, Mode::Bits32, 0, K64, KDS, KDS),
+    (6, Mode::Bits32, 1, C1, DS1, DS1),
+    (4, Mode::Bits32, 2, C2, DS2, DS2),
+    (10, Mode::Bits16, 3, U16, UDS, UDS),
+    (10, Mode::Bits16, 3, U16, S16, D16),
+    (6, Mode::Bits16, 0, K16, KS16, KD16),
+    (20, Mode::Bits16, 3, 0xffff, 0xffff, 0xffff),
 ];
 
 const PROTECTED: &[Kind] = &[("switch the task", 10, protected::switch_task)];
@@ -156,13 +172,14 @@ fn weighted<'a, T>(r: &mut Random, from: &[&'a [T]], weight: fn(&T) -> u64) -> &
 fn context(r: &mut Random, traits: Traits) -> Context {
     let long = traits.paging == Paging::Long;
     let contexts = if long { CONTEXTS } else { PROTECTED_CONTEXTS };
-    let (_, mode, cpl, cs, ss) = *weighted(r, &[contexts], |c| c.0);
+    let (_, mode, cpl, cs, ss, data) = *weighted(r, &[contexts], |c| c.0);
     let v86 = cs == 0xffff;
     let mut w = Writer {
         r,
         traits,
         mode,
         cpl,
+        v86,
     };
     let registers = std::array::from_fn(|_| match w.r.percent(45) {
         true => w.pointer(),
@@ -176,12 +193,22 @@ fn context(r: &mut Random, traits: Traits) -> Context {
         true => flags | V86 | w.r.below(4) << 12,
         false => flags,
     };
-    let stack = if cpl == 3 { USER_STACK } else { STEP_STACK };
+    let stack = match ss {
+        S16 => USER_STACK - S16_BASE,
+        KS16 => STEP_STACK - KS16_BASE,
+        _ if cpl == 3 => USER_STACK,
+        _ => STEP_STACK,
+    };
     let rsp = match w.r.percent(92) {
         true => stack - 0x400 + w.r.below(0x40),
         false => w.pointer(),
     };
-    let rsp = if v86 { 0xfff0 } else { rsp };
+    let rsp = match ss {
+        _ if v86 => 0xfff0,
+        // Handlers of 32 bits go on with ESP, and need room.
+        KS16 => STEP_STACK - KS16_BASE,
+        _ => rsp,
+    };
     let cr3 = match w.r.below(10) {
         0..5 => w.root(),
         _ => 0,
@@ -191,7 +218,7 @@ fn context(r: &mut Random, traits: Traits) -> Context {
         cpl,
         cs,
         ss,
-        data: if v86 || !long && cpl == 0 { ss } else { UDS },
+        data,
         flags,
         rsp,
         registers,
@@ -208,6 +235,9 @@ impl Step {
         for _ in 0..1 + r.below(8) {
             let long = traits.paging == Paging::Long;
             let kinds: &[&'static [Kind]] = match (context.mode, context.cpl) {
+                (Mode::Bits16, 0) => &[NARROW, SHORT, NARROW_KERNEL, PROTECTED],
+                (Mode::Bits16, _) if !long => &[NARROW, SHORT, PROTECTED],
+                (Mode::Bits16, _) => &[NARROW, SHORT],
                 (_, 0) if !long => &[NARROW, NARROW_KERNEL, PROTECTED, PROTECTED_KERNEL],
                 _ if !long => &[NARROW, PROTECTED],
                 (Mode::Bits64, 0) => &[EVERYWHERE, KERNEL],
@@ -221,6 +251,7 @@ impl Step {
                 traits,
                 mode: context.mode,
                 cpl: context.cpl,
+                v86: context.flags & V86 != 0,
             };
             items.push(Item {
                 name,

@@ -85,6 +85,8 @@ pub struct Writer<'a> {
     pub traits: Traits,
     pub mode: Mode,
     pub cpl: u8,
+    /// It is virtual-8086 mode.
+    pub v86: bool,
 }
 
 pub type Assembled = Result<(), IcedError>;

@@ -2,7 +2,7 @@
 
 use doppel_conformance::paging::{P, RW};
 use doppel_conformance::*;
-use doppel_x86::Gpr;
+use doppel_x86::{Gpr, Rflags};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
@@ -228,5 +228,18 @@ fn what_changes_after_many_returns_is_seen() {
             m.cpu_mut().rflags.remove(doppel_x86::Rflags::NT);
             m.cpu_mut().flush_tlb(true);
         }
+    });
+}
+
+#[test]
+fn popf_ignores_the_upper_half_of_what_it_pops() {
+    each_engine(|m| {
+        let pop = |a: &mut CodeAssembler| {
+            a.mov(rax, 0x18_0000_0046u64)?;
+            a.push(rax)?;
+            a.popfq()
+        };
+        let r = m.faults(pop, |a| a.ud2());
+        assert_eq!(r.rflags & !Rflags::RF.bits(), 0x46);
     });
 }

@@ -129,7 +129,8 @@ impl Work<'_> {
             a.load(S1, ctx::RFLAGS);
         }
         a.xor64(S1, S0);
-        a.test_imm32(S1, !(ARITHMETIC | IF));
+        // The upper half of what is popped, too: it means nothing, and is not to be kept.
+        a.test_imm64(S1, !(ARITHMETIC | IF));
         self.leave_if(CC_NE, i);
         self.asm().test_imm32(S0, IF);
         let masked = self.asm().jcc(CC_E);
