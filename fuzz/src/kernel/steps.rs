@@ -137,7 +137,7 @@ const CONTEXTS: &[(u64, Mode, u8, u16, u16, u16)] = &[
     (8, Mode::Bits16, 3, U16, S16, D16),
 ];
 
-/// The same without long mode; the last is virtual-8086 mode.
+/// The same without long mode; the last is virtual-8086 mode. There is no 16-bit code at CPL 0: through a flat segment its addresses reach nothing but the tables.
 const PROTECTED_CONTEXTS: &[(u64, Mode, u8, u16, u16, u16)] = &[
     (40, Mode::Bits32, 3, U32, UDS, UDS),
     (36, Mode::Bits32, 0, K64, KDS, KDS),
@@ -145,7 +145,6 @@ const PROTECTED_CONTEXTS: &[(u64, Mode, u8, u16, u16, u16)] = &[
     (4, Mode::Bits32, 2, C2, DS2, DS2),
     (10, Mode::Bits16, 3, U16, UDS, UDS),
     (10, Mode::Bits16, 3, U16, S16, D16),
-    (6, Mode::Bits16, 0, K16, KS16, KD16),
     (20, Mode::Bits16, 3, 0xffff, 0xffff, 0xffff),
 ];
 
@@ -235,7 +234,6 @@ impl Step {
         for _ in 0..1 + r.below(8) {
             let long = traits.paging == Paging::Long;
             let kinds: &[&'static [Kind]] = match (context.mode, context.cpl) {
-                (Mode::Bits16, 0) => &[NARROW, SHORT, NARROW_KERNEL, PROTECTED],
                 (Mode::Bits16, _) if !long => &[NARROW, SHORT, PROTECTED],
                 (Mode::Bits16, _) => &[NARROW, SHORT],
                 (_, 0) if !long => &[NARROW, NARROW_KERNEL, PROTECTED, PROTECTED_KERNEL],
