@@ -17,7 +17,7 @@ pub const QEMU: &str = "qemu-system-x86_64";
 const MEMORY: u32 = 1536;
 const CPUS: u32 = 2;
 /// From the start of a guest to its first test, and more than a test may take.
-const SLACK: Duration = Duration::from_secs(90);
+const SLACK: Duration = Duration::from_secs(120);
 
 /// Who runs a guest.
 #[derive(Clone, Debug)]
@@ -146,7 +146,7 @@ fn boot(
     let lines = process.lines()?;
     while let Some(test) = tests.get(results.outcomes.len()) {
         let limit = Duration::from_secs((test.seconds * patience).into());
-        let Ok(text) = lines.recv_timeout(limit + SLACK * patience) else {
+        let Ok(text) = lines.recv_timeout(limit + SLACK) else {
             return Ok(());
         };
         writeln!(log, "{text}")?;

@@ -21,7 +21,7 @@ use report::Table;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use table::{MATH, Reference, STRING, SUITES, Suite, Test, What};
+use table::{MATH, Reference, SUITES, Suite, Test, What};
 
 const RUNNER: &str = include_str!("runner.sh");
 const KERNEL: &str = "linux-image-amd64";
@@ -201,7 +201,7 @@ impl Run<'_> {
                 "suites/"
             }
             What::Glibc => {
-                let (built, library) = glibc::build(&self.directory, MATH, STRING)?;
+                let (built, library) = glibc::build(&self.directory, MATH)?;
                 files::add_packages(&mut archive, &library)?;
                 files::add_folder(&mut archive, "suites", &built)?;
                 "suites/"
@@ -229,7 +229,7 @@ impl Run<'_> {
             What::SelfTests { .. } => bail!("what tests a kernel is not run on the host"),
             What::Glibc => Place {
                 root: self.directory.clone(),
-                base: glibc::build(&self.directory, MATH, STRING)?.0,
+                base: glibc::build(&self.directory, MATH)?.0,
                 scratch,
             },
             What::Packages { set, names } => Place {

@@ -15,7 +15,7 @@ pub struct Suite {
 pub enum What {
     /// Debian's source of the kernel, of which these folders of tools/testing/selftests are built.
     SelfTests { folders: &'static [&'static str] },
-    /// glibc's own tests: those of mathematical and of string functions, which Debian's source has.
+    /// glibc's own tests: those of mathematical functions, which Debian's source has.
     Glibc,
     /// Debian packages as they are. `set` names them in the cache.
     Packages {
@@ -356,32 +356,6 @@ pub const MATH: &[&str] = &[
     "yn",
 ];
 
-/// Those of string.h.
-pub const STRING: &[&str] = &[
-    "bzero",
-    "explicit_bzero",
-    "ffs",
-    "memccpy",
-    "memchr",
-    "memcmp",
-    "memcpy",
-    "memmem",
-    "memmove",
-    "memrchr",
-    "memset",
-    "rawmemchr",
-    "stpcpy",
-    "strcasestr",
-    "strchr",
-    "strcmp",
-    "strcpy",
-    "strlen",
-    "strncmp",
-    "strrchr",
-    "strspn",
-    "strstr",
-];
-
 const GLIBC: &[Test] = tests![
     "math ./run acos" in 60,
     "math ./run acosh" in 60,
@@ -435,28 +409,6 @@ const GLIBC: &[Test] = tests![
     "math ./run trunc" in 60,
     "math ./run y0" in 60,
     "math ./run yn" in 60,
-    "string ./test-bzero --direct" in 240,
-    "string ./test-explicit_bzero --direct" in 240,
-    "string ./test-ffs --direct" in 240,
-    "string ./test-memccpy --direct" in 240,
-    "string ./test-memchr --direct" in 240,
-    "string ./test-memcmp --direct" in 240,
-    "string ./test-memcpy --direct" in 240,
-    "string ./test-memmem --direct" in 240,
-    "string ./test-memmove --direct" in 240,
-    "string ./test-memrchr --direct" in 240,
-    "string ./test-memset --direct" in 240,
-    "string ./test-rawmemchr --direct" in 240,
-    "string ./test-stpcpy --direct" in 240,
-    "string ./test-strcasestr --direct" in 240,
-    "string ./test-strchr --direct" in 240,
-    "string ./test-strcmp --direct" in 240,
-    "string ./test-strcpy --direct" in 240,
-    "string ./test-strlen --direct" in 240,
-    "string ./test-strncmp --direct" in 240,
-    "string ./test-strrchr --direct" in 240,
-    "string ./test-strspn --direct" in 240,
-    "string ./test-strstr --direct" in 240,
 ];
 
 /// One group of stressors each, which look at their own results.
@@ -509,7 +461,6 @@ const STRESS: &[Test] = stress![
     "--lockbus 1",
     "--x86syscall 1",
     "--regs 1",
-    "--swap 0 --nop 1",
     "--ring-pipe 1",
     "--sigsegv 1",
     "--sigfpe 1",
@@ -664,8 +615,7 @@ mod tests {
                 let name = command.split([' ', '-']).nth(1).unwrap_or_default();
                 match suite.what {
                     What::SelfTests { folders } => assert!(folders.contains(&folder)),
-                    What::Glibc if folder == "math" => assert!(MATH.contains(&name)),
-                    What::Glibc => assert!(STRING.contains(&name)),
+                    What::Glibc => assert!(MATH.contains(&name)),
                     What::Packages { .. } => {}
                 }
                 assert!((1..=300).contains(&test.seconds), "{}", test.line);
