@@ -57,7 +57,7 @@ impl Times {
             unknown: (5_000 * us, 1_500 * us),
             long: 60 * us,
             longest: 4000 * us,
-            most: (700 * us as i64, 8000 * us as i64),
+            most: (700 * us as i64, 4000 * us as i64),
             away: (4_000 * us, 1_000_000 * us),
             look: 1_000 * us,
             apart: (700 * us, 20_000 * us),
@@ -267,6 +267,11 @@ impl Account {
         credit >= 0
     }
 
+    /// The stop led to a page that is translated, from which another way leads back.
+    pub fn left(&mut self, times: &Times) {
+        self.credit = self.credit.map(|credit| credit - times.stop);
+    }
+
     /// True where direct execution paid, until it was closed: what the program does has changed, and may change back soon.
     pub fn has_paid(&self) -> bool {
         self.paid
@@ -436,6 +441,28 @@ mod tests {
         };
         let stops = (0..1000).take_while(|_| account.stopped(&times, long, 0));
         assert!(stops.count() < 50, "all of it went into mappings");
+    }
+
+    #[test]
+    fn visits_to_sensitive_pages_cost_twice() {
+        let times = times();
+        let last = |visits: bool| {
+            let mut account = Account::new(&times);
+            account.open(&times, 0);
+            let stops = (0..1000).take_while(|_| {
+                if visits {
+                    account.left(&times);
+                }
+                account.stopped(&times, ran(0), 0)
+            });
+            stops.count()
+        };
+        assert!(
+            last(true) * 2 <= last(false),
+            "{} {}",
+            last(true),
+            last(false)
+        );
     }
 
     #[test]

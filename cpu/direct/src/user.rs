@@ -355,7 +355,7 @@ impl Direct {
         self.map(cpu, root, linear, entry);
         self.map_neighbours(cpu, root, linear, &paging);
         if entry.is_sensitive() && kind == AccessKind::Execute {
-            return Some(self.sensitive());
+            return Some(self.sensitive(root));
         }
         None
     }
@@ -570,8 +570,12 @@ impl Direct {
     }
 
     /// A page that must not be executed is the engine's, until it comes by with code of another.
-    fn sensitive(&mut self) -> Left {
+    fn sensitive(&mut self, root: u64) -> Left {
         self.counts.sensitive += 1;
+        let times = self.times;
+        if let Some(space) = self.space(root) {
+            space.account.left(&times);
+        }
         Left::Declined
     }
 
@@ -760,7 +764,7 @@ impl UserCode for Direct {
             }
             let here = self.space(root).map(|s| s.shadow.get(cpu.rip));
             if here.is_some_and(Entry::is_sensitive) {
-                return self.sensitive();
+                return self.sensitive(root);
             }
             let (stop, stretch) = match self.run_child(cpu, root) {
                 Ok(done) => done,
