@@ -7,12 +7,14 @@ use std::sync::Arc;
 use anyhow::Result;
 use doppel_memory::{GuestRam, PAGE_SIZE, probe};
 use doppel_x86::{Activity, Cpu, CpuMode, CpuidModel, Gpr, Seg, event, interpret};
-use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, RflagsBits};
+use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, RflagsBits};
 
 use super::image::Image;
 use super::layout::{CURSOR, PD, PDPT, PML4, PML4_B, PT, RAM, STUBS};
 use super::machine::{self, KernelBus};
 
+/// Its vector.
+const GENERAL_PROTECTION: usize = 13;
 /// Instructions that a case may take here.
 const MOST: u64 = 400_000;
 
@@ -38,13 +40,19 @@ impl Reached {
         use Mnemonic::*;
         let tells = |code: &Code| {
             let descriptors = [Lar, Lsl, Sysenter, Verr, Verw, Sgdt, Sidt, Sldt, Smsw, Str];
-            let others = [
-                Rdtscp, Xgetbv, Rdpkru, Wrpkru, Vmcall, Vmmcall, Xsave, Xsave64, Xsavec, Xsavec64,
-                Xsaveopt, Xsaveopt64,
-            ];
-            [&descriptors[..], &others]
-                .concat()
-                .contains(&code.mnemonic())
+            let state = [Xsave, Xsave64, Xsavec, Xsavec64, Xsaveopt, Xsaveopt64];
+            let others = [Rdtscp, Xgetbv, Rdpkru, Wrpkru, Vmcall, Vmmcall];
+            // A null selector has lost its RPL when the child stops.
+            let loads = [Lds, Les, Lfs, Lgs, Lss];
+            let is_load = matches!(
+                code,
+                Code::Mov_Sreg_rm16 | Code::Mov_Sreg_r32m16 | Code::Mov_Sreg_r64m16
+            ) || matches!(
+                code,
+                Code::Popw_FS | Code::Popq_FS | Code::Popw_GS | Code::Popq_GS
+            );
+            let sensitive = [&descriptors[..], &state, &others, &loads].concat();
+            is_load || sensitive.contains(&code.mnemonic())
         };
         let mut executed = self.instructions.keys();
         executed.any(|(_, cpl, code)| *cpl == 3 && tells(code))
@@ -152,7 +160,7 @@ impl Tracer {
             let supervisor = (STUBS..CURSOR).contains(&i.ip());
             let specified = supervisor || !is_unspecified(&i);
             // Whether its return address is written before.
-            let lost_call = i.flow_control() == FlowControl::IndirectCall && !raised.is_empty();
+            let lost_call = i.is_call_near_indirect() && raised.contains(&GENERAL_PROTECTION);
             // Where a save faults depends on what is in use, too.
             if !specified && raised.is_empty() || saves_what_is_in_use(&i) || lost_call {
                 trace.unspecified = trace.unspecified.or(Some(i));
