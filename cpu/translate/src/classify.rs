@@ -339,6 +339,8 @@ fn special(i: &Instruction, how: Decoding) -> Option<Class> {
         }
         Rdtsc => Class::Rdtsc,
         Serialize => Class::Serialize,
+        // The host may have them; no guest is offered transactions.
+        Xsusldtrk | Xresldtrk => Class::Interpret,
         Pause if how.yield_spins => Class::Pause,
         In | Out | Insb | Insw | Insd | Outsb | Outsw | Outsd => Class::Interpret,
         Movsb | Movsw | Movsd | Movsq | Stosb | Stosw | Stosd | Stosq | Lodsb | Lodsw | Lodsd
