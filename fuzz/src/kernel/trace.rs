@@ -40,7 +40,6 @@ impl Reached {
         use Mnemonic::*;
         let tells = |code: &Code| {
             let descriptors = [Lar, Lsl, Sysenter, Verr, Verw, Sgdt, Sidt, Sldt, Smsw, Str];
-            let state = [Xsave, Xsave64, Xsavec, Xsavec64, Xsaveopt, Xsaveopt64];
             let others = [Rdtscp, Xgetbv, Rdpkru, Wrpkru, Vmcall, Vmmcall];
             // A null selector has lost its RPL when the child stops.
             let loads = [Lds, Les, Lfs, Lgs, Lss];
@@ -51,8 +50,9 @@ impl Reached {
                 code,
                 Code::Popw_FS | Code::Popq_FS | Code::Popw_GS | Code::Popq_GS
             );
-            let sensitive = [&descriptors[..], &state, &others, &loads].concat();
-            is_load || sensitive.contains(&code.mnemonic())
+            let sensitive = [&descriptors[..], &others, &loads].concat();
+            let mnemonic = code.mnemonic();
+            is_load || sensitive.contains(&mnemonic) || saves_what_is_in_use(mnemonic)
         };
         let mut executed = self.instructions.keys();
         executed.any(|(_, cpl, code)| *cpl == 3 && tells(code))
@@ -162,7 +162,7 @@ impl Tracer {
             // Whether its return address is written before.
             let lost_call = i.is_call_near_indirect() && raised.contains(&GENERAL_PROTECTION);
             // Where a save faults depends on what is in use, too.
-            if !specified && raised.is_empty() || saves_what_is_in_use(&i) || lost_call {
+            if !specified && raised.is_empty() || saves_what_is_in_use(i.mnemonic()) || lost_call {
                 trace.unspecified = trace.unspecified.or(Some(i));
             }
         }
@@ -240,10 +240,10 @@ fn selector(code: u64) -> String {
 }
 
 /// A processor may say that a component is in use whose state is the initial one.
-fn saves_what_is_in_use(i: &Instruction) -> bool {
+fn saves_what_is_in_use(mnemonic: Mnemonic) -> bool {
     use Mnemonic::*;
     let saves = [Xsave, Xsave64, Xsavec, Xsavec64, Xsaveopt, Xsaveopt64];
-    saves.contains(&i.mnemonic())
+    saves.contains(&mnemonic)
 }
 
 /// Flags that are not defined, or results that are the host's. Logic, bit tests and moves from and to control and debug registers
