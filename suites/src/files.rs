@@ -80,19 +80,7 @@ pub fn unpack(debs: &[PathBuf], root: &Path) -> Result<()> {
 /// Adds packages to an archive as they are, but for their documentation.
 pub fn add_packages(archive: &mut Archive, debs: &[PathBuf]) -> Result<()> {
     for deb in debs {
-        package::visit(deb, |mut member| {
-            if member.path.starts_with("usr/share/doc") {
-                return Ok(());
-            }
-            match member.kind.clone() {
-                Kind::File(mode) => {
-                    let content = member.read()?;
-                    archive.file(&member.path, mode, &content);
-                }
-                Kind::Symlink(target) => archive.symlink(&member.path, &target),
-            }
-            Ok(())
-        })?;
+        package::add(archive, deb, |path| !path.starts_with("usr/share/doc"))?;
     }
     Ok(())
 }

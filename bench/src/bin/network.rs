@@ -6,8 +6,7 @@
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use doppel_cli::guest::cpio::Archive;
-use doppel_cli::guest::package::{self, Kind};
-use doppel_cli::guest::{self, KERNEL_PACKAGE};
+use doppel_cli::guest::{self, KERNEL_PACKAGE, package};
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -93,18 +92,7 @@ fn overlay() -> Result<Vec<u8>> {
             || path.contains("/lib/x86_64-linux-gnu/lib")
     };
     for deb in guest::packages("network", PACKAGES, &|line| eprintln!("{line}"))? {
-        package::visit(&deb, |mut member| {
-            if wanted(&member.path) {
-                match member.kind.clone() {
-                    Kind::File(mode) => {
-                        let content = member.read()?;
-                        archive.file(&member.path, mode, &content);
-                    }
-                    Kind::Symlink(target) => archive.symlink(&member.path, &target),
-                }
-            }
-            Ok(())
-        })?;
+        package::add(&mut archive, &deb, wanted)?;
     }
     Ok(archive.finish())
 }

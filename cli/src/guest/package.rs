@@ -1,6 +1,7 @@
 //! The files of a Debian package, as a stream: dpkg-deb unpacks the outer archive and its compression, and the tar
 //! within is read here, so that nothing unneeded touches the disk.
 
+use super::cpio::Archive;
 use anyhow::{Context, Result, bail};
 use std::io::Read;
 use std::path::Path;
@@ -62,6 +63,22 @@ pub fn visit(deb: &Path, mut visit: impl FnMut(Member) -> Result<()>) -> Result<
         bail!("dpkg-deb could not read {}", deb.display());
     }
     Ok(())
+}
+
+/// Adds to an archive those files and links of the package `deb` that `wanted` accepts, by their path from the root.
+pub fn add(archive: &mut Archive, deb: &Path, wanted: impl Fn(&str) -> bool) -> Result<()> {
+    visit(deb, |mut member| {
+        if wanted(&member.path) {
+            match member.kind.clone() {
+                Kind::File(mode) => {
+                    let content = member.read()?;
+                    archive.file(&member.path, mode, &content);
+                }
+                Kind::Symlink(target) => archive.symlink(&member.path, &target),
+            }
+        }
+        Ok(())
+    })
 }
 
 fn kind<R: Read>(entry: &tar::Entry<R>) -> Result<Option<Kind>> {

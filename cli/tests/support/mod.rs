@@ -3,8 +3,7 @@
 #![allow(dead_code)] // each test file takes what it needs
 
 use doppel_cli::guest::cpio::Archive;
-use doppel_cli::guest::package::{self, Kind};
-use doppel_cli::guest::{self, Guest};
+use doppel_cli::guest::{self, Guest, package};
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -244,19 +243,7 @@ impl Boot {
     pub fn packages(mut self, set: &str, names: &[&str], wanted: impl Fn(&str) -> bool) -> Boot {
         let debs = guest::packages(set, names, &|line| eprintln!("{line}")).unwrap();
         for deb in debs {
-            package::visit(&deb, |mut member| {
-                if wanted(&member.path) {
-                    match member.kind.clone() {
-                        Kind::File(mode) => {
-                            let content = member.read()?;
-                            self.overlay.file(&member.path, mode, &content);
-                        }
-                        Kind::Symlink(target) => self.overlay.symlink(&member.path, &target),
-                    }
-                }
-                Ok(())
-            })
-            .unwrap();
+            package::add(&mut self.overlay, &deb, &wanted).unwrap();
         }
         self
     }
