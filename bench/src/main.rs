@@ -239,7 +239,7 @@ impl Bench {
                 let mut command = contestant.command(&self.guest, self.root.path(), &order)?;
                 let stats = self.directory.join("stats.json");
                 if contestant.is_doppel() {
-                    command.arg("--no-run-counts").arg("--stats").arg(&stats);
+                    command.arg("--stats").arg(&stats);
                 }
                 let mut run = session::run(command, contestant.cpu_time(), limit)?;
                 if contestant.is_doppel() {

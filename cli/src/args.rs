@@ -114,9 +114,9 @@ pub struct Run {
     /// Write counters to this file at the end, as JSON.
     #[arg(long, value_name = "FILE")]
     pub stats: Option<PathBuf>,
-    /// With --stats: translated code does not count its blocks and instructions, and nothing measures time, so that the machine is as fast as without.
+    /// With --stats: translated code counts its blocks and instructions too, and time is measured; the machine is slower for it.
     #[arg(long, requires = "stats")]
-    pub no_run_counts: bool,
+    pub count_code: bool,
     /// Translate only the first N blocks and interpret the others, to find a bad translation by halving.
     #[arg(long, value_name = "N")]
     pub translate_limit: Option<u64>,

@@ -287,7 +287,7 @@ fn configuration(
         test_devices: args.test_devices,
         translate: translate_options(args),
         direct: args.direct,
-        count: args.stats.is_some() && !args.no_run_counts,
+        count: args.count_code,
         weigh: args.stats.is_some(),
         ..MachineConfig::new(boot.kernel)
     })

@@ -75,7 +75,7 @@ fn the_hottest_blocks_of_a_run_are_shown_and_every_instruction_is_counted() {
     let scratch = Scratch::new();
     let (stats, listing) = (scratch.path("stats"), scratch.path("listing"));
     let flags = format!(
-        "--hottest 3 --stats {} --output {}",
+        "--hottest 3 --count-code --stats {} --output {}",
         stats.display(),
         listing.display()
     );

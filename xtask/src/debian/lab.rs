@@ -125,11 +125,7 @@ impl Lab {
     fn doppel(&self, start: Start<'_>, engine: &str) -> Command {
         let mut command = Command::new(&self.doppel);
         command.args(["run", "--engine", engine, "--memory", start.memory]);
-        // Only memory is read of them, and code that counts is slower.
-        command
-            .arg("--stats")
-            .arg(self.stats())
-            .arg("--no-run-counts");
+        command.arg("--stats").arg(self.stats());
         command.args(["--cpus", &start.cpus.to_string(), "--disk"]);
         command.arg(start.disk);
         if let Some(second) = start.second {
