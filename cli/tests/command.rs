@@ -165,8 +165,8 @@ const MOST_OWN_MEMORY: u64 = 10;
 fn statistics_are_written() {
     let scratch = Scratch::new();
     let path = scratch.path("stats.json");
-    let boot = Boot::script(CLOUD, "true")
-        .flag(&format!("--count-code --stats {}", path.display()));
+    let boot =
+        Boot::script(CLOUD, "true").flag(&format!("--count-code --stats {}", path.display()));
     boot.doppel("auto", MINUTE).expect(support::PASSED);
     let stats: serde_json::Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
     assert!(

@@ -37,6 +37,9 @@ pub struct Kernels {
     /// Of that case only these items (step.item), with commas.
     #[arg(long, requires = "case")]
     items: Option<String>,
+    /// Of that case each instruction too, as the interpreter executes it, with the registers that change.
+    #[arg(long, requires = "case")]
+    trace: bool,
     /// Stop after so many different failures.
     #[arg(long, default_value_t = 20)]
     failures: usize,
@@ -76,6 +79,9 @@ impl Kernels {
         let engine = self.engine.as_deref().unwrap_or("translate");
         let report = campaign::report(rig, self.seed, number, &case, &kept, engine)?;
         println!("{report}");
+        if self.trace {
+            println!("{}", rig.steps(&case.only(&kept))?);
+        }
         Ok(ExitCode::SUCCESS)
     }
 

@@ -28,6 +28,7 @@ mod jump_cache;
 mod lookup;
 mod mirror_unsafe;
 mod narrow;
+mod not_canonical;
 mod ordinary;
 mod recipe;
 mod recipes;

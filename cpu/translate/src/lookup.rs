@@ -128,7 +128,7 @@ impl Translator {
     }
 
     /// Physical page of the code at a linear address, from the guest's page tables.
-    fn code_page(&mut self, linear: u64) -> Option<u64> {
+    pub fn code_page(&mut self, linear: u64) -> Option<u64> {
         let cpu = &mut self.context.cpu;
         let user = cpu.cpl == 3;
         let page = linear & !PAGE_MASK;
@@ -149,8 +149,10 @@ impl Translator {
         if !cpu.ram.is_ram(gpa) {
             return None;
         }
-        self.code_pages.insert(user, page, &t);
-        self.note_page(user, page, gpa);
+        match user {
+            true => self.enter_user_page(page, gpa),
+            false => self.code_pages.insert_kernel(page, &t),
+        }
         if user && self.options.code_neighbours && self.code_pages.user_pages() > FEW_PAGES {
             self.enter_neighbours(page);
         }
@@ -165,10 +167,17 @@ impl Translator {
         for (linear, gpa) in code_neighbours(&ram, &paging, page) {
             if ram.tracker().has_code(gpa) && self.code_pages.get(true, linear).is_none() {
                 self.counts.neighbours += 1;
-                self.code_pages.insert_user(linear, gpa);
-                self.note_page(true, linear, gpa);
+                self.enter_user_page(linear, gpa);
             }
         }
+    }
+
+    fn enter_user_page(&mut self, page: u64, gpa: u64) {
+        if self.code_pages.insert_user(page, gpa) {
+            self.counts.pages_mapped_twice += 1;
+            self.unlink_cross_page(true);
+        }
+        self.note_page(true, page, gpa);
     }
 
     fn note_page(&mut self, user: bool, linear: u64, gpa: u64) {
@@ -352,7 +361,10 @@ impl Translator {
         let same_mode = from.key.simd == to.key.simd
             && from.key.mode == to.key.mode
             && (e.site.changes_mode || from.key.privilege == to.key.privilege);
-        let may = self.options.link && from.alive && same_mode;
+        let known = !(across
+            && from.key.base == Base::Dynamic
+            && self.code_pages.is_mapped_twice(from.key.gpa & !PAGE_MASK));
+        let may = self.options.link && from.alive && same_mode && known;
         let linked = may && self.connect((exit, block), across);
         if linked {
             self.context.crossings_to_link = CROSSINGS_A_LINK - 1;

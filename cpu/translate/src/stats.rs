@@ -37,6 +37,8 @@ pub(crate) struct Counts {
     pub kicks: u64,
     pub untranslatable: u64,
     pub neighbours: u64,
+    /// Physical pages of user code that were found at two linear addresses of an address space.
+    pub pages_mapped_twice: u64,
     pub translated_nanoseconds: u64,
 }
 
@@ -88,6 +90,7 @@ impl Translator {
                 self.context.interrupt_returns,
             ),
             ("code_pages_entered_as_neighbours", c.neighbours),
+            ("code_pages_mapped_twice", c.pages_mapped_twice),
             ("code_map_hits", self.context.map_jumps),
             ("vector_state_loads", self.context.vector_loads),
             ("checks_shared", c.shared_checks),

@@ -188,7 +188,10 @@ impl Translator {
                 // They may take the block away, and came while other CPUs were waited for.
                 Some(_) if self.context.cpu.peer.has_requests() => {}
                 Some(host) => self.run_translation(host, bus),
-                None => self.step(bus),
+                None => {
+                    self.take_back_branch();
+                    self.step(bus);
+                }
             }
         }
     }

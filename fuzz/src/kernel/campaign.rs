@@ -6,13 +6,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use doppel_x86::{Cpu, CpuidModel};
-use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
+use iced_x86::{Decoder, DecoderOptions, Formatter, Instruction, IntelFormatter, Register};
 
 use super::case::{Case, Kept};
 use super::compare::{comparable, differences};
 use super::coverage::Coverage;
 use super::image::{Image, Supervisors, places};
 use super::kvm_unsafe::KvmRunner;
+use super::layout::{CURSOR, STUBS};
 use super::machine::{Ending, Final, Kind, Runner};
 use super::trace::Tracer;
 use crate::rig::variants;
@@ -272,6 +273,27 @@ impl Rig {
     pub fn is_specified(&mut self, case: &Case) -> bool {
         let trace = case.image().map(|image| self.tracer.run(&image, &case.dma));
         trace.is_some_and(|trace| trace.is_specified())
+    }
+
+    /// Every instruction of a case on the interpreter but the supervisor's own, each with the registers that the one before changed.
+    pub fn steps(&mut self, case: &Case) -> Result<String> {
+        let image = case.image().context("the case has no image")?;
+        let (mut text, mut before) = (String::new(), [0; 16]);
+        self.tracer.watched(&image, &case.dma, &mut |cpu, i| {
+            if i.is_some_and(|i| (STUBS..CURSOR).contains(&i.ip())) {
+                return;
+            }
+            for (n, (old, new)) in before.iter().zip(cpu.gpr).enumerate() {
+                if *old != new {
+                    text += &format!("      {:?} = {new:x}\n", Register::RAX + n as u32);
+                }
+            }
+            before = cpu.gpr;
+            let what = i.map_or("cannot be fetched".to_owned(), Instruction::to_string);
+            let (cpl, rip, flags) = (cpu.cpl, cpu.rip, cpu.rflags.bits());
+            text += &format!("{cpl} {rip:x}  {what}  (flags {flags:x})\n");
+        });
+        Ok(text)
     }
 
     /// A CPU as the kernels have.

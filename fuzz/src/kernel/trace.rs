@@ -86,6 +86,9 @@ impl Trace {
     }
 }
 
+/// Who looks on; of code that cannot be fetched there is no instruction.
+pub type Watch<'a> = dyn FnMut(&Cpu, Option<&Instruction>) + 'a;
+
 /// A CPU of its own.
 pub struct Tracer {
     cpu: Box<Cpu>,
@@ -109,6 +112,11 @@ impl Tracer {
 
     /// Runs a case.
     pub fn run(&mut self, image: &Image, dma: &machine::Dma) -> Trace {
+        self.watched(image, dma, &mut |_, _| ())
+    }
+
+    /// Runs a case, and shows each instruction that is to be executed next, with the state before it.
+    pub fn watched(&mut self, image: &Image, dma: &machine::Dma, watch: &mut Watch<'_>) -> Trace {
         machine::load(&self.cpu.ram, image);
         self.bus.reset(dma);
         machine::reset(&mut self.cpu, image);
@@ -118,7 +126,7 @@ impl Tracer {
         for _ in 0..MOST {
             event::deliver_pending(&mut self.cpu, &mut self.bus);
             match self.cpu.activity {
-                Activity::Active => self.step(&mut trace),
+                Activity::Active => self.step(&mut trace, watch),
                 Activity::Halted if machine::is_finished(&self.cpu) => break,
                 Activity::Halted if wakes < machine::MOST_WAKES => {
                     wakes += 1;
@@ -145,8 +153,9 @@ impl Tracer {
         entries.collect()
     }
 
-    fn step(&mut self, trace: &mut Trace) {
+    fn step(&mut self, trace: &mut Trace, watch: &mut Watch<'_>) {
         let instruction = self.next();
+        watch(&self.cpu, instruction.as_ref());
         let place = (bits(&self.cpu), self.cpu.cpl);
         let before = self.cpu.counters.exceptions;
         interpret::step(&mut self.cpu, &mut self.bus);

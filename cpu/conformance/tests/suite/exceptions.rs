@@ -730,3 +730,56 @@ fn branches_to_addresses_that_are_not_canonical_fault() {
         }
     });
 }
+
+/// Direct ones too, where the code lies near the end of the addresses.
+#[test]
+fn direct_branches_to_addresses_that_are_not_canonical_fault() {
+    /// The last page below 2^47, and the page tables that lead there.
+    const LAST: u64 = 0x7fff_ffff_f000;
+    let codes: [Emit; 4] = [
+        |a| a.jmp(LAST + 0x1000),
+        |a| a.jmp(LAST + 0x7fff_0000),
+        |a| a.call(LAST + 0x1_0000),
+        |a| a.jne(LAST + 0x1_2345),
+    ];
+    each_engine(|m| {
+        let tables = [0, 1, 2].map(|n| TABLES + 0x1000 * n);
+        m.put(PML4 + 8 * 255, tables[0] | 7);
+        m.put(tables[0] + 8 * 511, tables[1] | 7);
+        m.put(tables[1] + 8 * 511, tables[2] | 7);
+        m.put(tables[2] + 8 * 511, SPARE | 7);
+        for (n, code) in codes.iter().enumerate() {
+            for user in [false, true] {
+                println!("{n} {user}");
+                let offset = 0x200 + 0x100 * n as u64;
+                m.forget();
+                m.place_at(
+                    64,
+                    SPARE + offset,
+                    LAST + offset,
+                    |a: &mut CodeAssembler| {
+                        a.test(eax, eax)?;
+                        code(a)
+                    },
+                );
+                // TEST EAX, EAX
+                let branch = LAST + offset + 2;
+                m.to_kernel();
+                let stack = if user {
+                    USER_STACK
+                } else {
+                    KERNEL_STACK - 0x400
+                };
+                if user {
+                    m.to_user();
+                }
+                m.set_reg(Gpr::Rax, 1);
+                m.set_reg(Gpr::Rsp, stack);
+                m.go(LAST + offset);
+                m.run();
+                let r = m.records()[0];
+                assert_eq!((r.vector, r.rip, r.rsp), (13, branch, stack));
+            }
+        }
+    });
+}

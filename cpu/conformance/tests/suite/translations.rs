@@ -655,3 +655,71 @@ fn one_page_of_code_at_several_addresses() {
         assert!(m.records().is_empty());
     });
 }
+
+/// What may stand at the end of a page of code, to go on in the next.
+#[derive(Clone, Copy, Debug)]
+enum Way {
+    Jump,
+    FallThrough,
+    /// MOV EAX, imm32, the last two bytes of which are on the next page; entered at the first of so many NOPs before it.
+    Straddles(u64),
+}
+
+/// One physical page of code at three linear addresses, each with another page behind it.
+fn followed_by_others(m: &mut Machine, way: Way) -> u64 {
+    let straddles = matches!(way, Way::Straddles(_));
+    for (n, at) in [0, 2, 5].into_iter().enumerate() {
+        let page = SPARE + 0x1000 * (n as u64 + 1);
+        m.map(at, SPARE, P | US);
+        m.map(at + 1, page, P | US);
+        let bytes = [0xb8, 0x11, 0x22, 0x33, 0x40 + n as u8, 0xc3];
+        m.put_bytes(page, &bytes[if straddles { 3 } else { 0 }..]);
+    }
+    m.put_bytes(SPARE + 0xe00, &[0x90; 0x200]);
+    match way {
+        Way::Jump => {
+            m.place_at(64, SPARE, X, |a: &mut CodeAssembler| a.jmp(X + 0x1000));
+            0
+        }
+        Way::FallThrough => 0xf00,
+        Way::Straddles(nops) => {
+            m.put_bytes(SPARE + 0xffd, &[0xb8, 0x11, 0x22]);
+            0xffd - nops
+        }
+    }
+}
+
+#[test]
+fn behind_a_page_at_several_addresses_is_what_follows_each() {
+    let call_each = |entry: u64| {
+        move |a: &mut CodeAssembler| {
+            a.xor(r12d, r12d)?;
+            a.mov(ecx, 30)?;
+            let mut again = a.create_label();
+            a.set_label(&mut again)?;
+            for n in [0, 0, 2, 5] {
+                a.mov(rbx, X + (n << 12) + entry)?;
+                a.call(rbx)?;
+                a.imul_3(r12, r12, 3)?;
+                a.add(r12, rax)?;
+            }
+            a.dec(ecx)?;
+            a.jnz(again)
+        }
+    };
+    let values = (0..30).flat_map(|_| [0, 0, 1, 2]);
+    let expected = values.fold(0u64, |sum, n| {
+        sum.wrapping_mul(3).wrapping_add(0x4033_2211 + (n << 24))
+    });
+    let ways = [0, 1, 60].map(Way::Straddles);
+    for way in [Way::Jump, Way::FallThrough].into_iter().chain(ways) {
+        each_engine(|m| {
+            let entry = followed_by_others(m, way);
+            m.run_code(call_each(entry));
+            assert_eq!(m.reg(Gpr::R12), expected, "{way:?}");
+            m.run_user(call_each(entry));
+            assert_eq!(m.reg(Gpr::R12), expected, "{way:?} of user code");
+            assert!(m.records().is_empty());
+        });
+    }
+}
