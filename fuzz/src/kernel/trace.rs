@@ -9,6 +9,7 @@ use doppel_memory::{GuestRam, PAGE_SIZE, probe};
 use doppel_x86::{Activity, Cpu, CpuMode, CpuidModel, Gpr, Seg, event, interpret};
 use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, RflagsBits};
 
+use super::compare::is_table;
 use super::image::Image;
 use super::layout::{CURSOR, PD, PDPT, PML4, PML4_B, PT, RAM, STUBS};
 use super::machine::{self, KernelBus};
@@ -77,12 +78,16 @@ pub struct Trace {
     pub unspecified: Option<Instruction>,
     /// A step wrote over the tables of what it runs in, and flushed nothing: the outcome is open.
     pub lost_tables: bool,
+    /// Page tables were executed: when a processor sets their accessed and dirty bits is its own affair.
+    pub executes_tables: bool,
+    /// A bit test was executed, which leaves flags undefined that processors, and the interpreter, leave alone.
+    pub vague_flags: bool,
 }
 
 impl Trace {
     /// Whether the manual says what comes out.
     pub fn is_specified(&self) -> bool {
-        self.unspecified.is_none() && !self.lost_tables
+        self.unspecified.is_none() && !self.lost_tables && !self.executes_tables
     }
 }
 
@@ -156,6 +161,7 @@ impl Tracer {
     fn step(&mut self, trace: &mut Trace, watch: &mut Watch<'_>) {
         let instruction = self.next();
         watch(&self.cpu, instruction.as_ref());
+        let from_tables = self.fetches_from_tables();
         let place = (bits(&self.cpu), self.cpu.cpl);
         let before = self.cpu.counters.exceptions;
         interpret::step(&mut self.cpu, &mut self.bus);
@@ -163,6 +169,9 @@ impl Tracer {
         let after = self.cpu.counters.exceptions;
         let raised: Vec<usize> = (0..32).filter(|n| after[*n] != before[*n]).collect();
         if let Some(i) = instruction {
+            use Mnemonic::{Bt, Btc, Btr, Bts};
+            trace.vague_flags |= [Bt, Btc, Btr, Bts].contains(&i.mnemonic());
+            trace.executes_tables |= from_tables;
             let key = (place.0, place.1, i.code());
             *trace.reached.instructions.entry(key).or_default() += 1;
             // The supervisor's shifts leave flags to nobody.
@@ -192,15 +201,24 @@ impl Tracer {
         }
     }
 
-    /// The instruction at RIP, where it can be fetched.
-    fn next(&mut self) -> Option<Instruction> {
+    /// The linear address of RIP.
+    fn fetched(&self) -> u64 {
         let base = match self.cpu.mode() {
             CpuMode::Bits64 => 0,
             _ => self.cpu.segment(Seg::Cs).base,
         };
+        base.wrapping_add(self.cpu.rip)
+    }
+
+    fn fetches_from_tables(&self) -> bool {
+        let found = probe(&self.cpu.ram, &self.cpu.paging(), self.fetched());
+        found.is_some_and(|t| is_table(t.gpa))
+    }
+
+    /// The instruction at RIP, where it can be fetched.
+    fn next(&mut self) -> Option<Instruction> {
         let mut bytes = [0; 16];
-        let at = base.wrapping_add(self.cpu.rip);
-        let got = self.cpu.fetch(at, &mut bytes).ok()?;
+        let got = self.cpu.fetch(self.fetched(), &mut bytes).ok()?;
         let options = DecoderOptions::NONE;
         let mut decoder = Decoder::with_ip(bits(&self.cpu), &bytes[..got], self.cpu.rip, options);
         let i = decoder.decode();
