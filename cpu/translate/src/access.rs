@@ -216,10 +216,11 @@ impl Translator {
     /// TLB, so that the next write to it comes here too. Whoever translates from it meanwhile waits for this CPU to leave.
     fn beside_code(&mut self, linear: u64, site: &AccessSite, t: Translation) -> Option<u64> {
         let cpu = &self.context.cpu;
-        let (gpa, len) = (
-            (t.gpa & !PAGE_MASK) | (linear & PAGE_MASK),
-            u64::from(site.span),
-        );
+        let gpa = (t.gpa & !PAGE_MASK) | (linear & PAGE_MASK);
+        let len = match site.own.repeats {
+            true => room(linear),
+            false => site.span.into(),
+        };
         let tracker = cpu.ram.tracker();
         let may = self.options.write_beside_code
             && site.write

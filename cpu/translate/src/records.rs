@@ -332,7 +332,7 @@ impl AccessRecord {
             span: site.span,
             retry: narrow(site.retry),
             done: narrow(site.done),
-            own_from: site.own.from,
+            own_from: site.own.from | u16::from(site.own.repeats) << 15,
             own_size: site.own.size,
             bits: bit(0, site.write)
                 | bit(1, site.own.write)
@@ -349,9 +349,10 @@ impl AccessRecord {
             span: self.span,
             write: is(0),
             own: Part {
-                from: self.own_from,
+                from: self.own_from & 0x7fff,
                 size: self.own_size,
                 write: is(1),
+                repeats: self.own_from >> 15 != 0,
             },
             careful: Some(self.careful).filter(|n| *n != NONE),
             own_operand: is(2),
@@ -560,6 +561,7 @@ mod tests {
                     from: 4032,
                     size: 64,
                     write: is(1),
+                    repeats: is(4),
                 },
                 careful: is(2).then_some(70_000),
                 own_operand: is(3),

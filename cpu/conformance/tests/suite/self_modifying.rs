@@ -144,6 +144,23 @@ fn by_string_instructions() {
     });
 }
 
+/// What it writes first lies beside the code.
+#[test]
+fn by_a_string_instruction_that_begins_before_the_code() {
+    each_engine(|m| {
+        for immediate in [X + 0xf01, X + 0x2f01] {
+            changed_by(m, immediate, |a| {
+                a.mov(byte_ptr(DATA + 0x300), u32::from(MOV_EAX))?;
+                a.mov(dword_ptr(DATA + 0x301), edx)?;
+                a.mov(rsi, DATA + 0x200)?;
+                a.lea(rdi, qword_ptr(rbx - 0x101))?;
+                a.mov(ecx, 0x105)?;
+                a.rep().movsb()
+            });
+        }
+    });
+}
+
 #[test]
 fn by_a_push() {
     each_engine(|m| {

@@ -183,6 +183,7 @@ impl Work<'_> {
             from: from as u16,
             size,
             write,
+            repeats: false,
         };
         let held = self.pinned_stretch().is_some() || hold.is_some();
         let size = (stretch.high - stretch.low) as u16;
@@ -226,8 +227,20 @@ impl Work<'_> {
             from: 0,
             size: size as u8,
             write,
+            repeats: false,
         };
         self.check_stretch(i, size, write, own, false);
+    }
+
+    /// A check for a byte and those behind it in the page, as a repeated string instruction accesses them: S0 as for [`Work::check`].
+    pub(super) fn check_rest_of_page(&mut self, i: &GuestInstruction, write: bool) {
+        let own = Part {
+            from: 0,
+            size: 1,
+            write,
+            repeats: true,
+        };
+        self.check_stretch(i, 1, write, own, false);
     }
 
     /// The same for a stretch of which the instruction accesses a part; `held` where its address is kept for others.

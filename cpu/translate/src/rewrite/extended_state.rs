@@ -71,6 +71,7 @@ impl Work<'_> {
             from: 0,
             size: 0,
             write,
+            repeats: false,
         };
         self.check_stretch(i, area.size, write, all, false);
         self.asm().test_imm32(S0, 63);

@@ -54,6 +54,8 @@ pub(crate) struct Part {
     pub from: u16,
     pub size: u8,
     pub write: bool,
+    /// And any number of bytes behind them in the page: a repeated string instruction.
+    pub repeats: bool,
 }
 
 /// From here on, host code belongs to this guest instruction and its flags are there.

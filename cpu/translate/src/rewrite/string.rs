@@ -209,7 +209,7 @@ impl Work<'_> {
 
     /// S0, a linear address, becomes a host address; NOW becomes the number of elements that fit into its page, if that is less.
     fn shorten(&mut self, i: &GuestInstruction, size: u8, write: bool) {
-        self.check(i, 1, write);
+        self.check_rest_of_page(i, write);
         let a = self.asm();
         a.mov32(S1, S0);
         a.alu_imm32(Alu::Or, S1, -4096);
