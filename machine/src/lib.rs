@@ -20,7 +20,7 @@
 
 mod acpi;
 mod attention;
-mod boot;
+pub mod boot;
 mod clock_pages;
 mod config;
 mod control;

@@ -1,8 +1,9 @@
-//! The project's own tasks: `tidy`, `test`, `boots`, `bench`, `fuzz`, `disks`, `hostile`, `debian`, `soak`, `stress`, `suites`; `cargo xtask --help` says what each does.
+//! The project's own tasks: `tidy`, `test`, `boots`, `bench`, `fuzz`, `disks`, `hostile`, `guided`, `debian`, `soak`, `stress`, `suites`; `cargo xtask --help` says what each does.
 
 mod boots;
 mod console;
 mod debian;
+mod guided;
 mod hostile;
 mod soak;
 mod source;
@@ -45,6 +46,8 @@ enum Task {
     },
     /// Hostile guests, images and peers at each door of SECURITY.md, for as long as one likes.
     Hostile(hostile::Hostile),
+    /// The same with inputs that libFuzzer makes, guided by what they reach, for files, packets, messages and code.
+    Guided(guided::Guided),
     /// Build a Debian, boot it from its disk, use it, kill it, and look at the image.
     Debian(debian::Debian),
     /// Load a Debian with stress-ng for long, and see that neither it nor the monitor takes harm.
@@ -86,6 +89,7 @@ fn main() -> Result<()> {
         }
         Task::Disks { rounds, damaged } => disks(rounds, damaged),
         Task::Hostile(args) => hostile::hostile(&cargo_program(), &root()?, &args),
+        Task::Guided(args) => guided::guided(&cargo_program(), &root()?, &args),
         Task::Debian(args) => {
             cargo("build", &["--release", "--package", "doppel"])?;
             debian::debian(&root()?, &args)

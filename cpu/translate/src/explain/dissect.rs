@@ -198,7 +198,8 @@ impl Dissected {
         let jumps = d.code() == Code::Jmp_rm64;
         let slot = h.slot().filter(|_| jumps).and_then(slots::exit_slot);
         let to = self.position(h);
-        let patched = |e: &ExitSite| e.patch == Some(h.end() - 4) && to.is_some();
+        let displacement = h.end().checked_sub(4);
+        let patched = |e: &ExitSite| e.patch.is_some() && e.patch == displacement && to.is_some();
         let mine = |e: &ExitSite| match slot {
             Some(slot) => e.slot == Some(slot),
             None => Some(e.stub) == to || patched(e),

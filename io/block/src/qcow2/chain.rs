@@ -15,6 +15,7 @@ use imago::{DenyImplicitOpenGate, FormatAccess};
 
 use super::Qcow2;
 use super::header::{self, Header};
+use super::refcounts;
 use super::storage_unsafe::ImageFile;
 use crate::backend::SECTOR;
 use crate::create::settle;
@@ -132,6 +133,10 @@ fn open_qcow2(file: HostFile, below: Below, depth: usize) -> Result<Chain, Block
         return Err(damaged(&path, "it does not begin as one"));
     }
     let header = header::check(&head, file.len()).map_err(|what| damaged(&path, what))?;
+    if file.writable() {
+        let read = |at, into: &mut [u8]| file.read_at(at, vec![IoSliceMut::new(into)]).map(drop);
+        refcounts::check(&head, &read).map_err(|what| damaged(&path, what))?;
+    }
     let file = Arc::new(file);
     let storage = ImageFile::new(file.clone(), header.cluster_size);
     let mut driver =

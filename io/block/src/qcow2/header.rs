@@ -134,7 +134,8 @@ pub(crate) fn sort_feature_names(head: &mut [u8]) -> Result<(), String> {
 }
 
 /// A big-endian number in the header.
-fn field(head: &[u8], at: usize, len: usize) -> Result<u64, String> {
+/// A number in a header.
+pub(super) fn field(head: &[u8], at: usize, len: usize) -> Result<u64, String> {
     let bytes = head.get(at..at + len).ok_or(TRUNCATED)?;
     Ok(bytes.iter().fold(0, |n, byte| n << 8 | u64::from(*byte)))
 }

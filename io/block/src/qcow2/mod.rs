@@ -17,6 +17,7 @@
 
 mod chain;
 mod header;
+mod refcounts;
 mod storage_unsafe;
 
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
