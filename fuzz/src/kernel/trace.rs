@@ -7,7 +7,9 @@ use std::sync::Arc;
 use anyhow::Result;
 use doppel_memory::{GuestRam, PAGE_SIZE, probe};
 use doppel_x86::{Activity, Cpu, CpuMode, CpuidModel, Gpr, Seg, event, interpret};
-use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, RflagsBits};
+use iced_x86::{
+    Code, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register, RflagsBits,
+};
 
 use super::compare::is_table;
 use super::image::Image;
@@ -78,8 +80,9 @@ pub struct Trace {
     pub unspecified: Option<Instruction>,
     /// A step wrote over the tables of what it runs in, and flushed nothing: the outcome is open.
     pub lost_tables: bool,
-    /// Page tables were executed: when a processor sets their accessed and dirty bits is its own affair.
-    pub executes_tables: bool,
+    /// Page tables were executed, or read by other code than the supervisor's: when a processor sets their accessed and dirty bits is its own
+    /// affair.
+    pub sees_tables: bool,
     /// A bit test was executed, which leaves flags undefined that processors, and the interpreter, leave alone.
     pub vague_flags: bool,
 }
@@ -87,7 +90,7 @@ pub struct Trace {
 impl Trace {
     /// Whether the manual says what comes out.
     pub fn is_specified(&self) -> bool {
-        self.unspecified.is_none() && !self.lost_tables && !self.executes_tables
+        self.unspecified.is_none() && !self.lost_tables && !self.sees_tables
     }
 }
 
@@ -161,7 +164,8 @@ impl Tracer {
     fn step(&mut self, trace: &mut Trace, watch: &mut Watch<'_>) {
         let instruction = self.next();
         watch(&self.cpu, instruction.as_ref());
-        let from_tables = self.fetches_from_tables();
+        let sees_tables =
+            self.is_table(self.fetched()) || instruction.is_some_and(|i| self.reads_tables(&i));
         let place = (bits(&self.cpu), self.cpu.cpl);
         let before = self.cpu.counters.exceptions;
         interpret::step(&mut self.cpu, &mut self.bus);
@@ -171,7 +175,7 @@ impl Tracer {
         if let Some(i) = instruction {
             use Mnemonic::{Bt, Btc, Btr, Bts};
             trace.vague_flags |= [Bt, Btc, Btr, Bts].contains(&i.mnemonic());
-            trace.executes_tables |= from_tables;
+            trace.sees_tables |= sees_tables;
             let key = (place.0, place.1, i.code());
             *trace.reached.instructions.entry(key).or_default() += 1;
             // The supervisor's shifts leave flags to nobody.
@@ -210,9 +214,31 @@ impl Tracer {
         base.wrapping_add(self.cpu.rip)
     }
 
-    fn fetches_from_tables(&self) -> bool {
-        let found = probe(&self.cpu.ram, &self.cpu.paging(), self.fetched());
+    fn is_table(&self, linear: u64) -> bool {
+        let found = probe(&self.cpu.ram, &self.cpu.paging(), linear);
         found.is_some_and(|t| is_table(t.gpa))
+    }
+
+    /// Whether its operand in memory, which it reads, has bytes of page tables.
+    fn reads_tables(&self, i: &Instruction) -> bool {
+        let stores = matches!(i.mnemonic(), Mnemonic::Mov) && i.op0_kind() == OpKind::Memory;
+        if stores || (STUBS..CURSOR).contains(&i.ip()) {
+            return false;
+        }
+        let Some(n) = (0..i.op_count()).find(|n| i.op_kind(*n) == OpKind::Memory) else {
+            return false;
+        };
+        let value = |register: Register, _, _| match register.is_segment_register() {
+            true => Some(self.cpu.seg[register.number()].base),
+            false if register.is_gpr() => Some(self.cpu.gpr[register.full_register().number()]),
+            // Of a gather.
+            false => None,
+        };
+        let Some(first) = i.virtual_address(n, 0, value) else {
+            return false;
+        };
+        let last = first.wrapping_add(i.memory_size().size().max(1) as u64 - 1);
+        self.is_table(first) || self.is_table(last)
     }
 
     /// The instruction at RIP, where it can be fetched.
