@@ -7,13 +7,13 @@
 //! `DOPPEL_BUS_ACCESSES=30000000 DOPPEL_BUS_SEED=7 cargo test --release -p doppel-machine hostile` is a longer campaign.
 
 use std::ops::Range;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::channel;
 use std::thread;
-use std::time::Duration;
 
 use doppel_block::DiskSpec;
 use doppel_memory::GuestRam;
+use doppel_virtio::hostile::Random;
 use doppel_virtio::{BalloonControl, ConsoleBackend};
 use doppel_x86::{Bus, Kick};
 
@@ -28,9 +28,7 @@ use crate::vcpu::Sleepers;
 use crate::virtio::{DeviceConfig, VirtioTransport};
 
 const RAM: u64 = 4 << 20;
-const CPUS: usize = 2;
 const TSC_HZ: u64 = 2_000_000_000;
-const LIMIT: Duration = Duration::from_secs(240);
 
 /// Ports that somebody answers at, and some beside them.
 const PORTS: [Range<u16>; 16] = [
@@ -71,36 +69,21 @@ impl Kick for Silent {
     fn kick(&self) {}
 }
 
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn below(&mut self, n: u64) -> u64 {
-        (self.next() >> 11) % n
-    }
-
-    fn value(&mut self) -> u64 {
-        let value = self.next();
-        match self.below(8) {
-            0 => 0,
-            1 => u64::MAX,
-            2 => 1 << (value % 64),
-            3 | 4 => value & 0xff,
-            // What looks like an address: of a window, or of RAM.
-            5 => layout::PCI_MMIO_LOW.start + (value & 0xf_f000),
-            6 => value & (RAM - 1) & !0xf,
-            _ => value,
-        }
+fn value(random: &mut Random) -> u64 {
+    let value = random.next();
+    match random.below(8) {
+        0 => 0,
+        1 => u64::MAX,
+        2 => 1 << (value % 64),
+        3 | 4 => value & 0xff,
+        // What looks like an address: of a window, or of RAM.
+        5 => layout::PCI_MMIO_LOW.start + (value & 0xf_f000),
+        6 => value & (RAM - 1) & !0xf,
+        _ => value,
     }
 }
 
-fn devices(disk: &std::path::Path) -> Vec<DeviceConfig> {
+fn devices(disk: &Path) -> Vec<DeviceConfig> {
     let spec: DiskSpec = format!("{},format=raw", disk.display()).parse().unwrap();
     let SerialBackend { sink, source } = SerialBackend::none();
     let backend = ConsoleBackend {
@@ -130,7 +113,7 @@ fn devices(disk: &std::path::Path) -> Vec<DeviceConfig> {
 /// Any access; what it answers fits into what was asked for.
 fn access(bus: &mut CpuBus, random: &mut Random) {
     let size = 1 << random.below(4);
-    let value = random.value();
+    let value = value(random);
     let port = PORTS[random.below(PORTS.len() as u64) as usize].clone();
     let port = port.start + random.below(port.len() as u64) as u16;
     let memory = MEMORY[random.below(MEMORY.len() as u64) as usize].clone();
@@ -171,20 +154,40 @@ fn access(bus: &mut CpuBus, random: &mut Random) {
     }
 }
 
-/// One machine with so many accesses; how many of its virtio devices a driver was admitted to.
-fn machine(transport: VirtioTransport, accesses: u64, seed: u64, disk: &std::path::Path) {
+/// Accesses that an input's bytes decide, by one CPU.
+///
+/// # Panics
+/// Where a chip or a bus does not stand them.
+pub fn run_bytes(bytes: &[u8], disk: &Path) {
+    let mut random = Random::of_bytes(bytes);
+    let transport = random.one(&[VirtioTransport::Pci, VirtioTransport::Mmio]);
+    machine(transport, 1, disk, |_, bus| {
+        let mut random = Random::of_bytes(bytes);
+        while !random.is_used_up() {
+            access(bus, &mut random);
+        }
+    });
+}
+
+/// One machine, on each CPU's bus of which something is done, its timers running.
+fn machine(
+    transport: VirtioTransport,
+    cpus: usize,
+    disk: &Path,
+    done: impl Fn(usize, &mut CpuBus) + Sync,
+) {
     let config = MachineConfig {
         memory: RAM,
-        cpus: CPUS as u32,
+        cpus: cpus as u32,
         test_devices: true,
         devices: devices(disk),
         virtio: transport,
-        ..MachineConfig::new(std::path::PathBuf::new())
+        ..MachineConfig::new(PathBuf::new())
     };
-    let ram = Arc::new(GuestRam::new(RAM).unwrap());
-    let doorbells: Vec<_> = (0..CPUS).map(|_| Doorbell::new(Arc::new(Silent))).collect();
+    let ram = Arc::new(GuestRam::new(RAM).expect("memory"));
+    let doorbells: Vec<_> = (0..cpus).map(|_| Doorbell::new(Arc::new(Silent))).collect();
     let control = Arc::new(Control::default());
-    let (serial, sleepers) = (CharLink::default(), Sleepers::new(CPUS as u32));
+    let (serial, sleepers) = (CharLink::default(), Sleepers::new(cpus as u32));
     let pc = Pc::new(PcParts {
         config: &config,
         tsc_hz: TSC_HZ,
@@ -194,49 +197,60 @@ fn machine(transport: VirtioTransport, accesses: u64, seed: u64, disk: &std::pat
         sleepers: &sleepers,
         ram: &ram,
     });
-    let pc = pc.unwrap();
+    let pc = pc.expect("a machine");
     thread::scope(|scope| {
         scope.spawn(|| pc.timers.run());
-        let cpus = pc.cpu_apics().enumerate().map(|(n, apic)| {
+        let run = |(n, apic)| {
             let mut bus = CpuBus::new(&pc, n as u32, apic, ram.clone(), false);
-            let mut random = Random((seed * 64 + n as u64) * 2 + 1);
-            scope.spawn(move || (0..accesses).for_each(|_| access(&mut bus, &mut random)))
-        });
-        let ends: Vec<_> = cpus
-            .collect::<Vec<_>>()
-            .into_iter()
-            .map(|cpu| cpu.join())
-            .collect();
+            let done = &done;
+            scope.spawn(move || done(n, &mut bus))
+        };
+        let started: Vec<_> = pc.cpu_apics().enumerate().map(run).collect();
+        let ends: Vec<_> = started.into_iter().map(|cpu| cpu.join()).collect();
         pc.virtio.stop();
         pc.timers.stop();
         assert!(ends.iter().all(Result::is_ok), "a vCPU panicked");
     });
 }
 
-#[test]
-fn hostile_register_accesses_of_a_whole_machine_end_in_values() {
-    let number = |name: &str, usual| {
-        let given = std::env::var(name).ok();
-        given.map_or(usual, |text| text.parse().expect("a number"))
-    };
-    let (accesses, seed) = (
-        number("DOPPEL_BUS_ACCESSES", 150_000),
-        number("DOPPEL_BUS_SEED", 1),
-    );
-    let disk = std::env::temp_dir().join(format!("doppel-hostile-{}", std::process::id()));
-    std::fs::write(&disk, vec![0; 1 << 20]).unwrap();
-    let (done, ended) = channel();
-    let path = disk.clone();
-    let run = thread::spawn(move || {
-        for transport in [VirtioTransport::Pci, VirtioTransport::Mmio] {
-            machine(transport, accesses, seed, &path);
-        }
-        let _ = done.send(());
-    });
-    // A longer campaign has the time that it takes.
-    let limit = LIMIT * (1 + accesses / 1_000_000) as u32;
-    let over = ended.recv_timeout(limit).is_ok();
-    let _ = std::fs::remove_file(&disk);
-    assert!(over, "it hangs or panicked");
-    run.join().unwrap();
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+    use std::time::Duration;
+
+    use super::*;
+
+    const CPUS: usize = 2;
+    const LIMIT: Duration = Duration::from_secs(240);
+
+    #[test]
+    fn hostile_register_accesses_of_a_whole_machine_end_in_values() {
+        let number = |name: &str, usual| {
+            let given = std::env::var(name).ok();
+            given.map_or(usual, |text| text.parse().expect("a number"))
+        };
+        let (accesses, seed) = (
+            number("DOPPEL_BUS_ACCESSES", 150_000),
+            number("DOPPEL_BUS_SEED", 1),
+        );
+        let disk = std::env::temp_dir().join(format!("doppel-hostile-{}", std::process::id()));
+        std::fs::write(&disk, vec![0; 1 << 20]).unwrap();
+        let (done, ended) = channel();
+        let path = disk.clone();
+        let run = thread::spawn(move || {
+            for transport in [VirtioTransport::Pci, VirtioTransport::Mmio] {
+                machine(transport, CPUS, &path, |n, bus| {
+                    let mut random = Random::seeded(seed * 64 + n as u64);
+                    (0..accesses).for_each(|_| access(bus, &mut random));
+                });
+            }
+            let _ = done.send(());
+        });
+        // A longer campaign has the time that it takes.
+        let limit = LIMIT * (1 + accesses / 1_000_000) as u32;
+        let over = ended.recv_timeout(limit).is_ok();
+        let _ = std::fs::remove_file(&disk);
+        assert!(over, "it hangs or panicked");
+        run.join().unwrap();
+    }
 }

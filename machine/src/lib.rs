@@ -28,8 +28,7 @@ mod cpu_bus;
 mod death;
 mod doorbell;
 mod engine;
-#[cfg(test)]
-mod hostile;
+pub mod hostile;
 mod instance;
 mod layout;
 mod machine;

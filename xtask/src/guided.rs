@@ -1,6 +1,6 @@
 //! `cargo xtask guided`: the doors of `fuzz/guided`, with libFuzzer, each for about as long as one likes.
 //!
-//! It is what `cargo fuzz run --fuzz-dir fuzz/guided door` does, without that program and with a stable compiler: the same instrumentation, overflow checks
+//! It is what `DOPPEL_DOOR=frames cargo fuzz run --fuzz-dir fuzz/guided door` does, without that program and with a stable compiler: the same instrumentation, overflow checks
 //! and debug assertions, but no address sanitizer, of which code without `unsafe` has little. Findings, and the inputs that reached something new, stay in
 //! `target/guided`.
 
@@ -17,6 +17,9 @@ pub struct Guided {
     /// For each door.
     #[arg(long, default_value_t = 60)]
     seconds: u64,
+    /// In place of seconds: inputs for each door, from the seeds on, so that it comes out the same each time.
+    #[arg(long)]
+    runs: Option<u64>,
     /// What random numbers start from.
     #[arg(long, default_value_t = 1)]
     seed: u32,
@@ -147,10 +150,18 @@ impl Lab {
     /// One door; false where it had a finding.
     fn run(&self, fuzzer: &Path, door: &Door, args: &Guided) -> Result<bool> {
         let name = &door.name;
+        let inputs = match args.runs {
+            None => "corpus",
+            // Which begins empty each time.
+            Some(_) => "corpus-of-runs",
+        };
         let (corpus, findings) = (
-            self.folder.join("corpus").join(name),
+            self.folder.join(inputs).join(name),
             self.folder.join("findings"),
         );
+        if args.runs.is_some() && corpus.exists() {
+            fs::remove_dir_all(&corpus).with_context(|| corpus.display().to_string())?;
+        }
         for folder in [&corpus, &findings] {
             fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
         }
@@ -164,12 +175,16 @@ impl Lab {
             false => Command::new(fuzzer),
         };
         let seeds = self.folder.join("seeds");
+        let (limit, most) = match args.runs {
+            None => ("max_total_time", args.seconds),
+            Some(runs) => ("runs", runs),
+        };
         command.arg(&corpus).arg(seeds.join(name));
         let dictionary = seeds.join(format!("{name}.dict"));
         for (option, value) in [
             ("dict", dictionary.display().to_string()),
             ("max_len", door.longest.clone()),
-            ("max_total_time", args.seconds.to_string()),
+            (limit, most.to_string()),
             ("seed", args.seed.to_string()),
             ("timeout", SLOWEST.to_string()),
             ("rss_limit_mb", LARGEST.to_string()),

@@ -14,6 +14,8 @@ mod frames;
 mod kernel;
 mod messages;
 mod qcow2;
+mod registers;
+mod rings;
 mod share;
 
 /// Somewhere bytes of a stranger come in.
@@ -34,12 +36,14 @@ pub struct Door {
 pub type Take = Box<dyn FnMut(&[u8])>;
 
 /// All of them.
-pub const DOORS: [Door; 8] = [
+pub const DOORS: [Door; 10] = [
     qcow2::DOOR,
     boot_disk::DOOR,
     kernel::DOOR,
     frames::DOOR,
     share::DOOR,
+    rings::DOOR,
+    registers::DOOR,
     messages::DISK,
     messages::NETWORK,
     code::DOOR,

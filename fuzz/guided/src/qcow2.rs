@@ -62,7 +62,7 @@ fn request(disk: &dyn BlockBackend, choices: &mut Choices<'_>) {
         1 | 2 => disk.write_at(offset, &[IoSlice::new(&bytes)]),
         3 => disk.flush(),
         4 => disk.discard(offset, count * 512),
-        _ => disk.write_zeroes(offset, count * 512, count % 2 == 0),
+        _ => disk.write_zeroes(offset, count * 512, count.is_multiple_of(2)),
     };
 }
 

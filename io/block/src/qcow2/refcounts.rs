@@ -92,7 +92,7 @@ impl Refcounts<'_> {
             (self.read)(self.table + 8 * region, &mut entry).map_err(unreadable)?;
         }
         let offset = u64::from_be_bytes(entry) & OFFSET;
-        if offset == 0 || offset % self.cluster != 0 {
+        if offset == 0 || !offset.is_multiple_of(self.cluster) {
             return Ok(Vec::new());
         }
         let mut block = vec![0; self.cluster as usize];

@@ -10,6 +10,7 @@
 //! - what lies beside a shared directory is as it was.
 
 mod class;
+mod random;
 mod share;
 
 use std::sync::Once;
@@ -21,6 +22,7 @@ use doppel_device::PciFunction;
 use crate::testing::{DriverQueue, RAM_SIZE, Rig};
 use crate::{EVENT_IDX, NEEDS_RESET};
 use class::Class;
+pub use random::Random;
 
 /// Nobody names addresses from here on.
 const UNTOUCHED: u64 = RAM_SIZE - (1 << 20);
@@ -76,32 +78,22 @@ pub fn run(campaign: Campaign) -> Report {
             break;
         }
         let seed = campaign.seed.wrapping_add(round);
-        Round::new(seed).run(&mut report);
+        Round::new(seed, Random::seeded(seed)).run(&mut report);
         assert_eq!(PANICS.load(Ordering::SeqCst), 0, "seed {seed}: a panic");
         report.rounds += 1;
     }
     report
 }
 
-/// xorshift64*.
-struct Random(u64);
+/// A round that does what the bytes say, as far as they go.
+///
+/// # Panics
+/// As [`run`].
+pub fn run_bytes(bytes: &[u8]) {
+    Round::new(0, Random::of_bytes(bytes)).run(&mut Report::default());
+}
 
 impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    fn below(&mut self, n: u64) -> u64 {
-        (self.next() >> 11) % n
-    }
-
-    fn one<T: Copy>(&mut self, of: &[T]) -> T {
-        of[self.below(of.len() as u64) as usize]
-    }
-
     /// A value as registers dislike it.
     fn value(&mut self) -> u64 {
         match self.below(6) {
@@ -145,8 +137,7 @@ struct Round {
 }
 
 impl Round {
-    fn new(seed: u64) -> Self {
-        let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    fn new(seed: u64, mut random: Random) -> Self {
         let class = Class::any(&mut random);
         let (device, kept) = class.device(&mut random);
         let rig = Rig::new(device);
@@ -163,6 +154,9 @@ impl Round {
     fn run(mut self, report: &mut Report) {
         self.start();
         for _ in 0..200 {
+            if self.random.is_used_up() {
+                break;
+            }
             self.act(report);
             report.actions += 1;
         }
