@@ -116,8 +116,9 @@ fn ext4() -> Option<Vec<u8>> {
     std::fs::write(root.join("etc/fstab"), "/dev/vda1 / ext4 defaults 0 1\n").ok()?;
     let mut command = Command::new("mke2fs");
     command.args(["-q", "-t", "ext4", "-O", "^has_journal", "-N", "16", "-d"]);
-    let status = command.arg(&root).arg(&image).arg("512k").status().ok()?;
-    status
+    let output = command.arg(&root).arg(&image).arg("512k").output().ok()?;
+    output
+        .status
         .success()
         .then(|| std::fs::read(image).ok())
         .flatten()
