@@ -38,6 +38,9 @@ const FLAGS: &[&str] = &[
     "-Cllvm-args=-sanitizer-coverage-pc-table",
     "-Cllvm-args=-sanitizer-coverage-trace-compares",
 ];
+/// Crates of others that wrap where they should not (of a damaged volume, `fatfs` subtracts 2 from the number of a cluster below it), and
+/// then read somewhere in the volume, or beyond its end, which is an error: as in the monitor.
+const AS_RELEASED: &[&str] = &["fatfs"];
 /// Seconds that an input may take.
 const SLOWEST: u64 = 25;
 /// MiB that the fuzzer may come to.
@@ -139,6 +142,12 @@ impl Lab {
         command.env("RUSTFLAGS", FLAGS.join(" "));
         for checks in ["DEBUG_ASSERTIONS", "OVERFLOW_CHECKS"] {
             command.env(format!("CARGO_PROFILE_RELEASE_{checks}"), "true");
+        }
+        for package in AS_RELEASED {
+            for checks in ["debug-assertions", "overflow-checks"] {
+                let profile = format!("profile.release.package.{package}.{checks}=false");
+                command.args(["--config", &profile]);
+            }
         }
         let status = command.status().context("running cargo")?;
         if !status.success() {
