@@ -21,6 +21,8 @@ pub(crate) struct Counts {
     pub explored: u64,
     pub closed: u64,
     pub emptied: u64,
+    /// Looks that were asked for.
+    pub looks: u64,
     /// Interruptions that found user code in a child, and translated.
     pub found: [u64; 2],
 }
@@ -48,6 +50,7 @@ impl Counts {
             ("direct_switches_in_unknown_code", c.opened_unknown),
             ("direct_pages_explored", c.explored),
             ("direct_switches_out", c.closed),
+            ("direct_looks", c.looks),
         ])
     }
 }

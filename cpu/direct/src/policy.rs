@@ -23,6 +23,8 @@ pub struct Times {
     pub change: u64,
     /// The account of an address space that is tried, for the first time and again.
     pub advance: (i64, i64),
+    /// The same right after long stretches have paid: what has been mapped meanwhile is mapped in the child at once, which costs a change for each page.
+    pub advance_computed: i64,
     /// What a page of code is worth that need not be translated.
     pub page: u64,
     /// What it costs to translate the first of a page that nobody has executed, with what is likely to follow, and a block of one that only this address space has.
@@ -37,8 +39,8 @@ pub struct Times {
     pub most: (i64, i64),
     /// The first time away, and the longest.
     pub away: (u64, u64),
-    /// From one look at user code to the next where it may be worth a second one soon.
-    pub look: u64,
+    /// From one look at user code to the next where it may be worth a second one soon: right after direct execution paid no longer, and at most.
+    pub look: (u64, u64),
     /// Two looks at user code count as one stretch of looks if no further apart.
     pub apart: (u64, u64),
 }
@@ -52,6 +54,7 @@ impl Times {
             stop: 5 * us as i64,
             change: us + us / 2,
             advance: (1500 * us as i64, 1000 * us as i64),
+            advance_computed: 2500 * us as i64,
             page: 70 * us,
             translation: (60 * us, 5 * us / 2),
             unknown: (5_000 * us, 1_500 * us),
@@ -59,7 +62,7 @@ impl Times {
             longest: 4000 * us,
             most: (700 * us as i64, 4000 * us as i64),
             away: (4_000 * us, 1_000_000 * us),
-            look: 1_000 * us,
+            look: (400 * us, 1_000 * us),
             apart: (700 * us, 20_000 * us),
         }
     }
@@ -71,6 +74,7 @@ impl Times {
             stop: 0,
             change: 0,
             advance: (1, 1),
+            advance_computed: 1,
             page: 0,
             translation: (1, 1),
             unknown: (u64::MAX, 1),
@@ -78,7 +82,7 @@ impl Times {
             longest: 1,
             most: (1, 1),
             away: (0, 0),
-            look: u64::MAX,
+            look: (u64::MAX, u64::MAX),
             apart: (0, u64::MAX),
         }
     }
@@ -106,6 +110,8 @@ pub struct Look {
     pub spent: u64,
     /// How often user code had been entered by then.
     pub entries: u64,
+    /// It was asked for.
+    pub asked: bool,
 }
 
 /// The test on the way in, for one CPU.
@@ -140,12 +146,56 @@ impl Scout {
     pub fn promising(&mut self, times: &Times, look: Look) -> bool {
         let since = look.tsc.saturating_sub(self.user.tsc);
         let same = look.root == self.user.root && since <= times.apart.1;
-        if same && since < times.apart.0 {
+        let least = if look.asked {
+            times.look.0 / 2
+        } else {
+            u64::MAX
+        };
+        if same && since < times.apart.0.min(least) {
             return false;
         }
         let before = std::mem::replace(&mut self.user, look);
         let spent = look.spent.saturating_sub(before.spent);
         same && spent / (look.entries.saturating_sub(before.entries) + 1) >= times.stretch
+    }
+}
+
+/// Looks at user code that are asked for between the guest's interrupts.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Looks {
+    left: u32,
+    /// When the first was asked for, if they go on whatever they find.
+    since: Option<u64>,
+}
+
+impl Looks {
+    /// Direct execution has paid until now, by long stretches or by what code it need not translate. Code that is translated
+    /// for the first time looks like a long stretch, so looks at it are rarer.
+    pub fn begin(&mut self, now: u64, computed: bool) {
+        (self.left, self.since) = match computed {
+            true => (16, Some(now)),
+            false => (4, None),
+        };
+    }
+
+    /// One is worth it, unless more are under way.
+    pub fn one(&mut self) {
+        if self.left == 0 {
+            (self.left, self.since) = (1, None);
+        }
+    }
+
+    /// True where they go on whatever they find.
+    pub fn are_patient(&self) -> bool {
+        self.since.is_some()
+    }
+
+    /// How long it is until the next, if there is any: the longer they have been in vain, the longer.
+    pub fn next(&mut self, times: &Times, now: u64) -> Option<u64> {
+        self.left = self.left.checked_sub(1)?;
+        let (first, most) = times.look;
+        let since = self.since.map_or(u64::MAX, |s| now.saturating_sub(s));
+        Some((since / 4).clamp(first, most))
     }
 }
 
@@ -193,6 +243,9 @@ pub struct Account {
     earned: i64,
     /// That was as much as an account can hold, at some time.
     paid: bool,
+    /// The same, by stretches alone.
+    ran: i64,
+    computed: bool,
     /// It was tried before.
     tried: bool,
     /// How long it is translated the next time, and until when it is now.
@@ -207,6 +260,8 @@ impl Account {
             credit: None,
             earned: 0,
             paid: false,
+            ran: 0,
+            computed: false,
             tried: false,
             away: times.away.0,
             until: 0,
@@ -239,8 +294,13 @@ impl Account {
             return false;
         }
         let (first, again) = times.advance;
-        self.credit = Some(if self.tried { again } else { first });
+        self.credit = Some(match (self.tried, self.computed) {
+            (false, _) => first,
+            (true, false) => again,
+            (true, true) => times.advance_computed,
+        });
         (self.earned, self.paid) = (0, false);
+        (self.ran, self.computed) = (0, false);
         self.tried = true;
         true
     }
@@ -257,6 +317,8 @@ impl Account {
         let pages = (stretch.pages * times.page) as i64;
         self.earned = self.earned.saturating_add(gain + pages);
         self.paid |= self.earned >= times.most.0;
+        self.ran = self.ran.saturating_add(gain);
+        self.computed |= self.ran >= times.most.0;
         let (most, most_pages) = times.most;
         let credit = credit.saturating_add(gain).min(credit.max(most));
         let credit = (credit + pages).min(credit.max(most_pages));
@@ -275,6 +337,11 @@ impl Account {
     /// True where direct execution paid, until it was closed: what the program does has changed, and may change back soon.
     pub fn has_paid(&self) -> bool {
         self.paid
+    }
+
+    /// True where it paid by long stretches of user code.
+    pub fn has_computed(&self) -> bool {
+        self.computed
     }
 
     /// Has it translated: where it was tried in vain for a time, which doubles with each time.
@@ -307,6 +374,69 @@ mod tests {
     }
 
     #[test]
+    fn looks_become_rarer_and_end() {
+        let times = times();
+        let mut looks = Looks::default();
+        assert_eq!(looks.next(&times, MS), None);
+        looks.one();
+        assert_eq!(looks.next(&times, 100 * MS), Some(MS));
+        assert_eq!(looks.next(&times, 100 * MS), None);
+        looks.begin(MS, false);
+        assert_eq!(looks.next(&times, MS), Some(MS));
+        assert!(!looks.are_patient());
+        looks.begin(100 * MS, true);
+        let mut now = 100 * MS;
+        let mut after = Vec::new();
+        for _ in 0..16 {
+            looks.one();
+            assert!(looks.are_patient());
+            let look = looks.next(&times, now).unwrap();
+            after.push(look);
+            now += look;
+        }
+        assert_eq!(looks.next(&times, now), None);
+        assert_eq!((after[0], after[15]), (MS * 2 / 5, MS));
+        assert!(after.is_sorted());
+    }
+
+    #[test]
+    fn what_was_mapped_in_a_storm_may_be_mapped_when_it_is_over() {
+        let times = times();
+        let refill = Stretch {
+            ticks: MS * 6 / 5,
+            changes: 800,
+            pages: 0,
+        };
+        let storm = || ran(MS / 200);
+        for (computed, open) in [(false, false), (true, true)] {
+            let mut account = Account::new(&times);
+            assert!(account.open(&times, 0));
+            account.stopped(&times, ran(if computed { 4 * MS } else { 0 }), 0);
+            assert_eq!(account.has_computed(), computed);
+            while account.stopped(&times, storm(), 0) {}
+            assert!(account.open(&times, account.until));
+            assert_eq!(account.stopped(&times, refill, 0), open);
+        }
+    }
+
+    #[test]
+    fn the_first_look_after_direct_execution_may_open_it() {
+        let times = times();
+        let look = |tsc, asked| Look {
+            root: 1,
+            tsc,
+            spent: tsc,
+            asked,
+            ..Look::default()
+        };
+        let mut scout = Scout::default();
+        scout.begin(look(MS, false));
+        assert!(!scout.promising(&times, look(MS + MS / 10, true)));
+        assert!(!scout.promising(&times, look(MS + times.look.0, false)));
+        assert!(scout.promising(&times, look(MS + times.look.0, true)));
+    }
+
+    #[test]
     fn long_stretches_are_promising_and_short_ones_are_not() {
         let times = times();
         for (entries, promising) in [(0, true), (50, true), (1000, false)] {
@@ -316,6 +446,7 @@ mod tests {
                 tsc: MS * 100 + n * 4 * MS,
                 spent: n * 4 * MS,
                 entries: n * entries,
+                ..Look::default()
             };
             assert!(
                 !scout.promising(&times, at(0, 1)),
@@ -336,6 +467,7 @@ mod tests {
             tsc,
             spent: tsc,
             entries: 0,
+            ..Look::default()
         };
         scout.promising(&times, look(100 * MS));
         scout.kernel();
@@ -352,6 +484,7 @@ mod tests {
             tsc: MS * 100 + n * 4 * MS,
             spent: n * 4 * MS / share,
             entries: n * 100,
+            ..Look::default()
         };
         for (share, promising) in [(1, true), (4, false)] {
             scout.promising(&times, look(0, share));
@@ -368,6 +501,7 @@ mod tests {
             tsc,
             spent: tsc,
             entries,
+            ..Look::default()
         };
         scout.promising(&times, look(100 * MS, 0));
         assert!(!scout.promising(&times, look(100 * MS + MS / 2, 500)));
@@ -407,6 +541,7 @@ mod tests {
                 tsc: n * MS / 10,
                 spent: 0,
                 entries: n * entries,
+                ..Look::default()
             };
             let mut page = |n, root| explorer.promising(&times, look(n, root), cost, 1);
             assert!((1..6).all(|n| !page(n, 1)));

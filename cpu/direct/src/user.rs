@@ -29,7 +29,7 @@ use crate::changes::Changes;
 use crate::counts::{Counts, nanoseconds};
 use crate::hazard::{Hazards, Verdict};
 use crate::pin::Pin;
-use crate::policy::{Account, Explorer, Look, Scout, Stretch, Times};
+use crate::policy::{Account, Explorer, Look, Looks, Scout, Stretch, Times};
 use crate::shadow::{Entry, Revoked, Shadow};
 use crate::spent::{self, Spent};
 use crate::state::{self, UserState};
@@ -91,9 +91,6 @@ pub trait Reminder: Send + Sync {
     fn take_rung(&self) -> bool;
 }
 
-/// Looks at user code that are asked for after direct execution has paid for a while and does so no longer.
-const LOOKS: u32 = 4;
-
 /// Direct execution for one vCPU.
 pub struct Direct {
     host: Arc<DirectHost>,
@@ -105,8 +102,7 @@ pub struct Direct {
     /// Pages of code that nobody had executed, since the last stop.
     explored: u64,
     reminder: Option<Arc<dyn Reminder>>,
-    /// How often it may still be asked to remind.
-    looks: u32,
+    looks: Looks,
     /// How often user code had been entered when it was last left to this.
     entries: u64,
     spaces: BTreeMap<u64, Space>,
@@ -151,7 +147,7 @@ impl Direct {
             explorer: Explorer::default(),
             explored: 0,
             reminder: None,
-            looks: 0,
+            looks: Looks::default(),
             entries: 0,
             spaces: BTreeMap::new(),
             claims: FxHashMap::default(),
@@ -182,28 +178,31 @@ impl Direct {
 
     /// Has the engine come by soon for another look.
     fn look_again(&mut self) {
-        if let Some(reminder) = self.reminder.as_ref().filter(|_| self.looks > 0) {
-            self.looks -= 1;
-            reminder.after(nanoseconds(self.times.look, self.tsc_hz));
+        if let Some(reminder) = &self.reminder
+            && let Some(after) = self.looks.next(&self.times, host_tsc())
+        {
+            reminder.after(nanoseconds(after, self.tsc_hz));
         }
     }
 
-    fn look(&self, cpu: &Cpu, entries: u64) -> Look {
+    fn look(&self, cpu: &Cpu, entries: u64, asked: bool) -> Look {
         Look {
             root: root(cpu),
             tsc: host_tsc(),
             spent: spent::of_this_thread(self.tsc_hz),
             entries,
+            asked,
         }
     }
 
     /// The address space is translated from now on, after it was executed directly.
     fn closed(&mut self, cpu: &Cpu) {
         self.counts.closed += 1;
-        if self.space(root(cpu)).is_some_and(|s| s.account.has_paid()) {
-            let look = self.look(cpu, self.entries);
+        let account = self.spaces.get(&root(cpu)).map(|s| s.account);
+        if let Some(account) = account.filter(Account::has_paid) {
+            let look = self.look(cpu, self.entries, false);
             self.scout.begin(look);
-            self.looks = LOOKS;
+            self.looks.begin(look.tsc, account.has_computed());
             self.look_again();
         }
     }
@@ -674,10 +673,12 @@ impl Space {
 impl UserCode for Direct {
     fn interrupted(&mut self, cpu: &Cpu, entries: u64) -> bool {
         let reminded = self.reminder.as_ref().is_some_and(|r| r.take_rung());
-        let seldom = self.scout.seldom(&self.times, host_tsc(), entries);
+        self.counts.looks += u64::from(reminded);
+        let worth = self.scout.seldom(&self.times, host_tsc(), entries)
+            || reminded && self.looks.are_patient();
         if cpu.cpl != 3 {
             self.scout.kernel();
-            if reminded && seldom {
+            if reminded && worth {
                 self.look_again();
             }
             return false;
@@ -687,14 +688,17 @@ impl UserCode for Direct {
             self.pin.tick();
             self.counts.found[usize::from(translated)] += 1;
         }
-        let look = self.look(cpu, entries);
+        let look = self.look(cpu, entries, reminded);
         let promising = self.scout.promising(&self.times, look);
         if promising && eligible(cpu) && self.open(root(cpu)) {
             return true;
         }
         let space = self.spaces.get(&root(cpu));
-        if translated && seldom && space.is_none_or(|s| s.account.may_open(look.tsc)) {
-            self.looks = self.looks.max(u32::from(!reminded));
+        let may_open = translated && space.is_none_or(|s| s.account.may_open(look.tsc));
+        if may_open && worth {
+            if !reminded {
+                self.looks.one();
+            }
             self.look_again();
         }
         false
@@ -714,8 +718,8 @@ impl UserCode for Direct {
         let look = Look {
             root,
             tsc: host_tsc(),
-            spent: 0,
             entries,
+            ..Look::default()
         };
         let account = self.spaces.get(&root).map(|s| s.account);
         let doubt = account.map_or(1, |a| a.doubt(&self.times));
