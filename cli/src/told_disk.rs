@@ -9,7 +9,7 @@ use doppel_machine::{GuestRam, GuestSlice};
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// What a disk can fail at.
 #[derive(Clone, Copy)]
@@ -75,6 +75,10 @@ impl ToldDisk {
 impl BlockBackend for ToldDisk {
     fn len(&self) -> u64 {
         self.disk.len()
+    }
+
+    fn restarts(&self) -> Arc<AtomicU64> {
+        self.disk.restarts()
     }
 
     fn read_only(&self) -> bool {

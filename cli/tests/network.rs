@@ -319,8 +319,11 @@ fn the_process_of_a_network_is_killed_over_and_over_and_the_guest_sees_lost_pack
         let (sum, enough) = (sha256(&data), Arc::new(AtomicBool::new(false)));
         let (http, sink) = servers(data, enough.clone());
         let port = free_port();
+        let scratch = Scratch::new();
+        let stats = scratch.path("stats");
         let net = format!(
-            "--driver-domain net --net user,dns=127.0.0.1:{},hostfwd=tcp::{port}-:80",
+            "--stats {} --driver-domain net --net user,dns=127.0.0.1:{},hostfwd=tcp::{port}-:80",
+            stats.display(),
             name_server()
         );
         let words = format!("quiet http={http} sink={sink} sum={sum}");
@@ -349,6 +352,10 @@ fn the_process_of_a_network_is_killed_over_and_over_and_the_guest_sees_lost_pack
             finished
         });
         let finished = finished.expect(PASSED);
+        // One that is hardly there may be killed twice.
+        let restarts = support::restarts(&stats, "net", 0);
+        let likely = u64::from(KILLS / 2)..=u64::from(KILLS);
+        assert!(likely.contains(&restarts), "{restarts} of {KILLS}");
         let told = finished
             .console
             .lines()

@@ -60,6 +60,8 @@ pub struct DiskStats {
     pub by_queue: u64,
     /// A thread of the pool.
     pub by_pool: u64,
+    /// Processes that followed one that died (`--driver-domain disk`).
+    pub restarts: u64,
 }
 
 /// What a network card counted.
@@ -77,6 +79,8 @@ pub struct NetStats {
     pub at_once: u64,
     /// Notifications that the card's thread dealt with.
     pub handed_over: u64,
+    /// Processes that followed one that died (`--driver-domain net`).
+    pub restarts: u64,
 }
 
 /// What a console counted.
@@ -176,6 +180,8 @@ impl Stats {
                 (&mut sum.by_queue, &disk.by_queue),
                 (&mut sum.by_pool, &disk.by_pool),
             ]);
+            // The back-end outlives the boot and counts on.
+            sum.restarts += disk.restarts.swap(0, Ordering::Relaxed);
         });
         add_all(&mut self.net, &of.cards, |sum, card| {
             total([
@@ -185,6 +191,7 @@ impl Stats {
                 (&mut sum.received_bytes, &card.received_bytes),
                 (&mut sum.at_once, &card.at_once),
                 (&mut sum.handed_over, &card.handed_over),
+                (&mut sum.restarts, &card.restarts),
             ]);
         });
         add_all(&mut self.console, &of.consoles, |sum, console| {

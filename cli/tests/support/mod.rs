@@ -191,6 +191,13 @@ pub fn backends(class: &str, text: &str) -> Vec<u32> {
     pids.filter(serves).collect()
 }
 
+/// How often a process of a device's back-end was followed by another, as `--stats` has it.
+pub fn restarts(stats: &Path, class: &str, device: usize) -> u64 {
+    let stats: serde_json::Value = serde_json::from_slice(&fs::read(stats).unwrap()).unwrap();
+    let restarts = stats[class][device]["restarts"].as_u64();
+    restarts.unwrap_or_else(|| panic!("{stats}"))
+}
+
 /// A guest to boot: a Debian kernel, the default guest's initramfs and what a test adds to it.
 pub struct Boot {
     guest: Guest,

@@ -1,6 +1,8 @@
 //! The seam between a block device and the host: a disk as a row of bytes.
 
 use std::io::{self, IoSlice, IoSliceMut};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use doppel_memory::{GuestRam, GuestSlice};
 
@@ -21,6 +23,11 @@ pub trait BlockBackend: Send + Sync {
     /// Whether the disk has no bytes at all.
     fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// How many processes that serve the disk followed the first; none where it has no process of its own.
+    fn restarts(&self) -> Arc<AtomicU64> {
+        Arc::default()
     }
 
     /// Whether writes are refused.

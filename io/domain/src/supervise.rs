@@ -4,6 +4,7 @@ use std::fmt::Display;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::Child;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -57,6 +58,7 @@ pub struct Domain<F: Frontend> {
     supervisor: Mutex<Supervisor>,
     start: Arc<Start>,
     process: u32,
+    restarts: Arc<AtomicU64>,
 }
 
 /// The thread that sees to the process. The first who asks for something starts it, so that it is under whatever the machine has been put under by then.
@@ -93,6 +95,7 @@ impl<F: Frontend> Domain<F> {
             frontend,
             start: Arc::new(start),
             process: process.child.id(),
+            restarts: Arc::default(),
             supervisor: Mutex::new(Supervisor::Not(Some(process))),
         })
     }
@@ -101,6 +104,12 @@ impl<F: Frontend> Domain<F> {
     #[must_use]
     pub fn process(&self) -> u32 {
         self.process
+    }
+
+    /// How many processes followed the first.
+    #[must_use]
+    pub fn restarts(&self) -> &Arc<AtomicU64> {
+        &self.restarts
     }
 
     /// The monitor's half.
@@ -119,7 +128,8 @@ impl<F: Frontend> Domain<F> {
         if let Supervisor::Not(first) = &mut *supervisor {
             let first = first.take().ok_or(io::ErrorKind::BrokenPipe)?;
             let (frontend, start) = (self.frontend.clone(), self.start.clone());
-            let run = move || supervise(&*frontend, &start, first);
+            let restarts = self.restarts.clone();
+            let run = move || supervise(&*frontend, &start, first, &restarts);
             *supervisor = Supervisor::Started(quietly(run)?);
         }
         Ok(())
@@ -139,7 +149,7 @@ impl<F: Frontend> Drop for Domain<F> {
     }
 }
 
-fn supervise(frontend: &impl Frontend, start: &Start, first: Process) {
+fn supervise(frontend: &impl Frontend, start: &Start, first: Process, restarts: &AtomicU64) {
     let mut running = Some(first);
     loop {
         if let Some(mut process) = running.take() {
@@ -154,7 +164,10 @@ fn supervise(frontend: &impl Frontend, start: &Start, first: Process) {
             thread::sleep(PAUSE * 2u32.pow(deaths.min(DOUBLINGS_MAX)));
         }
         match launch(start).and_then(|process| resume(frontend, process)) {
-            Ok(process) => running = Some(process),
+            Ok(process) => {
+                restarts.fetch_add(1, Ordering::Relaxed);
+                running = Some(process);
+            }
             Err(error) => tracing::warn!("it cannot be: {error}"),
         }
     }

@@ -9,6 +9,8 @@
 //! queue between back-end and device that could grow, and a slow guest slows down whoever sends to it.
 
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use doppel_device::Nanos;
 
@@ -130,6 +132,10 @@ pub trait Link: Send {
     fn descriptor(&self) -> BorrowedFd<'_>;
     /// When [`Link::service`] has to be called at the latest.
     fn deadline(&self) -> Option<Nanos>;
+    /// How many processes that have the network followed the first; none where it has no process of its own.
+    fn restarts(&self) -> Arc<AtomicU64> {
+        Arc::default()
+    }
     /// Looks after host sockets and timers. True where [`Link::send`] has room again after it had not.
     fn service(&mut self) -> bool;
 }

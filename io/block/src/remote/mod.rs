@@ -23,6 +23,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use doppel_domain::{Domain, Frontend, Start, receive, send};
@@ -146,6 +147,10 @@ impl RemoteDisk {
 impl BlockBackend for RemoteDisk {
     fn len(&self) -> u64 {
         self.len
+    }
+
+    fn restarts(&self) -> Arc<AtomicU64> {
+        self.domain.restarts().clone()
     }
 
     fn read_only(&self) -> bool {

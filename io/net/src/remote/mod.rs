@@ -18,6 +18,7 @@ mod server;
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -332,6 +333,10 @@ impl Link for RemoteLink {
 
     fn has_frames(&self) -> bool {
         self.next_frame().is_some()
+    }
+
+    fn restarts(&self) -> Arc<AtomicU64> {
+        self.domain.restarts().clone()
     }
 
     fn descriptor(&self) -> BorrowedFd<'_> {

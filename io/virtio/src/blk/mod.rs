@@ -52,6 +52,8 @@ pub struct BlkCounters {
     pub by_queue: AtomicU64,
     /// A thread of the pool.
     pub by_pool: AtomicU64,
+    /// Processes of the back-end that followed the first, as the back-end counts them: it outlives the device.
+    pub restarts: Arc<AtomicU64>,
 }
 
 /// What the device's threads share.
@@ -103,11 +105,15 @@ impl Blk {
         for (to, from) in bytes.iter_mut().zip(serial.bytes()) {
             *to = from;
         }
+        let counters = BlkCounters {
+            restarts: backend.restarts(),
+            ..BlkCounters::default()
+        };
         let disk = Disk {
             backend,
             serial: bytes,
             writeback: AtomicBool::new(true),
-            counters: Arc::default(),
+            counters: Arc::new(counters),
         };
         let queues = processors.clamp(1, BLK_QUEUES_MAX.into()) as u16;
         Blk {

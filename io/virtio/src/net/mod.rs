@@ -74,6 +74,8 @@ pub struct NetCounters {
     pub at_once: AtomicU64,
     /// Notifications for the card's thread.
     pub handed_over: AtomicU64,
+    /// Processes of the back-end that followed the first.
+    pub restarts: Arc<AtomicU64>,
 }
 
 impl NetCounters {
@@ -115,6 +117,10 @@ impl Net {
     /// A card with this address at `port`, whose network takes packets of `mtu` bytes. Where not `at_once`, the card's thread
     /// does everything.
     pub fn new(port: Arc<Port>, mac: [u8; 6], mtu: u16, at_once: bool) -> Self {
+        let counters = NetCounters {
+            restarts: port.with(|link| link.restarts()),
+            ..NetCounters::default()
+        };
         let settings = Settings {
             mac,
             original: mac,
@@ -124,7 +130,7 @@ impl Net {
             port,
             mtu,
             at_once,
-            counters: Arc::default(),
+            counters: Arc::new(counters),
             settings: Arc::new(Mutex::new(settings)),
             active: None,
         }
