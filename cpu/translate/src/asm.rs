@@ -207,6 +207,10 @@ impl Asm {
     pub fn load32_indexed8(&mut self, reg: Reg, index: Reg, disp: i32) {
         self.gs_indexed8(false, 0x8b, reg, index, disp);
     }
+    /// `mov reg, gs:[index * 4 + disp]` of 4 bytes.
+    pub fn load32_indexed4(&mut self, reg: Reg, index: Reg, disp: i32) {
+        self.gs_scaled(false, 0x8b, reg, (index, 2), disp);
+    }
     /// `lea dst, [index * scale]`.
     pub fn lea_index_only(&mut self, dst: Reg, index: Reg, scale: u8) {
         let sib = (scale.trailing_zeros() as u8) << 6 | (index & 7) << 3 | 5;

@@ -8,7 +8,7 @@
 //! Invariants: a page stands in the first only while it stands in [`crate::code_pages`] for the current address space; a block in the second is
 //! alive, of 64-bit user code, in one page, and begins at that address. The tag of a physical address holds the [`Simd`] that
 //! the block is for.
-//! Cost: 20 instructions where the jump cache misses; two stores where the monitor was asked.
+//! Cost: 22 instructions where the jump cache misses; two stores where the monitor was asked.
 
 use std::mem::offset_of;
 
@@ -22,6 +22,7 @@ use crate::narrow::Mode;
 const PAGES: usize = 256;
 /// log2 of the entries of the table of blocks.
 const BLOCKS_BITS: u32 = 14;
+const BLOCKS: usize = 1 << BLOCKS_BITS;
 /// The linear address shifted right by so much and masked with [`PAGE_INDEX_MASK`] and scaled by 8 is the place of its page.
 pub(crate) const PAGE_SHIFT: u8 = 11;
 pub(crate) const PAGE_INDEX_MASK: i32 = 2 * (PAGES as i32 - 1);
@@ -40,7 +41,12 @@ const SIMD_SHIFT: u32 = 56;
 #[repr(C)]
 pub(crate) struct CodeMap {
     pages: [Page; PAGES],
-    blocks: [Entry; 1 << BLOCKS_BITS],
+    /// Of the first bytes of blocks.
+    tags: [u64; BLOCKS],
+    /// Where callers enter them that saved their flags: bytes from the beginning of the code cache.
+    offsets: [u32; BLOCKS],
+    /// Host address of the code cache.
+    base: u64,
 }
 
 /// A linear page, and the tag of its first byte.
@@ -51,19 +57,12 @@ struct Page {
     tag: u64,
 }
 
-/// The tag of a block's first byte, and where callers enter that saved their flags.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Entry {
-    tag: u64,
-    host: u64,
-}
-
-/// Displacements in [`CodeMap`] of the tables and of the second parts of their entries.
+/// Displacements in [`CodeMap`] of the tables.
 pub(crate) const PAGES_AT: usize = offset_of!(CodeMap, pages);
-pub(crate) const BLOCKS_AT: usize = offset_of!(CodeMap, blocks);
+pub(crate) const TAGS_AT: usize = offset_of!(CodeMap, tags);
+pub(crate) const OFFSETS_AT: usize = offset_of!(CodeMap, offsets);
 
-const _: () = assert!(size_of::<Page>() == 16 && size_of::<Entry>() == 16);
+const _: () = assert!(size_of::<Page>() == 16);
 
 fn tag(gpa: u64, simd: Simd) -> u64 {
     TAG | (simd as u64) << SIMD_SHIFT | gpa
@@ -83,6 +82,11 @@ impl CodeMap {
         self.forget_pages();
     }
 
+    /// Tells an empty map where the code cache begins, which is smaller than 4 GiB.
+    pub fn set_base(&mut self, base: u64) {
+        self.base = base;
+    }
+
     /// The monitor looked a page of user code up.
     pub fn note_page(&mut self, linear: u64, gpa: u64, simd: Simd) {
         self.pages[page_slot(linear)] = Page {
@@ -94,7 +98,9 @@ impl CodeMap {
     /// The monitor found the block of a key, all of it in one page.
     pub fn note_block(&mut self, key: &Key, host: u64) {
         if let Some(tag) = CodeMap::tag_of(key) {
-            self.blocks[block_slot(tag)] = Entry { tag, host };
+            let slot = block_slot(tag);
+            self.tags[slot] = tag;
+            self.offsets[slot] = (host - self.base) as u32;
         }
     }
 
@@ -109,9 +115,9 @@ impl CodeMap {
         let Some(tag) = CodeMap::tag_of(key) else {
             return;
         };
-        let entry = &mut self.blocks[block_slot(tag)];
-        if entry.tag == tag {
-            *entry = Entry { tag: 0, host: 0 };
+        let known = &mut self.tags[block_slot(tag)];
+        if *known == tag {
+            *known = 0;
         }
     }
 
@@ -126,7 +132,7 @@ impl CodeMap {
     /// All blocks are gone.
     pub fn clear(&mut self) {
         self.forget_pages();
-        self.blocks.fill(Entry { tag: 0, host: 0 });
+        self.tags.fill(0);
     }
 }
 
@@ -141,10 +147,14 @@ mod tests {
         fn find(&self, linear: u64) -> Option<u64> {
             let page = self.pages[page_slot(linear)];
             let tag = page.tag + (linear & PAGE_MASK);
-            let entry = self.blocks[block_slot(tag)];
-            (page.linear == linear & !PAGE_MASK && entry.tag == tag).then_some(entry.host)
+            let slot = block_slot(tag);
+            let known = page.linear == linear & !PAGE_MASK && self.tags[slot] == tag;
+            known.then(|| self.base + u64::from(self.offsets[slot]))
         }
     }
+
+    /// Where the code cache lies.
+    const BASE: u64 = 0x7f00_0000_0000;
 
     fn key(gpa: u64) -> Key {
         Key {
@@ -160,9 +170,12 @@ mod tests {
     fn empty() -> Box<CodeMap> {
         let mut map = Box::new(CodeMap {
             pages: [Page { linear: 0, tag: 0 }; PAGES],
-            blocks: [Entry { tag: 0, host: 0 }; 1 << BLOCKS_BITS],
+            tags: [0; BLOCKS],
+            offsets: [0; BLOCKS],
+            base: 0,
         });
         map.initialize();
+        map.set_base(BASE);
         map
     }
 
@@ -170,11 +183,11 @@ mod tests {
     fn a_block_is_found_wherever_its_page_is_mapped() {
         let mut map = empty();
         assert_eq!(map.find(0), None);
-        map.note_block(&key(0x5123), 77);
+        map.note_block(&key(0x5123), BASE + 77);
         assert_eq!(map.find(0x40_0123), None);
         for linear in [0, 0x40_0000, 0x7fff_1234_5000] {
             map.note_page(linear, 0x5000, Simd::Avx);
-            assert_eq!(map.find(linear + 0x123), Some(77));
+            assert_eq!(map.find(linear + 0x123), Some(BASE + 77));
             assert_eq!(map.find(linear + 0x124), None);
             map.note_page(linear, 0x5000, Simd::Avx512);
             assert_eq!(map.find(linear + 0x123), None);
@@ -196,11 +209,11 @@ mod tests {
         others[1].form = Form::Careful;
         others[2].mode = Mode::FLAT;
         for other in &others {
-            map.note_block(other, 77);
+            map.note_block(other, BASE + 77);
             assert_eq!(map.find(0x1010), None);
-            map.note_block(&key(0x5010), 78);
+            map.note_block(&key(0x5010), BASE + 78);
             map.forget_block(other);
-            assert_eq!(map.find(0x1010), Some(78));
+            assert_eq!(map.find(0x1010), Some(BASE + 78));
             map.forget_block(&key(0x5010));
         }
     }

@@ -232,7 +232,8 @@ pub(crate) const fn brought(number: u8) -> i32 {
 
 /// Displacements of the tables of the code map.
 pub(crate) const MAP_PAGES: i32 = CODE_MAP + code_map::PAGES_AT as i32;
-pub(crate) const MAP_BLOCKS: i32 = CODE_MAP + code_map::BLOCKS_AT as i32;
+pub(crate) const MAP_TAGS: i32 = CODE_MAP + code_map::TAGS_AT as i32;
+pub(crate) const MAP_OFFSETS: i32 = CODE_MAP + code_map::OFFSETS_AT as i32;
 
 /// Displacement of the first level of a jump cache, by its number ([`crate::blocks::jump_cache_of`]).
 pub(crate) const fn jump_cache(number: u8) -> i32 {

@@ -149,7 +149,7 @@ pub(crate) fn assemble(asm: &mut Asm, base: u64, how: How) -> Thunks {
     let cross = how.code_map.then(|| {
         [FlagPlace::Saved, FlagPlace::Registers].map(|place| {
             let at = base + asm.pos() as u64;
-            cross(asm, place, exit);
+            cross(asm, place, (base, exit));
             at
         })
     });
@@ -417,7 +417,7 @@ fn lookup(asm: &mut Asm, number: u8, (base, exit): (u64, u64), how: How) {
         asm.bind(jump);
     }
     if how.code_map && number == Privilege::User as u8 {
-        look_at_code_map(asm, number, stays);
+        look_at_code_map(asm, number, (base, stays));
     }
     asm.bind(kicked);
     asm.store(ctx::SPILL + 8, S0);
@@ -426,8 +426,8 @@ fn lookup(asm: &mut Asm, number: u8, (base, exit): (u64, u64), how: How) {
 }
 
 /// RAX = the host address of user code at the linear address in S0; where the code map does not know it, a jump is taken of those that are
-/// returned. Destroys S1.
-fn find_in_map(asm: &mut Asm) -> [Fixup; 2] {
+/// returned. Destroys S1. The code cache begins at `base`.
+fn find_in_map(asm: &mut Asm, base: u64) -> [Fixup; 2] {
     asm.mov32(S1, S0);
     asm.shr32(S1, code_map::PAGE_SHIFT);
     asm.alu_imm32(Alu::And, S1, code_map::PAGE_INDEX_MASK);
@@ -441,20 +441,21 @@ fn find_in_map(asm: &mut Asm) -> [Fixup; 2] {
     asm.add64(S1, RAX);
     asm.imul_imm32(RAX, S1, code_map::FACTOR);
     asm.shr32(RAX, code_map::SHIFT);
-    asm.add64(RAX, RAX);
-    asm.cmp_indexed8(S1, RAX, ctx::MAP_BLOCKS);
+    asm.cmp_indexed8(S1, RAX, ctx::MAP_TAGS);
     let no_block = asm.jcc(CC_NE);
-    asm.load_indexed8(RAX, RAX, ctx::MAP_BLOCKS + 8);
+    asm.load32_indexed4(RAX, RAX, ctx::MAP_OFFSETS);
+    asm.mov_imm(S1, base);
+    asm.add64(RAX, S1);
     asm.count(ctx::MAP_JUMPS);
     [no_page, no_block]
 }
 
 /// Goes on at `found` with the host address in RAX where the code map knows the target, which it brings to the first level of the jump
-/// cache.
-fn look_at_code_map(asm: &mut Asm, number: u8, found: usize) {
+/// cache. The code cache begins at `base`.
+fn look_at_code_map(asm: &mut Asm, number: u8, (base, found): (u64, usize)) {
     let first = ctx::jump_cache(number);
     asm.store(ctx::SPILL, RAX);
-    let unknown = find_in_map(asm);
+    let unknown = find_in_map(asm, base);
     asm.mov32(S1, S0);
     asm.alu_imm32(Alu::And, S1, FIRST_INDEX_MASK);
     let stays_empty = asm.jcc(CC_E);
@@ -473,7 +474,7 @@ fn look_at_code_map(asm: &mut Asm, number: u8, found: usize) {
 
 /// Goes on in the page at `PAGE_BASE` at the offset in S0 where the code map knows that place; else the exit is taken, as is one in
 /// [`code_map::CROSSINGS_A_LINK`], for the monitor to link it.
-fn cross(asm: &mut Asm, flags: FlagPlace, exit: u64) {
+fn cross(asm: &mut Asm, flags: FlagPlace, (base, exit): (u64, u64)) {
     asm.store(ctx::SPILL, RAX);
     if flags == FlagPlace::Registers {
         asm.flags_to_ax();
@@ -482,7 +483,7 @@ fn cross(asm: &mut Asm, flags: FlagPlace, exit: u64) {
     asm.alu_gs_imm32(Alu::Sub, ctx::CROSSINGS_TO_LINK, 1);
     let link = asm.jcc(CC_S);
     asm.add_gs(S0, ctx::PAGE_BASE);
-    let unknown = find_in_map(asm);
+    let unknown = find_in_map(asm, base);
     asm.mov(S1, RAX);
     asm.load(RAX, ctx::SPILL);
     asm.jmp_reg(S1);

@@ -117,6 +117,7 @@ impl Translator {
         for cache in &mut t.context.jump_cache {
             cache.set_base(base);
         }
+        t.context.code_map.set_base(base);
         t.code.put_back();
         Ok(t)
     }
