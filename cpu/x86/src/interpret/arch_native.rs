@@ -25,12 +25,15 @@ pub(super) struct Frame {
     code: u64,
     fpu: u64,
     components: u64,
+    /// Whether what was not changed since it was loaded need not be saved.
+    optimize: u64,
 }
 
 const FLAGS: usize = std::mem::offset_of!(Frame, flags);
 const CODE: usize = std::mem::offset_of!(Frame, code);
 const FPU: usize = std::mem::offset_of!(Frame, fpu);
 const COMPONENTS: usize = std::mem::offset_of!(Frame, components);
+const OPTIMIZE: usize = std::mem::offset_of!(Frame, optimize);
 
 /// What the memory operand of a snippet is replaced by: room for the largest of them (FNSAVE's 108 bytes), aligned as
 /// strictly as any instruction wants it.
@@ -51,6 +54,8 @@ pub(super) struct Limits {
     pub components: u64,
     /// Bits of MXCSR.
     pub mxcsr: u32,
+    /// It has XSAVEOPT.
+    optimize: bool,
 }
 
 const SIZE: usize = 1 << 20;
@@ -83,6 +88,7 @@ impl CodeBuffer {
         let limits = Limits {
             components,
             mxcsr: mxcsr_mask(),
+            optimize: std::is_x86_feature_detected!("xsaveopt"),
         };
         Ok(CodeBuffer {
             base,
@@ -130,6 +136,8 @@ impl CodeBuffer {
         frame.code = self.base.as_ptr() as u64 + code.0 as u64;
         frame.fpu = fpu.bytes.as_mut_ptr() as u64;
         frame.components = components;
+        // The x87 control word is looked at in the area whether it is in use or not.
+        frame.optimize = (self.limits.optimize && components & vector::component::X87 == 0).into();
         // SAFETY: the snippet is code of `compile`'s (see the head of this file), executable now; the area is 64-byte
         // aligned, large enough for the components that a guest may have, and sanitized, so that XRSTOR accepts it.
         unsafe { enter(frame) }
@@ -183,7 +191,13 @@ unsafe extern "sysv64" fn enter(frame: *mut Frame) {
         "mov rcx, [rdi + {fpu}]",
         "mov eax, [rdi + {components}]",
         "xor edx, edx",
+        "cmp qword ptr [rdi + {optimize}], 0",
+        "jne 4f",
         "xsave64 [rcx]",
+        "jmp 5f",
+        // The same area was loaded from, so that only what the snippet has changed is written (Intel SDM vol. 1, 13.9).
+        "4: xsaveopt64 [rcx]",
+        "5:",
         // The ABI wants an empty x87 stack, and the upper halves clean for speed.
         "test al, 1",
         "jz 2f",
@@ -199,6 +213,7 @@ unsafe extern "sysv64" fn enter(frame: *mut Frame) {
         fpu = const FPU,
         flags = const FLAGS,
         components = const COMPONENTS,
+        optimize = const OPTIMIZE,
     )
 }
 

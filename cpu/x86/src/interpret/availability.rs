@@ -1,5 +1,7 @@
 //! Which units an instruction needs, whether the host has them, and whether the guest has switched them on.
 
+use std::collections::HashMap;
+
 use iced_x86::{CpuidFeature, EncodingKind, Instruction, Mnemonic, OpKind, Register};
 
 use super::vector::component;
@@ -150,9 +152,16 @@ fn check_pending(cpu: &Cpu) -> Result<(), Exception> {
     Ok(())
 }
 
-/// True where the host has everything that the instruction asks for. What is not known here counts as missing.
-pub(super) fn host_has(i: &Instruction) -> bool {
-    i.cpuid_features().iter().all(|f| host_feature(*f))
+/// What the host has, asked once: where it is a virtual machine itself, CPUID leaves it, for as long as a thousand instructions take or more.
+#[derive(Debug, Default)]
+pub(super) struct HostFeatures(HashMap<CpuidFeature, bool>);
+
+impl HostFeatures {
+    /// True where the host has everything that the instruction asks for. What is not known here counts as missing.
+    pub fn cover(&mut self, i: &Instruction) -> bool {
+        let mut has = |f| *self.0.entry(f).or_insert_with(|| host_feature(f));
+        i.cpuid_features().iter().all(|f| has(*f))
+    }
 }
 
 fn host_feature(f: CpuidFeature) -> bool {

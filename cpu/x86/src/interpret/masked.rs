@@ -5,8 +5,8 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
-use super::availability::{Unit, host_has};
-use super::native::host_layout;
+use super::availability::Unit;
+use super::native::{host_has, host_layout};
 use super::operand::{linear, linear_displaced, linear_in, load, segment_of, store};
 use super::register::{read_gpr, read_register, sign_extend};
 use super::vector::{self, Layout};
@@ -15,9 +15,6 @@ use crate::{Bus, Cpu, CpuMode, Exception, FpuArea, Gpr, Rflags};
 
 pub(super) fn lookup(i: &Instruction) -> Option<Handler> {
     use Mnemonic::*;
-    if !host_has(i) {
-        return None;
-    }
     Some(match i.mnemonic() {
         Maskmovq | Maskmovdqu | Vmaskmovdqu => mask_move_bytes,
         Vmaskmovps | Vmaskmovpd | Vpmaskmovd | Vpmaskmovq => mask_move,
@@ -335,8 +332,9 @@ fn shifts_by_memory(i: &Instruction) -> bool {
     shift && i.op2_kind() == OpKind::Memory
 }
 
-/// What a handler here begins with: the unit is there and switched on.
+/// What a handler here begins with: the host has the instruction, and the unit is there and switched on.
 fn begin(cpu: &mut Cpu, i: &Instruction) -> Result<Layout, Exception> {
+    host_has(cpu, i)?;
     Unit::of(i).ok_or(Exception::UD)?.check(cpu)?;
     Ok(host_layout(cpu)?.0)
 }

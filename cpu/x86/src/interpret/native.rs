@@ -15,7 +15,7 @@ use std::hash::{BuildHasherDefault, Hasher};
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::arch_native::{Bounce, CodeBuffer, Frame};
-use super::availability::Unit;
+use super::availability::{HostFeatures, Unit};
 use super::flags;
 use super::operand::{effective_address, linear, linear_displaced};
 use super::snippet::{self, Aligned, Memory, Plan, Snippet};
@@ -36,6 +36,7 @@ struct Host {
     frame: Frame,
     bounce: Bounce,
     layout: Layout,
+    features: HostFeatures,
 }
 
 impl std::fmt::Debug for HostUnit {
@@ -91,6 +92,13 @@ pub(super) fn host_layout(cpu: &mut Cpu) -> Result<(Layout, u32), Exception> {
     with_host(cpu, |_, host| Ok((host.layout, host.code.limits().mxcsr)))
 }
 
+/// #UD where the host lacks the instruction.
+pub(super) fn host_has(cpu: &mut Cpu, i: &Instruction) -> Result<(), Exception> {
+    with_host(cpu, |_, host| {
+        host.features.cover(i).then_some(()).ok_or(Exception::UD)
+    })
+}
+
 fn with_host<R>(
     cpu: &mut Cpu,
     f: impl FnOnce(&mut Cpu, &mut Host) -> Result<R, Exception>,
@@ -114,6 +122,7 @@ impl Host {
             frame: Frame::default(),
             bounce: Bounce([0; BOUNCE_SIZE]),
             layout,
+            features: HostFeatures::default(),
         }))
     }
 
@@ -218,7 +227,8 @@ impl Host {
         }
         let bytes = decode::bytes_of(cpu, i);
         let bytes = bytes.as_ref().and_then(|bytes| bytes.get(..i.len()));
-        let made = snippet::compile(&key, bytes).and_then(|(code, plan)| {
+        let made = snippet::compile(&key, bytes, &mut self.features);
+        let made = made.and_then(|(code, plan)| {
             let code = self.append(&code)?;
             Some(Snippet { code, plan })
         });
@@ -256,7 +266,7 @@ impl Host {
         if let Some(m) = &plan.memory {
             frame.gpr[m.register] = self.bounce.0.as_ptr() as u64;
         }
-        let components = plan.unit.components(cpu.xcr0);
+        let components = plan.components(cpu);
         let mxcsr = cpu.fpu.mxcsr();
         if !plan.unit.simd() || mxcsr & MXCSR_MASKS == MXCSR_MASKS {
             self.code.run(snippet.code, frame, &mut cpu.fpu, components);
@@ -330,7 +340,7 @@ impl Host {
                 let controls = before.mxcsr() & !MXCSR_FLAGS & !MXCSR_FTZ;
                 cpu.fpu = before.clone();
                 vector::set_mxcsr(&mut cpu.fpu, controls | MXCSR_MASKS | ftz);
-                let components = snippet.plan.unit.components(cpu.xcr0);
+                let components = snippet.plan.components(cpu);
                 let mut frame = self.frame.clone();
                 self.code
                     .run(snippet.code, &mut frame, &mut cpu.fpu, components);

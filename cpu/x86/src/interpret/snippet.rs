@@ -10,10 +10,11 @@ use iced_x86::{
 };
 
 use super::arch_native::SnippetCode;
-use super::availability::{Unit, host_has};
+use super::availability::{HostFeatures, Unit};
 use super::register::{gpr_index, register_size};
-use crate::Gpr;
+use super::vector::component;
 use crate::patch::{Operand, with_operand};
+use crate::{Cpu, Gpr};
 
 /// What there is to know about a snippet.
 #[derive(Clone, Copy)]
@@ -29,8 +30,17 @@ pub(super) struct Plan {
     pub memory: Option<Memory>,
     /// The register that stands for RSP.
     pub stack_pointer: Option<usize>,
+    /// State components that it has nothing to do with.
+    pub untouched: u64,
     /// It never raises underflow, so it heeds flush-to-zero also where underflow is not masked.
     pub flushes: bool,
+}
+
+impl Plan {
+    /// The state components that the instruction reads or writes, as bits of XCR0.
+    pub fn components(&self, cpu: &Cpu) -> u64 {
+        self.unit.components(cpu.xcr0) & !self.untouched
+    }
 }
 
 /// The memory operand.
@@ -69,10 +79,14 @@ pub(super) fn normalize(i: &Instruction) -> Instruction {
 }
 
 /// The code and the plan for a [normalized](normalize) instruction, whose bytes are these; `None` where the host must not execute it.
-pub(super) fn compile(key: &Instruction, bytes: Option<&[u8]>) -> Option<(Vec<u8>, Plan)> {
+pub(super) fn compile(
+    key: &Instruction,
+    bytes: Option<&[u8]>,
+    host: &mut HostFeatures,
+) -> Option<(Vec<u8>, Plan)> {
     let unit = Unit::of(key)?;
     let harmless = key.flow_control() == FlowControl::Next && !key.is_privileged();
-    if !harmless || !host_has(key) || key.is_vsib() {
+    if !harmless || !host.cover(key) || key.is_vsib() {
         return None;
     }
     let info = InstructionInfoFactory::new().info(key).clone();
@@ -100,9 +114,33 @@ pub(super) fn compile(key: &Instruction, bytes: Option<&[u8]>) -> Option<(Vec<u8
         unit,
         memory,
         stack_pointer,
+        untouched: untouched(key, unit),
         flushes: flushes(key),
     };
     Some((code, plan))
+}
+
+/// AVX-512 instructions that only use vectors 16 to 31 leave the upper parts of the others alone, and the other way round. (MXCSR is loaded with XMM.)
+fn untouched(key: &Instruction, unit: Unit) -> u64 {
+    if unit != Unit::Avx512 {
+        return 0;
+    }
+    let registers = key
+        .op_kinds()
+        .zip(0..)
+        .filter(|(kind, _)| *kind == OpKind::Register);
+    let vectors = registers
+        .map(|(_, n)| key.op_register(n))
+        .filter(|r| r.is_vector_register());
+    let (high, low): (Vec<_>, Vec<_>) = vectors.partition(|r| r.number() >= 16);
+    let mut untouched = 0;
+    if high.is_empty() {
+        untouched |= component::HIGH_ZMM;
+    }
+    if low.is_empty() {
+        untouched |= component::AVX | component::ZMM_HIGH;
+    }
+    untouched
 }
 
 /// The instruction's own bytes with its memory operand replaced.

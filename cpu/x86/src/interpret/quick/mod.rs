@@ -14,7 +14,8 @@
 //! within it, an instruction that stores to the page that the block lies on is the last ([`Go::Stop`]): comparing host addresses
 //! catches every alias. Where code pages lie is asked of the same code TLB as ever, which every flush empties.
 //!
-//! Cost: some 3 MiB per CPU, and a decoding per block that is met the first time or has changed.
+//! Cost: 3 MiB per CPU, up to 24 where the guest executes so much code that blocks drive each other out, and a decoding per block that is met
+//! the first time or has changed.
 
 mod handlers;
 mod lookup;
@@ -34,8 +35,11 @@ pub(super) use lookup::{ends_block, lookup};
 const OPS: usize = 10;
 /// Words of code of a block at most.
 const WORDS: usize = 6;
-/// Blocks that are remembered; a power of two.
+/// Blocks that are remembered at first, and at most; powers of two.
 const BLOCKS: usize = 1 << 13;
+const BLOCKS_MAX: usize = 1 << 16;
+/// For each block that is remembered, so many are predecoded before twice as many are.
+const WORN: usize = 8;
 
 /// What an [`Op`] led to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,6 +115,8 @@ struct Block {
 /// The blocks of one CPU.
 pub(crate) struct Blocks {
     blocks: Vec<Block>,
+    /// Predecoded since there are so many.
+    predecoded: usize,
     decoder_options: u32,
     hidden: HiddenInstructions,
 }
@@ -160,10 +166,9 @@ impl Op {
 
 impl Blocks {
     fn new(cpu: &Cpu) -> Self {
-        let mut blocks = Vec::new();
-        blocks.resize_with(BLOCKS, Block::empty);
         Blocks {
-            blocks,
+            blocks: empty_blocks(BLOCKS),
+            predecoded: 0,
             decoder_options: cpu.cpuid.decoder_options(),
             hidden: cpu.cpuid.hidden(),
         }
@@ -172,12 +177,30 @@ impl Blocks {
     /// The block at `gpa`, predecoded now where it is not known or has changed.
     #[inline]
     fn at(&mut self, cpu: &mut Cpu, gpa: u64, p: HostPtr) -> (usize, &Block) {
-        let slot = (gpa ^ gpa >> 13) as usize % BLOCKS;
+        let mut slot = self.slot(gpa);
         if !self.blocks[slot].matches(gpa, p) {
             cpu.counters.predecoded_blocks += 1;
-            self.blocks[slot] = predecode(gpa, p, self.decoder_options, self.hidden);
+            slot = self.predecode(gpa, p);
         }
         (slot, &self.blocks[slot])
+    }
+
+    #[inline]
+    fn slot(&self, gpa: u64) -> usize {
+        (gpa ^ gpa >> 13) as usize & (self.blocks.len() - 1)
+    }
+
+    #[cold]
+    fn predecode(&mut self, gpa: u64, p: HostPtr) -> usize {
+        self.predecoded += 1;
+        let len = self.blocks.len();
+        if self.predecoded > WORN * len && len < BLOCKS_MAX {
+            self.blocks = empty_blocks(2 * len);
+            self.predecoded = 0;
+        }
+        let slot = self.slot(gpa);
+        self.blocks[slot] = predecode(gpa, p, self.decoder_options, self.hidden);
+        slot
     }
 
     /// The instructions that ran, as far as they are still known.
@@ -190,6 +213,12 @@ impl Blocks {
         let decoder = Decoder::with_ip(64, &bytes, ran.rip, self.decoder_options);
         decoder.into_iter().take(ran.count as usize).collect()
     }
+}
+
+fn empty_blocks(count: usize) -> Vec<Block> {
+    let mut blocks = Vec::new();
+    blocks.resize_with(count, Block::empty);
+    blocks
 }
 
 /// Resolves instructions up to the first that ends the block or has no function here. `p` has room for at least a word.
