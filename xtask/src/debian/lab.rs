@@ -33,6 +33,8 @@ pub struct Start<'a> {
     pub memory: &'a str,
     /// A port of the host that leads to the guest's port 22.
     pub ssh: Option<u16>,
+    /// More for the kernel's command line.
+    pub append: &'a str,
 }
 
 impl<'a> Start<'a> {
@@ -45,6 +47,7 @@ impl<'a> Start<'a> {
             cpus: 1,
             memory: "512M",
             ssh: None,
+            append: "",
         }
     }
 }
@@ -128,6 +131,7 @@ impl Lab {
         command.arg("--stats").arg(self.stats());
         command.args(["--cpus", &start.cpus.to_string(), "--disk"]);
         command.arg(start.disk);
+        command.args(["--append", start.append]);
         if let Some(second) = start.second {
             let mut spec = second.as_os_str().to_owned();
             spec.push(",format=raw");
@@ -159,9 +163,8 @@ impl Lab {
             "-accel tcg -cpu max -nodefaults -display none -serial stdio -no-reboot".split(' '),
         );
         command.args(["-m", start.memory, "-smp", &start.cpus.to_string()]);
-        command
-            .args(["-append", "root=/dev/vda1 ro console=ttyS0", "-kernel"])
-            .arg(kernel);
+        let append = format!("root=/dev/vda1 ro console=ttyS0 {}", start.append);
+        command.args(["-append", &append, "-kernel"]).arg(kernel);
         command.arg("-initrd").arg(initrd);
         let drive = |format: &str, path: &Path| {
             format!("if=virtio,format={format},file={}", path.display())

@@ -10,6 +10,9 @@ use std::time::{Duration, Instant};
 
 /// `interpret` takes twenty times as long for everything.
 const INTERPRETED: u32 = 20;
+/// What systemd gives up after a while, by the clock, is not over where everything takes longer.
+const PATIENT: &str = "systemd.default_timeout_start_sec=1h systemd.default_device_timeout_sec=1h systemd.service_watchdogs=no \
+     udev.event_timeout=3600";
 /// A small package without dependencies, and a test that it is there and does its work.
 const PACKAGE: &[&str] = &["bc"];
 const USE: &str = "test \"$(echo '2^200 % 1000007' | bc)\" = 446616";
@@ -77,10 +80,9 @@ pub fn engines(lab: &Lab, engines: &[String]) -> Result<()> {
             println!("SKIPPED: {reason}");
             continue;
         }
-        let patience = if engine == "interpret" {
-            INTERPRETED
-        } else {
-            1
+        let (patience, append) = match engine.as_str() {
+            "interpret" => (INTERPRETED, PATIENT),
+            _ => (1, ""),
         };
         let disk = lab.disk("ssh.qcow2")?;
         let ssh = Ssh::new(lab)?;
@@ -88,6 +90,7 @@ pub fn engines(lab: &Lab, engines: &[String]) -> Result<()> {
         let mut console = lab.start(Start {
             second: Some(&packages),
             ssh: Some(ssh.port),
+            append,
             ..Start::of(&monitor, &disk)
         })?;
         ssh.wait(BOOT * patience).with_context(|| console.said())?;
