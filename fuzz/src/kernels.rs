@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use doppel_fuzz::kernel::campaign::{self, Plan, Rig, Summary};
+use doppel_fuzz::kernel::campaign::{self, Plan, Rig, Summary, Verdict};
 use doppel_fuzz::kernel::case::Kept;
 
 /// See [`doppel_fuzz::kernel`].
@@ -40,6 +40,9 @@ pub struct Kernels {
     /// Of that case each instruction too, as the interpreter executes it, with the registers that change.
     #[arg(long, requires = "case")]
     trace: bool,
+    /// Cut that case down to what differs, also where nobody specifies what comes out.
+    #[arg(long, requires = "case")]
+    least: bool,
     /// Stop after so many different failures.
     #[arg(long, default_value_t = 20)]
     failures: usize,
@@ -77,6 +80,11 @@ impl Kernels {
             self.items.as_ref().unwrap_or(&items),
         )?;
         let engine = self.engine.as_deref().unwrap_or("translate");
+        if self.least {
+            kept = campaign::least(rig, &case, kept, engine, |v| {
+                matches!(v, Verdict::Different(_) | Verdict::Unspecified(_))
+            });
+        }
         let report = campaign::report(rig, self.seed, number, &case, &kept, engine)?;
         println!("{report}");
         if self.trace {

@@ -58,10 +58,15 @@ impl<'a> Trace<'a> {
         if rip == self.last.ip() {
             return;
         }
+        let undefined = match tests_a_bit(&self.last) {
+            true => 0,
+            false => self.last.rflags_undefined(),
+        };
         if !may_leave_flags(&self.last) {
-            self.undefined &= !self.last.rflags_modified();
+            let i = &self.last;
+            self.undefined &= !(i.rflags_written() | i.rflags_cleared() | i.rflags_set());
         }
-        self.undefined |= self.last.rflags_undefined();
+        self.undefined |= undefined;
         if rotates_through_carry(&self.last) {
             self.undefined |= RflagsBits::OF;
         }
@@ -132,6 +137,12 @@ fn may_leave_flags(i: &Instruction) -> bool {
         Shl | Sal | Shr | Sar | Rol | Ror | Rcl | Rcr | Shld | Shrd
     );
     shift || i.has_rep_prefix() || i.has_repne_prefix()
+}
+
+/// Every processor leaves the flags alone here that the manual calls undefined.
+fn tests_a_bit(i: &Instruction) -> bool {
+    use Mnemonic::*;
+    matches!(i.mnemonic(), Bt | Bts | Btr | Btc)
 }
 
 /// OF is undefined for all counts but 1, also for those that leave the operand as it is.

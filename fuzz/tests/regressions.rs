@@ -331,6 +331,11 @@ const DEAD_FLAGS: &[(&str, bool, &str)] = &[
         false,
         "c1e304505affc0",
     ),
+    (
+        "of ADD, but for a carry from a bit in memory",
+        false,
+        "01d80fba24251000201003",
+    ),
     ("from before the block", true, ""),
 ];
 

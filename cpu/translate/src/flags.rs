@@ -47,7 +47,10 @@ impl FlagUse {
     pub fn of(i: &Instruction) -> Self {
         let reads = set(i.rflags_read());
         let defined = set(i.rflags_written() | i.rflags_cleared() | i.rflags_set());
-        let undefined = set(i.rflags_undefined());
+        let undefined = match tests_a_bit(i.mnemonic()) {
+            true => 0,
+            false => set(i.rflags_undefined()),
+        };
         let writes = defined | undefined;
         if conditional_writer(i) {
             return FlagUse {
@@ -85,6 +88,14 @@ fn logical(m: Mnemonic) -> bool {
     matches!(
         m,
         Mnemonic::And | Mnemonic::Or | Mnemonic::Xor | Mnemonic::Test
+    )
+}
+
+/// Every processor leaves the flags alone here that the manuals call undefined.
+fn tests_a_bit(m: Mnemonic) -> bool {
+    matches!(
+        m,
+        Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc
     )
 }
 
@@ -163,6 +174,12 @@ mod tests {
         assert_eq!(flag_use(&[0x48, 0x39, 0xd8]).kills, ALL); // cmp rax, rbx
         assert_eq!(flag_use(&[0x85, 0xc0]).kills, ALL); // test eax, eax
         assert_eq!(flag_use(&[0x31, 0xc0]).kills, ALL); // xor eax, eax
+    }
+
+    #[test]
+    fn bit_tests_write_the_carry_alone() {
+        let bt = flag_use(&[0x0f, 0xba, 0x23, 3]); // bt dword [rbx], 3
+        assert_eq!((bt.kills, bt.writes), (CF, CF));
     }
 
     #[test]

@@ -15,7 +15,7 @@ use super::image::{Image, Supervisors, places};
 use super::kvm_unsafe::KvmRunner;
 use super::layout::{CURSOR, STUBS};
 use super::machine::{Ending, Final, Kind, Runner};
-use super::trace::{Trace, Tracer};
+use super::trace::Tracer;
 use crate::rig::variants;
 
 /// What to run.
@@ -65,8 +65,8 @@ pub enum Verdict {
     Same,
     /// In these things.
     Different(Vec<String>),
-    /// It differs, but after an instruction whose outcome nobody specifies.
-    Unspecified,
+    /// It differs in these things, but after something whose outcome nobody specifies, which the first line names.
+    Unspecified(Vec<String>),
     /// It ends on the interpreter, but on this engine not within seconds, as where code changes itself at each instruction.
     TooSlow,
     /// It does not end, or it is not for this engine.
@@ -207,12 +207,9 @@ impl Rig {
             let found = differences(&last, expected, case.flags);
             if !found.is_empty() {
                 let trace = self.tracer.run(image, &case.dma);
-                let known = engine == DIRECT && trace.reached.user_asks_the_host()
-                    || is_vague(&trace, &last, expected);
-                return Ok(match trace.is_specified() && !known {
-                    true => Verdict::Different(found),
-                    false => Verdict::Unspecified,
-                });
+                let known = engine == DIRECT && trace.reached.user_asks_the_host();
+                let why = known.then(|| "user code asks the host".to_owned());
+                return Ok(judged(found, why.or_else(|| trace.why_unspecified())));
             }
         }
         Ok(Verdict::Same)
@@ -248,12 +245,7 @@ impl Rig {
             return Ok(Verdict::Same);
         }
         let trace = self.tracer.run(image, &case.dma);
-        Ok(
-            match trace.is_specified() && !is_vague(&trace, &last, expected) {
-                true => Verdict::Different(found),
-                false => Verdict::Unspecified,
-            },
-        )
+        Ok(judged(found, trace.why_unspecified()))
     }
 
     /// The engines of a case.
@@ -275,7 +267,7 @@ impl Rig {
     /// Whether the manual says what comes out of a case.
     pub fn is_specified(&mut self, case: &Case) -> bool {
         let trace = case.image().map(|image| self.tracer.run(&image, &case.dma));
-        trace.is_some_and(|trace| trace.is_specified())
+        trace.is_some_and(|trace| trace.why_unspecified().is_none())
     }
 
     /// Every instruction of a case on the interpreter but the supervisor's own, each with the registers that the one before changed.
@@ -302,6 +294,17 @@ impl Rig {
     /// A CPU as the kernels have.
     pub fn cpu(&self) -> &Cpu {
         self.tracer.cpu()
+    }
+}
+
+/// Of differences, and of why they may be.
+fn judged(mut found: Vec<String>, why: Option<String>) -> Verdict {
+    match why {
+        None => Verdict::Different(found),
+        Some(why) => {
+            found.insert(0, format!("nobody specifies what comes out: {why}"));
+            Verdict::Unspecified(found)
+        }
     }
 }
 
@@ -379,7 +382,7 @@ fn run_case(
             }
             Verdict::NotCompared => {}
             Verdict::TooSlow => summary.too_slow += 1,
-            Verdict::Unspecified => summary.unspecified += 1,
+            Verdict::Unspecified(_) => summary.unspecified += 1,
             Verdict::Different(found) => {
                 let failed = Failed {
                     plan,
@@ -399,11 +402,6 @@ fn run_case(
     Ok(())
 }
 
-/// Whether flags that a bit test leaves undefined are all that differs.
-fn is_vague(trace: &Trace, last: &Final, expected: &Final) -> bool {
-    trace.vague_flags && differences(last, expected, false).is_empty()
-}
-
 /// A case on an engine that came out otherwise.
 struct Failed<'a> {
     plan: &'a Plan,
@@ -421,13 +419,8 @@ impl Failed<'_> {
         kinds: &mut BTreeMap<Likeness, usize>,
     ) -> Result<()> {
         let (case, engine) = (self.case, self.engine);
-        let began = Instant::now();
-        let kept = case.everything().least(|kept| {
-            if began.elapsed() > MOST_MINIMIZING {
-                return false;
-            }
-            let verdict = rig.check(&case.only(kept), engine);
-            matches!(verdict, Ok(Verdict::Different(_)))
+        let kept = least(rig, case, case.everything(), engine, |verdict| {
+            matches!(verdict, Verdict::Different(_))
         });
         let names = kept
             .items
@@ -448,6 +441,24 @@ impl Failed<'_> {
     }
 }
 
+/// What is needed of a case for such a verdict.
+pub fn least(
+    rig: &mut Rig,
+    case: &Case,
+    kept: Kept,
+    engine: &str,
+    wanted: impl Fn(&Verdict) -> bool,
+) -> Kept {
+    let began = Instant::now();
+    kept.least(|kept| {
+        if began.elapsed() > MOST_MINIMIZING {
+            return false;
+        }
+        let verdict = rig.check(&case.only(kept), engine);
+        verdict.is_ok_and(|verdict| wanted(&verdict))
+    })
+}
+
 /// What differs, the code of the steps, and the command that shows it again.
 pub fn report(
     rig: &mut Rig,
@@ -461,7 +472,7 @@ pub fn report(
     let differences = match rig.check(&least, engine)? {
         Verdict::NotCompared => "not compared: endless, or not for this engine".to_owned(),
         Verdict::TooSlow => "not compared: it takes seconds".to_owned(),
-        Verdict::Unspecified => "not compared: nobody specifies what comes out".to_owned(),
+        Verdict::Unspecified(found) => format!("not compared: {}", found.join("\n  ")),
         Verdict::Same => "no difference".to_owned(),
         Verdict::Different(found) => found.join("\n  "),
     };

@@ -83,14 +83,20 @@ pub struct Trace {
     /// Page tables were executed, or read by other code than the supervisor's: when a processor sets their accessed and dirty bits is its own
     /// affair.
     pub sees_tables: bool,
-    /// A bit test was executed, which leaves flags undefined that processors, and the interpreter, leave alone.
-    pub vague_flags: bool,
 }
 
 impl Trace {
-    /// Whether the manual says what comes out.
-    pub fn is_specified(&self) -> bool {
-        self.unspecified.is_none() && !self.lost_tables && !self.sees_tables
+    /// Why the manual does not say what comes out, unless it does.
+    pub fn why_unspecified(&self) -> Option<String> {
+        let lost = "a step wrote over the tables that it runs in";
+        let seen = "page tables were executed or read";
+        let instruction = self.unspecified.map(|i| format!("{i} at {:#x}", i.ip()));
+        let tables = match (self.lost_tables, self.sees_tables) {
+            (true, _) => Some(lost.to_owned()),
+            (_, true) => Some(seen.to_owned()),
+            _ => None,
+        };
+        instruction.or(tables)
     }
 }
 
@@ -173,8 +179,6 @@ impl Tracer {
         let after = self.cpu.counters.exceptions;
         let raised: Vec<usize> = (0..32).filter(|n| after[*n] != before[*n]).collect();
         if let Some(i) = instruction {
-            use Mnemonic::{Bt, Btc, Btr, Bts};
-            trace.vague_flags |= [Bt, Btc, Btr, Bts].contains(&i.mnemonic());
             trace.sees_tables |= sees_tables;
             let key = (place.0, place.1, i.code());
             *trace.reached.instructions.entry(key).or_default() += 1;
