@@ -18,8 +18,9 @@ if [ -d /suites/vm ]; then
     mkdir -p /suites/vm/huge
     mount -t hugetlbfs none /suites/vm/huge
 fi
+# A number that begins with 0 would be octal.
 hundredths() {
-    cut -d ' ' -f 1 /proc/uptime | tr -d .
+    sed 's/ .*//; s/\.//; s/^0*\(.\)/\1/' /proc/uptime
 }
 number=0
 while IFS='|' read -r name seconds folder command; do

@@ -11,6 +11,9 @@ const DIRECTORY: u32 = 0o040_000;
 const REGULAR: u32 = 0o100_000;
 const SYMLINK: u32 = 0o120_000;
 const CHARACTER_DEVICE: u32 = 0o020_000;
+/// The modification time of every member, so that the same input gives the same archive: the beginning of the year 2000. Some programs refuse
+/// files from before 1980, which ZIP archives cannot have.
+const TIME: u32 = 946_684_800;
 const TRAILER: &str = "TRAILER!!!";
 
 /// An archive being written. Parent directories are added as they are needed.
@@ -78,7 +81,7 @@ impl Archive {
             0, // owner
             0, // group
             links,
-            0, // modification time: none, so that the same input gives the same archive
+            TIME,
             content.len() as u32,
             0,
             0,
@@ -115,6 +118,7 @@ mod tests {
         let bytes = archive.finish();
         assert_eq!(&bytes[..6], b"070701");
         assert_eq!(&bytes[6 + 8..6 + 16], b"000081A4", "mode");
+        assert_eq!(&bytes[6 + 40..6 + 48], b"386D4380", "modification time");
         assert_eq!(&bytes[6 + 48..6 + 56], b"00000005", "file size");
         assert_eq!(
             &bytes[6 + 88..6 + 96],
