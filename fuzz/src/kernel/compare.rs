@@ -158,18 +158,53 @@ fn sets_more(engine: u64, interpreter: u64) -> bool {
     more & !A_AND_D == 0 && engine & more == more
 }
 
-/// Flags in a frame on a stack that nobody clears, as in [`noted`]: of one word, or two of 32 bits.
+/// Flags in a frame on a stack that nobody clears, as in [`noted`]: of one word, or two of 32 bits, or anywhere on a stack that is not aligned.
 fn are_flags_of_frames(a: u64, b: u64) -> bool {
     const FIXED: u32 = 2;
     const MOST: u32 = 1 << 22;
-    let alike = |shift: u32| {
+    let flags = |shift: u32| {
         let (a, b) = ((a >> shift) as u32, (b >> shift) as u32);
-        a == b || a & b & FIXED != 0 && a < MOST && u64::from(a ^ b) & !ARITHMETIC == 0
+        a & b & FIXED != 0 && a < MOST && u64::from(a ^ b) & !ARITHMETIC == 0
     };
-    alike(0) && alike(32)
+    let alike = |shift: u32| (a ^ b) >> shift & u64::from(u32::MAX) == 0 || flags(shift);
+    let within = |shift: u32| (a ^ b) & !(ARITHMETIC << shift) == 0 && flags(shift);
+    alike(0) && alike(32) || (8..64).step_by(8).any(within)
 }
 
 /// Whether a case's end can be compared.
 pub fn comparable(f: &Final) -> bool {
     f.ending != Ending::TimedOut
+}
+
+#[cfg(test)]
+mod tests {
+    use super::are_flags_of_frames;
+
+    #[test]
+    fn flags_on_a_stack_are_known_wherever_they_stand() {
+        let (some, others) = (0x1_0202, 0x1_0286);
+        for shift in [0, 8, 16, 24, 32, 40] {
+            assert!(
+                are_flags_of_frames(some << shift, others << shift),
+                "{shift}"
+            );
+        }
+        assert!(are_flags_of_frames(
+            some << 32 | others,
+            others << 32 | some
+        ));
+        assert!(
+            !are_flags_of_frames(some, others ^ 2),
+            "a bit that is always set"
+        );
+        assert!(
+            !are_flags_of_frames(some | 1 << 40, others),
+            "another difference"
+        );
+        assert!(!are_flags_of_frames(some, others | 0x200_0000), "no flags");
+        assert!(
+            !are_flags_of_frames(some << 16, others << 16 | 1),
+            "beside them"
+        );
+    }
 }
