@@ -12,6 +12,10 @@
 //!   byte falls into step within some instructions, so it is decoded from many bytes before; most starts lead to an instruction that is one, and
 //!   hardly any to one that is none.
 //!
+//! Instructions of the host's that no guest is offered are looked for in the same way, whether this host has them or not: transactions (XBEGIN,
+//! XABORT, XSUSLDTRK, XRESLDTRK; XTEST says that there is none, and 38 of them are in the C library, in routines that are not chosen), AMX's LDTILECFG, STTILECFG and TILERELEASE (the rest of AMX traps in a process that has not asked for it), MOVDIRI,
+//! MOVDIR64B, PTWRITE. Other such instructions trap, since the host's kernel enables nothing of them.
+//!
 //! What goes on in the next page is looked at where both pages are executable ([`is_sensitive_across`]). A displacement that begins in the page before
 //! looks like a common one at the beginning of a page; so the page before is asked, where there is one.
 //!
@@ -66,8 +70,8 @@ pub enum Verdict {
 pub fn verdict(page: &[u8], hazards: Hazards) -> Verdict {
     let mut verdict = Verdict::Harmless;
     let mut walk = Walk::new(page);
-    for at in memchr::memchr_iter(0x0f, page) {
-        match found(page, at, hazards) {
+    for (at, found) in suspects(page, hazards) {
+        match found {
             found if !walk.counts(at, found, hazards) => {}
             Common if at < LEAST => verdict = Verdict::Early,
             _ => return Verdict::Sensitive,
@@ -89,18 +93,43 @@ pub fn is_sensitive_across(
     beginning: &[u8; AROUND.1],
     hazards: Hazards,
 ) -> bool {
-    /// Where the last bytes are that such an instruction needs: opcode and ModRM.
-    const OPCODE: usize = 2;
     let code: Vec<u8> = end.iter().chain(beginning).copied().collect();
     // Those that begin behind the border have little before them in their page.
-    let around = end.len() - OPCODE..end.len() + LEAST;
-    let mut at = around.filter(|at| code[*at] == 0x0f);
-    at.any(|at| is_sensitive_at(&code, at, hazards))
+    let around = end.len() - BEHIND_OPCODE..end.len() + LEAST;
+    let mut walk = Walk::new(&code);
+    let mut suspects = suspects(&code, hazards).filter(|(at, _)| around.contains(at));
+    suspects.any(|(at, found)| walk.counts(at, found, hazards))
         || hidden::is_across(&code, end.len(), hazards.hidden)
 }
 
-fn is_sensitive_at(code: &[u8], at: usize, hazards: Hazards) -> bool {
-    Walk::new(code).counts(at, found(code, at, hazards), hazards)
+/// Where the last of the bytes may be that tell such an instruction.
+const BEHIND_OPCODE: usize = 3;
+
+/// What may be one, by the byte where its opcode begins.
+fn suspects(code: &[u8], hazards: Hazards) -> impl Iterator<Item = (usize, Found)> {
+    let escapes = memchr::memchr_iter(0x0f, code).map(move |at| (at, found(code, at, hazards)));
+    escapes.chain(transactions(code)).chain(tiles(code))
+}
+
+/// XABORT and XBEGIN, C6 F8 and C7 F8.
+fn transactions(code: &[u8]) -> impl Iterator<Item = (usize, Found)> {
+    let modrm = memchr::memchr_iter(0xf8, code).filter_map(|at| at.checked_sub(1));
+    modrm
+        .filter(|at| matches!(code[*at], 0xc6 | 0xc7))
+        .map(|at| (at, Common))
+}
+
+/// LDTILECFG, STTILECFG, TILERELEASE: opcode 49 of VEX's map 0F 38, without W, L and another operand.
+fn tiles(code: &[u8]) -> impl Iterator<Item = (usize, Found)> {
+    let is_one = |at: usize| match code[at..] {
+        [_, map, operand, opcode, ..] => {
+            map & 0x1f == 2 && matches!(operand, 0x78..=0x7b) && opcode == 0x49
+        }
+        _ => false,
+    };
+    memchr::memchr_iter(0xc4, code)
+        .filter(move |at| is_one(*at))
+        .map(|at| (at, Telling))
 }
 
 fn when(condition: bool, found: Found) -> Found {
@@ -112,7 +141,7 @@ fn found(page: &[u8], at: usize, h: Hazards) -> Found {
     let Some(opcode) = byte(1) else {
         return Nothing;
     };
-    let has_operand = matches!(opcode, 0x00 | 0x01 | 0xae | 0xc7);
+    let has_operand = matches!(opcode, 0x00 | 0x01 | 0x38 | 0xae | 0xc7);
     let modrm = match byte(2) {
         Some(modrm) => modrm,
         None if has_operand => return Nothing,
@@ -122,17 +151,22 @@ fn found(page: &[u8], at: usize, h: Hazards) -> Found {
     match opcode {
         // SLDT, STR; VERR, VERW.
         0x00 => when(matches!(reg, 0 | 1 | 4 | 5), Common),
+        0x01 if matches!(modrm, 0xe8 | 0xe9) => when(may_have(page, at, 0xf2), Common),
         0x01 => group_7(modrm, h),
         // LAR, LSL.
         0x02 | 0x03 => Common,
         // SYSENTER: afterwards nobody knows where it was.
         0x34 => Common,
         0xa2 => when(h.cpuid, Telling),
+        // MOVDIR64B, ENQCMD; MOVDIRI.
+        0x38 => when(matches!(modrm, 0xf8 | 0xf9), Telling),
+        // PTWRITE.
+        0xae if reg == 4 && may_have(page, at, 0xf3) => Telling,
         // XSAVE, XSAVEOPT.
         0xae => when(h.components != 0 && memory && matches!(reg, 4 | 6), Masked),
         // XSAVEC; RDPID.
         0xc7 if memory => when(h.components != 0 && reg == 4, Masked),
-        0xc7 => when(reg == 7 && may_have_f3(page, at), Telling),
+        0xc7 => when(reg == 7 && may_have(page, at, 0xf3), Telling),
         _ => Nothing,
     }
 }
@@ -150,12 +184,23 @@ fn group_7(modrm: u8, h: Hazards) -> Found {
     }
 }
 
-/// Whether a prefix F3 may stand before the opcode, with others in between.
-fn may_have_f3(page: &[u8], at: usize) -> bool {
+/// Whether a prefix may stand before the opcode, with others in between.
+fn may_have(page: &[u8], at: usize, prefix: u8) -> bool {
     for byte in page[..at].iter().rev() {
         match byte {
-            0xf3 => return true,
-            0x40..=0x4f | 0x66 | 0x67 | 0xf2 | 0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65 | 0xf0 => {}
+            found if *found == prefix => return true,
+            0x40..=0x4f
+            | 0x66
+            | 0x67
+            | 0xf2
+            | 0xf3
+            | 0x26
+            | 0x2e
+            | 0x36
+            | 0x3e
+            | 0x64
+            | 0x65
+            | 0xf0 => {}
             _ => return false,
         }
     }
@@ -391,6 +436,16 @@ mod tests {
         &[0x48, 0x0f, 0xc7, 0x64, 0x24, 0x40], // xsavec64 [rsp + 64]
         &[0x0f, 0x01, 0xee],                   // rdpkru
         &[0x0f, 0x01, 0xc1],                   // vmcall
+        &[0xc7, 0xf8, 0x10, 0, 0, 0],          // xbegin
+        &[0xc6, 0xf8, 0x07],                   // xabort 7
+        &[0xf2, 0x0f, 0x01, 0xe8],             // xsusldtrk
+        &[0xf2, 0x0f, 0x01, 0xe9],             // xresldtrk
+        &[0xc4, 0xe2, 0x78, 0x49, 0x07],       // ldtilecfg [rdi]
+        &[0xc4, 0xc2, 0x79, 0x49, 0x04, 0x24], // sttilecfg [r12]
+        &[0xc4, 0xe2, 0x78, 0x49, 0xc0],       // tilerelease
+        &[0x48, 0x0f, 0x38, 0xf9, 0x07],       // movdiri [rdi], rax
+        &[0x66, 0x0f, 0x38, 0xf8, 0x07],       // movdir64b rax, [rdi]
+        &[0xf3, 0x48, 0x0f, 0xae, 0xe0],       // ptwrite rax
     ];
 
     #[test]
@@ -410,11 +465,12 @@ mod tests {
     #[test]
     fn one_that_goes_on_in_the_next_page_is_found() {
         for code in CODES {
-            let opcode = code.iter().position(|b| *b == 0x0f).unwrap();
-            let needed = if matches!(code[opcode + 1], 0x02 | 0x03 | 0x34 | 0xa2) {
-                2
-            } else {
-                3
+            let is_opcode = |b: &u8| matches!(b, 0x0f | 0xc4 | 0xc6 | 0xc7);
+            let opcode = code.iter().position(is_opcode).unwrap();
+            let needed = match (code[opcode], code[opcode + 1]) {
+                (0xc6 | 0xc7, _) | (0x0f, 0x02 | 0x03 | 0x34 | 0xa2) => 2,
+                (0x0f, _) => 3,
+                _ => 4,
             };
             for cut in opcode + 1..opcode + needed {
                 let before: Vec<u8> = BEFORE
@@ -454,6 +510,10 @@ mod tests {
             &[0x0f, 0xae, 0x3f],                               // clflush
             &[0x0f, 0x01, 0x17],                               // lgdt, which traps
             &[0x0f, 0x01, 0xd6],                               // xtest
+            &[0x0f, 0x01, 0xe8],                               // serialize
+            &[0x89, 0xc7, 0xf8, 0xf5],                         // mov edi, eax; clc; cmc
+            &[0xc7, 0x45, 0xf8, 0xc7, 0xf8, 0, 0],             // mov dword [rbp - 8], 0xf8c7
+            &[0xf3, 0x0f, 0xae, 0xd0],                         // wrfsbase eax
             &[0x83, 0xe2, 0x0f, 0x01, 0xd0, 0x0f, 0xbe, 0xc0], // and edx, 15; add eax, edx
             &[0x83, 0xe1, 0x0f, 0x01, 0xf9, 0x0f, 0xbe, 0xc0], // and ecx, 15; add ecx, edi
         ];
@@ -524,8 +584,10 @@ mod tests {
     /// What the decoder knows by name.
     fn is_one(mnemonic: Mnemonic) -> bool {
         use Mnemonic::{Cpuid, Rdpid, Rdpkru, Rdpru, Rdtscp, Vmcall, Vmmcall, Wrpkru, Xgetbv};
+        use Mnemonic::{Movdir64b, Movdiri, Ptwrite, Xresldtrk, Xsusldtrk};
         let telling = [
-            Cpuid, Rdpid, Rdpkru, Rdpru, Rdtscp, Vmcall, Vmmcall, Wrpkru, Xgetbv,
+            Cpuid, Rdpid, Rdpkru, Rdpru, Rdtscp, Vmcall, Vmmcall, Wrpkru, Xgetbv, Movdir64b,
+            Movdiri, Ptwrite, Xresldtrk, Xsusldtrk,
         ];
         telling.contains(&mnemonic) || is_save(mnemonic) || is_common(mnemonic)
     }
@@ -553,7 +615,9 @@ mod tests {
                 let instruction = Decoder::new(64, &code[64..], DecoderOptions::NONE).decode();
                 if is_one(instruction.mnemonic()) {
                     count += 1;
-                    assert!(is_sensitive_at(&code, at, ALL), "{:x?}", &code[64..]);
+                    let found = found(&code, at, ALL);
+                    let counts = Walk::new(&code).counts(at, found, ALL);
+                    assert!(counts, "{:x?}", &code[64..]);
                 }
             }
         }

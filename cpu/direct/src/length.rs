@@ -140,6 +140,9 @@ const TWO: [Form; 256] = {
     fill(t, 0xc8, 0xcf, 0)
 };
 
+/// VMCALL, XGETBV, VMMCALL, XSUSLDTRK and (without F2) SERIALIZE, XRESLDTRK, RDPKRU, WRPKRU, RDTSCP, RDPRU.
+const GROUP_7: [u8; 9] = [0xc1, 0xd0, 0xd9, 0xe8, 0xe9, 0xee, 0xef, 0xf9, 0xfd];
+
 /// Kinds of opcodes that ModRM decides: the map (1 or 2), the opcode, ModRM.
 fn group_kind(map: u8, opcode: u8, modrm: u8) -> Kind {
     let (reg, memory) = (modrm >> 3 & 7, modrm < 0xc0);
@@ -148,16 +151,15 @@ fn group_kind(map: u8, opcode: u8, modrm: u8) -> Kind {
         (1, 0x8d) => !memory,
         (1, 0x8e) => reg > 5 || reg == 1,
         (1, 0x8f) => reg != 0,
-        (1, 0xc6 | 0xc7) => reg != 0 && modrm != 0xf8,
+        // XABORT, XBEGIN.
+        (1, 0xc6 | 0xc7) if modrm == 0xf8 => return Kind::Common,
+        (1, 0xc6 | 0xc7) => reg != 0,
         (1, 0xfe) => reg > 1,
         (1, 0xff) => reg == 7 || !memory && matches!(reg, 3 | 5),
         (2, 0x00) if matches!(reg, 0 | 1 | 4 | 5) => return Kind::Common,
         (2, 0x00) => true,
         (2, 0x01) if reg == 4 || memory && reg < 2 => return Kind::Common,
-        // VMCALL, XGETBV, VMMCALL, RDPKRU, WRPKRU, RDTSCP, RDPRU.
-        (2, 0x01) if matches!(modrm, 0xc1 | 0xd0 | 0xd9 | 0xee | 0xef | 0xf9 | 0xfd) => {
-            return Kind::Common;
-        }
+        (2, 0x01) if GROUP_7.contains(&modrm) => return Kind::Common,
         (2, 0x01) => memory && reg != 5 || reg == 6,
         (2, 0x71 | 0x72) => memory || !matches!(reg, 2 | 4 | 6),
         (2, 0x73) => memory || !matches!(reg, 2 | 3 | 6 | 7),
@@ -398,10 +400,12 @@ mod tests {
     #[test]
     fn common_ones_are_the_full_decoders() {
         use Mnemonic::{Lar, Lsl, Rdpkru, Rdpru, Rdtscp, Sgdt, Sidt, Sldt, Smsw, Str, Sysenter};
-        use Mnemonic::{Verr, Verw, Vmcall, Vmmcall, Wrpkru, Xgetbv};
+        use Mnemonic::{Serialize, Verr, Verw, Vmcall, Vmmcall, Wrpkru, Xgetbv};
+        use Mnemonic::{Xabort, Xbegin, Xresldtrk, Xsusldtrk};
         let descriptors = [Lar, Lsl, Sysenter, Verr, Verw, Sgdt, Sidt, Sldt, Smsw, Str];
         let others = [Vmcall, Vmmcall, Rdpkru, Wrpkru, Rdtscp, Rdpru, Xgetbv];
-        let common = [&descriptors[..], &others].concat();
+        let transactions = [Xbegin, Xabort, Xsusldtrk, Xresldtrk, Serialize];
+        let common = [&descriptors[..], &others, &transactions].concat();
         let mut count = 0;
         for escape in [&[][..], &[0x0f]] {
             every(escape, |code| {
@@ -411,9 +415,11 @@ mod tests {
                 };
                 count += u32::from(is_common(code));
                 if decode(code).kind == Kind::Common {
-                    // A prefix may make another of it, or nothing.
-                    let opcode = code.iter().position(|b| *b == 0x0f).unwrap();
-                    assert!(is_common(&code[opcode..]), "{code:x?}");
+                    // A prefix may make another of it, or nothing; and one of them needs one.
+                    let is_opcode = |b: &u8| matches!(b, 0x0f | 0xc6 | 0xc7);
+                    let opcode = &code[code.iter().position(is_opcode).unwrap()..];
+                    let suspends = opcode.starts_with(&[0x0f, 0x01, 0xe9]);
+                    assert!(suspends || is_common(opcode), "{code:x?}");
                 } else {
                     assert!(!is_common(code), "{code:x?}");
                 }

@@ -248,6 +248,8 @@ fn classify(info: &mut InstructionInfoFactory, i: &Instruction, how: Decoding) -
     }
     match special(i, how) {
         Some(class) => class,
+        // The host may have them. Where no guest does, they are no guest's.
+        None if !doppel_x86::may_be_offered(i) => Class::Interpret,
         None if simd_needed(i) > how.simd => Class::Interpret,
         None => classify_operands(info, i),
     }
@@ -339,8 +341,6 @@ fn special(i: &Instruction, how: Decoding) -> Option<Class> {
         }
         Rdtsc => Class::Rdtsc,
         Serialize => Class::Serialize,
-        // The host may have them; no guest is offered transactions.
-        Xsusldtrk | Xresldtrk => Class::Interpret,
         Pause if how.yield_spins => Class::Pause,
         In | Out | Insb | Insw | Insd | Outsb | Outsw | Outsd => Class::Interpret,
         Movsb | Movsw | Movsd | Movsq | Stosb | Stosw | Stosd | Stosq | Lodsb | Lodsw | Lodsd

@@ -117,6 +117,42 @@ const OWN: &[(CpuidFeature, Place)] = &[
     (CpuidFeature::TBM, at(0x8000_0001, 0, Reg::C, 21)),
 ];
 
+/// Sets that every processor of 64 bits has, and instructions that do nothing where the processor lacks them.
+const ALWAYS: &[CpuidFeature] = &[
+    CpuidFeature::INTEL8086,
+    CpuidFeature::INTEL8086_ONLY,
+    CpuidFeature::INTEL186,
+    CpuidFeature::INTEL286,
+    CpuidFeature::INTEL286_ONLY,
+    CpuidFeature::INTEL386,
+    CpuidFeature::INTEL386_ONLY,
+    CpuidFeature::INTEL486,
+    CpuidFeature::X64,
+    CpuidFeature::CMOV,
+    CpuidFeature::CX8,
+    CpuidFeature::CLFSH,
+    CpuidFeature::FPU,
+    CpuidFeature::FPU287,
+    CpuidFeature::FPU387,
+    CpuidFeature::FXSR,
+    CpuidFeature::MMX,
+    CpuidFeature::SSE,
+    CpuidFeature::SSE2,
+    CpuidFeature::PAUSE,
+    CpuidFeature::MULTIBYTENOP,
+    CpuidFeature::PREFETCHW,
+    CpuidFeature::CET_IBT,
+    CpuidFeature::CLDEMOTE,
+];
+
+/// False where no guest's processor executes an instruction of user code, whatever the host's does: it is of a set that nobody has looked at
+/// here, and may have state of its own, as AMX has its tiles. What a guest's kernel is given by the monitor is not asked for.
+pub fn may_be_offered(i: &Instruction) -> bool {
+    i.cpuid_features()
+        .iter()
+        .all(|feature| ALWAYS.contains(feature) || all().any(|(known, _)| known == feature))
+}
+
 /// LAHF and SAHF in 64-bit mode.
 const LAHF: Place = at(0x8000_0001, 0, Reg::C, 0);
 /// Its bit among the hidden ones, above those of the tables.
@@ -199,6 +235,36 @@ mod tests {
         assert!(places.len() < 64);
         for (n, place) in places.iter().enumerate() {
             assert!(!places[..n].contains(place), "{place:?}");
+        }
+    }
+
+    #[test]
+    fn sets_without_a_name_here_are_nobodys() {
+        let nobodys: &[&[u8]] = &[
+            &[0xc4, 0xe2, 0x78, 0x49, 0x07],       // ldtilecfg [rdi]
+            &[0xc4, 0xe2, 0x78, 0x49, 0xc0],       // tilerelease
+            &[0xc4, 0xe2, 0x7b, 0x49, 0xc0],       // tilezero tmm0
+            &[0x0f, 0x38, 0xf9, 0x07],             // movdiri
+            &[0x0f, 0x01, 0xfc],                   // clzero
+            &[0x0f, 0x01, 0xd6],                   // xtest
+            &[0xf3, 0x0f, 0x38, 0xdc, 0x07],       // aesenc128kl
+            &[0xc4, 0xe2, 0x79, 0xe6, 0x07],       // cmpnpxadd
+            &[0x62, 0xf2, 0x7f, 0x48, 0x9a, 0x07], // v4fmaddps
+        ];
+        for bytes in nobodys {
+            assert!(!may_be_offered(&decode(64, bytes)), "{bytes:x?}");
+        }
+        let usual: &[&[u8]] = &[
+            &[0x48, 0x89, 0xc0],                   // mov
+            &[0x0f, 0x44, 0xc1],                   // cmove
+            &[0xd9, 0xc0],                         // fld
+            &[0xdf, 0xe9],                         // fucomip
+            &[0x66, 0x0f, 0x38, 0xcf, 0xc1],       // gf2p8mulb
+            &[0x62, 0xf1, 0xfd, 0x48, 0x58, 0xc1], // vaddpd zmm
+            &[0x9b],                               // wait
+        ];
+        for bytes in usual {
+            assert!(may_be_offered(&decode(64, bytes)), "{bytes:x?}");
         }
     }
 

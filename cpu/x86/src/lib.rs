@@ -50,7 +50,7 @@ pub use cpu_model::{CpuModel, CpuModelError};
 pub use cpuid::{APIC_BUS_HZ, CpuidLeaf, CpuidModel, Vendor, XCR0_MASK};
 pub use engine::{Engine, EngineStats, Exit, Kick, Outcome};
 pub use fault::{Exception, Vector};
-pub use instruction_set::HiddenInstructions;
+pub use instruction_set::{HiddenInstructions, may_be_offered};
 pub use kvm::write_clock_stopped;
 pub use segment::flat_attributes;
 pub use state::{

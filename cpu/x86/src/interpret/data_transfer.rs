@@ -13,7 +13,7 @@ use crate::{Bus, Cpu, Gpr, Rflags};
 pub(super) fn lookup(i: &Instruction) -> Option<Handler> {
     Some(match i.mnemonic() {
         Mnemonic::Mov if !names_system_register(i) => mov,
-        Mnemonic::Movzx | Mnemonic::Movnti | Mnemonic::Movdiri => mov,
+        Mnemonic::Movzx | Mnemonic::Movnti => mov,
         Mnemonic::Movsx | Mnemonic::Movsxd => movsx,
         Mnemonic::Lea => lea,
         Mnemonic::Xchg => xchg,

@@ -4,12 +4,11 @@
 use std::sync::atomic::{Ordering, fence};
 
 use doppel_memory::AccessKind;
-use iced_x86::{Code, Instruction, Mnemonic};
+use iced_x86::{Instruction, Mnemonic};
 
-use super::operand::{linear, linear_in, segment_of};
-use super::register::read_gpr;
+use super::operand::linear;
 use super::{Flow, Handler, Step};
-use crate::{Bus, Cpu, Exception, Gpr, Rflags};
+use crate::{Bus, Cpu, Exception, Rflags};
 
 pub(super) fn lookup(i: &Instruction) -> Option<Handler> {
     use Mnemonic::*;
@@ -22,7 +21,6 @@ pub(super) fn lookup(i: &Instruction) -> Option<Handler> {
         Rdsspd | Rdsspq => nop,
         Lfence | Sfence | Mfence | Serialize => fences,
         Clflush | Clflushopt | Clwb => flush_line,
-        Clzero => clzero,
         Clc => clc,
         Stc => stc,
         Cmc => cmc,
@@ -66,22 +64,6 @@ fn flush_line(cpu: &mut Cpu, _: &mut dyn Bus, i: &Instruction) -> Step {
     let at = linear(cpu, i, 1, false)?;
     let privilege = cpu.privilege();
     cpu.translate(at, AccessKind::Read, privilege)?;
-    Ok(Flow::Next)
-}
-
-const CACHE_LINE: u64 = 64;
-
-fn clzero(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
-    let size = match i.code() {
-        Code::Clzerow => 2,
-        Code::Clzerod => 4,
-        _ => 8,
-    };
-    let offset = read_gpr(cpu, Gpr::Rax as usize, size) & !(CACHE_LINE - 1);
-    let seg = segment_of(i.segment_prefix());
-    let at = linear_in(cpu, seg, offset, CACHE_LINE as usize, true)?;
-    let privilege = cpu.privilege();
-    cpu.store_bytes(bus, at, privilege, &[0; CACHE_LINE as usize])?;
     Ok(Flow::Next)
 }
 
