@@ -22,6 +22,7 @@ pub fn explain(args: &Explain) -> Result<u8> {
             bytes: &code.0,
             address: args.address,
             user: args.cpl == 3,
+            hidden: args.run.cpu.hidden(),
         };
         let listing = sample.explain(&TranslateOptions::default(), &symbols)?;
         output.write(&listing)?;

@@ -29,6 +29,9 @@ fn bytes_are_explained_without_a_guest() {
     .says("mov rax, [rbx]")
     .says("TLB check of 8 bytes for reading")
     .says("jump cache");
+    explain(&["--bytes", "f3 0f b8 c1", "--cpu", "x86-64-v1"])
+        .expect(0)
+        .says("not as the guest's processor has it");
 }
 
 #[test]

@@ -109,6 +109,29 @@ fn descriptors_that_the_host_does_not_give_are_an_error_that_says_what_to_do() {
     }
 }
 
+/// A device that finds no descriptors when its driver asks for it could only make that wait.
+#[test]
+fn a_guest_that_starts_has_the_descriptors_for_its_disk() {
+    const USES_IT: &str = "
+        test \"$(dd if=/dev/vda bs=64k 2>/dev/null | wc -c)\" = 1048576
+        echo it works
+    ";
+    let scratch = Scratch::new();
+    for more in ["", "--driver-domain disk"] {
+        let (mut command, _kept) = machine(&scratch, "translate", USES_IT);
+        command.args(more.split_whitespace());
+        let works = |files: &u32| {
+            let mut command = limited(&format!("ulimit -n {files}"), &command);
+            let finished = run(&mut command, LIMIT);
+            let said = finished.status == Some(1) && finished.stderr.contains("ulimit -n");
+            let works = finished.status == Some(PASSED) && finished.console.contains("it works");
+            assert!(said || works, "{files} files {more}: {finished:?}");
+            works
+        };
+        assert!((12..120).any(|files| works(&files)), "{more}");
+    }
+}
+
 #[test]
 fn connections_beyond_the_hosts_descriptors_fail_and_others_work_afterwards() {
     const CALLS: &str = "

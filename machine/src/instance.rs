@@ -26,7 +26,7 @@ use crate::serial::CharLink;
 use crate::slice_unsafe::ask_for_short_slices;
 use crate::vcpu::{RunExits, Sleepers, Vcpu, VcpuTime};
 use crate::virtio::{DeviceCounters, VirtioTransport};
-use crate::{acpi, smbios};
+use crate::{acpi, smbios, spare};
 
 /// RAM with what is to be booted in it.
 pub struct Loaded {
@@ -136,6 +136,8 @@ impl Instance {
             ram: &ram,
         })?;
         probes.iter().for_each(|probe| probe.by(&pc.timers));
+        spare::descriptors(config.devices.len())
+            .map_err(|e| MachineError::Host("descriptors for the guest's devices", e))?;
         let vcpus = engines
             .into_iter()
             .zip(doorbells)

@@ -39,6 +39,7 @@ mod run_delay;
 mod serial;
 mod slice_unsafe;
 mod smbios;
+mod spare;
 mod stats;
 mod vcpu;
 mod virtio;

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use doppel_translate::TranslateOptions;
 use doppel_translate::explain::{ExplainError, Sample, Symbols};
+use doppel_x86::{CpuModel, HiddenInstructions};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
@@ -26,6 +27,7 @@ fn explain(bytes: &[u8], user: bool) -> String {
         bytes,
         address,
         user,
+        hidden: HiddenInstructions::NONE,
     };
     // As on a processor with BMI2, whatever this one is.
     let options = TranslateOptions {
@@ -160,6 +162,7 @@ fn what_is_cut_off_is_an_error() {
         bytes,
         address: ADDRESS,
         user: false,
+        hidden: HiddenInstructions::NONE,
     };
     let explain = |bytes| {
         let (options, symbols) = (TranslateOptions::default(), Symbols::default());
@@ -180,12 +183,35 @@ fn an_instruction_may_straddle_a_page() {
         bytes: &code,
         address: ADDRESS - 1,
         user: false,
+        hidden: HiddenInstructions::NONE,
     };
     let text = sample
         .explain(&TranslateOptions::default(), &Symbols::default())
         .unwrap();
     assert_eq!(text.matches("\nblock").count(), 1, "{text}");
     assert!(text.contains("mov rax, [rbx]"), "{text}");
+}
+
+#[test]
+fn what_the_guests_processor_has_not_is_left_to_the_monitor() {
+    let explain = |cpu: CpuModel| {
+        let sample = Sample {
+            bytes: &[0xf3, 0x0f, 0xb8, 0xc1], // popcnt eax, ecx
+            address: ADDRESS,
+            user: true,
+            hidden: cpu.hidden(),
+        };
+        let (options, symbols) = (TranslateOptions::default(), Symbols::default());
+        sample.explain(&options, &symbols).unwrap()
+    };
+    for cpu in [CpuModel::Host, CpuModel::V2] {
+        assert!(explain(cpu).contains("as it is"), "{cpu}");
+    }
+    let hidden = explain(CpuModel::V1);
+    assert!(
+        hidden.contains("not as the guest's processor has it"),
+        "{hidden}"
+    );
 }
 
 /// Bytes from a linear congruential generator (Knuth's MMIX).
@@ -206,6 +232,7 @@ fn any_bytes_can_be_explained() {
             bytes: &bytes,
             address: (n * 0x7ff) ^ ADDRESS,
             user: n % 2 == 0,
+            hidden: [HiddenInstructions::NONE, CpuModel::V1.hidden()][n as usize % 3 % 2],
         };
         match sample.explain(&options, &symbols) {
             Ok(text) => blocks += text.matches("block").count(),

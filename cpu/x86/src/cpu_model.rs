@@ -12,7 +12,7 @@ use std::str::FromStr;
 
 use crate::instruction_set::{Place, Reg, at};
 use crate::tsc::TscFrequency;
-use crate::{CpuidLeaf, CpuidModel};
+use crate::{CpuidLeaf, CpuidModel, HiddenInstructions};
 
 /// Which processor a guest sees.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -133,6 +133,18 @@ const CACHES: [(u32, u32, u32, u32); 4] = [
 ];
 
 impl CpuModel {
+    /// What such a processor does not execute as the host's may, on whatever host.
+    pub fn hidden(self) -> HiddenInstructions {
+        if self == CpuModel::Host {
+            return HiddenInstructions::NONE;
+        }
+        const ANY_HZ: u64 = 1_000_000_000;
+        let read = |leaf, subleaf| self.leaf(leaf, subleaf);
+        CpuidModel::from_host(&read, self.xcr0(), ANY_HZ, 1)
+            .hiding()
+            .hidden()
+    }
+
     fn features(self) -> impl Iterator<Item = &'static Feature> {
         let tables = [(CpuModel::V2, V2), (CpuModel::V3, V3), (CpuModel::V4, V4)];
         let had = tables.into_iter().filter(move |(level, _)| *level <= self);

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use doppel_memory::PAGE_MASK;
+use doppel_x86::HiddenInstructions;
 use iced_x86::{
     Code, Decoder, DecoderOptions, Formatter, Instruction, InstructionInfoFactory, IntelFormatter,
     Mnemonic, OpKind, Register, SymbolResolver, SymbolResult,
@@ -35,11 +36,15 @@ pub(crate) struct Origin<'a> {
     pub base: Base,
     pub form: Form,
     pub straddler_follows: bool,
+    /// What the guest's processor does not have.
+    pub hidden: HiddenInstructions,
 }
 
 impl<'a> Origin<'a> {
     pub fn decode(&self, options: &TranslateOptions) -> Option<GuestBlock> {
-        let how = Decoding::new(self.simd, self.mode, self.privilege, options).placed(self.base);
+        let how = Decoding::new(self.simd, self.mode, self.privilege, options)
+            .placed(self.base)
+            .hiding(self.hidden);
         let start = (self.mode.linear(self.linear) & PAGE_MASK) as u16;
         let mut block = decode(&mut InstructionInfoFactory::new(), self.bytes, start, how)?;
         block.straddler_follows |= self.straddler_follows;
@@ -90,6 +95,7 @@ pub(crate) struct Dissected {
     pub linear: u64,
     pub form: Form,
     pub privilege: u8,
+    hidden: HiddenInstructions,
     /// Names of positions that jumps lead to.
     pub labels: BTreeMap<u32, String>,
     thunks: BTreeMap<u64, String>,
@@ -130,11 +136,17 @@ impl Dissected {
             linear: origin.linear,
             form: origin.form,
             privilege: origin.privilege,
+            hidden: origin.hidden,
             labels: BTreeMap::new(),
             thunks: thunks.names(),
         };
         dissected.name_labels();
         Some(dissected)
+    }
+
+    /// True for an instruction that the guest's processor does not have.
+    pub fn is_hidden(&self, i: &GuestInstruction) -> bool {
+        self.hidden.has(&i.decoded)
     }
 
     /// Linear address of an offset from the block's page.

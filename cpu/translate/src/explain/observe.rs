@@ -92,7 +92,8 @@ impl Translator {
             map.block(block.host, block.len, linear, user, form, lstar);
         }
         if let (Some(profile), Some(counters)) = (&self.observers.profile, counters) {
-            profile.add(Record::new(block.key, id, linear, guest, counters));
+            let hidden = self.context.cpu.cpuid.hidden();
+            profile.add(Record::new(block.key, id, linear, guest, hidden, counters));
         }
     }
 

@@ -10,6 +10,8 @@ use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use doppel_x86::HiddenInstructions;
+
 use super::dissect::Origin;
 use super::{Symbols, text};
 use crate::blocks::{BlockId, Key};
@@ -58,13 +60,21 @@ pub(crate) struct Record {
     /// Instructions of each part.
     parts: Vec<u64>,
     straddler_follows: bool,
+    hidden: HiddenInstructions,
     counters: Counters,
     /// Which exits were linked at the end, if it was still there.
     links: Vec<bool>,
 }
 
 impl Record {
-    pub fn new(key: Key, id: BlockId, linear: u64, guest: &GuestBlock, counters: Counters) -> Self {
+    pub fn new(
+        key: Key,
+        id: BlockId,
+        linear: u64,
+        guest: &GuestBlock,
+        hidden: HiddenInstructions,
+        counters: Counters,
+    ) -> Self {
         Record {
             key,
             id: Some(id),
@@ -72,6 +82,7 @@ impl Record {
             bytes: guest.bytes.clone().into(),
             parts: parts(guest),
             straddler_follows: guest.straddler_follows,
+            hidden,
             counters,
             links: Vec::new(),
         }
@@ -110,6 +121,7 @@ impl Record {
             base: self.key.base,
             form: self.key.form,
             straddler_follows: self.straddler_follows,
+            hidden: self.hidden,
         }
     }
 }

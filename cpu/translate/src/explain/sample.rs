@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use doppel_memory::{PAGE_MASK, PAGE_SIZE, Privilege};
+use doppel_x86::HiddenInstructions;
 
 use super::dissect::{Dissected, Origin};
 use super::{Symbols, text};
@@ -21,6 +22,8 @@ pub struct Sample<'a> {
     pub address: u64,
     /// It runs at CPL 3, not 0.
     pub user: bool,
+    /// What the guest's processor does not have.
+    pub hidden: HiddenInstructions,
 }
 
 /// Why code cannot be explained.
@@ -80,6 +83,7 @@ impl Sample<'_> {
             },
             form: Form::Normal,
             straddler_follows: false,
+            hidden: self.hidden,
         };
         if rest.len() > room && origin.decode(&TranslateOptions::default()).is_none() {
             origin.bytes = origin.first_of(rest);

@@ -247,7 +247,7 @@ impl View<'_> {
     fn exit(&self, i: &GuestInstruction, h: &Host) -> Option<String> {
         if let Some((n, e)) = self.block.exit_of(h) {
             if e.interpret {
-                return Some(interpreted(i).to_owned());
+                return Some(self.interpreted(i).to_owned());
             }
             let link = (self.links)(n);
             if e.slot.is_some() {
@@ -260,6 +260,19 @@ impl View<'_> {
         let leaves = stub >= self.block.code.body && self.block.labels[&stub].starts_with("stub");
         let to = (self.name)(self.block.address(i.decoded.near_branch64() as i64));
         leaves.then(|| format!("to {to}, in another page"))
+    }
+
+    fn interpreted(&self, i: &GuestInstruction) -> &'static str {
+        match i.class {
+            Class::Interpret if self.block.is_hidden(i) => {
+                "not as the guest's processor has it, if it has it at all: the monitor interprets it"
+            }
+            Class::Interpret if i.decoded.is_privileged() => {
+                "privileged: the monitor interprets it"
+            }
+            Class::Interpret => "left to the monitor, which interprets it",
+            _ => "the rare case: the monitor interprets it",
+        }
     }
 
     /// A jump through a slot, whose target counts from the page that was turned to just before.
@@ -389,14 +402,6 @@ fn held(h: &Host) -> &'static str {
     match h.decoded.op0_kind() {
         OpKind::Memory => "kept: code comes back to this base",
         _ => "comes back to a base that was checked before",
-    }
-}
-
-fn interpreted(i: &GuestInstruction) -> &'static str {
-    match i.class {
-        Class::Interpret if i.decoded.is_privileged() => "privileged: the monitor interprets it",
-        Class::Interpret => "left to the monitor, which interprets it",
-        _ => "the rare case: the monitor interprets it",
     }
 }
 
