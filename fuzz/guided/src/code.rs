@@ -5,7 +5,7 @@ use std::sync::Arc;
 use doppel_memory::GuestRam;
 use doppel_translate::TranslateOptions;
 use doppel_translate::explain::{Sample, Symbols};
-use doppel_x86::{Activity, Cpu, Cr0, EmptyBus, Gpr, event, interpret};
+use doppel_x86::{Activity, Cpu, Cr0, EmptyBus, Gpr, HiddenInstructions, event, interpret};
 
 use crate::choices::Choices;
 use crate::{Door, Take};
@@ -57,6 +57,7 @@ fn explain(bytes: &[u8], user: bool) {
         bytes,
         address: 0x40_0ff8,
         user,
+        hidden: HiddenInstructions::NONE,
     };
     // Bytes that end within an instruction are refused.
     let _ = sample.explain(&TranslateOptions::default(), &Symbols::default());
