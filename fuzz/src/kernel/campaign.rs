@@ -264,10 +264,12 @@ impl Rig {
         vec![defaults, DIRECT, others[number as usize % others.len()]]
     }
 
-    /// Whether the manual says what comes out of a case.
-    pub fn is_specified(&mut self, case: &Case) -> bool {
-        let trace = case.image().map(|image| self.tracer.run(&image, &case.dma));
-        trace.is_some_and(|trace| trace.why_unspecified().is_none())
+    /// Why the manual does not say what comes out of a case, unless it does.
+    pub fn why_unspecified(&mut self, case: &Case) -> Option<String> {
+        match case.image() {
+            Some(image) => self.tracer.run(&image, &case.dma).why_unspecified(),
+            None => Some("its code does not fit".to_owned()),
+        }
     }
 
     /// Every instruction of a case on the interpreter but the supervisor's own, each with the registers that the one before changed.

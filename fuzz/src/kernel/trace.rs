@@ -82,21 +82,19 @@ pub struct Trace {
     pub lost_tables: bool,
     /// Page tables were executed, or read by other code than the supervisor's: when a processor sets their accessed and dirty bits is its own
     /// affair.
-    pub sees_tables: bool,
+    pub sees_tables: Option<Instruction>,
 }
 
 impl Trace {
     /// Why the manual does not say what comes out, unless it does.
     pub fn why_unspecified(&self) -> Option<String> {
-        let lost = "a step wrote over the tables that it runs in";
-        let seen = "page tables were executed or read";
-        let instruction = self.unspecified.map(|i| format!("{i} at {:#x}", i.ip()));
-        let tables = match (self.lost_tables, self.sees_tables) {
-            (true, _) => Some(lost.to_owned()),
-            (_, true) => Some(seen.to_owned()),
-            _ => None,
-        };
-        instruction.or(tables)
+        let at = |i: Instruction| format!("{i} at {:#x}", i.ip());
+        let lost = "a step wrote over the tables that it runs in".to_owned();
+        let lost = self.lost_tables.then_some(lost);
+        let seen = self
+            .sees_tables
+            .map(|i| format!("page tables are seen by {}", at(i)));
+        self.unspecified.map(at).or(lost).or(seen)
     }
 }
 
@@ -171,7 +169,7 @@ impl Tracer {
         let instruction = self.next();
         watch(&self.cpu, instruction.as_ref());
         let sees_tables =
-            self.is_table(self.fetched()) || instruction.is_some_and(|i| self.reads_tables(&i));
+            self.is_entry(self.fetched()) || instruction.is_some_and(|i| self.reads_tables(&i));
         let place = (bits(&self.cpu), self.cpu.cpl);
         let before = self.cpu.counters.exceptions;
         interpret::step(&mut self.cpu, &mut self.bus);
@@ -179,7 +177,7 @@ impl Tracer {
         let after = self.cpu.counters.exceptions;
         let raised: Vec<usize> = (0..32).filter(|n| after[*n] != before[*n]).collect();
         if let Some(i) = instruction {
-            trace.sees_tables |= sees_tables;
+            trace.sees_tables = trace.sees_tables.or(sees_tables.then_some(i));
             let key = (place.0, place.1, i.code());
             *trace.reached.instructions.entry(key).or_default() += 1;
             // The supervisor's shifts leave flags to nobody.
@@ -218,15 +216,18 @@ impl Tracer {
         base.wrapping_add(self.cpu.rip)
     }
 
-    fn is_table(&self, linear: u64) -> bool {
-        let found = probe(&self.cpu.ram, &self.cpu.paging(), linear);
-        found.is_some_and(|t| is_table(t.gpa))
+    /// Whether there is an entry of a page table that leads somewhere: of others no processor changes a bit.
+    fn is_entry(&self, linear: u64) -> bool {
+        /// Of one of 64 bits, or two of 32.
+        const PRESENT: u64 = 1 << 32 | 1;
+        let found = probe(&self.cpu.ram, &self.cpu.paging(), linear).filter(|t| is_table(t.gpa));
+        let entry = found.and_then(|t| self.cpu.ram.load::<u64>(t.gpa & !7));
+        entry.is_some_and(|entry| entry & PRESENT != 0)
     }
 
     /// Whether its operand in memory, which it reads, has bytes of page tables.
     fn reads_tables(&self, i: &Instruction) -> bool {
-        let stores = matches!(i.mnemonic(), Mnemonic::Mov) && i.op0_kind() == OpKind::Memory;
-        if stores || (STUBS..CURSOR).contains(&i.ip()) {
+        if looks_at_nothing(i) || (STUBS..CURSOR).contains(&i.ip()) {
             return false;
         }
         let Some(n) = (0..i.op_count()).find(|n| i.op_kind(*n) == OpKind::Memory) else {
@@ -242,7 +243,7 @@ impl Tracer {
             return false;
         };
         let last = first.wrapping_add(i.memory_size().size().max(1) as u64 - 1);
-        self.is_table(first) || self.is_table(last)
+        self.is_entry(first) || self.is_entry(last)
     }
 
     /// The instruction at RIP, where it can be fetched.
@@ -294,6 +295,21 @@ fn selector(code: u64) -> String {
         _ => "GDT",
     };
     format!("{table}{}", if code & 1 != 0 { " EXT" } else { "" })
+}
+
+/// It stores what it has, or only names an address, or looks at one bit that is neither accessed nor dirty, as the steps do that change an entry.
+fn looks_at_nothing(i: &Instruction) -> bool {
+    use Mnemonic::{Bt, Btc, Btr, Bts, Invlpg, Lea, Mov, Nop};
+    const ACCESSED: u8 = 5;
+    const DIRTY: u8 = 6;
+    match i.mnemonic() {
+        Mov => i.op0_kind() == OpKind::Memory,
+        Bt | Btc | Btr | Bts if i.op1_kind() == OpKind::Immediate8 => {
+            !matches!(i.immediate8() & 31, ACCESSED | DIRTY)
+        }
+        Lea | Invlpg | Nop => true,
+        _ => false,
+    }
 }
 
 /// A processor may say that a component is in use whose state is the initial one.
