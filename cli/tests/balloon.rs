@@ -28,6 +28,8 @@ const FILL: &str = "
     for n in $(seq 250); do cat /tmp/piece; done | sha256sum | cut -c-64 >/tmp/second
     grep -qf /tmp/second /tmp/first
     echo it is used again
+    # Until that has been looked at.
+    sleep 2
 ";
 
 /// Bytes that a process has of the host's memory.
