@@ -5,6 +5,7 @@
 //! Linux Documentation/virt/kvm/x86/msr.rst); Linux looks at it before it complains, takes it back and lets its watchdogs begin anew. A
 //! stop shows in that the timer thread wakes late; whoever is first, this thread with the interrupt that was due or a CPU that takes one, tells every CPU, and
 //! an interrupt is when a guest looks at its watchdogs. Cost: a look at the clock for each interrupt.
+//! Limit: where the stop comes while the guest handles a tick, it may look before either has told it, and complain: on a busy host about one stop in ten.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

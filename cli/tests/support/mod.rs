@@ -168,6 +168,14 @@ impl Running {
     }
 }
 
+impl Running {
+    /// All that was shown, of one that has ended.
+    pub fn console(&mut self) -> String {
+        self.console.read_to_end(&mut self.shown).unwrap();
+        String::from_utf8_lossy(&self.shown).into_owned()
+    }
+}
+
 impl Drop for Running {
     fn drop(&mut self) {
         let _ = self.child.kill();
