@@ -58,7 +58,8 @@ fn free(options: &str) {
         now = resident(pid);
     }
     doppel.until("it is used again", 1);
-    assert!(resident(pid) > now + 200 * MIB);
+    // It may have been seen while it fell, so it is not all of the file that it rises by.
+    assert!(resident(pid) > now + 150 * MIB);
     assert!(support::wait(&mut doppel.child, LIMIT));
     assert_eq!(doppel.child.wait().unwrap().code(), Some(PASSED));
 }
