@@ -88,8 +88,17 @@ struct Guest {
     _scratch: tempfile::TempDir,
 }
 
+/// As the monitor does: an ordinary user's usual limit of descriptors is lower than what it may have.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit).unwrap();
+}
+
 impl Guest {
     fn new() -> Self {
+        raise_descriptor_limit();
         let scratch = tempfile::tempdir().unwrap();
         let path = scratch.path().join("v");
         let socket = Arc::new(VsockSocket::open(&path).unwrap());

@@ -131,8 +131,17 @@ pub fn user(config: &UserConfig) -> Box<dyn Link> {
     Box::new(UserNetwork::new(config, MAC, Arc::new(HostClock::new())).unwrap())
 }
 
+/// As the monitor does: an ordinary user's usual limit of descriptors is lower than what it may have.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit).unwrap();
+}
+
 impl Guest {
     pub fn new(config: &UserConfig, accepts: Accepts) -> Guest {
+        raise_descriptor_limit();
         Guest::on(user(config), accepts, MAC, Ipv4Addr::new(10, 0, 2, 15))
     }
 
