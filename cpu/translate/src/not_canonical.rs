@@ -47,20 +47,13 @@ impl Translator {
         let len = code.room().min(MOST_BYTES);
         code.read(&mut bytes[..len]);
         let decoder = Decoder::with_ip(64, &bytes[..len], key.gpa, DecoderOptions::NONE);
-        let branches = decoder.into_iter().take_while(|i| !i.is_invalid());
-        let branches: Vec<_> = branches
-            .filter(|i| i.near_branch64() != 0)
-            .map(|i| {
-                let rip = there.wrapping_sub(i.near_branch64().wrapping_sub(i.ip()));
-                let calls = i.is_call_near();
-                (i.ip(), Branch { rip, calls })
-            })
-            .collect();
-        let stands = |at: u64, rip: u64| Cpu::canonical(rip) && (at ^ rip) & PAGE_MASK == 0;
-        let mut found = branches.into_iter().filter(|(at, b)| stands(*at, b.rip));
-        found.find_map(|(at, b)| {
-            let page = self.code_page(b.rip)?;
-            (page == at & !PAGE_MASK).then_some(b)
+        let instructions = decoder.into_iter().take_while(|i| !i.is_invalid());
+        let mut branches = instructions.filter(|i| i.near_branch64() != 0);
+        branches.find_map(|i| {
+            let rip = there.wrapping_sub(i.near_branch64().wrapping_sub(i.ip()));
+            let gpa = self.code_page(rip)? | rip & PAGE_MASK;
+            let calls = i.is_call_near();
+            (gpa == i.ip()).then_some(Branch { rip, calls })
         })
     }
 }
