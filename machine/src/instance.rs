@@ -44,7 +44,11 @@ impl Loaded {
         let backing = config.memory_backing.unwrap_or(engine.usual_backing());
         let ram = GuestRam::with_backing(config.memory, backing)?;
         let (direct, entry) = thread::scope(|scope| {
-            let start = narrowed(Kind::Control, || DirectHost::new(&ram).map(Arc::new));
+            let start = narrowed(Kind::Control, || {
+                let host = DirectHost::new(&ram)?;
+                host.prices();
+                Ok(Arc::new(host))
+            });
             let thread = thread::Builder::new().name("direct".into());
             let started = match engine {
                 EngineKind::Direct => Some(thread.spawn_scoped(scope, start)),

@@ -1,9 +1,12 @@
 //! What the vCPUs of a machine share: the zygote of their children, and what is known of the host.
 
+use std::sync::OnceLock;
+
 use doppel_memory::GuestRam;
 use doppel_x86::{CpuidModel, host_xcr0};
 
 use crate::hazard::Hazards;
+use crate::prices::Prices;
 use crate::{Child, DirectError, Zygote};
 
 /// Mappings that a process can have, unless the host says otherwise.
@@ -16,6 +19,7 @@ const MAPPINGS_MARGIN: usize = 1_000;
 pub struct DirectHost {
     zygote: Zygote,
     most_mappings: usize,
+    prices: OnceLock<Prices>,
 }
 
 impl DirectHost {
@@ -26,7 +30,14 @@ impl DirectHost {
         Ok(DirectHost {
             zygote,
             most_mappings: most_mappings(),
+            prices: OnceLock::new(),
         })
+    }
+
+    /// What a stop costs here, measured the first time that it is asked.
+    pub fn prices(&self) -> Prices {
+        let measured = || Prices::measure(&self.zygote).unwrap_or(Prices::USUAL);
+        *self.prices.get_or_init(measured)
     }
 
     /// A child with nothing mapped.

@@ -9,6 +9,10 @@
 //! Invariant: what is lost to trying is at most the overdraft in the time until the next try, whatever the guest does.
 //! Cost: one reading of the TSC per stop; one of processor time per long stretch, and per interrupt that finds translated user code.
 
+use std::time::Duration;
+
+use crate::Prices;
+
 /// The part of a stretch that it is reckoned to save, as a fraction.
 const GAIN: (u64, u64) = (5, 8);
 
@@ -46,13 +50,16 @@ pub struct Times {
 }
 
 impl Times {
-    /// For a TSC of this frequency.
-    pub fn new(tsc_hz: u64) -> Self {
+    /// For a TSC of this frequency, on a host with these prices.
+    pub fn new(tsc_hz: u64, prices: Prices) -> Self {
         let us = (tsc_hz / 1_000_000).max(1);
+        let ticks = |price: Duration| price.as_nanos() as u64 * us / 1_000;
+        let stop = ticks(prices.stop);
+        // The stop itself looks like a stretch of user code, of which a part is reckoned as saved.
         Times {
-            stretch: 25 * us,
-            stop: 5 * us as i64,
-            change: us + us / 2,
+            stretch: stop * 25 / 3,
+            stop: (stop * 5 / 3) as i64,
+            change: ticks(prices.change),
             advance: (1500 * us as i64, 1000 * us as i64),
             advance_computed: 2500 * us as i64,
             page: 70 * us,
@@ -362,7 +369,7 @@ mod tests {
     use super::*;
 
     fn times() -> Times {
-        Times::new(1_000_000_000)
+        Times::new(1_000_000_000, Prices::USUAL)
     }
     const MS: u64 = 1_000_000;
 
@@ -370,6 +377,28 @@ mod tests {
         Stretch {
             ticks,
             ..Stretch::default()
+        }
+    }
+
+    #[test]
+    fn what_stops_cost_here_decides_what_pays() {
+        for us in [1, 3, 15, 60] {
+            let prices = Prices {
+                stop: Duration::from_micros(us),
+                ..Prices::USUAL
+            };
+            let times = Times::new(1_000_000_000, prices);
+            let stop = us * 1_000;
+            let earned = |ticks| {
+                let mut account = Account::new(&times);
+                assert!(account.open(&times, 0));
+                account.stopped(&times, ran(ticks), 0);
+                account.earned
+            };
+            assert!(earned(stop) < -9 * stop as i64 / 10, "a stop alone");
+            assert!(earned(2 * stop) < 0);
+            assert!(earned(4 * stop) > 0);
+            assert!(times.stretch > 4 * stop);
         }
     }
 

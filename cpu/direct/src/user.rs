@@ -25,19 +25,17 @@ use doppel_x86::{
 };
 use rustc_hash::FxHashMap;
 
-use crate::changes::Changes;
 use crate::counts::{Counts, nanoseconds};
 use crate::hazard::{Hazards, Verdict};
 use crate::pin::Pin;
 use crate::policy::{Account, Explorer, Look, Looks, Scout, Stretch, Times};
-use crate::shadow::{Entry, Revoked, Shadow};
+use crate::shadow::{Entry, Revoked};
+use crate::space::{END_OF_USER, Space};
 use crate::spent::{self, Spent};
 use crate::state::{self, UserState};
 use crate::transfer;
-use crate::{Child, DirectError, DirectHost, KickFlag, Stop, hazard};
+use crate::{DirectError, DirectHost, KickFlag, Stop, hazard};
 
-/// Linear addresses that user code of a process can have.
-const END_OF_USER: u64 = 0x7fff_ffff_f000;
 /// Address spaces with a child, for one vCPU.
 const MOST_SPACES: usize = 32;
 /// Mappings that one page fault makes at most: at first, and where faults follow each other.
@@ -49,24 +47,6 @@ const PAGES_BEFORE: usize = 16;
 const CODE_AROUND: (usize, usize) = (2, 8);
 /// Times that a page changes between written and executed before it is executed no more.
 const MOST_TURNS: u32 = 20;
-
-/// An address space of the guest.
-struct Space {
-    shadow: Shadow,
-    account: Account,
-    child: Option<Child>,
-    /// What the child has run.
-    spent: Option<Spent>,
-    /// What is to be changed in the child.
-    changes: Changes,
-    /// The [`doppel_x86::AddressSpaces::id`] of the translations that the shadow is a part of.
-    id: u64,
-    /// Host mappings that the child can have, about.
-    mappings: usize,
-    used: u64,
-    /// Tells programs apart that have had this address space one after the other.
-    life: u64,
-}
 
 /// A page that was claimed as code.
 #[derive(Clone, Copy, Debug)]
@@ -135,14 +115,15 @@ impl Direct {
     /// For one vCPU with this CPU's RAM.
     pub fn new(host: Arc<DirectHost>, cpu: &Cpu, options: DirectOptions) -> Self {
         let pages = cpu.ram.tracker().pages();
+        let times = match options.always {
+            true => Times::free(),
+            false => Times::new(cpu.tsc_hz, host.prices()),
+        };
         Direct {
             hazards: host.hazards(&cpu.cpuid),
             host,
             options,
-            times: match options.always {
-                true => Times::free(),
-                false => Times::new(cpu.tsc_hz),
-            },
+            times,
             scout: Scout::default(),
             explorer: Explorer::default(),
             explored: 0,
@@ -614,62 +595,6 @@ impl Direct {
     }
 }
 
-impl Space {
-    fn new(times: &Times, life: u64) -> Self {
-        Space {
-            shadow: Shadow::default(),
-            account: Account::new(times),
-            child: None,
-            spent: None,
-            changes: Changes::default(),
-            id: u64::MAX,
-            mappings: 0,
-            used: 0,
-            life,
-        }
-    }
-
-    /// Settles the account after a stretch of user code. False where it is translated from now on.
-    fn stopped(&mut self, times: &Times, stretch: Stretch, hz: u64) -> bool {
-        let ticks = match &mut self.spent {
-            Some(spent) => spent.of_stretch(stretch.ticks, times.long, hz),
-            None => stretch.ticks,
-        };
-        let ran = Stretch { ticks, ..stretch };
-        self.account.stopped(times, ran, host_tsc())
-    }
-
-    /// Compares the shadow with the guest's page tables, if they may have changed since. True where they are another program's by now.
-    fn follow_flushes(&mut self, cpu: &Cpu, counts: &mut Counts) -> bool {
-        if std::mem::replace(&mut self.id, cpu.spaces.id()) == cpu.spaces.id() {
-            return false;
-        }
-        counts.revisions += 1;
-        let paging = cpu.paging();
-        let revision = self.shadow.revise(&cpu.ram, &paging, &mut self.changes);
-        revision.is_another_program()
-    }
-
-    fn give_up_child(&mut self) -> Option<Child> {
-        self.empty();
-        self.changes.clear();
-        self.child.take()
-    }
-
-    /// Unmaps everything.
-    fn empty(&mut self) {
-        self.shadow.clear();
-        self.changes.clear();
-        self.mappings = 0;
-        if let Some(child) = &self.child {
-            let reserved = child.reserved();
-            self.changes.unmap_range(0, reserved.start);
-            self.changes
-                .unmap_range(reserved.end, END_OF_USER - reserved.end);
-        }
-    }
-}
-
 impl UserCode for Direct {
     fn interrupted(&mut self, cpu: &Cpu, entries: u64) -> bool {
         let reminded = self.reminder.as_ref().is_some_and(|r| r.take_rung());
@@ -837,6 +762,14 @@ impl UserCode for Direct {
         stats.extend([
             ("direct_children", with_child.count() as u64),
             ("direct_shadow_pages", pages as u64),
+            (
+                "direct_price_stop_nanoseconds",
+                nanoseconds(self.times.stop as u64, self.tsc_hz),
+            ),
+            (
+                "direct_price_change_nanoseconds",
+                nanoseconds(self.times.change, self.tsc_hz),
+            ),
         ]);
         stats
     }
