@@ -51,7 +51,8 @@ const PORTS: [Range<u16>; 16] = [
 ];
 
 /// Memory likewise.
-const MEMORY: [Range<u64>; 9] = [
+const MEMORY: [Range<u64>; 10] = [
+    layout::HPET..layout::HPET + 0x180,
     layout::IO_APIC..layout::IO_APIC + 0x100,
     layout::LOCAL_APIC..layout::LOCAL_APIC + 0x400,
     layout::VIRTIO_MMIO.start..layout::VIRTIO_MMIO.start + 0x8000,

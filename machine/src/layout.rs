@@ -17,8 +17,10 @@ pub const ECAM: Range<u64> = 0xe000_0000..0xf000_0000;
 pub const PCI_MMIO_HIGH: Range<u64> = 0xf000_0000..0xfec0_0000;
 /// I/O APIC.
 pub const IO_APIC: u64 = 0xfec0_0000;
+/// High precision event timer.
+pub const HPET: u64 = 0xfed0_0000;
 /// Pages of virtio devices without PCI.
-pub const VIRTIO_MMIO: Range<u64> = 0xfed0_0000..0xfee0_0000;
+pub const VIRTIO_MMIO: Range<u64> = 0xfed1_0000..0xfee0_0000;
 /// Local APIC after reset.
 pub const LOCAL_APIC: u64 = 0xfee0_0000;
 /// ID of the I/O APIC; CPUs have those from 0 on, which may be the same since the buses of old are gone.
@@ -59,6 +61,8 @@ pub const RTC: u16 = 0x70;
 pub const RTC_IRQ: u8 = 8;
 /// System control interrupt of ACPI: level triggered, active high.
 pub const SCI: u8 = 9;
+/// ISA interrupt of the 8254.
+pub const PIT_IRQ: u8 = 0;
 /// I/O APIC input of the 8254, whose ISA interrupt is 0.
 pub const PIT_GSI: u32 = 2;
 

@@ -3,13 +3,15 @@
 use std::sync::{Arc, Weak};
 
 use doppel_device::{
-    Backed, Bus, BusDevice, BusError, HostClock, InterruptInput, Line, Pin, Region, Timers, Wired,
+    Backed, Bus, BusDevice, BusError, Gate, HostClock, InterruptInput, Line, Pin, Region, Timers,
+    Wired,
 };
 use doppel_memory::{GuestRam, HOLE_START};
 use doppel_pc::{
-    AcpiPm, AcpiPmConfig, ApicBus, CpuApic, DebugExit, Ecam, FwCfg, HostBridge, I8042, I8254,
-    I8259, IoApic, Kick, LocalApicConfig, Mc146818, PciBus, PciConfigPorts, Port92, TEST_LINES,
-    TEST_MEMORY_LEN, TestLines, TestMemory, TestPorts, Uart16550,
+    AcpiPm, AcpiPmConfig, ApicBus, CpuApic, DebugExit, Ecam, FwCfg, HPET_LEGACY, HPET_LEN,
+    HPET_REPLACES, HPET_ROUTES, HostBridge, Hpet, I8042, I8254, I8259, IoApic, Kick,
+    LocalApicConfig, Mc146818, PciBus, PciConfigPorts, Port92, TEST_LINES, TEST_MEMORY_LEN,
+    TestLines, TestMemory, TestPorts, Uart16550,
 };
 use doppel_x86::APIC_BUS_HZ;
 
@@ -144,16 +146,42 @@ impl Pc {
         self.memory.attach(window, self.apics.clone())
     }
 
-    /// The clock's interrupt is an event to power management too.
+    /// The clock's interrupt is an event to power management too. Its way to the processors, and the 8254's, is the event timer's to cut.
     fn attach_timers(&self, parts: &PcParts, pm: Arc<Wired<AcpiPm>>) -> Result<(), BusError> {
-        let pit = Wired::new(I8254::new(), vec![self.isa_pin(0)], &self.timers);
+        let [pit_line, rtc_line] =
+            [layout::PIT_IRQ, layout::RTC_IRQ].map(|irq| Line::new(self.isa_inputs(irq)));
+        let gates = [&pit_line, &rtc_line].map(|line| Gate::new(line.pin()));
+        let pin = Line::new(vec![(gates[0].clone(), Gate::INPUT)]).pin();
+        let pit = Wired::new(I8254::new(), vec![pin], &self.timers);
         self.at_ports(&[(0x40, 4, 0), (0x61, 1, 4)], &pit)?;
         let low = parts.config.memory.min(HOLE_START);
         let rtc = Mc146818::new(self.timers.clock().wall(), low, parts.config.memory - low);
-        let mut inputs = self.isa_inputs(layout::RTC_IRQ);
-        inputs.push((pm, 0));
-        let rtc = Wired::new(rtc, vec![Line::new(inputs).pin()], &self.timers);
-        self.at_ports(&[(layout::RTC, 2, 0)], &rtc)
+        let pin = Line::new(vec![(gates[1].clone(), Gate::INPUT), (pm, 0)]).pin();
+        let rtc = Wired::new(rtc, vec![pin], &self.timers);
+        self.at_ports(&[(layout::RTC, 2, 0)], &rtc)?;
+        self.attach_event_timer([pit_line, rtc_line], gates)
+    }
+
+    fn attach_event_timer(
+        &self,
+        legacy: [Arc<Line>; 2],
+        gates: [Arc<Gate>; 2],
+    ) -> Result<(), BusError> {
+        let cut = |gate: Arc<Gate>| (gate as Arc<dyn InterruptInput>, Gate::CUT);
+        let cut = Line::new(gates.map(cut).to_vec());
+        let routed = |input: u32| match HPET_ROUTES >> input & 1 {
+            0 => Pin::unconnected(),
+            _ => Line::new(vec![(self.apics.clone(), input)]).pin(),
+        };
+        let pin = |output: u32| match HPET_LEGACY.iter().position(|l| *l == output) {
+            Some(n) => legacy[n].pin(),
+            None if output == HPET_REPLACES => cut.pin(),
+            None => routed(output),
+        };
+        let pins = (0..=HPET_REPLACES).map(pin).collect();
+        let hpet = Wired::new(Hpet::new(), pins, &self.timers);
+        let window = Region::new(layout::HPET, HPET_LEN);
+        self.memory.attach(window, hpet)
     }
 
     fn attach_serial(&self, parts: &PcParts) -> Result<(), BusError> {

@@ -43,6 +43,21 @@ after=$(uptime)
 [ $((after - before)) -ge 29 ]
 [ $((after - before)) -lt 300 ]
 
+step clocks of the machine
+source=/sys/devices/system/clocksource/clocksource0
+usual=$(cat $source/current_clocksource)
+for clock in hpet acpi_pm; do
+    grep -qw $clock $source/available_clocksource
+    echo $clock >$source/current_clocksource
+    [ "$(cat $source/current_clocksource)" = $clock ]
+    before=$(uptime)
+    sleep 0.3
+    after=$(uptime)
+    [ $((after - before)) -ge 29 ]
+    [ $((after - before)) -lt 300 ]
+done
+echo $usual >$source/current_clocksource
+
 step memory and files
 dd if=/dev/urandom of=/tmp/a bs=1M count=8 2>/dev/null
 cp /tmp/a /tmp/b

@@ -22,6 +22,7 @@ pub fn dsdt(cpus: u32, virtio_mmio: u32) -> Sdt {
     devices.extend(motherboard());
     devices.extend(com1());
     devices.extend(rtc());
+    devices.extend(hpet());
     for id in 0..cpus {
         devices.extend(cpu(id));
     }
@@ -133,6 +134,11 @@ fn rtc() -> Vec<u8> {
         &isa_interrupt(layout::RTC_IRQ),
     ]);
     device("RTC_", vec![&hid("PNP0B00"), &resources])
+}
+
+fn hpet() -> Vec<u8> {
+    let window = Memory32Fixed::new(true, layout::HPET as u32, doppel_pc::HPET_LEN as u32);
+    device("HPET", vec![&hid("PNP0103"), &crs(vec![&window])])
 }
 
 fn cpu(id: u32) -> Vec<u8> {

@@ -1,6 +1,6 @@
 //! ACPI: the tables that tell the guest what hardware there is (ACPI 6.5).
 //!
-//! RSDP → XSDT → FADT (→ FACS, DSDT), MADT, MCFG, one after another in the firmware area below 1 MiB.
+//! RSDP → XSDT → FADT (→ FACS, DSDT), MADT, MCFG, HPET, one after another in the firmware area below 1 MiB.
 //! [`tables`] holds the fixed tables, [`dsdt`] the devices in AML.
 
 mod dsdt;
@@ -38,6 +38,7 @@ pub fn place_tables(ram: &GuestRam, cpus: u32, virtio_mmio: u32) -> Result<u64, 
     xsdt.add_entry(writer.put(&tables::fadt(facs as u32, dsdt as u32))?);
     xsdt.add_entry(writer.put(&tables::madt(cpus))?);
     xsdt.add_entry(writer.put(&tables::mcfg())?);
+    xsdt.add_entry(writer.put(&tables::hpet())?);
     let xsdt = writer.put(&xsdt)?;
     place(ram, rsdp, &bytes(&Rsdp::new(OEM_ID, xsdt)))?;
     Ok(rsdp)
@@ -114,7 +115,10 @@ mod tests {
     fn every_table_is_reachable_and_sums_to_zero() {
         let tables = tables(1);
         let names: Vec<_> = tables.iter().map(|t| &t[..4]).collect();
-        assert_eq!(names, [b"XSDT", b"DSDT", b"FACP", b"APIC", b"MCFG"]);
+        assert_eq!(
+            names,
+            [b"XSDT", b"DSDT", b"FACP", b"APIC", b"MCFG", b"HPET"]
+        );
         for t in &tables {
             assert_eq!(sum(t), 0, "{:?}", &t[..4]);
             assert_eq!(u32_at(t, 4) as usize, t.len());

@@ -1,4 +1,4 @@
-//! The fixed ACPI tables: FADT, FACS, MADT, MCFG.
+//! The fixed ACPI tables: FADT, FACS, MADT, MCFG, HPET.
 
 use acpi_tables::facs::FACS;
 use acpi_tables::fadt::{FADT, FADTBuilder, Flags, PmProfile};
@@ -6,7 +6,7 @@ use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::mcfg::MCFG;
 use acpi_tables::sdt::Sdt;
 
-use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, bytes};
 use crate::layout;
 
 /// IA-PC boot architecture flags: there are ISA devices, there is no VGA; bit 1 clear: no keyboard controller.
@@ -117,5 +117,27 @@ fn source_override(irq: u8, gsi: u32, flags: u16) -> Vec<u8> {
 pub fn mcfg() -> MCFG {
     let mut t = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     t.add_ecam(layout::ECAM.start, 0, 0, 0xff);
+    t
+}
+
+/// Counts that a timer must be ahead of the counter at least: 10 µs.
+const HPET_LEAST_TICKS: u16 = 1_000;
+
+/// High precision event timer (IA-PC HPET specification 1.0a, 3.2.4).
+pub fn hpet() -> Sdt {
+    let mut t = Sdt::new(*b"HPET", 36, 1, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    let window = GAS::new(
+        AddressSpace::SystemMemory,
+        64,
+        0,
+        AccessSize::Undefined,
+        layout::HPET,
+    );
+    t.append(doppel_pc::HPET_ID);
+    t.append_slice(&bytes(&window));
+    // The first of them; no guarantee for the rest of its page.
+    t.append(0u8);
+    t.append(HPET_LEAST_TICKS);
+    t.append(0u8);
     t
 }
