@@ -235,6 +235,14 @@ impl Translate {
         self
     }
 
+    /// Translates the code at RIP, unless it is translated, and runs none of it; false where the instruction there is left to the
+    /// interpreter.
+    pub fn translates(&mut self) -> bool {
+        let found = self.t.find_translation();
+        self.t.code.put_back();
+        found.is_some()
+    }
+
     /// Tells `observers` of the blocks from now on.
     pub fn observed(mut self, observers: Observers) -> Self {
         self.t.begin_observing(observers);
