@@ -11,7 +11,7 @@ use crate::flags::{ALL, FlagUse};
 use crate::frontend::{Decoding, Simd};
 use crate::ordinary;
 
-/// How the translator treats an instruction.
+/// How the translator treats an instruction. Asked with `matches!` for each instruction: a comparison of two is a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Class {
     /// Emitted as it is.

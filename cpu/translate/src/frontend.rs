@@ -15,7 +15,7 @@ pub(crate) use crate::classify::{Class, Element, Facts, has_memory};
 use crate::engine::TranslateOptions;
 use crate::flags::{ALL, FlagSet, FlagUse};
 use crate::narrow::{Mode, widen};
-use crate::rewrite::{Base, Reference, constant_move, reference};
+use crate::rewrite::{Base, Reference, cannot_fault, constant_move, reference};
 
 /// Which instructions the guest's control registers let run: a part of a block's key.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -107,6 +107,8 @@ pub(crate) struct GuestInstruction {
     pub short: bool,
     /// The host's bytes for it are not the guest's.
     pub encode: bool,
+    /// It computes in general registers only.
+    pub cannot_fault: bool,
 }
 
 impl GuestInstruction {
@@ -128,6 +130,7 @@ impl GuestInstruction {
             narrow: false,
             short: false,
             encode: false,
+            cannot_fault: false,
         }
     }
 
@@ -156,6 +159,7 @@ impl GuestInstruction {
         self.uses = facts.uses;
         self.reference = reference(self).filter(|_| !self.narrow || how.mode.flat && !self.short);
         self.moves = constant_move(self);
+        self.cannot_fault = cannot_fault(self);
     }
 
     /// False for what the translation of a class does otherwise than this instruction in narrow code.
@@ -164,11 +168,11 @@ impl GuestInstruction {
         // Where it is not to be written, and perhaps not to be read.
         let code = accesses_code_segment(d, class) && how.mode.flat;
         // What it leaves above SP is the moved stack pointer's.
-        let stack = class == Class::Pop
+        let stack = matches!(class, Class::Pop)
             && self.word < how.mode.stack()
             && d.op0_register() == Register::RSP;
         // Its address wraps after the bit offset was added.
-        let bits = class == Class::BitString && self.short;
+        let bits = matches!(class, Class::BitString) && self.short;
         !code && !stack && !bits
     }
 
@@ -240,7 +244,7 @@ impl GuestBlock {
         if let Some(first) = self.instructions.first_mut() {
             self.end = first.offset + first.decoded.len() as u16;
             self.simd = first.simd;
-            if first.class == Class::Sti {
+            if matches!(first.class, Class::Sti) {
                 first.class = Class::Interpret;
             }
             first.live_after = ALL;
@@ -302,7 +306,8 @@ impl GuestBlock {
             }
             i.learn(info, how);
             self.end = i.decoded.next_ip() as u16;
-            let goes_on = i.class == Class::Conditional && how.extend && forwards(&i.decoded);
+            let goes_on =
+                matches!(i.class, Class::Conditional) && how.extend && forwards(&i.decoded);
             if goes_on && side_exits < MOST_SIDE_EXITS {
                 side_exits += 1;
             } else if i.class.ends_block() {
@@ -312,7 +317,7 @@ impl GuestBlock {
         let Some(last) = self.instructions.last_mut() else {
             return false;
         };
-        if last.class == Class::Sti {
+        if matches!(last.class, Class::Sti) {
             // Its shadow reaches into the next block: the interpreter knows how.
             last.class = Class::Interpret;
         }
@@ -329,7 +334,7 @@ impl GuestBlock {
 fn liveness(instructions: &mut [GuestInstruction]) {
     let mut live = ALL;
     for i in instructions.iter_mut().rev() {
-        if i.class == Class::Conditional {
+        if matches!(i.class, Class::Conditional) {
             live = ALL; // nobody knows of the other way
         }
         i.live_after = live;

@@ -97,7 +97,7 @@ impl Recipe {
     pub fn of(i: &GuestInstruction) -> Option<Self> {
         use Mnemonic::*;
         let d = &i.decoded;
-        if i.class != Class::Copy || d.op_count() == 0 {
+        if !matches!(i.class, Class::Copy) || d.op_count() == 0 {
             return None;
         }
         let (left, size) = (Source::operand(d, 0)?, d.op0_register().size() as u8);

@@ -227,7 +227,7 @@ impl View<'_> {
             if live == 0 {
                 return "flags saved: a fault shows them".to_owned();
             }
-            if i.class == Class::Conditional {
+            if matches!(i.class, Class::Conditional) {
                 break;
             }
         }

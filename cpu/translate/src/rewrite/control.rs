@@ -34,7 +34,7 @@ impl Work<'_> {
             self.poll_if_backward(i, target);
         }
         self.before_own(i);
-        if i.class == Class::Conditional {
+        if matches!(i.class, Class::Conditional) {
             // iced-x86 counts conditions in the order of their encoding, from 1.
             let cc = i.decoded.condition_code() as u8 - 1;
             self.align_link(2);
@@ -320,7 +320,7 @@ impl Work<'_> {
     pub(super) fn branch_target(&mut self, i: &GuestInstruction) {
         let d = &i.decoded;
         if d.op0_kind() == OpKind::Memory {
-            if i.class == Class::JumpIndirect {
+            if matches!(i.class, Class::JumpIndirect) {
                 let at = self.operand(i, i.word, false);
                 self.load_word(i.word, S0, at);
             } else {

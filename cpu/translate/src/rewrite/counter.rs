@@ -10,7 +10,9 @@ impl Work<'_> {
             return;
         };
         let before = &self.block.instructions[..begun];
-        let branches = before.iter().filter(|i| i.class == Class::Conditional);
+        let branches = before
+            .iter()
+            .filter(|i| matches!(i.class, Class::Conditional));
         let counter = counters + 8 * branches.count() as u64;
         let a = self.asm();
         a.store(ctx::SPILL, S0);
@@ -26,6 +28,6 @@ impl Work<'_> {
 pub(crate) fn parts(block: &GuestBlock) -> Vec<u64> {
     let parts = block
         .instructions
-        .split_inclusive(|i| i.class == Class::Conditional);
+        .split_inclusive(|i| matches!(i.class, Class::Conditional));
     parts.map(|p| p.len() as u64).collect()
 }

@@ -25,7 +25,7 @@ impl Work<'_> {
     fn fused_branch(&self) -> Option<&GuestInstruction> {
         let code = &self.block.instructions;
         let next = code.get(self.at + 1)?;
-        let both = next.class == Class::Conditional && fuses(&code[self.at]);
+        let both = matches!(next.class, Class::Conditional) && fuses(&code[self.at]);
         (both && self.s.options.fuse).then_some(next)
     }
 

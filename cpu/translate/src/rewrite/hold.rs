@@ -33,7 +33,8 @@ impl Work<'_> {
     /// The plan for the base of the access at this instruction, if code comes back to it.
     pub(super) fn plan_hold(&self, r: &Reference) -> Option<Plan> {
         let held_otherwise = self.pin.is_some_and(|pin| pin.begins_at(self.at));
-        if !self.s.options.hold || held_otherwise || self.free_slot().is_none() {
+        let may = self.s.options.hold && !held_otherwise;
+        if !may || !self.may_come_back(r) || self.free_slot().is_none() {
             return None;
         }
         let mut plan = Plan {
@@ -62,7 +63,7 @@ impl Work<'_> {
                 _ => away |= !share::leaves_s0(i) || i.reference.is_some(),
             }
             was_away |= away;
-            branched |= i.class == Class::Conditional;
+            branched |= matches!(i.class, Class::Conditional);
             let until = self.pinned.map_or(0, |pinned| pinned.last);
             pinned = pinned.filter(|_| at < until);
             if !pinned.as_mut().is_some_and(|run| run.follow(i)) {
@@ -73,6 +74,16 @@ impl Work<'_> {
             }
         }
         comes_back.then_some(plan)
+    }
+
+    /// False where no access of what follows is off the same base, whatever is between.
+    fn may_come_back(&self, r: &Reference) -> bool {
+        let is_off = |other: Reference| other.root == r.root;
+        // `leave` has a base go on as another.
+        let renames = |i: &GuestInstruction| matches!(i.class, Class::Leave);
+        let code = &self.block.instructions[self.at..];
+        renames(&code[0])
+            || (code[1..].iter()).any(|i| i.reference.is_some_and(is_off) || renames(i))
     }
 
     fn free_slot(&self) -> Option<usize> {

@@ -19,12 +19,12 @@ pub(crate) const IN_PLACE: RecipeId = u8::MAX;
 pub(crate) type Chained = (Recipe, RecipeId);
 
 impl Work<'_> {
-    /// Notes what is lost at the instruction that begins.
-    pub(super) fn record_lost(&mut self, i: &GuestInstruction) {
-        self.recipe = match i.may_leave() {
+    /// Where the recipes begin of what is lost at the instruction that begins.
+    pub(super) fn recipe_at(&mut self, i: &GuestInstruction) -> RecipeId {
+        match i.may_leave() {
             true => self.chain(),
             false => IN_PLACE,
-        };
+        }
     }
 
     fn chain(&mut self) -> RecipeId {

@@ -190,8 +190,7 @@ impl Work<'_> {
             false => self.asm().mov(S1, n),
         }
         self.asm().alu_imm32(Alu::And, S1, bits);
-        let needs = i.flags.needs_registers(i.live_after) || self.leaves_saved_flags(i);
-        if self.place == FlagPlace::Saved && needs {
+        if self.place == FlagPlace::Saved && self.wants_registers(i) {
             self.asm().store(ctx::SPILL, S1);
             self.restore_flags();
             self.asm().load(S1, ctx::SPILL);

@@ -45,6 +45,7 @@ use crate::thunk::{Check, Thunks, load_simd};
 pub(crate) use address::check_len;
 pub(crate) use branch::BranchSite;
 pub(crate) use lost::{Chained, IN_PLACE, RecipeId};
+pub(crate) use resident::cannot_fault;
 pub(crate) use share::{Reference, constant_move, reference};
 pub(crate) use sites::{AccessSite, Boundary, ExitSite, FirstSites, Part, Translated};
 
@@ -305,18 +306,25 @@ impl Work<'_> {
         let block = self.block;
         for (at, i) in block.instructions.iter().enumerate() {
             self.at = at;
-            if !(self.s.options.resident && resident::cannot_fault(i)) {
+            let resident = self.s.options.resident && i.cannot_fault;
+            if !resident {
                 self.end_residence();
             }
             self.boundary(i);
             self.poll_early();
             self.instruction(i);
-            if !self.run.as_mut().is_some_and(|run| run.outlives(i)) {
+            if let Some(run) = &mut self.run
+                && !run.outlives(i)
+            {
                 self.run = None;
             }
             self.follow_pin(i);
-            self.follow_held(i);
-            self.follow_lost(i);
+            if !self.held.is_empty() {
+                self.follow_held(i);
+            }
+            if !self.lost.is_empty() {
+                self.follow_lost(i);
+            }
         }
         self.end_residence();
         if block
@@ -394,7 +402,7 @@ impl Work<'_> {
             if i.live_before == 0 {
                 return self.entry_watched().then_some(FlagPlace::Saved);
             }
-            if i.class.checks() || i.class == Class::Interpret {
+            if i.class.checks() || matches!(i.class, Class::Interpret) {
                 return Some(FlagPlace::Saved);
             }
             if i.flags.needs_registers(i.live_after) {
@@ -412,7 +420,9 @@ impl Work<'_> {
     /// Counts the instructions from this one up to the next branch.
     fn count_instructions(&mut self, from: usize) {
         let rest = &self.block.instructions[from..];
-        let to_branch = rest.iter().position(|i| i.class == Class::Conditional);
+        let to_branch = rest
+            .iter()
+            .position(|i| matches!(i.class, Class::Conditional));
         let n = to_branch.map_or(rest.len(), |n| n + 1);
         self.add_to(ctx::INSTRUCTIONS_RUN, n as i32);
     }
@@ -430,7 +440,10 @@ impl Work<'_> {
     }
 
     fn boundary_with(&mut self, i: &GuestInstruction, borrowed: Option<Reg>) {
-        self.record_lost(i);
+        self.recipe = match self.lost.is_empty() {
+            true => IN_PLACE,
+            false => self.recipe_at(i),
+        };
         let host = self.r.asm.pos() as u32;
         if self.recipe != IN_PLACE {
             let n = self.out.boundaries.len() as u32;
@@ -477,11 +490,15 @@ impl Work<'_> {
 
     /// Before the guest's own instruction runs.
     fn before_own(&mut self, i: &GuestInstruction) {
-        let needs = i.flags.needs_registers(i.live_after) || self.leaves_saved_flags(i);
-        if self.place == FlagPlace::Saved && needs {
+        if self.place == FlagPlace::Saved && self.wants_registers(i) {
             self.restore_flags();
             self.place = FlagPlace::Registers;
         }
+    }
+
+    /// True where the guest's own instruction has to find saved flags in the registers.
+    fn wants_registers(&self, i: &GuestInstruction) -> bool {
+        i.flags.needs_registers(i.live_after) || self.leaves_saved_flags(i)
     }
 
     /// After the guest's own instruction ran.
@@ -536,7 +553,7 @@ impl Work<'_> {
     fn copy(&mut self, i: &GuestInstruction) {
         self.before_own(i);
         self.copy_resident(i);
-        if !(self.s.options.resident && resident::cannot_fault(i)) {
+        if !(self.s.options.resident && i.cannot_fault) {
             self.end_residence();
         }
         self.after_own(i);

@@ -17,11 +17,21 @@ pub(super) struct Resident {
     dirty: bool,
 }
 
-/// True for what computes in general registers only and cannot fault.
-pub(super) fn cannot_fault(i: &GuestInstruction) -> bool {
+/// True for what computes in general registers only and cannot fault. [`GuestInstruction::cannot_fault`] holds it.
+pub(crate) fn cannot_fault(i: &GuestInstruction) -> bool {
+    let class = match i.class {
+        Class::Copy => true,
+        Class::Lea => copied_lea(&i.decoded),
+        Class::Nothing => return true,
+        _ => false,
+    };
+    class && computes(i.decoded.mnemonic()) && !i.simd
+}
+
+fn computes(m: iced_x86::Mnemonic) -> bool {
     use iced_x86::Mnemonic::*;
-    let computes = matches!(
-        i.decoded.mnemonic(),
+    matches!(
+        m,
         Mov | Movzx
             | Movsx
             | Movsxd
@@ -51,14 +61,7 @@ pub(super) fn cannot_fault(i: &GuestInstruction) -> bool {
             | Xchg
             | Bswap
             | Bt
-    );
-    let class = match i.class {
-        Class::Copy => true,
-        Class::Lea => copied_lea(&i.decoded),
-        Class::Nothing => return true,
-        _ => false,
-    };
-    class && computes && !i.simd
+    )
 }
 
 impl Work<'_> {

@@ -23,10 +23,8 @@ const LONGEST: i64 = 1024;
 /// What an address is made of, apart from the displacement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Root {
-    base: Register,
-    index: Register,
-    scale: u8,
-    segment: Register,
+    /// Base, index, scale and segment, a byte each, for a comparison in one go.
+    parts: u32,
     /// The general registers among them, a bit each.
     registers: u16,
 }
@@ -69,10 +67,7 @@ impl Root {
     fn new(base: Register, index: Register, scale: u8, segment: Register) -> Self {
         let bit = |r: Register| u16::from(r.is_gpr()) << (r.number() & 15);
         Root {
-            base,
-            index,
-            scale,
-            segment,
+            parts: u32::from_le_bytes([base as u8, index as u8, scale, segment as u8]),
             registers: bit(base) | bit(index),
         }
     }
@@ -176,16 +171,19 @@ impl Run {
     }
 
     /// Follows the root through an instruction; false where it is lost.
+    #[inline]
     pub fn follow(&mut self, i: &GuestInstruction) -> bool {
-        if i.class == Class::Leave {
+        let may_change = self.root.uses(i.writes) || matches!(i.class, Class::Leave);
+        !may_change || self.follow_change(i)
+    }
+
+    fn follow_change(&mut self, i: &GuestInstruction) -> bool {
+        if matches!(i.class, Class::Leave) {
             return self.follow_leave(i.word.into());
         }
         let (moves, by) = i.moves;
         if self.root.uses(i.writes & !moves) {
             return false;
-        }
-        if !self.root.uses(moves) {
-            return true;
         }
         let by = by.checked_mul(self.weight(moves));
         let moved = by.and_then(|by| self.moved.checked_add(by));
@@ -205,14 +203,9 @@ impl Run {
 
     /// How often a register counts in the root.
     fn weight(&self, register: u16) -> i64 {
-        let count = |r: Register, n: i64| {
-            if r.is_gpr() && register & 1 << r.number() != 0 {
-                n
-            } else {
-                0
-            }
-        };
-        count(self.root.base, 1) + count(self.root.index, i64::from(self.root.scale))
+        let [base, index, scale, _] = self.root.parts.to_le_bytes();
+        let wide = Register::RAX as u8 + register.trailing_zeros() as u8;
+        i64::from(base == wide) + i64::from(index == wide) * i64::from(scale)
     }
 }
 
@@ -222,6 +215,7 @@ pub(crate) fn constant_move(i: &GuestInstruction) -> (u16, i64) {
     let stack = 1u16 << RSP;
     let word = i64::from(i.word);
     let by = match d.code() {
+        _ if matches!(i.class, Class::Memory { .. } | Class::Conditional) => return (0, 0),
         Code::Add_rm64_imm8 | Code::Add_rm64_imm32 | Code::Add_RAX_imm32 => d.immediate(1) as i64,
         Code::Sub_rm64_imm8 | Code::Sub_rm64_imm32 | Code::Sub_RAX_imm32 => {
             (d.immediate(1) as i64).wrapping_neg()
@@ -234,7 +228,9 @@ pub(crate) fn constant_move(i: &GuestInstruction) -> (u16, i64) {
             d.memory_displacement64() as i64
         }
         _ if matches!(i.class, Class::Push | Class::Call) => return (stack, -word),
-        _ if i.class == Class::Pop && d.op0_register() != Register::RSP => return (stack, word),
+        _ if matches!(i.class, Class::Pop) && d.op0_register() != Register::RSP => {
+            return (stack, word);
+        }
         code if i.narrow => match narrow_move(d, code) {
             Some(by) => by,
             None => return (0, 0),
