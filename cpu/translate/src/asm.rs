@@ -71,6 +71,14 @@ impl Asm {
         self.bytes.extend_from_slice(b);
     }
 
+    /// Bytes and an immediate or displacement behind them.
+    fn with_imm<const N: usize>(&mut self, head: [u8; N], v: i32) {
+        let mut bytes = [0; 16];
+        bytes[..N].copy_from_slice(&head);
+        bytes[N..N + 4].copy_from_slice(&v.to_le_bytes());
+        self.raw(&bytes[..N + 4]);
+    }
+
     fn imm32(&mut self, v: i32) {
         self.raw(&v.to_le_bytes());
     }
@@ -81,19 +89,23 @@ impl Asm {
 
     /// `op reg, gs:[disp]` with any one-byte opcode.
     fn gs(&mut self, w: bool, op: u8, reg: Reg, disp: i32) {
-        self.raw(&[0x65, Self::rex(w, reg, 0, 0), op, (reg & 7) << 3 | 4, 0x25]);
-        self.imm32(disp);
+        self.with_imm(
+            [0x65, Self::rex(w, reg, 0, 0), op, (reg & 7) << 3 | 4, 0x25],
+            disp,
+        );
     }
 
     /// `op reg, gs:[index + disp]`.
     fn gs_indexed(&mut self, op: u8, reg: Reg, index: Reg, disp: i32) {
-        self.raw(&[
-            0x65,
-            Self::rex(true, reg, 0, index),
-            op,
-            0x80 | (reg & 7) << 3 | (index & 7),
-        ]);
-        self.imm32(disp);
+        self.with_imm(
+            [
+                0x65,
+                Self::rex(true, reg, 0, index),
+                op,
+                0x80 | (reg & 7) << 3 | (index & 7),
+            ],
+            disp,
+        );
     }
 
     pub fn load(&mut self, reg: Reg, disp: i32) {
@@ -110,70 +122,65 @@ impl Asm {
     }
     /// `mov dword gs:[disp], imm`.
     pub fn store_imm32(&mut self, disp: i32, imm: u32) {
-        self.raw(&[0x65, 0xc7, 0x04, 0x25]);
-        self.imm32(disp);
+        self.with_imm([0x65, 0xc7, 0x04, 0x25], disp);
         self.imm32(imm as i32);
     }
     /// `mov qword gs:[disp], imm` (sign extended).
     pub fn store_imm64(&mut self, disp: i32, imm: i32) {
-        self.raw(&[0x65, 0x48, 0xc7, 0x04, 0x25]);
-        self.imm32(disp);
+        self.with_imm([0x65, 0x48, 0xc7, 0x04, 0x25], disp);
         self.imm32(imm);
     }
     /// `mov byte gs:[disp], imm`.
     pub fn store_imm8(&mut self, disp: i32, imm: u8) {
-        self.raw(&[0x65, 0xc6, 0x04, 0x25]);
-        self.imm32(disp);
+        self.with_imm([0x65, 0xc6, 0x04, 0x25], disp);
         self.raw(&[imm]);
     }
     /// `mov word gs:[disp], reg`.
     pub fn store16(&mut self, disp: i32, reg: Reg) {
         self.raw(&[0x65, 0x66]);
-        self.raw(&[Self::rex(false, reg, 0, 0), 0x89, (reg & 7) << 3 | 4, 0x25]);
-        self.imm32(disp);
+        self.with_imm(
+            [Self::rex(false, reg, 0, 0), 0x89, (reg & 7) << 3 | 4, 0x25],
+            disp,
+        );
     }
     /// `movzx reg, word gs:[disp]`.
     pub fn load16(&mut self, reg: Reg, disp: i32) {
         self.raw(&[0x65, Self::rex(false, reg, 0, 0), 0x0f, 0xb7]);
-        self.raw(&[(reg & 7) << 3 | 4, 0x25]);
-        self.imm32(disp);
+        self.with_imm([(reg & 7) << 3 | 4, 0x25], disp);
     }
     /// `op dword gs:[disp], imm`.
     pub fn alu_gs_imm32(&mut self, op: Alu, disp: i32, imm: i32) {
-        self.raw(&[0x65, 0x81, (op as u8) << 3 | 4, 0x25]);
-        self.imm32(disp);
+        self.with_imm([0x65, 0x81, (op as u8) << 3 | 4, 0x25], disp);
         self.imm32(imm);
     }
     /// `add qword gs:[disp], 1`.
     pub fn count(&mut self, disp: i32) {
-        self.raw(&[0x65, 0x48, 0x83, (Alu::Add as u8) << 3 | 4, 0x25]);
-        self.imm32(disp);
+        self.with_imm([0x65, 0x48, 0x83, (Alu::Add as u8) << 3 | 4, 0x25], disp);
         self.raw(&[1]);
     }
     /// `test dword gs:[disp], imm`.
     pub fn test_gs_imm32(&mut self, disp: i32, imm: i32) {
-        self.raw(&[0x65, 0xf7, 0x04, 0x25]);
-        self.imm32(disp);
+        self.with_imm([0x65, 0xf7, 0x04, 0x25], disp);
         self.imm32(imm);
     }
     /// `or dst, [base + disp]`.
     pub fn or_mem(&mut self, dst: Reg, base: Reg, disp: i32) {
-        self.raw(&[
-            Self::rex(true, dst, 0, base),
-            0x0b,
-            0x80 | (dst & 7) << 3 | (base & 7),
-        ]);
-        self.imm32(disp);
+        self.with_imm(
+            [
+                Self::rex(true, dst, 0, base),
+                0x0b,
+                0x80 | (dst & 7) << 3 | (base & 7),
+            ],
+            disp,
+        );
     }
     /// `test reg, imm` of 64 bits; the immediate is sign extended.
     pub fn test_imm64(&mut self, reg: Reg, imm: i32) {
-        self.raw(&[Self::rex(true, 0, 0, reg), 0xf7, 0xc0 | (reg & 7)]);
-        self.imm32(imm);
+        self.with_imm([Self::rex(true, 0, 0, reg), 0xf7, 0xc0 | (reg & 7)], imm);
     }
     /// `test reg, imm`.
     pub fn test_imm32(&mut self, reg: Reg, imm: i32) {
-        self.raw(&[Self::rex(false, 0, 0, reg), 0xf7, 0xc0 | (reg & 7)]);
-        self.imm32(imm);
+        self.with_imm([Self::rex(false, 0, 0, reg), 0xf7, 0xc0 | (reg & 7)], imm);
     }
     /// `add reg, gs:[disp]`.
     pub fn add_gs(&mut self, reg: Reg, disp: i32) {
@@ -214,19 +221,20 @@ impl Asm {
     /// `lea dst, [index * scale]`.
     pub fn lea_index_only(&mut self, dst: Reg, index: Reg, scale: u8) {
         let sib = (scale.trailing_zeros() as u8) << 6 | (index & 7) << 3 | 5;
-        self.raw(&[
-            Self::rex(true, dst, index, 0),
-            0x8d,
-            (dst & 7) << 3 | 4,
-            sib,
-        ]);
-        self.imm32(0);
+        self.with_imm(
+            [
+                Self::rex(true, dst, index, 0),
+                0x8d,
+                (dst & 7) << 3 | 4,
+                sib,
+            ],
+            0,
+        );
     }
     /// `imul dst, src, imm`.
     pub fn imul_imm32(&mut self, dst: Reg, src: Reg, imm: i32) {
         let modrm = 0xc0 | (dst & 7) << 3 | (src & 7);
-        self.raw(&[Self::rex(false, dst, 0, src), 0x69, modrm]);
-        self.imm32(imm);
+        self.with_imm([Self::rex(false, dst, 0, src), 0x69, modrm], imm);
     }
     /// `mov dst, [base + index * 8]`; `base` is not rbp or r13.
     pub fn load_mem_index8(&mut self, dst: Reg, base: Reg, index: Reg) {
@@ -254,8 +262,7 @@ impl Asm {
     /// `bts qword gs:[disp], index`: sets a bit of those that begin there.
     pub fn set_bit_gs(&mut self, index: Reg, disp: i32) {
         let rex = Self::rex(true, index, 0, 0);
-        self.raw(&[0x65, rex, 0x0f, 0xab, (index & 7) << 3 | 4, 0x25]);
-        self.imm32(disp);
+        self.with_imm([0x65, rex, 0x0f, 0xab, (index & 7) << 3 | 4, 0x25], disp);
     }
     /// `jmp reg`.
     pub fn jmp_reg(&mut self, reg: Reg) {
@@ -278,18 +285,15 @@ impl Asm {
     }
     fn gs_scaled(&mut self, w: bool, op: u8, reg: Reg, (index, shift): (Reg, u8), disp: i32) {
         let (modrm, sib) = ((reg & 7) << 3 | 4, shift << 6 | (index & 7) << 3 | 5);
-        self.raw(&[0x65, Self::rex(w, reg, index, 0), op, modrm, sib]);
-        self.imm32(disp);
+        self.with_imm([0x65, Self::rex(w, reg, index, 0), op, modrm, sib], disp);
     }
     /// `jmp gs:[disp]`.
     pub fn jmp_gs(&mut self, disp: i32) {
-        self.raw(&[0x65, 0xff, 0x24, 0x25]);
-        self.imm32(disp);
+        self.with_imm([0x65, 0xff, 0x24, 0x25], disp);
     }
     /// `call gs:[disp]`.
     pub fn call_gs(&mut self, disp: i32) {
-        self.raw(&[0x65, 0xff, 0x14, 0x25]);
-        self.imm32(disp);
+        self.with_imm([0x65, 0xff, 0x14, 0x25], disp);
     }
 
     pub fn mov(&mut self, dst: Reg, src: Reg) {
@@ -309,11 +313,9 @@ impl Asm {
     /// Loads a constant in the shortest form; flags are untouched.
     pub fn mov_imm(&mut self, dst: Reg, v: u64) {
         if let Ok(v) = u32::try_from(v) {
-            self.raw(&[Self::rex(false, 0, 0, dst), 0xb8 | (dst & 7)]);
-            self.imm32(v as i32);
+            self.with_imm([Self::rex(false, 0, 0, dst), 0xb8 | (dst & 7)], v as i32);
         } else if let Ok(v) = i32::try_from(v as i64) {
-            self.raw(&[Self::rex(true, 0, 0, dst), 0xc7, 0xc0 | (dst & 7)]);
-            self.imm32(v);
+            self.with_imm([Self::rex(true, 0, 0, dst), 0xc7, 0xc0 | (dst & 7)], v);
         } else {
             self.raw(&[Self::rex(true, 0, 0, dst), 0xb8 | (dst & 7)]);
             self.raw(&v.to_le_bytes());
@@ -321,16 +323,16 @@ impl Asm {
     }
     /// `lea dst, [base + disp]`.
     pub fn lea(&mut self, dst: Reg, base: Reg, disp: i32) {
-        self.mem(&[0x8d], true, dst, base, disp);
+        self.mem([0x8d], true, dst, base, disp);
     }
     /// `lea dst, [base + disp]`, cut to 32 bits.
     pub fn lea32(&mut self, dst: Reg, base: Reg, disp: i32) {
-        self.mem(&[0x8d], false, dst, base, disp);
+        self.mem([0x8d], false, dst, base, disp);
     }
     /// `lea dst, [base + disp]`, the low 16 bits of `dst` alone.
     pub fn lea16(&mut self, dst: Reg, base: Reg, disp: i32) {
         self.raw(&[0x66]);
-        self.mem(&[0x8d], false, dst, base, disp);
+        self.mem([0x8d], false, dst, base, disp);
     }
     /// `movzx dst, src` of 16 bits.
     pub fn movzx16(&mut self, dst: Reg, src: Reg) {
@@ -345,39 +347,39 @@ impl Asm {
     /// `mov dst, [base + disp]` of 2 bytes.
     pub fn load_mem16(&mut self, dst: Reg, base: Reg, disp: i32) {
         self.raw(&[0x66]);
-        self.mem(&[0x8b], false, dst, base, disp);
+        self.mem([0x8b], false, dst, base, disp);
     }
     /// `movzx dst, word [base + disp]`.
     pub fn load_mem_zx16(&mut self, dst: Reg, base: Reg, disp: i32) {
-        self.mem(&[0x0f, 0xb7], false, dst, base, disp);
+        self.mem([0x0f, 0xb7], false, dst, base, disp);
     }
     /// `mov [base + disp], src` of 2 bytes.
     pub fn store_mem16(&mut self, base: Reg, disp: i32, src: Reg) {
         self.raw(&[0x66]);
-        self.mem(&[0x89], false, src, base, disp);
+        self.mem([0x89], false, src, base, disp);
     }
     /// `mov word [base + disp], imm`.
     pub fn store_mem_imm16(&mut self, base: Reg, disp: i32, imm: i32) {
         self.raw(&[0x66]);
-        self.mem(&[0xc7], false, 0, base, disp);
+        self.mem([0xc7], false, 0, base, disp);
         self.raw(&(imm as u16).to_le_bytes());
     }
     /// `mov dst, [base + disp]` of 4 bytes.
     pub fn load_mem32(&mut self, dst: Reg, base: Reg, disp: i32) {
-        self.mem(&[0x8b], false, dst, base, disp);
+        self.mem([0x8b], false, dst, base, disp);
     }
     /// `mov [base + disp], src` of 4 bytes.
     pub fn store_mem32(&mut self, base: Reg, disp: i32, src: Reg) {
-        self.mem(&[0x89], false, src, base, disp);
+        self.mem([0x89], false, src, base, disp);
     }
     /// `mov dword [base + disp], imm`.
     pub fn store_mem_imm32(&mut self, base: Reg, disp: i32, imm: i32) {
-        self.mem(&[0xc7], false, 0, base, disp);
+        self.mem([0xc7], false, 0, base, disp);
         self.imm32(imm);
     }
     /// `cmp dword [base + disp], imm`.
     pub fn cmp_mem_imm32(&mut self, base: Reg, disp: i32, imm: i32) {
-        self.mem(&[0x81], false, Alu::Cmp as u8, base, disp);
+        self.mem([0x81], false, Alu::Cmp as u8, base, disp);
         self.imm32(imm);
     }
     /// `add reg, gs:[disp]` of 4 bytes.
@@ -417,31 +419,30 @@ impl Asm {
     }
     /// `mov dst, [base + disp]`.
     pub fn load_mem(&mut self, dst: Reg, base: Reg, disp: i32) {
-        self.mem(&[0x8b], true, dst, base, disp);
+        self.mem([0x8b], true, dst, base, disp);
     }
     /// `mov [base + disp], src`.
     pub fn store_mem(&mut self, base: Reg, disp: i32, src: Reg) {
-        self.mem(&[0x89], true, src, base, disp);
+        self.mem([0x89], true, src, base, disp);
     }
     /// `mov qword [base + disp], imm` (sign extended).
     pub fn store_mem_imm(&mut self, base: Reg, disp: i32, imm: i32) {
-        self.mem(&[0xc7], true, 0, base, disp);
+        self.mem([0xc7], true, 0, base, disp);
         self.imm32(imm);
     }
-    fn mem(&mut self, op: &[u8], w: bool, reg: Reg, base: Reg, disp: i32) {
+    fn mem<const N: usize>(&mut self, op: [u8; N], w: bool, reg: Reg, base: Reg, disp: i32) {
         self.raw(&[Self::rex(w, reg, 0, base)]);
-        self.raw(op);
-        let short = i8::try_from(disp);
-        let mode = if disp == 0 && base & 7 != 5 {
-            0
-        } else if short.is_ok() {
-            0x40
-        } else {
-            0x80
+        self.raw(&op);
+        let mode = match i8::try_from(disp) {
+            Ok(0) if base & 7 != 5 => 0,
+            Ok(_) => 0x40,
+            Err(_) => 0x80,
         };
-        self.raw(&[mode | (reg & 7) << 3 | (base & 7)]);
+        let modrm = mode | (reg & 7) << 3 | (base & 7);
         if base & 7 == 4 {
-            self.raw(&[0x24]);
+            self.raw(&[modrm, 0x24]);
+        } else {
+            self.raw(&[modrm]);
         }
         match mode {
             0x40 => self.raw(&[disp as u8]),
@@ -461,8 +462,7 @@ impl Asm {
         if let Ok(short) = i8::try_from(imm) {
             self.raw(&[Self::rex(w, 0, 0, reg), 0x83, modrm, short as u8]);
         } else {
-            self.raw(&[Self::rex(w, 0, 0, reg), 0x81, modrm]);
-            self.imm32(imm);
+            self.with_imm([Self::rex(w, 0, 0, reg), 0x81, modrm], imm);
         }
     }
     pub fn xor64(&mut self, dst: Reg, src: Reg) {

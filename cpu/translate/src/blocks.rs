@@ -12,6 +12,7 @@ mod links;
 
 use std::hash::BuildHasher;
 use std::io;
+use std::iter;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -310,14 +311,10 @@ impl Blocks {
 
     /// Enters a block whose code stands at `host`. It is found only once it is [published](Self::publish).
     pub fn insert(&mut self, key: Key, made: Made, tracker: &PageTracker) -> BlockId {
-        let (id, t, key) = (
-            self.blocks.len() as BlockId,
-            made.code,
-            PackedKey::new(&key),
-        );
+        let (id, t) = (self.blocks.len() as BlockId, made.code);
         let position = |p: u32| u16::try_from(p).expect("a position lies within a block");
         self.blocks.push(BlockRecord {
-            key,
+            key: PackedKey::new(&key),
             host: (made.host - self.cache) as u32,
             first_boundary: self.boundaries.len() as u32,
             incoming: NONE,
@@ -333,7 +330,7 @@ impl Blocks {
         });
         self.insert_sites(id, made.host, t);
         self.insert_pages(id, made.second_page);
-        for (gpa, len) in self.get(id).guest_ranges() {
+        for (gpa, len) in guest_ranges(key.gpa, made.guest_len, made.second_page) {
             tracker.add_code(gpa, len, &self.peer);
         }
         id
@@ -597,18 +594,22 @@ impl Block {
         }
     }
 
-    /// The guest physical bytes it was made from: `(address, length)`, one range a page.
     fn guest_ranges(&self) -> impl Iterator<Item = (u64, u64)> + use<> {
-        let room = PAGE_SIZE - (self.key.gpa & PAGE_MASK);
-        let len = u64::from(self.guest_len);
-        let second = self
-            .second_page
-            .filter(|_| len > room)
-            .map(|page| (page, len - room));
-        [Some((self.key.gpa, len.min(room))), second]
-            .into_iter()
-            .flatten()
+        guest_ranges(self.key.gpa, self.guest_len, self.second_page)
     }
+}
+
+/// The guest physical bytes that a block was made from: `(address, length)`, one range a page.
+fn guest_ranges(
+    gpa: u64,
+    len: u16,
+    second_page: Option<u64>,
+) -> impl Iterator<Item = (u64, u64)> + use<> {
+    let room = PAGE_SIZE - (gpa & PAGE_MASK);
+    let len = u64::from(len);
+    let second = second_page.filter(|_| len > room);
+    let second = second.map(|page| (page, len - room));
+    iter::once((gpa, len.min(room))).chain(second)
 }
 
 #[cfg(test)]

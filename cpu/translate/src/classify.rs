@@ -9,7 +9,7 @@ use iced_x86::{
 
 use crate::flags::{ALL, FlagUse};
 use crate::frontend::{Decoding, Simd};
-use crate::ordinary;
+use crate::ordinary::{self, bit};
 
 /// How the translator treats an instruction. Asked with `matches!` for each instruction: a comparison of two is a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -212,15 +212,11 @@ fn registers(info: &mut InstructionInfoFactory, i: &Instruction) -> (u16, u16) {
         .used_memory()
         .iter()
         .flat_map(|m| [m.base(), m.index()]);
-    for r in memory.filter(|r| r.is_gpr()) {
-        uses |= 1 << r.full_register().number();
+    for r in memory {
+        uses |= bit(r);
     }
-    for u in used
-        .used_registers()
-        .iter()
-        .filter(|u| u.register().is_gpr())
-    {
-        let bit = 1 << u.register().full_register().number();
+    for u in used.used_registers() {
+        let bit = bit(u.register());
         uses |= bit;
         let reads = matches!(
             u.access(),

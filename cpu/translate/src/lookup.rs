@@ -313,18 +313,19 @@ impl Translator {
         let how = Decoding::new(key.simd, key.mode, key.privilege, &self.options)
             .placed(key.base)
             .hiding(self.context.cpu.cpuid.hidden());
-        let mut bytes = [0u8; MOST_BYTES + 15];
         let start = (key.gpa & PAGE_MASK) as u16;
         let allowed = key.mode.room(rip).min((MOST_BYTES + 15) as u64) as usize;
         let len = ((PAGE_SIZE - u64::from(start)) as usize).min(MOST_BYTES);
         let (whole_page, len) = (len <= allowed, len.min(allowed));
         let code = self.context.cpu.ram.ptr(key.gpa)?;
-        // Few blocks are long.
-        let some = len.min(USUAL_BYTES);
-        code.read(&mut bytes[..some]);
         let info = self.rewriter.info();
-        let mut whole = guest.decode(info, &bytes[..some], start, how);
-        if len > some && (!whole || guest.ran_out(some)) {
+        // Few blocks are long.
+        let mut usual = [0; USUAL_BYTES];
+        let usual = &mut usual[..len.min(USUAL_BYTES)];
+        code.read(usual);
+        let mut whole = guest.decode(info, usual, start, how);
+        if len > usual.len() && (!whole || guest.ran_out(usual.len())) {
+            let mut bytes = [0; MOST_BYTES];
             code.read(&mut bytes[..len]);
             whole = guest.decode(info, &bytes[..len], start, how);
         }
@@ -340,6 +341,8 @@ impl Translator {
         let linear = key.mode.linear(rip);
         let second = self.code_page((linear | PAGE_MASK).wrapping_add(1))?;
         let rest = self.context.cpu.ram.ptr(second)?;
+        let mut bytes = [0; MOST_BYTES + 15];
+        code.read(&mut bytes[..len]);
         rest.read(&mut bytes[len..len + 15]);
         let both = (len + 15).min(allowed);
         let info = self.rewriter.info();

@@ -173,13 +173,37 @@ fn condition(i: &Instruction) -> Option<FlagUse> {
 }
 
 /// A general register, as a bit.
-fn bit(r: Register) -> u16 {
-    if r.is_gpr() {
-        1 << r.full_register().number()
-    } else {
-        0
-    }
+pub(crate) fn bit(r: Register) -> u16 {
+    GENERAL[r as usize]
 }
+
+/// For each register the general one that it is, or is a part of.
+const GENERAL: [u16; 256] = {
+    let mut bits = [0; 256];
+    let mut n = 0;
+    while n < 16 {
+        let low = match n {
+            0..4 => Register::AL as usize,
+            _ => Register::SPL as usize - 4,
+        };
+        let names = [
+            low,
+            Register::AX as usize,
+            Register::EAX as usize,
+            Register::RAX as usize,
+        ];
+        let mut width = 0;
+        while width < names.len() {
+            bits[names[width] + n] = 1 << n;
+            width += 1;
+        }
+        if n < 4 {
+            bits[Register::AH as usize + n] = 1 << n;
+        }
+        n += 1;
+    }
+    bits
+};
 
 #[cfg(test)]
 mod tests {
@@ -224,6 +248,15 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    #[test]
+    fn every_part_of_a_general_register_is_known() {
+        for r in Register::values() {
+            let number = r.full_register().number();
+            let expected = if r.is_gpr() { 1 << number } else { 0 };
+            assert_eq!(bit(r), expected, "{r:?}");
         }
     }
 

@@ -89,7 +89,7 @@ impl Host {
 /// A block's translation in its parts.
 pub(crate) struct Dissected {
     pub guest: GuestBlock,
-    pub code: Translated,
+    pub code: Box<Translated>,
     pub host: Vec<Host>,
     bytes: Vec<u8>,
     pub linear: u64,

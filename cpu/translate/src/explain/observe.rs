@@ -72,6 +72,9 @@ impl Translator {
         guest: &GuestBlock,
         counters: Option<Counters>,
     ) {
+        if self.observers.profile.is_none() && self.observers.perf_map.is_none() {
+            return;
+        }
         let block = self.code.blocks.get(id);
         let linear = match (block.key.form, block.key.base) {
             (Form::Normal, _) => rip,

@@ -106,7 +106,7 @@ pub(crate) struct Rewriter {
     encoder: Option<Encoder>,
     info: InstructionInfoFactory,
     /// An outcome that is done with, for its buffers.
-    spare: Translated,
+    spare: Box<Translated>,
     /// The memory accesses of the block, with the numbers of their instructions.
     references: Vec<(usize, Reference)>,
     buffers: Buffers,
@@ -128,7 +128,7 @@ impl Rewriter {
             asm: Asm::default(),
             encoder: None,
             info: InstructionInfoFactory::new(),
-            spare: Translated::default(),
+            spare: Box::default(),
             references: Vec::new(),
             buffers: Buffers::default(),
             areas: Areas::of_host(),
@@ -136,34 +136,9 @@ impl Rewriter {
     }
 
     /// Takes an outcome back that is done with.
-    pub fn recycle(&mut self, done: Translated) {
-        let Translated {
-            mut exits,
-            mut accesses,
-            mut boundaries,
-            mut branches,
-            mut recipes,
-            mut lost_at_boundaries,
-            mut lost_at_exits,
-            ..
-        } = done;
-        exits.clear();
-        accesses.clear();
-        boundaries.clear();
-        branches.clear();
-        recipes.clear();
-        lost_at_boundaries.clear();
-        lost_at_exits.clear();
-        self.spare = Translated {
-            exits,
-            accesses,
-            boundaries,
-            branches,
-            recipes,
-            lost_at_boundaries,
-            lost_at_exits,
-            ..Translated::default()
-        };
+    pub fn recycle(&mut self, mut done: Box<Translated>) {
+        done.clear();
+        self.spare = done;
     }
 
     pub fn info(&mut self) -> &mut InstructionInfoFactory {
@@ -177,7 +152,7 @@ impl Rewriter {
         setting: Setting,
         base: u64,
         first: FirstSites,
-    ) -> Translated {
+    ) -> Box<Translated> {
         self.asm.reset(base);
         let out = std::mem::take(&mut self.spare);
         let buffers = std::mem::take(&mut self.buffers);
@@ -213,7 +188,7 @@ struct Work<'a> {
     block: &'a GuestBlock,
     s: Setting,
     first: FirstSites,
-    out: Translated,
+    out: Box<Translated>,
     place: FlagPlace,
     /// What is not in `place` (see `lost`).
     lost: Vec<Recipe>,
@@ -268,7 +243,7 @@ fn is_scratch(r: Register) -> bool {
 
 impl Work<'_> {
     /// Hands the outcome over and the buffers back.
-    fn finish(self) -> Translated {
+    fn finish(self) -> Box<Translated> {
         let Work {
             r,
             out,
@@ -435,10 +410,12 @@ impl Work<'_> {
         a.store(counter, S0);
     }
 
+    #[inline]
     fn boundary(&mut self, i: &GuestInstruction) {
         self.boundary_with(i, self.borrowed());
     }
 
+    #[inline]
     fn boundary_with(&mut self, i: &GuestInstruction, borrowed: Option<Reg>) {
         self.recipe = match self.lost.is_empty() {
             true => IN_PLACE,

@@ -16,6 +16,7 @@ use iced_x86::{Code, Instruction, OpKind, Register};
 
 use super::{RSP, S0};
 use crate::frontend::{Class, GuestInstruction};
+use crate::ordinary::bit;
 
 /// Bytes that a run may stretch over: the longer, the more often it does not fit into a page.
 const LONGEST: i64 = 1024;
@@ -65,7 +66,6 @@ impl Root {
     }
 
     fn new(base: Register, index: Register, scale: u8, segment: Register) -> Self {
-        let bit = |r: Register| u16::from(r.is_gpr()) << (r.number() & 15);
         Root {
             parts: u32::from_le_bytes([base as u8, index as u8, scale, segment as u8]),
             registers: bit(base) | bit(index),

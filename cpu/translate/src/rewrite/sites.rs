@@ -107,6 +107,59 @@ pub(crate) struct Translated {
     pub boundaries: Vec<Boundary>,
 }
 
+impl Translated {
+    /// Makes it what it was at first, but for the buffers.
+    pub fn clear(&mut self) {
+        let Translated {
+            exits,
+            branches,
+            recipes,
+            lost_at_boundaries,
+            lost_at_exits,
+            accesses,
+            boundaries,
+            entry_registers,
+            entry_saved,
+            entry_simd,
+            simd,
+            slots,
+            unencodable,
+            encoded,
+            pins,
+            holds,
+            shared,
+            rorx,
+            fused,
+            state_moves,
+            body,
+        } = self;
+        exits.clear();
+        branches.clear();
+        recipes.clear();
+        lost_at_boundaries.clear();
+        lost_at_exits.clear();
+        accesses.clear();
+        boundaries.clear();
+        (*simd, *slots) = (false, 0);
+        for n in [
+            entry_registers,
+            entry_saved,
+            entry_simd,
+            unencodable,
+            encoded,
+            pins,
+            holds,
+            shared,
+            rorx,
+            fused,
+            state_moves,
+            body,
+        ] {
+            *n = 0;
+        }
+    }
+}
+
 /// Numbers of the first sites of each kind in the block that is about to be translated.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct FirstSites {
