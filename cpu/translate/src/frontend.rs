@@ -15,7 +15,7 @@ pub(crate) use crate::classify::{Class, Element, Facts, has_memory};
 use crate::engine::TranslateOptions;
 use crate::flags::{ALL, FlagSet, FlagUse};
 use crate::narrow::{Mode, widen};
-use crate::rewrite::{Base, Reference, cannot_fault, constant_move, reference};
+use crate::rewrite::{Base, Reference, cannot_fault, constant_move, leaves_s0, reference};
 
 /// Which instructions the guest's control registers let run: a part of a block's key.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -109,6 +109,8 @@ pub(crate) struct GuestInstruction {
     pub encode: bool,
     /// It computes in general registers only.
     pub cannot_fault: bool,
+    /// Its translation leaves S0 as the address of its own access, or alone.
+    pub leaves_s0: bool,
 }
 
 impl GuestInstruction {
@@ -131,6 +133,7 @@ impl GuestInstruction {
             short: false,
             encode: false,
             cannot_fault: false,
+            leaves_s0: false,
         }
     }
 
@@ -160,6 +163,7 @@ impl GuestInstruction {
         self.reference = reference(self).filter(|_| !self.narrow || how.mode.flat && !self.short);
         self.moves = constant_move(self);
         self.cannot_fault = cannot_fault(self);
+        self.leaves_s0 = leaves_s0(self);
     }
 
     /// False for what the translation of a class does otherwise than this instruction in narrow code.
@@ -291,7 +295,11 @@ impl GuestBlock {
         self.bytes.clear();
         (self.start, self.end, self.straddler_follows) = (start, start, false);
         let at = u64::from(start);
-        let mut decoder = Decoder::with_ip(how.mode.bits(), bytes, at, DecoderOptions::NONE);
+        // Used where it is made: it is large.
+        let mut made = Decoder::try_with_ip(how.mode.bits(), bytes, at, DecoderOptions::NONE);
+        let Ok(decoder) = &mut made else {
+            return false;
+        };
         let mut side_exits = 0;
         while self.instructions.len() < MOST_INSTRUCTIONS && decoder.can_decode() {
             self.instructions.push(GuestInstruction::blank());

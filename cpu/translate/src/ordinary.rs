@@ -46,7 +46,7 @@ const MULTIPLIES: FlagUse = FlagUse {
 
 /// The facts of an ordinary instruction; `None` for all others.
 pub(crate) fn of(i: &Instruction) -> Option<Facts> {
-    stack_or_branch(i).or_else(|| computation(i))
+    computation(i).or_else(|| stack_or_branch(i))
 }
 
 fn stack_or_branch(i: &Instruction) -> Option<Facts> {

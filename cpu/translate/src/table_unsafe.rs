@@ -4,7 +4,8 @@
 //! in the heap fits nothing else; what is freed in the middle of the heap the host does not get back.
 //! Idea: each table has addresses for the most that it may ever hold. The host gives memory as it grows, and has all of it back when it is emptied.
 //! A page of a file without bytes lies before each, whose name tells in /proc/PID/smaps what is behind it (`doppel-records`).
-//! Invariant: the first `len` entries were written, and lie in the first `given` bytes of the reservation, which may be read and written.
+//! Invariant: the first `len` entries were written; they are no more than `capacity`, which are those that fit
+//! in the first `given` bytes of the reservation; these may be read and written.
 //! Cost: a system call for every 32 KiB, in place of eight page faults, and less than that of memory that is not used yet.
 
 use std::alloc::{Layout, handle_alloc_error};
@@ -24,6 +25,8 @@ pub(crate) const NAMED: usize = 4096;
 pub(crate) struct Table<T> {
     at: NonNull<T>,
     len: usize,
+    /// Entries that there is memory for.
+    capacity: usize,
     /// Bytes that the host was asked for.
     given: usize,
     /// Bytes that may be accessed.
@@ -54,6 +57,7 @@ impl<T: Copy> Table<T> {
         let table = Table {
             at: at.cast(),
             len: 0,
+            capacity: 0,
             given: 0,
             accessible: 0,
             reserved,
@@ -74,18 +78,18 @@ impl<T: Copy> Table<T> {
     }
 
     pub fn push(&mut self, entry: T) {
-        let end = self.bytes() + size_of::<T>();
-        if end > self.given {
-            self.grow(end);
+        if self.len == self.capacity {
+            self.grow();
         }
         // SAFETY: within the bytes that may be written, behind all entries.
         unsafe { self.at.add(self.len).write(entry) };
         self.len += 1;
     }
 
-    /// Has the host give memory to `end` and to the end of its batch.
+    /// Has the host give memory for one entry more and to the end of its batch.
     #[cold]
-    fn grow(&mut self, end: usize) {
+    fn grow(&mut self) {
+        let end = self.bytes() + size_of::<T>();
         let given = end.next_multiple_of(BATCH);
         assert!(given <= self.reserved, "a table is larger than its cache");
         let base: *mut u8 = self.at.as_ptr().cast();
@@ -104,6 +108,7 @@ impl<T: Copy> Table<T> {
             libc::madvise(base.add(self.given).cast(), len, libc::MADV_POPULATE_WRITE);
         }
         self.given = given;
+        self.capacity = given / size_of::<T>();
     }
 
     /// Forgets all entries; the host has their memory back.
@@ -111,7 +116,7 @@ impl<T: Copy> Table<T> {
         self.len = 0;
         // SAFETY: no entry is there any more, and the next are written before they are read.
         unsafe { libc::madvise(self.at.as_ptr().cast(), self.given, libc::MADV_DONTNEED) };
-        self.given = 0;
+        (self.given, self.capacity) = (0, 0);
     }
 
     /// The first number in `range` whose entry does not have a property that entries have up to some number; else its end.

@@ -8,7 +8,7 @@
 //! A write on a way that may not be taken is not counted in: the page may be one that can only be read.
 //! Cost: a store a base, and a load each time.
 
-use super::share::{self, Reference, Run, Stretch};
+use super::share::{Reference, Run, Stretch};
 use super::*;
 
 /// Slots in the context.
@@ -60,7 +60,7 @@ impl Work<'_> {
                 }
                 // A borrowed register leaves S0 alone.
                 Some(other) if pinned.is_some_and(|run| run.find(&other).is_some()) => {}
-                _ => away |= !share::leaves_s0(i) || i.reference.is_some(),
+                _ => away |= !i.leaves_s0 || i.reference.is_some(),
             }
             was_away |= away;
             branched |= matches!(i.class, Class::Conditional);

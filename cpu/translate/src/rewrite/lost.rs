@@ -19,11 +19,15 @@ pub(crate) const IN_PLACE: RecipeId = u8::MAX;
 pub(crate) type Chained = (Recipe, RecipeId);
 
 impl Work<'_> {
-    /// Where the recipes begin of what is lost at the instruction that begins.
-    pub(super) fn recipe_at(&mut self, i: &GuestInstruction) -> RecipeId {
-        match i.may_leave() {
-            true => self.chain(),
-            false => IN_PLACE,
+    /// Notes what is lost at the boundary that is about to be noted, of this instruction.
+    pub(super) fn record_lost(&mut self, i: &GuestInstruction) {
+        if !i.may_leave() {
+            return;
+        }
+        self.recipe = self.chain();
+        if self.recipe != IN_PLACE {
+            let n = self.out.boundaries.len() as u32;
+            self.out.lost_at_boundaries.push((n, self.recipe));
         }
     }
 

@@ -46,7 +46,7 @@ pub(crate) use address::check_len;
 pub(crate) use branch::BranchSite;
 pub(crate) use lost::{Chained, IN_PLACE, RecipeId};
 pub(crate) use resident::cannot_fault;
-pub(crate) use share::{Reference, constant_move, reference};
+pub(crate) use share::{Reference, constant_move, leaves_s0, reference};
 pub(crate) use sites::{AccessSite, Boundary, ExitSite, FirstSites, Part, Translated};
 
 use extended_state::Areas;
@@ -106,7 +106,7 @@ pub(crate) struct Rewriter {
     encoder: Option<Encoder>,
     info: InstructionInfoFactory,
     /// An outcome that is done with, for its buffers.
-    spare: Box<Translated>,
+    spare: Option<Box<Translated>>,
     /// The memory accesses of the block, with the numbers of their instructions.
     references: Vec<(usize, Reference)>,
     buffers: Buffers,
@@ -128,7 +128,7 @@ impl Rewriter {
             asm: Asm::default(),
             encoder: None,
             info: InstructionInfoFactory::new(),
-            spare: Box::default(),
+            spare: None,
             references: Vec::new(),
             buffers: Buffers::default(),
             areas: Areas::of_host(),
@@ -138,7 +138,7 @@ impl Rewriter {
     /// Takes an outcome back that is done with.
     pub fn recycle(&mut self, mut done: Box<Translated>) {
         done.clear();
-        self.spare = done;
+        self.spare = Some(done);
     }
 
     pub fn info(&mut self) -> &mut InstructionInfoFactory {
@@ -154,7 +154,7 @@ impl Rewriter {
         first: FirstSites,
     ) -> Box<Translated> {
         self.asm.reset(base);
-        let out = std::mem::take(&mut self.spare);
+        let out = self.spare.take().unwrap_or_default();
         let buffers = std::mem::take(&mut self.buffers);
         let mut work = Work {
             r: self,
@@ -179,7 +179,26 @@ impl Rewriter {
             slot_stubs: buffers.slot_stubs,
         };
         work.run();
-        work.finish()
+        // Taken apart where it stands: it is large.
+        let Work {
+            out,
+            mut lost,
+            mut slow,
+            mut stubs,
+            mut slot_stubs,
+            ..
+        } = work;
+        lost.clear();
+        slow.clear();
+        stubs.clear();
+        slot_stubs.clear();
+        self.buffers = Buffers {
+            lost,
+            slow,
+            stubs,
+            slot_stubs,
+        };
+        out
     }
 }
 
@@ -242,30 +261,6 @@ fn is_scratch(r: Register) -> bool {
 }
 
 impl Work<'_> {
-    /// Hands the outcome over and the buffers back.
-    fn finish(self) -> Box<Translated> {
-        let Work {
-            r,
-            out,
-            mut lost,
-            mut slow,
-            mut stubs,
-            mut slot_stubs,
-            ..
-        } = self;
-        lost.clear();
-        slow.clear();
-        stubs.clear();
-        slot_stubs.clear();
-        r.buffers = Buffers {
-            lost,
-            slow,
-            stubs,
-            slot_stubs,
-        };
-        out
-    }
-
     fn asm(&mut self) -> &mut Asm {
         &mut self.r.asm
     }
@@ -417,15 +412,11 @@ impl Work<'_> {
 
     #[inline]
     fn boundary_with(&mut self, i: &GuestInstruction, borrowed: Option<Reg>) {
-        self.recipe = match self.lost.is_empty() {
-            true => IN_PLACE,
-            false => self.recipe_at(i),
-        };
-        let host = self.r.asm.pos() as u32;
-        if self.recipe != IN_PLACE {
-            let n = self.out.boundaries.len() as u32;
-            self.out.lost_at_boundaries.push((n, self.recipe));
+        self.recipe = IN_PLACE;
+        if !self.lost.is_empty() {
+            self.record_lost(i);
         }
+        let host = self.r.asm.pos() as u32;
         self.out.boundaries.push(Boundary {
             host,
             guest: i.offset,
@@ -529,7 +520,11 @@ impl Work<'_> {
 
     fn copy(&mut self, i: &GuestInstruction) {
         self.before_own(i);
-        self.copy_resident(i);
+        if i.uses & (1 << S0 | 1 << S1) == 0 {
+            self.own_bytes(i);
+        } else {
+            self.copy_resident(i);
+        }
         if !(self.s.options.resident && i.cannot_fault) {
             self.end_residence();
         }
@@ -548,9 +543,6 @@ impl Work<'_> {
     /// How the instruction uses r10 and r11.
     fn scratch_use(&mut self, i: &GuestInstruction) -> [Option<(Reg, Use)>; 2] {
         let mut found = [None, None];
-        if i.uses & (1 << S0 | 1 << S1) == 0 {
-            return found;
-        }
         for used in self.r.info.info(&i.decoded).used_registers() {
             let r = used.register();
             if !is_scratch(r) {

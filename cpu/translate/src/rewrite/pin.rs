@@ -49,9 +49,17 @@ impl Work<'_> {
         {
             return;
         }
+        let code = self.block.instructions.iter().enumerate();
+        if code
+            .clone()
+            .filter(|(_, i)| i.reference.is_some())
+            .nth(2)
+            .is_none()
+        {
+            return; // too few to come back to one
+        }
         let mut references = std::mem::take(&mut self.r.references);
         references.clear();
-        let code = self.block.instructions.iter().enumerate();
         references.extend(code.filter_map(|(at, i)| Some((at, i.reference?))));
         self.pin = self.best_pin(&references);
         self.r.references = references;

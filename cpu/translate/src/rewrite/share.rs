@@ -151,8 +151,9 @@ impl Run {
     }
 
     /// Follows the run through an instruction that accesses nothing outside of it; false where it ends.
+    #[inline]
     pub fn outlives(&mut self, i: &GuestInstruction) -> bool {
-        leaves_s0(i) && self.follow(i)
+        i.leaves_s0 && self.follow(i)
     }
 
     /// A run off the root of a reference, as if it were checked everywhere: to plan with.
@@ -214,8 +215,13 @@ pub(crate) fn constant_move(i: &GuestInstruction) -> (u16, i64) {
     let d = &i.decoded;
     let stack = 1u16 << RSP;
     let word = i64::from(i.word);
+    match i.class {
+        Class::Copy | Class::Lea => {}
+        Class::Push | Class::Call => return (stack, -word),
+        Class::Pop if d.op0_register() != Register::RSP => return (stack, word),
+        _ => return (0, 0),
+    }
     let by = match d.code() {
-        _ if matches!(i.class, Class::Memory { .. } | Class::Conditional) => return (0, 0),
         Code::Add_rm64_imm8 | Code::Add_rm64_imm32 | Code::Add_RAX_imm32 => d.immediate(1) as i64,
         Code::Sub_rm64_imm8 | Code::Sub_rm64_imm32 | Code::Sub_RAX_imm32 => {
             (d.immediate(1) as i64).wrapping_neg()
@@ -226,10 +232,6 @@ pub(crate) fn constant_move(i: &GuestInstruction) -> (u16, i64) {
             if d.memory_base() == d.op0_register() && d.memory_index() == Register::None =>
         {
             d.memory_displacement64() as i64
-        }
-        _ if matches!(i.class, Class::Push | Class::Call) => return (stack, -word),
-        _ if matches!(i.class, Class::Pop) && d.op0_register() != Register::RSP => {
-            return (stack, word);
         }
         code if i.narrow => match narrow_move(d, code) {
             Some(by) => by,
@@ -260,8 +262,8 @@ fn narrow_move(d: &Instruction, code: Code) -> Option<i64> {
     })
 }
 
-/// True where the translation of an instruction leaves S0 as the address of its own access, or alone.
-pub(super) fn leaves_s0(i: &GuestInstruction) -> bool {
+/// True where the translation of an instruction leaves S0 as the address of its own access, or alone. [`GuestInstruction::leaves_s0`] holds it.
+pub(crate) fn leaves_s0(i: &GuestInstruction) -> bool {
     match i.class {
         Class::Copy => i.uses & 1 << S0 == 0,
         Class::Lea => super::copied_lea(&i.decoded) && i.uses & 1 << S0 == 0,
