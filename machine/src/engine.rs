@@ -122,9 +122,9 @@ impl Host {
     }
 }
 
-/// Whether it matters to a choice that user code can be executed directly, for a guest whose RAM is made of this: it takes
-/// processes to find out.
-pub fn is_direct_wanted(choice: EngineChoice, backing: Option<Backing>) -> Result<(), String> {
+/// Says why there is no need to find out, which takes processes, whether user code can be executed directly: the choice does not depend on it, or
+/// the guest's RAM is made of something else than direct execution needs.
+pub fn check_direct_matters(choice: EngineChoice, backing: Option<Backing>) -> Result<(), String> {
     if !matches!(choice, EngineChoice::Auto | EngineChoice::Direct) {
         return Err("nobody asked for it".to_owned());
     }

@@ -207,12 +207,12 @@ impl Machine {
 
 /// Loads what is to be booted for the engine that is taken. Where that may execute user code directly, it is tried out on the way.
 fn load(config: &MachineConfig) -> Result<(Loaded, Selection), MachineError> {
-    let wanted = engine::is_direct_wanted(config.engine, config.memory_backing);
-    let tried = wanted
+    let matters = engine::check_direct_matters(config.engine, config.memory_backing);
+    let tried = matters
         .is_ok()
         .then(|| Loaded::new(config, EngineKind::Direct));
     let tried = tried.transpose()?;
-    let direct = wanted.and_then(|()| tried.as_ref().map_or(Ok(()), Loaded::direct_works));
+    let direct = matters.and_then(|()| tried.as_ref().map_or(Ok(()), Loaded::direct_works));
     let selection = engine::select(config.engine, &Host::probe(direct))?;
     let loaded = match tried.filter(|loaded| loaded.suits(selection.engine)) {
         Some(loaded) => loaded,
