@@ -9,6 +9,8 @@ pub(crate) struct Counts {
     pub ticks: u64,
     pub system_calls: u64,
     pub page_faults: u64,
+    /// Page faults of pages that are mapped as they should be.
+    pub unexplained: u64,
     pub other_traps: u64,
     pub calls: u64,
     pub sensitive: u64,
@@ -36,6 +38,7 @@ impl Counts {
             ("direct_nanoseconds", nanoseconds(c.ticks, tsc_hz)),
             ("direct_stops_system_call", c.system_calls),
             ("direct_stops_page_fault", c.page_faults),
+            ("direct_stops_unexplained", c.unexplained),
             ("direct_stops_other_trap", c.other_traps),
             ("direct_stops_called", c.calls),
             ("user_interruptions_direct", c.found[0]),

@@ -2,15 +2,18 @@
 
 use std::sync::OnceLock;
 
-use doppel_memory::GuestRam;
+use doppel_memory::{GuestRam, PAGE_SIZE};
 use doppel_x86::{CpuidModel, host_xcr0};
 
 use crate::hazard::Hazards;
 use crate::prices::Prices;
+use crate::space::END_OF_USER;
 use crate::{Child, DirectError, Zygote};
 
 /// Mappings that a process can have, unless the host says otherwise.
 const USUAL_MAPPINGS: usize = 65_530;
+/// Where they begin, unless it says otherwise.
+const USUAL_LOWEST: u64 = 64 << 10;
 /// Left over for what a change may split.
 const MAPPINGS_MARGIN: usize = 1_000;
 
@@ -19,6 +22,8 @@ const MAPPINGS_MARGIN: usize = 1_000;
 pub struct DirectHost {
     zygote: Zygote,
     most_mappings: usize,
+    /// Below it the host maps nothing for an ordinary process.
+    lowest: u64,
     prices: OnceLock<Prices>,
 }
 
@@ -30,6 +35,7 @@ impl DirectHost {
         Ok(DirectHost {
             zygote,
             most_mappings: most_mappings(),
+            lowest: lowest(),
             prices: OnceLock::new(),
         })
     }
@@ -45,8 +51,9 @@ impl DirectHost {
         self.zygote.spawn()
     }
 
-    pub(crate) fn reserved(&self) -> std::ops::Range<u64> {
-        self.zygote.reserved()
+    /// Whether a child can have a page there.
+    pub(crate) fn can_map(&self, linear: u64) -> bool {
+        (self.lowest..END_OF_USER).contains(&linear) && !self.zygote.reserved().contains(&linear)
     }
 
     /// What must not be executed for guests whose processor is this.
@@ -64,8 +71,18 @@ impl DirectHost {
     }
 }
 
+/// A number that the host's kernel tells in a file.
+fn setting<N: std::str::FromStr>(name: &str) -> Option<N> {
+    let text = std::fs::read_to_string(format!("/proc/sys/vm/{name}")).ok()?;
+    text.trim().parse().ok()
+}
+
+fn lowest() -> u64 {
+    let lowest: u64 = setting("mmap_min_addr").unwrap_or(USUAL_LOWEST);
+    lowest.next_multiple_of(PAGE_SIZE)
+}
+
 fn most_mappings() -> usize {
-    let text = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap_or_default();
-    let most = text.trim().parse().unwrap_or(USUAL_MAPPINGS);
+    let most: usize = setting("max_map_count").unwrap_or(USUAL_MAPPINGS);
     most.saturating_sub(MAPPINGS_MARGIN).max(MAPPINGS_MARGIN)
 }

@@ -32,6 +32,7 @@ mod space;
 mod spent;
 mod state;
 mod transfer;
+mod unexplained;
 mod user;
 mod zygote;
 

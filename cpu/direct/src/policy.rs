@@ -52,14 +52,12 @@ pub struct Times {
 impl Times {
     /// For a TSC of this frequency, on a host with these prices.
     pub fn new(tsc_hz: u64, prices: Prices) -> Self {
-        let us = (tsc_hz / 1_000_000).max(1);
-        let ticks = |price: Duration| price.as_nanos() as u64 * us / 1_000;
-        let stop = ticks(prices.stop);
-        // The stop itself looks like a stretch of user code, of which a part is reckoned as saved.
+        let us = microsecond(tsc_hz);
+        let (stretch, stop) = of_stop(ticks(prices.stop, us));
         Times {
-            stretch: stop * 25 / 3,
-            stop: (stop * 5 / 3) as i64,
-            change: ticks(prices.change),
+            stretch,
+            stop,
+            change: ticks(prices.change, us),
             advance: (1500 * us as i64, 1000 * us as i64),
             advance_computed: 2500 * us as i64,
             page: 70 * us,
@@ -72,6 +70,11 @@ impl Times {
             look: (400 * us, 1_000 * us),
             apart: (700 * us, 20_000 * us),
         }
+    }
+
+    /// A stop takes so long by now.
+    pub fn set_stop(&mut self, tsc_hz: u64, stop: Duration) {
+        (self.stretch, self.stop) = of_stop(ticks(stop, microsecond(tsc_hz)));
     }
 
     /// As if direct execution cost nothing.
@@ -93,6 +96,20 @@ impl Times {
             apart: (0, u64::MAX),
         }
     }
+}
+
+fn microsecond(tsc_hz: u64) -> u64 {
+    (tsc_hz / 1_000_000).max(1)
+}
+
+fn ticks(price: Duration, microsecond: u64) -> u64 {
+    price.as_nanos() as u64 * microsecond / 1_000
+}
+
+/// From what a stop takes: the mean stretch from which on it pays to try, and what a stop is charged. The stop itself looks like a stretch of user code, of which a part is
+/// reckoned as saved.
+fn of_stop(stop: u64) -> (u64, i64) {
+    (stop * 25 / 3, (stop * 5 / 3) as i64)
 }
 
 /// User code from one stop to the next.
@@ -341,6 +358,12 @@ impl Account {
         self.credit = self.credit.map(|credit| credit - times.stop);
     }
 
+    /// It does not work here: what it has earned says nothing of the next time.
+    pub fn give_up(&mut self, times: &Times, now: u64) {
+        (self.paid, self.computed) = (false, false);
+        self.close(times, now);
+    }
+
     /// True where direct execution paid, until it was closed: what the program does has changed, and may change back soon.
     pub fn has_paid(&self) -> bool {
         self.paid
@@ -400,6 +423,37 @@ mod tests {
             assert!(earned(4 * stop) > 0);
             assert!(times.stretch > 4 * stop);
         }
+    }
+
+    #[test]
+    fn stops_that_have_become_dearer_do_not_pay() {
+        const US: u64 = 1_000;
+        let mut times = times();
+        let mut account = Account::new(&times);
+        assert!(account.open(&times, 0));
+        let mut until_closed = |times: &Times| {
+            let stops = (0..1_000).map(|_| account.stopped(times, ran(15 * US), 0));
+            stops.take_while(|open| *open).count()
+        };
+        assert_eq!(
+            until_closed(&times),
+            1_000,
+            "what was cheap looks like gain"
+        );
+        times.set_stop(1_000_000_000, Duration::from_micros(15));
+        assert!(until_closed(&times) < 200);
+    }
+
+    #[test]
+    fn what_does_not_work_is_not_tried_again_at_once() {
+        let times = times();
+        let mut account = Account::new(&times);
+        assert!(account.open(&times, 0));
+        account.stopped(&times, ran(4 * MS), 0);
+        assert!(account.has_paid());
+        account.give_up(&times, 0);
+        assert!(!account.has_paid() && !account.may_open(times.away.0 - 1));
+        assert!(account.may_open(times.away.0));
     }
 
     #[test]

@@ -4,15 +4,25 @@
 //! between two processes differs with the processor and what it is mitigated against.
 //! Idea: a child is stopped a few times before the guest starts, by fetches from where nothing is mapped, for which it needs no code.
 //! The least counts, since the host is at work for others now and then.
-//! Cost: some 20 stops with a change of a mapping, and as many without; they are made while the guest's kernel is loaded.
+//! A host does not stay as it was: stops take several times as long while somebody looks on (perf), or while other programs take the caches. With the old price each of them would look like
+//! gain, and an address space that does nothing but stop would never be translated. So what a stop takes is measured again, every so many stops and each second, in whatever child runs then
+//! and in processor time, for on a busy host a turn may have to wait ([`Again`]).
+//! Cost: some 20 stops with a change of a mapping, and as many without; they are made while the guest's kernel is loaded. Later one stop of 256 (none of them where a program hardly stops).
 
 use std::time::{Duration, Instant};
 
 use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 
+use crate::space::END_OF_USER;
+use crate::spent;
 use crate::{Change, Child, DirectError, KickFlag, Stop, UserState, Zygote};
 
 const ROUNDS: usize = 20;
+/// Measured again: so many means of so many stops each, of which the least counts.
+const MEANS: (u32, u32) = (4, 4);
+/// After so many stops, or so long.
+const MOST_STOPS: u32 = 4096;
+const MOST_TIME: Duration = Duration::from_secs(1);
 const PAGE: u64 = 4096;
 /// Linear addresses that the stub and its like may lie at, but not both.
 const PLACES: [u64; 2] = [0x4000_0000, 0x5000_0000];
@@ -77,6 +87,46 @@ impl Prices {
     }
 }
 
+/// When to measure again what a stop takes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Again {
+    stops: u32,
+    /// The TSC at the last time.
+    last: u64,
+}
+
+impl Again {
+    /// One more stop, at this time of a TSC of `hz`. True where it is time.
+    pub fn is_due(&mut self, now: u64, hz: u64) -> bool {
+        self.stops += 1;
+        let long = MOST_TIME.as_secs() * hz;
+        let due = self.stops >= MOST_STOPS || now.saturating_sub(self.last) >= long;
+        if due {
+            (self.stops, self.last) = (0, now);
+        }
+        due
+    }
+}
+
+/// What a stop of this child takes now, in processor time; `None` where the child is kicked meanwhile, or gone. Its registers have to be loaded anew afterwards, as for each run.
+pub fn of_stop(child: &mut Child, kick: &KickFlag) -> Option<Duration> {
+    let mut user = UserState::new(END_OF_USER);
+    let mut least = Duration::MAX;
+    for _ in 0..MEANS.0 {
+        let before = spent::together(child.pid());
+        for _ in 0..MEANS.1 {
+            user.rip = END_OF_USER;
+            match child.run(&mut user, &[], kick) {
+                Ok(Stop::Trap { .. }) => {}
+                _ => return None,
+            }
+        }
+        let spent = spent::together(child.pid()).saturating_sub(before);
+        least = least.min(spent / MEANS.1);
+    }
+    Some(least.clamp(Prices::LEAST.stop, Prices::MOST.stop))
+}
+
 /// The shortest time from entering a child to its stop.
 fn least(child: &mut Child, at: u64, changes: &[Change]) -> Result<Duration, DirectError> {
     let kick = KickFlag::new();
@@ -117,5 +167,23 @@ mod tests {
         assert!(prices.stop > Prices::LEAST.stop, "{prices:?}");
         assert!(prices.change > Prices::LEAST.change / 2, "{prices:?}");
         assert_eq!(sched_getaffinity(None).unwrap(), affinity);
+        let mut child = zygote.spawn().unwrap();
+        let again = of_stop(&mut child, &KickFlag::new()).unwrap();
+        assert!(again > Prices::LEAST.stop, "{again:?}");
+        let kicked = KickFlag::new();
+        kicked.kick();
+        assert_eq!(of_stop(&mut child, &kicked), None);
+        assert!(kicked.is_set(), "somebody else is to see it");
+    }
+
+    #[test]
+    fn stops_and_time_make_another_look_due() {
+        const HZ: u64 = 1_000_000;
+        let mut again = Again::default();
+        let stops = 1..=2 * u64::from(MOST_STOPS) + 1;
+        let due: Vec<_> = stops.filter(|n| again.is_due(HZ / 2 + n, HZ)).collect();
+        assert_eq!(due, [4096, 8192]);
+        assert!(!again.is_due(HZ, HZ) && again.is_due(2 * HZ, HZ));
+        assert!(!again.is_due(2 * HZ + 1, HZ));
     }
 }

@@ -8,6 +8,7 @@ use crate::counts::Counts;
 use crate::policy::{Account, Stretch, Times};
 use crate::shadow::Shadow;
 use crate::spent::Spent;
+use crate::unexplained::Unexplained;
 
 /// Linear addresses that user code of a process can have.
 pub const END_OF_USER: u64 = 0x7fff_ffff_f000;
@@ -21,6 +22,7 @@ pub struct Space {
     pub spent: Option<Spent>,
     /// What is to be changed in the child.
     pub changes: Changes,
+    pub unexplained: Unexplained,
     /// The [`doppel_x86::AddressSpaces::id`] of the translations that the shadow is a part of.
     pub id: u64,
     /// Host mappings that the child can have, about.
@@ -38,6 +40,7 @@ impl Space {
             child: None,
             spent: None,
             changes: Changes::default(),
+            unexplained: Unexplained::default(),
             id: u64::MAX,
             mappings: 0,
             used: 0,

@@ -21,9 +21,7 @@ pub struct Spent {
 impl Spent {
     /// Of the process `pid`, from now on.
     pub fn of(pid: u32) -> Self {
-        /// Linux's clock of a process's processor time, from its number.
-        const CPUCLOCK_SCHED: i32 = 2;
-        let clock = ClockId::from_raw(!(pid as i32) << 3 | CPUCLOCK_SCHED);
+        let clock = clock_of(pid);
         Spent {
             clock,
             last: now(clock),
@@ -43,6 +41,17 @@ impl Spent {
         let short = std::mem::take(&mut self.short);
         stretch.min(since.saturating_sub(short))
     }
+}
+
+/// Linux's clock of a process's processor time, from its number.
+fn clock_of(pid: u32) -> ClockId {
+    const CPUCLOCK_SCHED: i32 = 2;
+    ClockId::from_raw(!(pid as i32) << 3 | CPUCLOCK_SCHED)
+}
+
+/// What the calling thread and a process have run together.
+pub fn together(pid: u32) -> Duration {
+    now(ClockId::CLOCK_THREAD_CPUTIME_ID) + now(clock_of(pid))
 }
 
 /// What the calling thread has run, in ticks of a TSC of `hz`.

@@ -29,11 +29,13 @@ use crate::counts::{Counts, nanoseconds};
 use crate::hazard::{Hazards, Verdict};
 use crate::pin::Pin;
 use crate::policy::{Account, Explorer, Look, Looks, Scout, Stretch, Times};
+use crate::prices::{self, Again};
 use crate::shadow::{Entry, Revoked};
-use crate::space::{END_OF_USER, Space};
+use crate::space::Space;
 use crate::spent::{self, Spent};
 use crate::state::{self, UserState};
 use crate::transfer;
+use crate::unexplained::Remedy;
 use crate::{DirectError, DirectHost, KickFlag, Stop, hazard};
 
 /// Address spaces with a child, for one vCPU.
@@ -77,6 +79,7 @@ pub struct Direct {
     hazards: Hazards,
     options: DirectOptions,
     times: Times,
+    again: Again,
     scout: Scout,
     explorer: Explorer,
     /// Pages of code that nobody had executed, since the last stop.
@@ -124,6 +127,7 @@ impl Direct {
             host,
             options,
             times,
+            again: Again::default(),
             scout: Scout::default(),
             explorer: Explorer::default(),
             explored: 0,
@@ -210,6 +214,25 @@ impl Direct {
             space.empty();
         }
         Ok(())
+    }
+
+    /// Measures what a stop takes by now, if it is time. A kick meanwhile is not lost: the next run finds it.
+    fn measure_stops(&mut self, root: u64) {
+        let Some(space) = self.spaces.get_mut(&root) else {
+            return;
+        };
+        let Some(child) = space.child.as_mut().filter(|_| !self.options.always) else {
+            return;
+        };
+        if !self.again.is_due(host_tsc(), self.tsc_hz) {
+            return;
+        }
+        self.pin.here();
+        if let Some(stop) = prices::of_stop(child, &self.kicker.0) {
+            self.times.set_stop(self.tsc_hz, stop);
+        }
+        // What the child has run by now was not the guest's.
+        space.spent = Some(Spent::of(child.pid()));
     }
 
     /// Runs the child until it stops, with all changes made.
@@ -303,7 +326,7 @@ impl Direct {
             _ => AccessKind::Read,
         };
         let linear = address & !PAGE_MASK;
-        if linear >= END_OF_USER || self.host.reserved().contains(&linear) {
+        if !self.host.can_map(linear) {
             return Some(Left::Interpret);
         }
         let paging = cpu.paging();
@@ -328,16 +351,34 @@ impl Direct {
         }
         let old = self.space(root)?.shadow.get(linear);
         let entry = self.entry_at(cpu, root, linear, &leaf, kind);
-        if old == entry && old.is_mapped() {
-            // The host did not do what it was asked for, or the access crosses into a page that it cannot have.
-            return Some(Left::Interpret);
+        let sensitive = entry.is_sensitive() && kind == AccessKind::Execute;
+        if old != entry || !old.is_mapped() {
+            self.space(root)?.unexplained.forget(linear);
+            self.map(cpu, root, linear, entry);
+            self.map_neighbours(cpu, root, linear, &paging);
+        } else if !sensitive {
+            return self.unexplained(cpu, root, linear, entry);
         }
-        self.map(cpu, root, linear, entry);
-        self.map_neighbours(cpu, root, linear, &paging);
-        if entry.is_sensitive() && kind == AccessKind::Execute {
-            return Some(self.sensitive(root));
+        sensitive.then(|| self.sensitive(root))
+    }
+
+    /// The page is mapped as it should be, as far as anybody knows.
+    fn unexplained(&mut self, cpu: &Cpu, root: u64, linear: u64, entry: Entry) -> Option<Left> {
+        self.counts.unexplained += 1;
+        let times = self.times;
+        let space = self.space(root)?;
+        match space.unexplained.again(linear) {
+            Remedy::Interpret => Some(Left::Interpret),
+            Remedy::MapAfresh => {
+                space.shadow.unmap(linear, &mut space.changes);
+                self.map(cpu, root, linear, entry);
+                None
+            }
+            Remedy::Translate => {
+                space.account.give_up(&times, host_tsc());
+                Some(Left::Declined)
+            }
         }
-        None
     }
 
     /// Maps the page of an access that the guest's kernel has seen to, since it is about to be made again.
@@ -510,7 +551,7 @@ impl Direct {
             let mapped = self
                 .space(root)
                 .is_none_or(|s| s.shadow.get(at).is_mapped());
-            if mapped || self.host.reserved().contains(&at) || !ram.is_ram(leaf.gpa) {
+            if mapped || !self.host.can_map(at) || !ram.is_ram(leaf.gpa) {
                 continue;
             }
             let near = n + CODE_AROUND.0 >= here && n < here + CODE_AROUND.1;
@@ -544,6 +585,7 @@ impl Direct {
         let opened = space.account.open(&times, host_tsc());
         self.counts.opened += u64::from(opened);
         if opened {
+            space.unexplained.clear();
             self.turns.clear();
         }
         opened
@@ -687,6 +729,7 @@ impl UserCode for Direct {
         self.map_missed(cpu, root);
         loop {
             self.kicker.0.clear();
+            self.measure_stops(root);
             self.follow_given_up(cpu);
             if called() || cpu.peer.has_requests() {
                 return Left::Called;
@@ -830,3 +873,6 @@ fn eligible(cpu: &Cpu) -> bool {
         && !cpu.interrupt_shadow
         && !cpu.mov_ss_shadow
 }
+
+#[cfg(test)]
+mod tests;
