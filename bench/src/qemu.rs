@@ -5,6 +5,8 @@ use anyhow::{Context, Result, bail, ensure};
 use std::process::Command;
 
 const PACKAGE: &str = "qemu-system-x86";
+/// Those of a newer source forbid `PACKAGE`; apt would remove them.
+const UTILITIES: &str = "qemu-utils";
 
 /// An error that says what to do, where there is no QEMU.
 pub fn check() -> Result<()> {
@@ -29,20 +31,33 @@ pub fn install() -> Result<()> {
         "bench: installing {PACKAGE} {} of {}",
         newest.version, newest.suite
     );
-    run(Command::new("apt-get")
-        .args([
-            "install",
-            "--yes",
-            "--no-install-recommends",
-            "--target-release",
-        ])
-        .args([newest.suite, PACKAGE]))
+    run(&mut newest.install()).or_else(|e| {
+        eprintln!("bench: {e}; once more, with {UTILITIES} of the same source");
+        run(&mut newest.install_all())
+    })
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Offer<'a> {
     version: &'a str,
     suite: &'a str,
+}
+
+impl Offer<'_> {
+    fn install(&self) -> Command {
+        let mut command = Command::new("apt-get");
+        command.args(["install", "--yes", "--no-remove", "--no-install-recommends"]);
+        command.args(["--target-release", self.suite, PACKAGE]);
+        command
+    }
+
+    /// Together with the utilities, where those that are there are of a source that is not enabled any more.
+    fn install_all(&self) -> Command {
+        let mut command = self.install();
+        command.arg("--allow-downgrades");
+        command.arg(format!("{UTILITIES}/{}", self.suite));
+        command
+    }
 }
 
 /// apt-cache madison: `package | version | URI suite/component architecture Packages`, by falling version.
@@ -87,5 +102,18 @@ qemu-system-x86 | 1:7.2 | http://mirror.example/debian bookworm/main amd64 Packa
             ("1:10.0.2", "bookworm-backports")
         );
         assert_eq!(newest(""), None);
+        let words = |command: Command| {
+            let words: Vec<_> = command.get_args().map(|a| a.to_owned()).collect();
+            words.join(" ".as_ref()).into_string().unwrap()
+        };
+        let install = words(offer.install());
+        assert!(
+            install.ends_with("--target-release bookworm-backports qemu-system-x86"),
+            "{install}"
+        );
+        assert_eq!(
+            words(offer.install_all()),
+            install + " --allow-downgrades qemu-utils/bookworm-backports"
+        );
     }
 }
