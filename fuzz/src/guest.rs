@@ -428,6 +428,8 @@ pub struct Ended {
     /// The first bytes of [`crate::layout::DATA`].
     pub data: [u8; 64],
     pub cpl: u8,
+    /// VMCALLs and VMMCALLs that the monitor answered.
+    pub hypercalls: u64,
 }
 
 impl Ended {
@@ -443,6 +445,7 @@ impl Ended {
             exception: None,
             data,
             cpl: cpu.cpl,
+            hypercalls: cpu.counters.hypercalls,
         };
         if let Some(vector) = halted_vector(cpu) {
             let [error, rip, flags, rsp] = exception_frame(cpu, vector);

@@ -24,11 +24,29 @@ const CODES: &[(&str, &[u8])] = &[
     ("ptwrite eax", &[0xf3, 0x0f, 0xae, 0xe0]),
     ("clzero", &[0x0f, 0x01, 0xfc]),
     ("monitorx", &[0x0f, 0x01, 0xfa]),
+    ("mwaitx", &[0x0f, 0x01, 0xfb]),
     ("mcommit", &[0xf3, 0x0f, 0x01, 0xfa]),
     ("rdpru", &[0x0f, 0x01, 0xfd]),
     ("rdpkru", &[0x0f, 0x01, 0xee]),
     ("tpause eax", &[0x66, 0x0f, 0xae, 0xf0]),
     ("umonitor rdi", &[0xf3, 0x0f, 0xae, 0xf7]),
+    ("umwait eax", &[0xf2, 0x0f, 0xae, 0xf0]),
+    ("femms", &[0x0f, 0x0e]),
+    ("pfadd mm0, mm1", &[0x0f, 0x0f, 0xc1, 0x9e]),
+    ("llwpcb eax", &[0x8f, 0xe9, 0x78, 0x12, 0xc0]),
+    ("vmrun", &[0x0f, 0x01, 0xd8]),
+    ("vmload", &[0x0f, 0x01, 0xda]),
+    ("vmsave", &[0x0f, 0x01, 0xdb]),
+    ("stgi", &[0x0f, 0x01, 0xdc]),
+    ("clgi", &[0x0f, 0x01, 0xdd]),
+    ("skinit", &[0x0f, 0x01, 0xde]),
+    ("invlpga", &[0x0f, 0x01, 0xdf]),
+    ("invlpgb", &[0x0f, 0x01, 0xfe]),
+    ("tlbsync", &[0x0f, 0x01, 0xff]),
+    ("pvalidate", &[0xf2, 0x0f, 0x01, 0xff]),
+    ("psmash", &[0xf3, 0x0f, 0x01, 0xff]),
+    ("rmpadjust", &[0xf3, 0x0f, 0x01, 0xfe]),
+    ("rmpupdate", &[0xf2, 0x0f, 0x01, 0xfe]),
     ("enclu", &[0x0f, 0x01, 0xd7]),
     ("vmfunc", &[0x0f, 0x01, 0xd4]),
     ("stui", &[0xf3, 0x0f, 0x01, 0xef]),
@@ -69,5 +87,32 @@ fn what_no_guest_is_offered_is_undefined_on_every_engine() {
     }
     for (name, code) in CODES {
         is_undefined(Kind::Direct, 3, name, code);
+    }
+}
+
+/// The host's hypervisor, where there is one, would answer as well; none of them may be asked.
+#[test]
+fn a_call_of_the_hypervisor_is_a_call_of_the_monitor() {
+    let _alone = exclusive();
+    let calls: [&[u8]; 3] = [
+        &[0x0f, 0x01, 0xc1],       // vmcall
+        &[0x0f, 0x01, 0xd9],       // vmmcall
+        &[0x66, 0x0f, 0x01, 0xd9], // vmmcall, with a prefix that says nothing
+    ];
+    for code in calls {
+        let code = [code, &UD2].concat();
+        for (kind, cpl) in [
+            (Kind::Interpret, 0),
+            (Kind::Interpret, 3),
+            (Kind::Translate, 0),
+            (Kind::Translate, 3),
+            (Kind::Direct, 3),
+        ] {
+            let ended = run_code(kind, cpl, &code, &mut EmptyBus, |_| ()).unwrap();
+            let ended = ended.unwrap_or_else(|| panic!("{code:x?} on {kind:?} does not end"));
+            let undefined = ended.exception == Some((INVALID_OPCODE, 0));
+            assert!(undefined, "{code:x?} on {kind:?}: {:?}", ended.exception);
+            assert_eq!(ended.hypercalls, 1, "{code:x?} at CPL {cpl} on {kind:?}");
+        }
     }
 }

@@ -10,6 +10,7 @@ use crate::frame::Cause;
 use crate::kick_unsafe::KickFlag;
 use crate::process::{Called, Process};
 use crate::signals::{SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGSYS, SIGTRAP, SIGUSR1};
+use crate::state::CODE_32;
 use crate::zygote::Machine;
 use crate::{DirectError, UserState};
 
@@ -275,6 +276,10 @@ fn system_call(user: &mut UserState, cause: &Cause) -> Meaning {
             error: FETCH,
             address: user.rip,
         });
+    }
+    if user.cs == CODE_32 && user.rip > u32::MAX.into() {
+        // SYSCALL of 32-bit code, which AMD's processors have: the kernel goes on at its own address, and nobody knows where the code was.
+        return Meaning::Nonsense;
     }
     user.rip = user.rip.wrapping_sub(2);
     let entry = match cause.call_architecture {

@@ -14,7 +14,8 @@
 //!
 //! Instructions of the host's that no guest is offered are looked for in the same way, whether this host has them or not: transactions (XBEGIN,
 //! XABORT, XSUSLDTRK, XRESLDTRK; XTEST says that there is none, and 38 of them are in the C library, in routines that are not chosen), AMX's LDTILECFG, STTILECFG and TILERELEASE (the rest of AMX traps in a process that has not asked for it), MOVDIRI,
-//! MOVDIR64B, PTWRITE. Other such instructions trap, since the host's kernel enables nothing of them.
+//! MOVDIR64B, PTWRITE, UMONITOR, UMWAIT and TPAUSE; of AMD's CLZERO, MONITORX, MWAITX, MCOMMIT and 3DNow!. Other such instructions trap, since the host's kernel enables nothing of them.
+//! VMCALL and VMMCALL would be a call of the host's own hypervisor. AMD's instructions for one (VMRUN, SKINIT, INVLPGB, PVALIDATE and their kin) trap in user mode, always.
 //!
 //! What goes on in the next page is looked at where both pages are executable ([`is_sensitive_across`]). A displacement that begins in the page before
 //! looks like a common one at the beginning of a page; so the page before is asked, where there is one.
@@ -155,6 +156,8 @@ fn found(page: &[u8], at: usize, h: Hazards) -> Found {
         0x01 => group_7(modrm, h),
         // LAR, LSL.
         0x02 | 0x03 => Common,
+        // FEMMS; what else 3DNow! has.
+        0x0e | 0x0f => Common,
         // SYSENTER: afterwards nobody knows where it was.
         0x34 => Common,
         0xa2 => when(h.cpuid, Telling),
@@ -162,6 +165,11 @@ fn found(page: &[u8], at: usize, h: Hazards) -> Found {
         0x38 => when(matches!(modrm, 0xf8 | 0xf9), Telling),
         // PTWRITE.
         0xae if reg == 4 && may_have(page, at, 0xf3) => Telling,
+        // TPAUSE, UMWAIT, UMONITOR; without a prefix, MFENCE.
+        0xae if reg == 6 && !memory => {
+            let waits = [0x66, 0xf2, 0xf3];
+            when(waits.iter().any(|p| may_have(page, at, *p)), Telling)
+        }
         // XSAVE, XSAVEOPT.
         0xae => when(h.components != 0 && memory && matches!(reg, 4 | 6), Masked),
         // XSAVEC; RDPID.
@@ -174,8 +182,8 @@ fn found(page: &[u8], at: usize, h: Hazards) -> Found {
 /// SGDT, SIDT, SMSW, and instructions without operands.
 fn group_7(modrm: u8, h: Hazards) -> Found {
     const XGETBV: u8 = 0xd0;
-    /// VMCALL, VMMCALL, RDPKRU, WRPKRU, RDTSCP, RDPRU.
-    const OTHERS: [u8; 6] = [0xc1, 0xd9, 0xee, 0xef, 0xf9, 0xfd];
+    /// VMCALL, VMMCALL, RDPKRU, WRPKRU, RDTSCP, MONITORX and MCOMMIT, MWAITX, CLZERO, RDPRU.
+    const OTHERS: [u8; 9] = [0xc1, 0xd9, 0xee, 0xef, 0xf9, 0xfa, 0xfb, 0xfc, 0xfd];
     let reg = modrm >> 3 & 7;
     match modrm {
         XGETBV => when(h.components != 0, Common),
@@ -436,6 +444,18 @@ mod tests {
         &[0x48, 0x0f, 0xc7, 0x64, 0x24, 0x40], // xsavec64 [rsp + 64]
         &[0x0f, 0x01, 0xee],                   // rdpkru
         &[0x0f, 0x01, 0xc1],                   // vmcall
+        &[0x0f, 0x01, 0xd9],                   // vmmcall
+        &[0xf3, 0x0f, 0x01, 0xd9],             // vmgexit
+        &[0x0f, 0x01, 0xfa],                   // monitorx
+        &[0xf3, 0x0f, 0x01, 0xfa],             // mcommit
+        &[0x0f, 0x01, 0xfb],                   // mwaitx
+        &[0x0f, 0x01, 0xfc],                   // clzero
+        &[0x0f, 0x01, 0xfd],                   // rdpru
+        &[0x0f, 0x0e],                         // femms
+        &[0x0f, 0x0f, 0xc1, 0x9e],             // pfadd mm0, mm1
+        &[0xf3, 0x0f, 0xae, 0xf7],             // umonitor rdi
+        &[0xf2, 0x0f, 0xae, 0xf0],             // umwait eax
+        &[0x66, 0x41, 0x0f, 0xae, 0xf0],       // tpause r8d
         &[0xc7, 0xf8, 0x10, 0, 0, 0],          // xbegin
         &[0xc6, 0xf8, 0x07],                   // xabort 7
         &[0xf2, 0x0f, 0x01, 0xe8],             // xsusldtrk
@@ -468,7 +488,7 @@ mod tests {
             let is_opcode = |b: &u8| matches!(b, 0x0f | 0xc4 | 0xc6 | 0xc7);
             let opcode = code.iter().position(is_opcode).unwrap();
             let needed = match (code[opcode], code[opcode + 1]) {
-                (0xc6 | 0xc7, _) | (0x0f, 0x02 | 0x03 | 0x34 | 0xa2) => 2,
+                (0xc6 | 0xc7, _) | (0x0f, 0x02 | 0x03 | 0x0e | 0x0f | 0x34 | 0xa2) => 2,
                 (0x0f, _) => 3,
                 _ => 4,
             };
@@ -507,6 +527,7 @@ mod tests {
             &[0x0f, 0xc7, 0x0f],                               // cmpxchg8b
             &[0x0f, 0xc7, 0xf8],                               // rdseed
             &[0x0f, 0xae, 0xf8],                               // sfence
+            &[0x0f, 0xae, 0xf0],                               // mfence
             &[0x0f, 0xae, 0x3f],                               // clflush
             &[0x0f, 0x01, 0x17],                               // lgdt, which traps
             &[0x0f, 0x01, 0xd6],                               // xtest
@@ -583,11 +604,13 @@ mod tests {
 
     /// What the decoder knows by name.
     fn is_one(mnemonic: Mnemonic) -> bool {
+        use Mnemonic::{Clzero, Femms, Mcommit, Monitorx, Mwaitx, Tpause, Umonitor, Umwait};
         use Mnemonic::{Cpuid, Rdpid, Rdpkru, Rdpru, Rdtscp, Vmcall, Vmmcall, Wrpkru, Xgetbv};
-        use Mnemonic::{Movdir64b, Movdiri, Ptwrite, Xresldtrk, Xsusldtrk};
+        use Mnemonic::{Movdir64b, Movdiri, Ptwrite, Vmgexit, Xresldtrk, Xsusldtrk};
         let telling = [
             Cpuid, Rdpid, Rdpkru, Rdpru, Rdtscp, Vmcall, Vmmcall, Wrpkru, Xgetbv, Movdir64b,
-            Movdiri, Ptwrite, Xresldtrk, Xsusldtrk,
+            Movdiri, Ptwrite, Xresldtrk, Xsusldtrk, Vmgexit, Clzero, Femms, Mcommit, Monitorx,
+            Mwaitx, Tpause, Umonitor, Umwait,
         ];
         telling.contains(&mnemonic) || is_save(mnemonic) || is_common(mnemonic)
     }

@@ -127,10 +127,11 @@ const TWO: [Form; 256] = {
         &[0x24, 0x25, 0x26, 0x27, 0x7a, 0x7b, 0xa6, 0xa7],
         NO_CODE,
     );
-    t = each(t, &[0x05, 0x0b, 0x0e, 0x31, 0x33, 0x37, 0x77], 0);
+    t = each(t, &[0x05, 0x0b, 0x31, 0x33, 0x37, 0x77], 0);
     t = each(t, &[0xa0, 0xa1, 0xa2, 0xa8, 0xa9], 0);
     t[0x0d] = M;
-    t[0x0f] = M | IMM8;
+    t[0x0e] = COMMON;
+    t[0x0f] = M | IMM8 | COMMON;
     t = fill(t, 0x20, 0x23, M | REGISTER | NO_CODE);
     t[0x34] = COMMON;
     t = each(t, &[0x70, 0xa4, 0xac, 0xc2, 0xc4, 0xc5, 0xc6], M | IMM8);
@@ -140,8 +141,10 @@ const TWO: [Form; 256] = {
     fill(t, 0xc8, 0xcf, 0)
 };
 
-/// VMCALL, XGETBV, VMMCALL, XSUSLDTRK and (without F2) SERIALIZE, XRESLDTRK, RDPKRU, WRPKRU, RDTSCP, RDPRU.
-const GROUP_7: [u8; 9] = [0xc1, 0xd0, 0xd9, 0xe8, 0xe9, 0xee, 0xef, 0xf9, 0xfd];
+/// VMCALL, XGETBV, VMMCALL, XSUSLDTRK and (without F2) SERIALIZE, XRESLDTRK, RDPKRU, WRPKRU, RDTSCP, MONITORX, MWAITX, CLZERO, RDPRU.
+const GROUP_7: [u8; 12] = [
+    0xc1, 0xd0, 0xd9, 0xe8, 0xe9, 0xee, 0xef, 0xf9, 0xfa, 0xfb, 0xfc, 0xfd,
+];
 
 /// Kinds of opcodes that ModRM decides: the map (1 or 2), the opcode, ModRM.
 fn group_kind(map: u8, opcode: u8, modrm: u8) -> Kind {
@@ -204,7 +207,7 @@ pub(crate) fn decode(code: &[u8]) -> Length {
     let opcode = byte(at);
     let (form, map, opcode_at) = match opcode {
         0x0f if matches!(byte(at + 1), 0x38 | 0x3a) => (of_map(byte(at + 1) - 0x36, 0), 3, at + 2),
-        0x0f => (TWO[usize::from(byte(at + 1))], 2, at + 1),
+        0x0f => (of_two(byte(at + 1), mandatory || word), 2, at + 1),
         0xc5 => (vector(1, byte(at + 2), prefixed), 3, at + 2),
         0xc4 => (
             vector(byte(at + 1) & 0x1f, byte(at + 3), prefixed),
@@ -273,6 +276,15 @@ fn immediate(form: Form, word: bool, short: bool, wide: bool) -> usize {
         bytes += if form & bit != 0 { size } else { 0 };
     }
     bytes
+}
+
+/// What follows an opcode behind 0f; some are SSE4A's with a prefix, and VMREAD and VMWRITE without.
+fn of_two(opcode: u8, prefixed: bool) -> Form {
+    match opcode {
+        0x78 if prefixed => M | IMM16,
+        0x79 if prefixed => M,
+        _ => TWO[usize::from(opcode)],
+    }
 }
 
 /// What follows an opcode of the maps 0f (1), 0f 38 (2), 0f 3a (3) and EVEX's 5 and 6 where the kind is not asked.
@@ -375,8 +387,8 @@ mod tests {
     /// The other way round, what is undefined with some prefix only is code here.
     #[test]
     fn what_is_no_code_is_none_to_the_full_decoder() {
-        /// Of processors that Doppel does not run on: SSE4a, PadLock.
-        const OTHERS: [u8; 4] = [0x78, 0x79, 0xa6, 0xa7];
+        /// PadLock, of processors that Doppel does not run on.
+        const OTHERS: [u8; 2] = [0xa6, 0xa7];
         let mut count = 0;
         for escape in [&[][..], &[0x0f]] {
             every(escape, |code| {
@@ -399,13 +411,15 @@ mod tests {
 
     #[test]
     fn common_ones_are_the_full_decoders() {
+        use Mnemonic::{Clzero, Femms, Mcommit, Monitorx, Mwaitx, Vmgexit};
         use Mnemonic::{Lar, Lsl, Rdpkru, Rdpru, Rdtscp, Sgdt, Sidt, Sldt, Smsw, Str, Sysenter};
         use Mnemonic::{Serialize, Verr, Verw, Vmcall, Vmmcall, Wrpkru, Xgetbv};
         use Mnemonic::{Xabort, Xbegin, Xresldtrk, Xsusldtrk};
         let descriptors = [Lar, Lsl, Sysenter, Verr, Verw, Sgdt, Sidt, Sldt, Smsw, Str];
         let others = [Vmcall, Vmmcall, Rdpkru, Wrpkru, Rdtscp, Rdpru, Xgetbv];
+        let amd = [Clzero, Femms, Mcommit, Monitorx, Mwaitx, Vmgexit];
         let transactions = [Xbegin, Xabort, Xsusldtrk, Xresldtrk, Serialize];
-        let common = [&descriptors[..], &others, &transactions].concat();
+        let common = [&descriptors[..], &others, &amd, &transactions].concat();
         let mut count = 0;
         for escape in [&[][..], &[0x0f]] {
             every(escape, |code| {
@@ -419,7 +433,9 @@ mod tests {
                     let is_opcode = |b: &u8| matches!(b, 0x0f | 0xc6 | 0xc7);
                     let opcode = &code[code.iter().position(is_opcode).unwrap()..];
                     let suspends = opcode.starts_with(&[0x0f, 0x01, 0xe9]);
-                    assert!(suspends || is_common(opcode), "{code:x?}");
+                    // 3DNow!, if its last byte is.
+                    let now = opcode.starts_with(&[0x0f, 0x0f]);
+                    assert!(suspends || now || is_common(opcode), "{code:x?}");
                 } else {
                     assert!(!is_common(code), "{code:x?}");
                 }
