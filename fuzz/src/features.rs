@@ -83,7 +83,12 @@ const FEATURES: &[(CpuidFeature, u32, u32, Reg, u32)] = &[
     (CpuidFeature::TBM, 0x8000_0001, 0, Reg::C, 21),
 ];
 
-/// Whether the guest is offered a feature. What is not known here counts as missing.
+/// Every guest is offered SERIALIZE, which the monitor emulates; the bare processor need not have it.
+fn host_serializes() -> bool {
+    raw_cpuid::cpuid!(7).edx >> 14 & 1 != 0
+}
+
+/// Whether the guest is offered a feature, and a comparison with the bare processor possible. What is not known here counts as missing.
 pub fn offered(cpu: &Cpu, feature: CpuidFeature) -> bool {
     use CpuidFeature::*;
     let always = matches!(
@@ -103,6 +108,9 @@ pub fn offered(cpu: &Cpu, feature: CpuidFeature) -> bool {
             | CET_IBT
             | CLDEMOTE
     );
+    if feature == SERIALIZE && !host_serializes() {
+        return false;
+    }
     always
         || FEATURES.iter().find(|f| f.0 == feature).is_some_and(
             |&(_, leaf, subleaf, register, bit)| {

@@ -120,13 +120,24 @@ fn vectors(r: &mut Random) -> Vectors {
     v
 }
 
+/// MXCSR.MM, where the processor has it: SSE operands need not be aligned.
+fn misaligned_sse() -> u32 {
+    const MISALIGNED: u32 = 1 << 7;
+    const MM: u32 = 1 << 17;
+    match raw_cpuid::cpuid!(0x8000_0001).ecx & MISALIGNED {
+        0 => 0,
+        _ => MM,
+    }
+}
+
 fn mxcsr(r: &mut Random) -> u32 {
     let mut m = 0x1f80;
     if r.percent(30) {
         m |= (r.bits() & 0x6000) as u32;
     }
     if r.percent(10) {
-        m |= (r.bits() & 0x8040) as u32;
+        let offered = 0x8040 | misaligned_sse();
+        m |= (r.bits() & u64::from(offered)) as u32;
     }
     if r.percent(8) {
         m &= !(r.bits() & 0x1f80) as u32;

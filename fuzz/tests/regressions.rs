@@ -311,6 +311,62 @@ const PROGRAMS: &[(&str, u64, u64, &str)] = &[
         1,
         "48b80000000000800000ffd0",
     ),
+    ("a prefetch of a register", 72, 618, "66450f0dca0f0b"),
+    (
+        "a gather of which nothing is done",
+        72,
+        1714,
+        "c4227991a42e8fe0ffff0f0b",
+    ),
+    (
+        "a gather whose second element faults",
+        72,
+        3707,
+        "c4c241929ce108231b8e0f0b",
+    ),
+    (
+        "a misaligned operand of SHA",
+        72,
+        1975,
+        "410f3acc93d30f2010420f0b",
+    ),
+    (
+        "alignment checks of a vector",
+        7,
+        15,
+        "6641ffb6421120109dc48165559422341600000f0b",
+    ),
+    (
+        "alignment checks of a masked load",
+        71,
+        2083,
+        "6641fff39d2ec4a2752c9c4f371f60100f0b",
+    ),
+    (
+        "alignment checks of a conversion to half precision",
+        71,
+        16963,
+        "9dc463791d1c25170c2010040f0b",
+    ),
+    (
+        "the faults of a store that an exception suppresses",
+        72,
+        20330,
+        "42db1c5db42f20100f0b",
+    ),
+    ("the same, of 80 bits", 71, 35019, "41dbbe8ce21f000f0b"),
+    (
+        "MOVSXD to 16 bits at the end of a page",
+        71,
+        19475,
+        "656644630425f71e40000f0b",
+    ),
+    (
+        "a count of which half is loaded",
+        71,
+        67425,
+        "660fe20c25f12f20100f0b",
+    ),
 ];
 
 /// Flags that are dead when `mov rax, [0]` faults, since `xor ebx, ebx` follows; whether the block is entered with them.

@@ -356,6 +356,10 @@ fn special(i: &Instruction, how: Decoding) -> Option<Class> {
         | Monitorx | Mwaitx | Umonitor | Umwait | Tpause | Ptwrite | Movdir64b | Enqcmd
         | Enqcmds => Class::Interpret,
         Lea => Class::Lea,
+        // AMD's processors load 32 bits, Intel's 16.
+        Movsxd if i.code() == Code::Movsxd_r16_rm16 && has_memory(i) => Class::Interpret,
+        // With a register 0F 0D is nothing on Intel's processors, undefined on AMD's.
+        Reservednop if is_prefetch_of_register(i) => Class::Interpret,
         Prefetch | Prefetchw | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchnta | Prefetchwt1
         | Prefetchit0 | Prefetchit1 | Reservednop => Class::Nothing,
         Nop | Cldemote if has_memory(i) => Class::Nothing,
@@ -370,6 +374,15 @@ fn special(i: &Instruction, how: Decoding) -> Option<Class> {
         }
         _ => return None,
     })
+}
+
+fn is_prefetch_of_register(i: &Instruction) -> bool {
+    matches!(
+        i.code(),
+        Code::Reservednop_rm16_r16_0F0D
+            | Code::Reservednop_rm32_r32_0F0D
+            | Code::Reservednop_rm64_r64_0F0D
+    )
 }
 
 /// Saves and restores of the vector state as it is while translated code runs. (XSAVEOPT remembers where it was restored from, which

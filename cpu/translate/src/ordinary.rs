@@ -119,6 +119,7 @@ fn computation(i: &Instruction) -> Option<Facts> {
 fn effect(i: &Instruction) -> Option<(First, FlagUse)> {
     use Mnemonic::*;
     Some(match i.mnemonic() {
+        Movsxd if i.code() == Code::Movsxd_r16_rm16 => return None,
         Mov | Movzx | Movsx | Movsxd | Lea | Not | Bswap => (First::Written, NONE),
         Add | Sub | And | Or | Xor | Neg => (First::Written, SETS_ALL),
         Cmp | Test => (First::Read, SETS_ALL),

@@ -109,6 +109,10 @@ pub(crate) fn sysenter(cpu: &mut Cpu) -> Result<(), Exception> {
 
 /// SYSEXIT; `wide` with a 64-bit operand size.
 pub(crate) fn sysexit(cpu: &mut Cpu, wide: bool) -> Result<(), Exception> {
+    // AMD's processors look at the privilege first.
+    if cpu.cpl != 0 && cpu.cpuid.vendor() == Vendor::Amd {
+        return Err(GP0);
+    }
     check_sysenter(cpu)?;
     let (rsp, rip) = (cpu.reg(Gpr::Rcx), cpu.reg(Gpr::Rdx));
     let invalid = wide && !(Cpu::canonical(rsp) && Cpu::canonical(rip));

@@ -215,6 +215,9 @@ fn vendors_differ_in_sysret_syscall_and_sysenter() {
         cpu.rip = 0x1000;
         assert_eq!(run(&mut cpu, &mut bus, |a| a.sysenter()), sysenter);
         assert_eq!(cpu.cpl, if vendor == AMD { 3 } else { 0 });
+        to_user(&mut cpu);
+        cpu.rip = 0x1000;
+        assert_eq!(run(&mut cpu, &mut bus, |a| a.sysexit()), GP);
         // Compatibility mode: SYSCALL is AMD's alone.
         to_user(&mut cpu);
         cpu.seg[Seg::Cs as usize] = segment::flat(USER_CS32, 0xc09b, 3);

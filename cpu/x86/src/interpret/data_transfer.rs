@@ -1,19 +1,22 @@
 //! Moves between general registers and memory, extensions, exchanges, conditional moves.
 
-use iced_x86::{Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
 use super::condition;
 use super::operand::{
-    self, effective_address, modify, modify_linear, operand_size, read_operand, write_operand,
+    self, effective_address, linear, load, modify, modify_linear, operand_size, read_operand,
+    write_operand,
 };
 use super::register::{read_gpr, read_register, sign_extend, write_gpr, write_register};
 use super::{Flow, Handler, Step};
+use crate::cpuid::Vendor;
 use crate::{Bus, Cpu, Gpr, Rflags};
 
 pub(super) fn lookup(i: &Instruction) -> Option<Handler> {
     Some(match i.mnemonic() {
         Mnemonic::Mov if !names_system_register(i) => mov,
         Mnemonic::Movzx | Mnemonic::Movnti => mov,
+        Mnemonic::Movsxd if i.code() == Code::Movsxd_r16_rm16 => movsxd_to_word,
         Mnemonic::Movsx | Mnemonic::Movsxd => movsx,
         Mnemonic::Lea => lea,
         Mnemonic::Xchg => xchg,
@@ -54,6 +57,17 @@ fn names_system_register(i: &Instruction) -> bool {
 fn mov(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     let v = read_operand(cpu, bus, i, 1)?;
     write_operand(cpu, bus, i, 0, v)?;
+    Ok(Flow::Next)
+}
+
+/// MOVSXD to 16 bits: AMD's processors load 32, of which they drop the upper half.
+fn movsxd_to_word(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
+    if i.op1_kind() != OpKind::Memory || cpu.cpuid.vendor() == Vendor::Intel {
+        return movsx(cpu, bus, i);
+    }
+    let at = linear(cpu, i, 4, false)?;
+    let v = load(cpu, bus, at, 4)?;
+    write_register(cpu, i.op0_register(), v);
     Ok(Flow::Next)
 }
 

@@ -4,16 +4,18 @@
 use std::sync::atomic::{Ordering, fence};
 
 use doppel_memory::AccessKind;
-use iced_x86::{Instruction, Mnemonic};
+use iced_x86::{Code, Instruction, Mnemonic};
 
 use super::operand::linear;
 use super::{Flow, Handler, Step};
+use crate::cpuid::Vendor;
 use crate::{Bus, Cpu, Exception, Rflags};
 
 pub(super) fn lookup(i: &Instruction) -> Option<Handler> {
     use Mnemonic::*;
     Some(match i.mnemonic() {
         Pause => pause,
+        Reservednop if is_prefetch_of_register(i) => no_prefetch,
         Nop | Endbr32 | Endbr64 | Reservednop | Prefetchw | Prefetcht0 | Prefetcht1
         | Prefetcht2 | Prefetchnta | Prefetchit0 | Prefetchit1 | Prefetchwt1 | Prefetch
         | Cldemote => nop,
@@ -33,6 +35,23 @@ pub(super) fn lookup(i: &Instruction) -> Option<Handler> {
 
 fn nop(_: &mut Cpu, _: &mut dyn Bus, _: &Instruction) -> Step {
     Ok(Flow::Next)
+}
+
+/// PREFETCHW and its kin, with a register where memory is to be named.
+fn is_prefetch_of_register(i: &Instruction) -> bool {
+    use Code::{Reservednop_rm16_r16_0F0D, Reservednop_rm32_r32_0F0D, Reservednop_rm64_r64_0F0D};
+    matches!(
+        i.code(),
+        Reservednop_rm16_r16_0F0D | Reservednop_rm32_r32_0F0D | Reservednop_rm64_r64_0F0D
+    )
+}
+
+/// A no-op of Intel's processors.
+fn no_prefetch(cpu: &mut Cpu, _: &mut dyn Bus, _: &Instruction) -> Step {
+    match cpu.cpuid.vendor() {
+        Vendor::Intel => Ok(Flow::Next),
+        Vendor::Amd => Err(Exception::UD),
+    }
 }
 
 /// PAUSEs that a CPU may execute before the machine is told: some microseconds of a spin loop.

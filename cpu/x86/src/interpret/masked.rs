@@ -11,6 +11,7 @@ use super::operand::{linear, linear_displaced, linear_in, load, segment_of, stor
 use super::register::{read_gpr, read_register, sign_extend};
 use super::vector::{self, Layout};
 use super::{Flow, Handler, Step};
+use crate::cpuid::Vendor;
 use crate::{Bus, Cpu, CpuMode, Exception, FpuArea, Gpr, Rflags};
 
 pub(super) fn lookup(i: &Instruction) -> Option<Handler> {
@@ -415,7 +416,10 @@ fn mask_move(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
         selected,
         suppresses: true,
     };
-    let at = match linear(cpu, i, bytes, is_store) {
+    // Nobody checks these for alignment.
+    let whole = linear(cpu, i, 1, is_store)
+        .and_then(|at| linear_displaced(cpu, i, bytes as u64 - 1, 1, is_store).map(|_| at));
+    let at = match whole {
         // What is not accessed does not fault.
         Err(_) if elements.none() => 0,
         Err(fault) => elements.address(cpu, i, is_store, fault)?,
@@ -509,8 +513,16 @@ fn gather(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     };
     let mut data = vector::read(&cpu.fpu, &layout, number(t));
     let asked = mask;
-    let fault = gather_elements(cpu, bus, i, &g, &mut mask, &mut data).err();
+    let (done, fault) = gather_elements(cpu, bus, i, &g, &mut mask, &mut data);
     let progress = mask != asked;
+    if fault.is_some() && masked_by_vector && cpu.cpuid.vendor() == Vendor::Amd {
+        // AMD's processors touch nothing but the elements before; Intel's all of both registers.
+        let mut left = vector::read(&cpu.fpu, &layout, number(m));
+        left[..done * g.element_size].fill(0);
+        vector::write(&mut cpu.fpu, &layout, number(t), &data);
+        vector::write(&mut cpu.fpu, &layout, number(m), &left);
+        return interrupted(cpu, fault, progress);
+    }
     if let Some(fault) = fault.filter(|_| !progress && !masked_by_vector) {
         return Err(fault);
     }
@@ -539,7 +551,7 @@ fn gather(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     interrupted(cpu, fault, progress)
 }
 
-/// Gathers element by element, and clears the mask bit of each that is done.
+/// Gathers element by element, and clears the mask bit of each that is done: how many of the first are done, and what stopped it.
 fn gather_elements(
     cpu: &mut Cpu,
     bus: &mut dyn Bus,
@@ -547,16 +559,20 @@ fn gather_elements(
     g: &Indexed,
     mask: &mut u64,
     data: &mut [u8; 64],
-) -> Result<(), Exception> {
+) -> (usize, Option<Exception>) {
     for n in 0..g.count {
         if *mask >> n & 1 != 0 {
-            let at = g.at(cpu, i, n, false)?;
-            let v = load(cpu, bus, at, g.element_size)?;
-            set_element(data, n, g.element_size, v);
+            let loaded = g
+                .at(cpu, i, n, false)
+                .and_then(|at| load(cpu, bus, at, g.element_size));
+            match loaded {
+                Ok(v) => set_element(data, n, g.element_size, v),
+                Err(fault) => return (n, Some(fault)),
+            }
             *mask &= !(1 << n);
         }
     }
-    Ok(())
+    (g.count, None)
 }
 
 /// The mask register afterwards: zero, or where a fault came in between with the elements that are left to do.

@@ -61,6 +61,7 @@ pub mod arithmetic_flags {
 }
 pub(crate) use native::HostUnit;
 
+use crate::cpuid::Vendor;
 use crate::{Activity, Bus, Cpu, CpuMode, Exception, Outcome, Rflags, exception};
 
 /// Where execution goes on after an instruction.
@@ -147,6 +148,8 @@ fn finish(
         Flow::Next => cpu.rip = next,
         Flow::Done => {}
         // An event that comes now finds RF set, so that the rest is no new hit of an instruction breakpoint.
+        // AMD's processors do not set it for a single step.
+        Flow::Repeat if steps_without_rf(cpu) => {}
         Flow::Repeat => cpu.rflags |= Rflags::RF,
         Flow::Halt => {
             cpu.rip = next;
@@ -186,6 +189,10 @@ fn single_steps(cpu: &Cpu, i: &Instruction) -> bool {
         Mnemonic::Int | Mnemonic::Int1 | Mnemonic::Int3 | Mnemonic::Into | Mnemonic::Syscall
     );
     !cpu.mov_ss_shadow && !enters
+}
+
+fn steps_without_rf(cpu: &Cpu) -> bool {
+    cpu.rflags.contains(Rflags::TF) && cpu.cpuid.vendor() == Vendor::Amd
 }
 
 /// #DB, a fault, where an instruction breakpoint in DR0 to DR3 is enabled for RIP and RF does not skip it.

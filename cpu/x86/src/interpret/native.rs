@@ -21,6 +21,7 @@ use super::operand::{effective_address, linear, linear_displaced};
 use super::snippet::{self, Aligned, Memory, Plan, Snippet};
 use super::vector::{self, Layout};
 use super::{Flow, Step, decode, masked};
+use crate::cpuid::Vendor;
 use crate::{Bus, Cpu, Cr4, Exception, FpuArea, Gpr, Rflags};
 
 /// Bytes of the largest memory operand.
@@ -143,6 +144,11 @@ impl Host {
             return self.execute_masked(cpu, bus, i, &snippet);
         }
         if let Some(before) = suppressible(cpu, &snippet.plan) {
+            if cpu.cpuid.vendor() == Vendor::Amd {
+                // Its faults come first, though it will not be made.
+                let at = self.memory_operand(cpu, i, &memory)?;
+                cpu.check_writable(at, memory.size, cpu.privilege())?;
+            }
             self.run(cpu, &snippet)?;
             if store_suppressed(cpu, snippet.plan.unit) {
                 return self.commit(cpu, i, &snippet.plan, 0);
@@ -155,7 +161,8 @@ impl Host {
             cpu.check_writable(at, memory.size, privilege)?;
         }
         if memory.read {
-            load(cpu, bus, at, &mut self.bounce.0[..memory.size])?;
+            let size = memory.size.min(loaded(cpu, i));
+            load(cpu, bus, at, &mut self.bounce.0[..size])?;
         }
         self.run_in_steps(cpu, i, &snippet)?;
         if memory.write {
@@ -171,8 +178,9 @@ impl Host {
         i: &Instruction,
         memory: &Memory,
     ) -> Result<u64, Exception> {
-        // These are not checked for alignment (#AC).
-        let unchecked = matches!(i.mnemonic(), Mnemonic::Vcvtph2ps | Mnemonic::Vcvtps2ph);
+        // Intel's processors do not check these for alignment (#AC).
+        let unchecked = matches!(i.mnemonic(), Mnemonic::Vcvtph2ps | Mnemonic::Vcvtps2ph)
+            && cpu.cpuid.vendor() == Vendor::Intel;
         let at = if unchecked {
             linear(cpu, i, 1, memory.write).and_then(|at| {
                 linear_displaced(cpu, i, memory.size as u64 - 1, 1, memory.write).map(|_| at)
@@ -406,11 +414,38 @@ fn settle_mxcsr(cpu: &mut Cpu, before: &FpuArea) -> Result<(), Exception> {
     })
 }
 
+/// Bytes of a memory operand that are loaded, at most: where those of SSE need not be aligned, AMD's processors show that they load half of some.
+fn loaded(cpu: &Cpu, i: &Instruction) -> usize {
+    use Mnemonic::*;
+    let half = matches!(
+        i.mnemonic(),
+        Unpcklps
+            | Unpcklpd
+            | Punpcklbw
+            | Punpcklwd
+            | Punpckldq
+            | Punpcklqdq
+            | Psrlw
+            | Psrld
+            | Psrlq
+            | Psraw
+            | Psrad
+            | Psllw
+            | Pslld
+            | Psllq
+    );
+    match half && cpu.cpuid.vendor() == Vendor::Amd {
+        true => 8,
+        false => BOUNCE_SIZE,
+    }
+}
+
 fn check_aligned(cpu: &Cpu, memory: &Memory, at: u64) -> Result<(), Exception> {
     let needed = match memory.aligned {
         Aligned::No => false,
         Aligned::Always => true,
         Aligned::UnlessMxcsr => cpu.fpu.mxcsr() & MXCSR_MM == 0,
+        Aligned::UnlessAmd => cpu.cpuid.vendor() != Vendor::Amd,
     };
     if needed && !at.is_multiple_of(memory.size as u64) {
         return Err(Exception::gp(0));

@@ -7,6 +7,7 @@ use doppel_memory::HostPtr;
 use iced_x86::{Instruction, OpKind, Register};
 
 use super::register::{mask, read_register, register_size, write_register};
+use crate::cpuid::Vendor;
 use crate::{Bus, Cpu, CpuMode, Cr0, Exception, Rflags, Seg, Segment};
 
 /// The offset that the memory operand names, truncated to the address size.
@@ -146,6 +147,8 @@ fn alignment_checked(cpu: &Cpu, linear: u64, size: usize) -> Result<(), Exceptio
         // Its environment and its state.
         28 | 108 => 4,
         14 | 94 => 2,
+        // AMD's processors check vectors too, those of 32 bytes as two of 16; Intel's do not.
+        16 | 32 if cpu.cpuid.vendor() == Vendor::Amd => 16,
         // Larger operands have rules of their own.
         _ => 1,
     };

@@ -5,8 +5,8 @@
 //! known and RSP is not among its registers. The library's encoder does the rest (see [`crate::patch`]).
 
 use iced_x86::{
-    Encoder, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind,
-    Register, RoundingControl,
+    CpuidFeature, Encoder, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess,
+    OpKind, Register, RoundingControl,
 };
 
 use super::arch_native::SnippetCode;
@@ -61,6 +61,8 @@ pub(super) enum Aligned {
     No,
     /// Unless MXCSR.MM is set (AMD).
     UnlessMxcsr,
+    /// On Intel's processors: AMD's execute them as if MXCSR.MM were set.
+    UnlessAmd,
     Always,
 }
 
@@ -222,6 +224,7 @@ fn alignment(i: &Instruction, unit: Unit, size: usize) -> Aligned {
         }
         Movups | Movupd | Movdqu | Lddqu | Pcmpistri | Pcmpistrm | Pcmpestri | Pcmpestrm
         | Pcmpestri64 | Pcmpestrm64 => Aligned::No,
+        _ if i.cpuid_features().contains(&CpuidFeature::SHA) => Aligned::UnlessAmd,
         _ if matches!(unit, Unit::Sse | Unit::Mmx) && size == 16 => Aligned::UnlessMxcsr,
         _ => Aligned::No,
     }

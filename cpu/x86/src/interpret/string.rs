@@ -13,6 +13,7 @@ use super::flags;
 use super::operand::{linear_in, load, segment_of, store};
 use super::register::{mask, read_gpr, write_gpr};
 use super::{Flow, Handler, Step};
+use crate::cpuid::Vendor;
 use crate::{Bus, Cpu, CpuMode, Exception, Gpr, Rflags, Seg};
 
 /// Units that a repeated instruction does in one step at most (a bulk copy counts as one).
@@ -128,8 +129,9 @@ fn repeat(
     };
     let before = cpu.rflags;
     let flow = repeat_batch(cpu, bus, shape, batch, one);
-    // A repetition sets the flags when it is done: a fault in the middle finds those from before.
-    if !matches!(flow, Ok(Flow::Next)) {
+    // Intel's processors set the flags when the repetition is done: a fault in the middle finds those from before. AMD's set them with each comparison.
+    let done = matches!(flow, Ok(Flow::Next));
+    if !done && cpu.cpuid.vendor() == Vendor::Intel {
         cpu.rflags = before;
     }
     flow

@@ -87,6 +87,8 @@ fn function(i: &Instruction, op: &mut Op) -> Option<Run> {
         M::Sar => shift(i, op, sizes!(shift_ri, Sar), sizes!(shift_rc, Sar)),
         M::Rol => shift(i, op, sizes!(shift_ri, Rol), sizes!(shift_rc, Rol)),
         M::Ror => shift(i, op, sizes!(shift_ri, Ror), sizes!(shift_rc, Ror)),
+        // Makers differ.
+        M::Movsxd if i.code() == iced_x86::Code::Movsxd_r16_rm16 => None,
         M::Movzx | M::Movsx | M::Movsxd => extension(i, op),
         M::Lea => lea_function(i, op),
         M::Imul => multiplication(i, op),

@@ -1,6 +1,7 @@
 //! Tests of the interpreter: small programs in flat memory, and the host's processor as the oracle.
 
 mod caches;
+mod makers;
 mod oracle;
 
 use std::sync::Arc;

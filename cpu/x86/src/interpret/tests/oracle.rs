@@ -211,7 +211,8 @@ fn integer_instructions_match_the_host() {
         let ours = (cpu.gpr, cpu.rflags.bits() & Rflags::ARITHMETIC.bits());
         (cpu.gpr, cpu.rflags) = (before.0, Rflags::from_bits_retain(before.1));
         let mut host = native(&mut buffer, &cpu, &bytes[..i.len()]);
-        if !amd {
+        // In the flags of these two AMD's processors differ from each other: Zen 3 changes ZF alone.
+        if !amd || matches!(i.mnemonic(), Mnemonic::Bsf | Mnemonic::Bsr) {
             forgive_undefined(&i, &ours, &mut host);
         }
         let name = format!(
