@@ -168,8 +168,8 @@ impl Tracer {
     fn step(&mut self, trace: &mut Trace, watch: &mut Watch<'_>) {
         let instruction = self.next();
         watch(&self.cpu, instruction.as_ref());
-        let sees_tables =
-            self.is_entry(self.fetched()) || instruction.is_some_and(|i| self.reads_tables(&i));
+        let sees_tables = self.is_entry(self.fetched())
+            || instruction.is_some_and(|i| self.reads_tables(&i) || self.copies_tables(&i));
         let place = (bits(&self.cpu), self.cpu.cpl);
         let before = self.cpu.counters.exceptions;
         interpret::step(&mut self.cpu, &mut self.bus);
@@ -244,6 +244,22 @@ impl Tracer {
         };
         let last = first.wrapping_add(i.memory_size().size().max(1) as u64 - 1);
         self.is_entry(first) || self.is_entry(last)
+    }
+
+    /// Whether the frames that ENTER copies have bytes of page tables.
+    fn copies_tables(&self, i: &Instruction) -> bool {
+        if i.mnemonic() != Mnemonic::Enter {
+            return false;
+        }
+        let stack = self.cpu.segment(Seg::Ss);
+        let (base, mask) = match self.cpu.mode() {
+            CpuMode::Bits64 => (0, u64::MAX),
+            _ if stack.big() => (stack.base, 0xffff_ffff),
+            _ => (stack.base, 0xffff),
+        };
+        let frames = u64::from(i.immediate8_2nd() & 31);
+        let bytes = (1..8 * frames.max(1)).map(|n| self.cpu.reg(Gpr::Rbp).wrapping_sub(n) & mask);
+        { bytes }.any(|at| self.is_entry(base.wrapping_add(at)))
     }
 
     /// The instruction at RIP, where it can be fetched.
