@@ -110,6 +110,16 @@ extern "C" fn landing() {
     )
 }
 
+/// Where a signal leads to: Linux leaves alignment checks on, and AMD's processors check the vectors that compiled code copies with.
+#[unsafe(naked)]
+extern "C" fn entry(_: c_int, _: *mut SignalInfo, _: *mut Context) {
+    naked_asm!(
+        "pushfq", "and dword ptr [rsp], -0x40001", "popfq",
+        "jmp {handler}",
+        handler = sym handler,
+    )
+}
+
 /// Keeps what a trap left, and leads back. It uses nothing that hangs off FS, for that is the trial's.
 extern "C" fn handler(signal: c_int, info: *mut SignalInfo, context: *mut Context) {
     const AT_LANDING: u64 = 0x202;
@@ -160,7 +170,7 @@ pub fn prepare() {
     system::map_file(BEYOND - 4096, 2, system::READ | system::WRITE, system::PRIVATE, file as c_int);
     system::map(STACK - ((STACK_PAGES as u64) << 12), STACK_PAGES, system::READ | system::WRITE);
     system::alternate_stack();
-    TRAPS.into_iter().for_each(|signal| system::handle(signal, handler));
+    TRAPS.into_iter().for_each(|signal| system::handle(signal, entry));
     let (mask, area) = entered_with();
     let watch = addr_of_mut!(WATCH);
     // SAFETY: no trial runs.
