@@ -134,8 +134,9 @@ impl Host {
             self.run_in_steps(cpu, i, &snippet)?;
             return self.commit(cpu, i, &snippet.plan, 0);
         };
-        if memory.write && i.mnemonic() == Mnemonic::Vcvtps2ph {
-            // Its #XM comes before the faults of its store.
+        let intel = cpu.cpuid.vendor() == Vendor::Intel;
+        if memory.write && i.mnemonic() == Mnemonic::Vcvtps2ph && intel {
+            // Its #XM comes before the faults of its store; AMD's processors have it the other way round.
             let before = cpu.fpu.clone();
             self.run(cpu, &snippet)?;
             cpu.fpu = before;
