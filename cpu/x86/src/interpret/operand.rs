@@ -117,8 +117,12 @@ pub(crate) fn linear_in(
 fn flat(cpu: &Cpu, linear: u64, size: usize, stack: bool) -> Result<u64, Exception> {
     let last = linear.wrapping_add(size as u64).wrapping_sub(1);
     if Cpu::canonical(linear) {
-        check_alignment(cpu, linear, size)?;
-        if Cpu::canonical(last) {
+        let whole = Cpu::canonical(last);
+        // AMD's processors look at all addresses before they look at the alignment.
+        if whole || cpu.cpuid.vendor() == Vendor::Intel {
+            check_alignment(cpu, linear, size)?;
+        }
+        if whole {
             return Ok(linear);
         }
     }
