@@ -9,6 +9,7 @@
 use doppel_memory::{
     AccessKind, GuestRam, PageFault, Paging, PagingMode, Peer, Privilege, Tlb, VGA_HOLE, walk,
 };
+use fastrand::Rng;
 
 const RAM: u64 = 1 << 20;
 /// Pages that hold tables; the last two of them lie around the hole at 640 KiB.
@@ -26,81 +27,62 @@ const D: u64 = 1 << 6;
 const PS: u64 = 1 << 7;
 const XD: u64 = 1 << 63;
 
-struct Random(u64);
+fn pick<T: Copy>(random: &mut Rng, from: &[T]) -> T {
+    from[random.usize(..from.len())]
+}
 
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
+/// An entry: mostly present and to a table or a page of RAM, with one wrong bit now and then.
+fn entry(random: &mut Rng) -> u64 {
+    let to = match random.u64(..8) {
+        0..5 => pick(random, &TABLES),
+        5 | 6 => random.u64(..2 * RAM) & !(PAGE - 1),
+        _ => random.u64(..) & 0x000f_ffff_ffff_f000,
+    };
+    let flags = random.u64(..) & 0x1ff;
+    let mut entry = to | flags | P | ((RW | US) * u64::from(random.u64(..4) > 0));
+    if random.u64(..4) > 0 {
+        entry &= !PS;
     }
-
-    fn below(&mut self, n: u64) -> u64 {
-        (self.next() >> 11) % n
+    match random.u64(..16) {
+        0 => entry ^ 1 << random.u64(..64),
+        1 => random.u64(..),
+        2 => entry | XD,
+        3 => entry & !P,
+        _ => entry,
     }
+}
 
-    fn flip(&mut self) -> bool {
-        self.below(2) == 0
+fn paging(random: &mut Rng) -> Paging {
+    let pdpte = [0; 4].map(|_: u64| pick(random, &TABLES) | u64::from(random.u64(..8) > 0));
+    let mode = match random.u64(..4) {
+        0 => PagingMode::Bits32 { pse: random.bool() },
+        1 => PagingMode::Pae { pdpte },
+        _ => PagingMode::Level4,
+    };
+    Paging {
+        mode,
+        root: match random.u64(..8) {
+            0 => random.u64(..2 * RAM) & !(PAGE - 1),
+            _ => pick(random, &TABLES),
+        },
+        write_protect: random.bool(),
+        no_execute: random.bool(),
+        smep: random.bool(),
+        smap: random.bool(),
+        global_pages: random.bool(),
+        physical_bits: pick(random, &[32, 36, 40, 46, 52]),
     }
+}
 
-    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
-        from[self.below(from.len() as u64) as usize]
-    }
-
-    /// An entry: mostly present and to a table or a page of RAM, with one wrong bit now and then.
-    fn entry(&mut self) -> u64 {
-        let to = match self.below(8) {
-            0..5 => self.pick(&TABLES),
-            5 | 6 => self.below(2 * RAM) & !(PAGE - 1),
-            _ => self.next() & 0x000f_ffff_ffff_f000,
-        };
-        let flags = self.next() & 0x1ff;
-        let mut entry = to | flags | P | ((RW | US) * u64::from(self.below(4) > 0));
-        if self.below(4) > 0 {
-            entry &= !PS;
+/// An address whose indices are small, so that walks of one round meet the same entries.
+fn linear(random: &mut Rng, mode: &PagingMode) -> u64 {
+    let wide = random.u64(..);
+    match mode {
+        PagingMode::Level4 => {
+            let index = [39, 30, 21, 12].map(|shift| (wide >> shift & 7) << shift);
+            index.iter().sum::<u64>() | wide & 0xfff
         }
-        match self.below(16) {
-            0 => entry ^ 1 << self.below(64),
-            1 => self.next(),
-            2 => entry | XD,
-            3 => entry & !P,
-            _ => entry,
-        }
-    }
-
-    fn paging(&mut self) -> Paging {
-        let pdpte = [0; 4].map(|_: u64| self.pick(&TABLES) | u64::from(self.below(8) > 0));
-        let mode = match self.below(4) {
-            0 => PagingMode::Bits32 { pse: self.flip() },
-            1 => PagingMode::Pae { pdpte },
-            _ => PagingMode::Level4,
-        };
-        Paging {
-            mode,
-            root: match self.below(8) {
-                0 => self.below(2 * RAM) & !(PAGE - 1),
-                _ => self.pick(&TABLES),
-            },
-            write_protect: self.flip(),
-            no_execute: self.flip(),
-            smep: self.flip(),
-            smap: self.flip(),
-            global_pages: self.flip(),
-            physical_bits: self.pick(&[32, 36, 40, 46, 52]),
-        }
-    }
-
-    /// An address whose indices are small, so that walks of one round meet the same entries.
-    fn linear(&mut self, mode: &PagingMode) -> u64 {
-        let wide = self.next();
-        match mode {
-            PagingMode::Level4 => {
-                let index = [39, 30, 21, 12].map(|shift| (wide >> shift & 7) << shift);
-                index.iter().sum::<u64>() | wide & 0xfff
-            }
-            _ => wide & 0xc0e0_7fff,
-        }
+        _ => wide & 0xc0e0_7fff,
     }
 }
 
@@ -288,11 +270,11 @@ impl Round {
         }
     }
 
-    fn fill(&mut self, random: &mut Random, wide: bool) {
+    fn fill(&mut self, random: &mut Rng, wide: bool) {
         for at in words() {
             let entry = match wide {
-                true => random.entry(),
-                false => random.entry() & 0xffff_ffff | random.entry() << 32,
+                true => entry(random),
+                false => entry(random) & 0xffff_ffff | entry(random) << 32,
             };
             self.ram.store(at, entry).unwrap();
             let at = at as usize;
@@ -309,11 +291,14 @@ impl Round {
     }
 
     /// A walk, the model's, and what a TLB makes of it. True where it led somewhere.
-    fn walk(&mut self, p: &Paging, random: &mut Random, tlb: &mut Tlb, cpu: &Peer) -> bool {
+    fn walk(&mut self, p: &Paging, random: &mut Rng, tlb: &mut Tlb, cpu: &Peer) -> bool {
         use Privilege::{Supervisor, SupervisorAc, User};
-        let linear = random.linear(&p.mode);
-        let kind = random.pick(&[AccessKind::Read, AccessKind::Write, AccessKind::Execute]);
-        let privilege = random.pick(&[User, Supervisor, SupervisorAc]);
+        let linear = linear(random, &p.mode);
+        let kind = pick(
+            random,
+            &[AccessKind::Read, AccessKind::Write, AccessKind::Execute],
+        );
+        let privilege = pick(random, &[User, Supervisor, SupervisorAc]);
         let what = format!("{linear:#x} {kind:?} {privilege:?} {p:x?}");
         let memory = &mut self.copy;
         let mut model = Model {
@@ -364,12 +349,12 @@ fn random_page_tables_are_walked_as_the_manual_says_and_no_further() {
         given.map_or(usual, |text| text.parse().expect("a number"))
     };
     let rounds = number("DOPPEL_WALK_ROUNDS", 400);
-    let mut random = Random(number("DOPPEL_WALK_SEED", 1) * 2 + 1);
+    let mut random = Rng::with_seed(number("DOPPEL_WALK_SEED", 1));
     let (mut led, mut faults) = (0u64, 0u64);
     let mut round = Round::new();
     let cpu = round.ram.tracker().join();
     for _ in 0..rounds {
-        let p = random.paging();
+        let p = paging(&mut random);
         round.fill(&mut random, !matches!(p.mode, PagingMode::Bits32 { .. }));
         let mut tlb = Tlb::default();
         for _ in 0..WALKS {

@@ -11,7 +11,8 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use doppel_block::{BlockBackend, Format, create};
-use support::{Random, Scratch, check, has_qemu_img, open_path, read};
+use fastrand::Rng;
+use support::{Scratch, check, has_qemu_img, open_path, read};
 
 const DISK: u64 = 64 << 20;
 const BLOCK: u64 = 4096;
@@ -21,32 +22,31 @@ const ME: &str = "DOPPEL_CRASH_DISK";
 fn place(seed: u64, n: u64) -> u64 {
     // A walk over all blocks in an order of its own: the step is odd, their number a power of two.
     let blocks = DISK / BLOCK;
-    let step = Random(seed).next() | 1;
+    let step = Rng::with_seed(seed).u64(..) | 1;
     (n.wrapping_mul(step) % blocks) * BLOCK
 }
 
 fn content(seed: u64, n: u64) -> Vec<u8> {
-    let mut random = Random(seed ^ (n << 20));
-    (0..BLOCK / 8)
-        .flat_map(|_| random.next().to_le_bytes())
-        .collect()
+    let mut content = vec![0; BLOCK as usize];
+    Rng::with_seed(seed ^ (n << 20)).fill(&mut content);
+    content
 }
 
 /// The process that is killed.
 fn write_until_killed(disk: &dyn BlockBackend, seed: u64) {
-    let mut random = Random(!seed);
+    let mut random = Rng::with_seed(!seed);
     let mut out = std::io::stdout();
     for n in 0..DISK / BLOCK / 2 {
         let bytes = content(seed, n);
         disk.write_at(place(seed, n), &[IoSlice::new(&bytes)])
             .unwrap();
         // A discard of what this run does not write keeps the allocator busy.
-        if random.below(16) == 0 {
+        if random.u64(..16) == 0 {
             let far = place(seed, n + DISK / BLOCK / 2);
             disk.discard(far / 65536 * 65536, 0).unwrap();
             disk.write_zeroes(far, BLOCK, true).unwrap();
         }
-        if random.below(4) == 0 {
+        if random.u64(..4) == 0 {
             disk.flush().unwrap();
             writeln!(out, "flushed {n}").unwrap();
             out.flush().unwrap();
@@ -100,7 +100,7 @@ fn kill_one(path: &Path, options: &str, round: u64) -> u64 {
         .unwrap();
     let lines = BufReader::new(child.stdout.take().unwrap()).lines();
     let killer = std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(150 + Random(seed).below(300)));
+        std::thread::sleep(Duration::from_millis(150 + Rng::with_seed(seed).u64(..300)));
         child.kill().unwrap();
         child.wait().unwrap();
     });

@@ -11,7 +11,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use doppel_block::{BlockBackend, Format, create};
-use support::{Random, Scratch, has_qemu_img, open_path, qemu_img, write};
+use fastrand::Rng;
+use support::{Scratch, has_qemu_img, open_path, qemu_img, write};
 
 const DISK: u64 = 1 << 20;
 
@@ -41,45 +42,45 @@ fn images(scratch: &Scratch) -> Vec<Vec<u8>> {
 }
 
 /// Bytes and numbers that a table has none of.
-fn damage(image: &mut Vec<u8>, random: &mut Random) {
-    for _ in 0..1 + random.below(6) {
-        let area = [104, 512, 65536, image.len() as u64][random.below(4) as usize];
-        let at = random.below(area.min(image.len() as u64 - 8)) as usize;
+fn damage(image: &mut Vec<u8>, random: &mut Rng) {
+    for _ in 0..1 + random.u64(..6) {
+        let area = [104, 512, 65536, image.len() as u64][random.usize(..4)];
+        let at = random.u64(..area.min(image.len() as u64 - 8)) as usize;
         let aligned = at / 8 * 8;
-        let value = match random.below(6) {
+        let value = match random.u64(..6) {
             0 => 0,
             1 => u64::MAX,
-            2 => random.next(),
-            3 => 1 << random.below(64),
-            4 => random.below(64) << 9,
-            _ => (random.below(image.len() as u64) / 512 * 512) | (random.below(4) << 62),
+            2 => random.u64(..),
+            3 => 1 << random.u64(..64),
+            4 => random.u64(..64) << 9,
+            _ => (random.u64(..image.len() as u64) / 512 * 512) | (random.u64(..4) << 62),
         };
-        match random.below(3) {
-            0 => image[at] ^= 1 << random.below(8),
+        match random.u64(..3) {
+            0 => image[at] ^= 1 << random.u64(..8),
             1 => image[aligned..aligned + 8].copy_from_slice(&value.to_be_bytes()),
             _ => image[aligned..aligned + 4].copy_from_slice(&(value as u32).to_be_bytes()),
         }
     }
-    if random.below(8) == 0 {
-        image.truncate(random.below(image.len() as u64) as usize);
+    if random.u64(..8) == 0 {
+        image.truncate(random.usize(..image.len()));
     }
 }
 
-fn use_it(disk: &dyn BlockBackend, random: &mut Random) {
+fn use_it(disk: &dyn BlockBackend, random: &mut Rng) {
     for _ in 0..24 {
         let len = disk.len();
         let sectors = len / 512;
-        let count = 1 + random.below(300).min(sectors.saturating_sub(1));
-        let offset = random.below(sectors.saturating_sub(count)) * 512;
+        let count = 1 + random.u64(..300).min(sectors.saturating_sub(1));
+        let offset = random.u64(..sectors.saturating_sub(count).max(1)) * 512;
         let mut bytes = vec![0x5a; (count * 512) as usize];
         // Whatever comes of these is right.
-        let _ = match random.below(6) {
+        let _ = match random.u64(..6) {
             0 | 1 => disk.read_at(offset, &mut [IoSliceMut::new(&mut bytes)]),
             2 | 3 => disk.write_at(offset, &[IoSlice::new(&bytes)]),
             4 => disk.flush(),
-            _ => match random.below(2) {
+            _ => match random.u64(..2) {
                 0 => disk.discard(offset, count * 512),
-                _ => disk.write_zeroes(offset, count * 512, random.below(2) == 0),
+                _ => disk.write_zeroes(offset, count * 512, random.bool()),
             },
         };
     }
@@ -91,11 +92,11 @@ fn resident_kib() -> u64 {
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
-fn one(path: &Path, seed: &[u8], random: &mut Random) -> bool {
+fn one(path: &Path, seed: &[u8], random: &mut Rng) -> bool {
     let mut image = seed.to_vec();
     damage(&mut image, random);
     fs::write(path, &image).unwrap();
-    let options = [",format=qcow2", ",format=qcow2,ro"][random.below(2) as usize];
+    let options = [",format=qcow2", ",format=qcow2,ro"][random.usize(..2)];
     let Ok(disk) = open_path(path, options) else {
         return false;
     };
@@ -113,8 +114,8 @@ fn damaged_images_neither_crash_nor_hang_nor_grow() {
     let before = resident_kib();
     let (mut opened, mut slowest) = (0, Duration::ZERO);
     for number in 0..count {
-        let mut random = Random(first << 32 | number);
-        let seed = &seeds[random.below(seeds.len() as u64) as usize];
+        let mut random = Rng::with_seed(first << 32 | number);
+        let seed = &seeds[random.usize(..seeds.len())];
         let start = Instant::now();
         opened += u64::from(one(&path, seed, &mut random));
         slowest = slowest.max(start.elapsed());

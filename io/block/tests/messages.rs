@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use doppel_block::{BlockBackend, BlockError, DiskSpec, Format, RemoteDisk, serve};
 use doppel_memory::{Backing, GuestRam};
+use fastrand::Rng;
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair,
 };
@@ -24,30 +25,15 @@ const LEN: u64 = 1 << 20;
 const HEAD: usize = 32;
 const LONGEST: usize = 128 << 10;
 
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn below(&mut self, n: u64) -> u64 {
-        (self.next() >> 11) % n
-    }
-
-    /// A number as it stands in a message: often one that makes sense, or just does not.
-    fn number(&mut self) -> u64 {
-        let near = self.below(5) * 512;
-        match self.below(8) {
-            0 => u64::MAX - near,
-            1 => self.next(),
-            2 => 1 << self.below(64),
-            3 => LEN - near,
-            _ => self.below(LEN / 512) * 512,
-        }
+/// A number as it stands in a message: often one that makes sense, or just does not.
+fn position(random: &mut Rng) -> u64 {
+    let near = random.u64(..5) * 512;
+    match random.u64(..8) {
+        0 => u64::MAX - near,
+        1 => random.u64(..),
+        2 => 1 << random.u64(..64),
+        3 => LEN - near,
+        _ => random.u64(..LEN / 512) * 512,
     }
 }
 
@@ -69,18 +55,18 @@ fn message(id: u64, kind: u32, status: u32, (offset, len): (u64, u64), data: &[u
 }
 
 /// Any request, with data or pieces of memory. Never without an answer, but for those that are no message.
-fn request(id: u64, random: &mut Random) -> Vec<u8> {
-    let kind = 1 + random.below(9) as u32;
+fn request(id: u64, random: &mut Rng) -> Vec<u8> {
+    let kind = 1 + random.u32(..9);
     let mut data = Vec::new();
-    for _ in 0..random.below(6) {
-        data.extend(random.number().to_le_bytes());
-        data.extend(random.below(8192).to_le_bytes());
+    for _ in 0..random.u64(..6) {
+        data.extend(position(random).to_le_bytes());
+        data.extend(random.u64(..8192).to_le_bytes());
     }
-    if random.below(16) == 0 {
-        data.resize(random.below(60_000) as usize, id as u8);
+    if random.u64(..16) == 0 {
+        data.resize(random.usize(..60_000), id as u8);
     }
-    let range = (random.number(), random.number());
-    message(id, kind, random.next() as u32, range, &data)
+    let range = (position(random), position(random));
+    message(id, kind, random.u32(..), range, &data)
 }
 
 fn pair() -> (OwnedFd, OwnedFd) {
@@ -99,7 +85,7 @@ fn image(folder: &tempfile::TempDir, format: Format) -> DiskSpec {
 #[test]
 fn the_process_of_a_disk_takes_any_message() {
     let rounds = number("DOPPEL_DISK_MESSAGES", 6_000);
-    let mut random = Random(number("DOPPEL_DISK_SEED", 1) * 2 + 1);
+    let mut random = Rng::with_seed(number("DOPPEL_DISK_SEED", 1));
     for format in [Format::Raw, Format::Qcow2] {
         let folder = tempfile::tempdir().unwrap();
         let spec = image(&folder, format);
@@ -132,7 +118,7 @@ fn the_process_of_a_disk_takes_any_message() {
 
 /// A process that answers as it likes: mostly as it should, else with another status or length, with what nobody asked for or with what is
 /// no answer, or it goes. (One that keeps an answer to itself is a disk that takes long, which nobody can tell it from.)
-fn lie(socket: &OwnedFd, random: &mut Random) -> io::Result<()> {
+fn lie(socket: &OwnedFd, random: &mut Rng) -> io::Result<()> {
     // It serves, a disk of this length, to be written.
     let hello = [&[0], &LEN.to_le_bytes()[..], &[0]].concat();
     send(socket, &hello, SendFlags::NOSIGNAL)?;
@@ -146,16 +132,16 @@ fn lie(socket: &OwnedFd, random: &mut Random) -> io::Result<()> {
         let id = u64::from_le_bytes(asked[..8].try_into().map_err(io::Error::other)?);
         let kind = u32::from_le_bytes(asked[8..12].try_into().map_err(io::Error::other)?);
         let data = vec![0x5a; 65536];
-        let data = match random.below(8) {
+        let data = match random.u64(..8) {
             0 => &data[..],
-            1 => &data[..random.below(4096) as usize],
+            1 => &data[..random.usize(..4096)],
             _ => &data[..4096],
         };
         let mut answer = message(id, kind, 0, (0, 0), data);
-        match random.below(24) {
-            0 => answer.truncate(random.below(HEAD as u64) as usize),
-            1 => answer[8] = random.next() as u8,
-            3 => answer[12..16].copy_from_slice(&(random.next() as u32).to_le_bytes()),
+        match random.u64(..24) {
+            0 => answer.truncate(random.usize(..HEAD)),
+            1 => answer[8] = random.u8(..),
+            3 => answer[12..16].copy_from_slice(&random.u32(..).to_le_bytes()),
             4 => return Ok(()),
             2 => {
                 // Answers that nobody asked for.
@@ -178,7 +164,7 @@ fn the_monitor_takes_any_answer_of_a_disks_process() {
     let requests = number("DOPPEL_DISK_MESSAGES", 6_000) / 60;
     let seed = Arc::new(AtomicU64::new(number("DOPPEL_DISK_SEED", 1)));
     let start = move |socket: OwnedFd| -> io::Result<Child> {
-        let mut random = Random(seed.fetch_add(1, Ordering::Relaxed) * 2 + 1);
+        let mut random = Rng::with_seed(seed.fetch_add(1, Ordering::Relaxed));
         thread::spawn(move || lie(&socket, &mut random));
         // What can be killed and waited for.
         Command::new("sleep")
@@ -193,12 +179,12 @@ fn the_monitor_takes_any_answer_of_a_disks_process() {
     // It may be refused, as everything.
     while disk.use_memory(Some(&ram)).is_err() {}
     let (mut good, mut bad) = (0, 0);
-    let mut random = Random(99);
+    let mut random = Rng::with_seed(99);
     let mut buffer = [0; 4096];
     for _ in 0..requests {
-        let offset = random.below(LEN / 4096) * 4096;
+        let offset = random.u64(..LEN / 4096) * 4096;
         let slice = || ram.view().get_slice(GuestAddress(0x8000), 4096).unwrap();
-        let done = match random.below(5) {
+        let done = match random.u64(..5) {
             0 => disk.read_at(offset, &mut [IoSliceMut::new(&mut buffer)]),
             1 => disk.write_at(offset, &[IoSlice::new(&buffer)]),
             2 => disk.read_to_guest(offset, &[slice()]),

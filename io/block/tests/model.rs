@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use doppel_block::{BlockBackend, DiskSpec, Format, create};
-use support::{Guest, Random, Scratch, check, has_qemu_img, open_path, qemu_img, read};
+use fastrand::Rng;
+use support::{Guest, Scratch, check, has_qemu_img, open_path, qemu_img, read};
 
 const DISK: u64 = 3 << 20;
 
@@ -18,7 +19,7 @@ struct Pair {
     model: Vec<u8>,
     path: PathBuf,
     options: String,
-    random: Random,
+    random: Rng,
     guest: Guest,
     /// A discarded range may read as before, until it is written.
     vague: Vec<bool>,
@@ -32,7 +33,7 @@ impl Pair {
             model,
             path: path.to_owned(),
             options: options.to_owned(),
-            random: Random(seed),
+            random: Rng::with_seed(seed),
             guest: Guest::new(DISK),
         }
     }
@@ -44,10 +45,10 @@ impl Pair {
     /// Some sectors, often few, now and then many, or of a whole cluster.
     fn range(&mut self) -> std::ops::Range<usize> {
         let sectors = self.model.len() as u64 / 512;
-        let most = [1, 8, 128, 700][self.random.below(4) as usize];
-        let len = 1 + self.random.below(most);
-        let start = self.random.below(sectors - len + 1);
-        let aligned = self.random.below(3) == 0;
+        let most = [1, 8, 128, 700][self.random.usize(..4)];
+        let len = 1 + self.random.u64(..most);
+        let start = self.random.u64(..sectors - len + 1);
+        let aligned = self.random.u64(..3) == 0;
         let start = if aligned { start / 128 * 128 } else { start };
         (start * 512) as usize..((start + len) * 512) as usize
     }
@@ -56,12 +57,12 @@ impl Pair {
         let range = self.range();
         let offset = range.start as u64;
         let len = range.len() as u64;
-        match self.random.below(20) {
+        match self.random.u64(..20) {
             0..8 => self.write(range),
             8..14 => self.read(range),
             14 => self.disk().flush().unwrap(),
             15 | 16 => {
-                let may_unmap = self.random.below(2) == 0;
+                let may_unmap = self.random.bool();
                 self.disk().write_zeroes(offset, len, may_unmap).unwrap();
                 self.model[range.clone()].fill(0);
                 self.vague[range].fill(false);
@@ -78,10 +79,10 @@ impl Pair {
     }
 
     fn write(&mut self, range: std::ops::Range<usize>) {
-        let bytes: Vec<u8> = (range.clone()).map(|_| self.random.next() as u8).collect();
+        let bytes: Vec<u8> = (range.clone()).map(|_| self.random.u8(..)).collect();
         let offset = range.start as u64;
-        if self.random.below(2) == 0 {
-            let (a, b) = bytes.split_at(self.random.below(bytes.len() as u64) as usize);
+        if self.random.bool() {
+            let (a, b) = bytes.split_at(self.random.usize(..bytes.len()));
             let slices = [IoSlice::new(a), IoSlice::new(b)];
             self.disk().write_at(offset, &slices).unwrap();
         } else {
@@ -95,8 +96,8 @@ impl Pair {
     fn read(&mut self, range: std::ops::Range<usize>) {
         let mut bytes = vec![0xee; range.len()];
         let offset = range.start as u64;
-        if self.random.below(2) == 0 {
-            let middle = self.random.below(bytes.len() as u64) as usize;
+        if self.random.bool() {
+            let middle = self.random.usize(..bytes.len());
             let (a, b) = bytes.split_at_mut(middle);
             let slices = &mut [IoSliceMut::new(a), IoSliceMut::new(b)];
             self.disk().read_at(offset, slices).unwrap();
@@ -148,11 +149,11 @@ fn run(scratch: &Scratch, name: &str, path: &Path, options: &str, model: Vec<u8>
 }
 
 fn filled(seed: u64) -> Vec<u8> {
-    let mut random = Random(seed);
+    let mut random = Rng::with_seed(seed);
     let chunk = |n: u64| if n.is_multiple_of(3) { 0 } else { n as u8 };
     let mut bytes = Vec::new();
     while bytes.len() < DISK as usize {
-        let byte = chunk(random.next() >> 7);
+        let byte = chunk(random.u64(..) >> 7);
         bytes.extend((0..37_000).map(|n| if byte == 0 { 0 } else { byte ^ (n >> 9) as u8 }));
     }
     bytes.truncate(DISK as usize);
@@ -254,12 +255,12 @@ fn many_threads_at_once_do_not_disturb_each_other() {
         for thread in 0..THREADS {
             let disk = disk.clone();
             scope.spawn(move || {
-                let mut random = Random(thread);
+                let mut random = Rng::with_seed(thread);
                 let guest = Guest::new(4096);
                 let mut last = std::collections::BTreeMap::new();
                 for step in 0..300 {
-                    let sector = random.below(DISK / 512 / THREADS) * THREADS + thread;
-                    let value = random.next() as u8;
+                    let sector = random.u64(..DISK / 512 / THREADS) * THREADS + thread;
+                    let value = random.u8(..);
                     let sector_bytes = [value; 512];
                     if thread % 2 == 0 {
                         let bytes = [IoSlice::new(&sector_bytes)];

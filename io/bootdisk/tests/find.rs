@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use doppel_block::{BlockBackend, DiskSpec, Format};
 use doppel_bootdisk::{BootFiles, find, gpt};
+use fastrand::Rng;
 
 const MIB: u64 = 1 << 20;
 const LIMIT: u64 = 64 * MIB;
@@ -335,26 +336,21 @@ fn damaged_disks_neither_crash_nor_hang() {
         seeds.extend([with_gpt(&root), with_mbr(&esp, &root), root]);
     }
     let disk = Arc::new(Memory(std::sync::RwLock::new(Vec::new())));
-    let mut state: u64 = std::env::var("DOPPEL_DISK_SEED").map_or(1, |n| n.parse().unwrap());
-    let mut random = move |bound: u64| {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) % bound
-    };
+    let seed = std::env::var("DOPPEL_DISK_SEED").map_or(1, |n| n.parse().unwrap());
+    let mut random = Rng::with_seed(seed);
     let (mut found, mut slowest) = (0, Duration::ZERO);
     for number in 0..count {
-        let mut image = seeds[random(seeds.len() as u64) as usize].clone();
+        let mut image = seeds[random.usize(..seeds.len())].clone();
         let used: Vec<usize> = (0..image.len())
             .step_by(512)
             .filter(|at| image[*at..*at + 512] != [0; 512])
             .collect();
-        for _ in 0..1 + random(8) {
-            let at = used[random(used.len() as u64) as usize] + random(508) as usize;
-            match random(3) {
-                0 => image[at] ^= 1 << random(8),
-                1 => image[at] = random(256) as u8,
-                _ => image[at..at + 4].copy_from_slice(&(random(1 << 31) as u32).to_le_bytes()),
+        for _ in 0..1 + random.usize(..8) {
+            let at = used[random.usize(..used.len())] + random.usize(..508);
+            match random.u8(..3) {
+                0 => image[at] ^= 1 << random.u8(..8),
+                1 => image[at] = random.u8(..),
+                _ => image[at..at + 4].copy_from_slice(&random.u32(..).to_le_bytes()),
             }
         }
         *disk.0.write().unwrap() = image;

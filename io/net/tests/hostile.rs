@@ -12,28 +12,13 @@ use doppel_net::{
     Accepts, Link, Offload, PartialChecksum, Received, Segment, Segmentation, UserConfig,
     UserNetwork,
 };
+use fastrand::Rng;
 use smoltcp::socket::tcp::State;
 use smoltcp::wire::IpProtocol;
 use support::{GATEWAY, Guest, MAC, OFFLOADS};
 
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() % n as u64) as usize
-    }
-
-    fn bytes(&mut self, n: usize) -> Vec<u8> {
-        (0..n).map(|_| self.next() as u8).collect()
-    }
+fn bytes(random: &mut Rng, n: usize) -> Vec<u8> {
+    (0..n).map(|_| random.u8(..)).collect()
 }
 
 fn config() -> UserConfig {
@@ -99,23 +84,23 @@ fn frame_header(ethertype: u16) -> Vec<u8> {
 }
 
 /// Damages a frame; half of the time the IP header stays sound, so that what is behind it is looked at.
-fn mutate(random: &mut Random, seed: &[u8]) -> Vec<u8> {
+fn mutate(random: &mut Rng, seed: &[u8]) -> Vec<u8> {
     let mut frame = seed.to_vec();
-    for _ in 0..1 + random.below(6) {
-        let at = random.below(frame.len());
-        match random.below(6) {
-            0 => frame[at] = random.next() as u8,
-            1 => frame[at] ^= 1 << random.below(8),
+    for _ in 0..1 + random.usize(..6) {
+        let at = random.usize(..frame.len());
+        match random.usize(..6) {
+            0 => frame[at] = random.u8(..),
+            1 => frame[at] ^= 1 << random.usize(..8),
             2 => frame.truncate(at.max(1)),
             3 => {
-                let n = random.below(64);
-                frame.extend(random.bytes(n));
+                let n = random.usize(..64);
+                frame.extend(bytes(random, n));
             }
-            4 => frame.resize((frame.len() + random.below(3000)).min(65553), 0x41),
-            _ => frame[at] = [0, 0xff, 0x7f, 0x80][random.below(4)],
+            4 => frame.resize((frame.len() + random.usize(..3000)).min(65553), 0x41),
+            _ => frame[at] = [0, 0xff, 0x7f, 0x80][random.usize(..4)],
         }
     }
-    if random.below(2) == 0 && frame.len() > 34 && frame[12..14] == [8, 0] {
+    if random.bool() && frame.len() > 34 && frame[12..14] == [8, 0] {
         let len = frame.len() - 14;
         let mut ip = smoltcp::wire::Ipv4Packet::new_unchecked(&mut frame[14..]);
         ip.set_version(4);
@@ -145,19 +130,19 @@ fn keep_home(frame: &mut [u8]) {
     }
 }
 
-fn offload(random: &mut Random) -> Offload {
-    if random.below(2) == 0 {
+fn offload(random: &mut Rng) -> Offload {
+    if random.bool() {
         return Offload::default();
     }
     Offload {
         checksum: Some(PartialChecksum {
-            start: random.next() as u16,
-            offset: random.next() as u16,
+            start: random.u16(..),
+            offset: random.u16(..),
         }),
         segmentation: Some(Segmentation {
-            kind: [Segment::Tcp4, Segment::Tcp6][random.below(2)],
-            size: random.next() as u16,
-            header: random.next() as u16,
+            kind: [Segment::Tcp4, Segment::Tcp6][random.usize(..2)],
+            size: random.u16(..),
+            header: random.u16(..),
         }),
     }
 }
@@ -191,27 +176,28 @@ fn random_and_damaged_frames_do_no_harm() {
     listener.set_nonblocking(true).unwrap();
     let port = listener.local_addr().unwrap().port();
     let seeds = seeds(port);
-    let mut random = Random(std::env::var("DOPPEL_NET_SEED").map_or(1, |n| n.parse().unwrap()));
+    let mut random =
+        Rng::with_seed(std::env::var("DOPPEL_NET_SEED").map_or(1, |n| n.parse().unwrap()));
     let mut network = network();
     let mut clients = Vec::new();
     let (mut answers, mut accepted) = (0, 0);
     for n in 0..frames {
-        let frame = match random.below(20) {
+        let frame = match random.usize(..20) {
             0 => {
-                let len = random.below(2000);
-                let mut frame = random.bytes(len);
+                let len = random.usize(..2000);
+                let mut frame = bytes(&mut random, len);
                 keep_home(&mut frame);
                 frame
             }
-            1 => seeds[random.below(seeds.len())].clone(),
+            1 => seeds[random.usize(..seeds.len())].clone(),
             _ => {
-                let seed = random.below(seeds.len());
+                let seed = random.usize(..seeds.len());
                 mutate(&mut random, &seeds[seed])
             }
         };
         network.send(offload(&mut random), &frame);
-        if random.below(4) == 0 {
-            let room = [65553, 1514, 600, 60, 0][random.below(5)];
+        if random.usize(..4) == 0 {
+            let room = [65553, 1514, 600, 60, 0][random.usize(..5)];
             answers += drain(&mut network, room);
         }
         if n % 64 == 0 {

@@ -21,6 +21,7 @@ use doppel_net::{
     Accepts, FRAME_MAX, Link, Offload, PartialChecksum, Received, RemoteLink, Segment,
     Segmentation, Sent, UserConfig, UserNetwork, serve,
 };
+use fastrand::Rng;
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags,
@@ -34,80 +35,65 @@ const ACCEPTS: u8 = 2;
 /// It serves, takes everything, and the card has this address.
 const HELLO: [u8; 8] = [0, 7, 2, 0, 0, 0, 0, 1];
 
-struct Random(u64);
+fn bytes(random: &mut Rng, n: u64) -> Vec<u8> {
+    (0..n).map(|_| random.u8(..)).collect()
+}
 
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
+fn any_accepts(random: &mut Rng) -> Accepts {
+    Accepts {
+        checksum: random.bool(),
+        tcp4: random.bool(),
+        tcp6: random.bool(),
     }
+}
 
-    fn below(&mut self, n: u64) -> u64 {
-        (self.next() >> 11) % n
-    }
+/// What is left undone, as it may be said, or just may not.
+fn offload(random: &mut Rng) -> [u8; 10] {
+    let any = match random.u64(..4) {
+        0 => return bytes(random, 10).try_into().unwrap(),
+        1 => Offload::default(),
+        _ => Offload {
+            checksum: Some(PartialChecksum {
+                start: random.u16(..60),
+                offset: random.u16(..20),
+            }),
+            segmentation: random.bool().then(|| Segmentation {
+                kind: [Segment::Tcp4, Segment::Tcp6][random.usize(..2)],
+                size: random.u16(..3000),
+                header: random.u16(..100),
+            }),
+        },
+    };
+    any.encode()
+}
 
-    fn bytes(&mut self, n: u64) -> Vec<u8> {
-        (0..n).map(|_| self.next() as u8).collect()
+/// Any frame: a segment of TCP, a call among them, or bytes.
+fn frame(random: &mut Rng) -> Vec<u8> {
+    let len = match random.u64(..8) {
+        0 => random.u64(..FRAME_MAX as u64 + 64),
+        _ => random.u64(..1600),
+    };
+    if random.u64(..3) == 0 {
+        return bytes(random, len.min(200));
     }
+    let mut tcp = vec![0; 20 + len.min(65_000) as usize];
+    tcp[..2].copy_from_slice(&(40_000 + random.u16(..8)).to_be_bytes());
+    tcp[2..4].copy_from_slice(&9u16.to_be_bytes());
+    tcp[4..12].copy_from_slice(&bytes(random, 8));
+    (tcp[12], tcp[13]) = (5 << 4, random.u8(..));
+    let mut frame = support::ip_frame(IpProtocol::Tcp, GATEWAY, &tcp, 0, false);
+    if random.u64(..4) == 0 {
+        let at = random.usize(..60);
+        frame[at % 54] = random.u8(..);
+    }
+    frame
+}
 
-    fn accepts(&mut self) -> Accepts {
-        Accepts {
-            checksum: self.below(2) == 0,
-            tcp4: self.below(2) == 0,
-            tcp6: self.below(2) == 0,
-        }
-    }
-
-    /// What is left undone, as it may be said, or just may not.
-    fn offload(&mut self) -> [u8; 10] {
-        let any = match self.below(4) {
-            0 => return self.bytes(10).try_into().unwrap(),
-            1 => Offload::default(),
-            _ => Offload {
-                checksum: Some(PartialChecksum {
-                    start: self.below(60) as u16,
-                    offset: self.below(20) as u16,
-                }),
-                segmentation: (self.below(2) == 0).then(|| Segmentation {
-                    kind: [Segment::Tcp4, Segment::Tcp6][self.below(2) as usize],
-                    size: self.below(3000) as u16,
-                    header: self.below(100) as u16,
-                }),
-            },
-        };
-        any.encode()
-    }
-
-    /// Any frame: a segment of TCP, a call among them, or bytes.
-    fn frame(&mut self) -> Vec<u8> {
-        let len = match self.below(8) {
-            0 => self.below(FRAME_MAX as u64 + 64),
-            _ => self.below(1600),
-        };
-        if self.below(3) == 0 {
-            return self.bytes(len.min(200));
-        }
-        let mut tcp = vec![0; 20 + len.min(65_000) as usize];
-        tcp[..2].copy_from_slice(&(40_000 + self.below(8) as u16).to_be_bytes());
-        tcp[2..4].copy_from_slice(&9u16.to_be_bytes());
-        tcp[4..12].copy_from_slice(&self.bytes(8));
-        (tcp[12], tcp[13]) = (5 << 4, self.next() as u8);
-        let mut frame = support::ip_frame(IpProtocol::Tcp, GATEWAY, &tcp, 0, false);
-        if self.below(4) == 0 {
-            let at = self.below(60) as usize;
-            frame[at % 54] = self.next() as u8;
-        }
-        frame
-    }
-
-    fn record(&mut self) -> Vec<u8> {
-        let mut record = vec![FRAME];
-        record.extend(self.offload());
-        record.extend(self.frame());
-        record
-    }
+fn record(random: &mut Rng) -> Vec<u8> {
+    let mut record = vec![FRAME];
+    record.extend(offload(random));
+    record.extend(frame(random));
+    record
 }
 
 fn number(name: &str, usual: u64) -> u64 {
@@ -136,7 +122,7 @@ fn send_file(socket: &OwnedFd, record: &[u8]) {
 #[test]
 fn the_process_of_a_network_takes_any_message() {
     let mut left = number("DOPPEL_NET_MESSAGES", 20_000);
-    let mut random = Random(number("DOPPEL_NET_SEED", 1) * 2 + 1);
+    let mut random = Rng::with_seed(number("DOPPEL_NET_SEED", 1));
     let (mut ends, files) = (0, open_files());
     while left > 0 {
         let kind = SocketType::SEQPACKET;
@@ -162,15 +148,15 @@ fn the_process_of_a_network_takes_any_message() {
         // What makes no sense ends the connection, and a process; mostly it makes some.
         while left > 0 {
             left -= 1;
-            let record = match random.below(50) {
-                0 => vec![ACCEPTS, random.below(8) as u8],
-                1 if random.below(20) == 0 => {
-                    let n = random.below(100);
-                    random.bytes(n)
+            let record = match random.u64(..50) {
+                0 => vec![ACCEPTS, random.u8(..8)],
+                1 if random.u64(..20) == 0 => {
+                    let n = random.u64(..100);
+                    bytes(&mut random, n)
                 }
-                _ => random.record(),
+                _ => record(&mut random),
             };
-            let sent = match random.below(64) {
+            let sent = match random.u64(..64) {
                 0 => {
                     send_file(&ours, &record);
                     Ok(0)
@@ -192,23 +178,23 @@ fn the_process_of_a_network_takes_any_message() {
 }
 
 /// A process that says what it likes: frames, more than anybody wants, nonsense; or it goes, or stands still.
-fn lie(socket: &OwnedFd, random: &mut Random) -> io::Result<()> {
+fn lie(socket: &OwnedFd, random: &mut Rng) -> io::Result<()> {
     send(socket, &HELLO, SendFlags::NOSIGNAL)?;
     let mut buffer = vec![0; 70_000];
     loop {
-        let mut record = random.record();
-        match random.below(400) {
+        let mut record = record(random);
+        match random.u64(..400) {
             0 => return Ok(()),
             1 => record.clear(),
-            2 => record.truncate(random.below(12) as usize),
-            3 => record[0] = random.next() as u8,
-            4 => record.resize(random.below(100_000) as usize + 1, 7),
+            2 => record.truncate(random.usize(..12)),
+            3 => record[0] = random.u8(..),
+            4 => record.resize(random.usize(..100_000) + 1, 7),
             5 => record = vec![ACCEPTS, 7],
             6 => thread::sleep(Duration::from_millis(20)),
             _ => {}
         }
         send(socket, &record, SendFlags::NOSIGNAL)?;
-        if random.below(3) == 0 {
+        if random.u64(..3) == 0 {
             let _ = recv(socket, &mut buffer[..], RecvFlags::DONTWAIT);
         }
     }
@@ -221,7 +207,7 @@ fn the_monitor_takes_whatever_a_networks_process_says() {
     let starts = seed.clone();
     let first = seed.load(Ordering::Relaxed);
     let start = move |socket: OwnedFd| -> io::Result<Child> {
-        let mut random = Random(seed.fetch_add(1, Ordering::Relaxed) * 2 + 1);
+        let mut random = Rng::with_seed(seed.fetch_add(1, Ordering::Relaxed));
         thread::spawn(move || lie(&socket, &mut random));
         // What can be waited for.
         Command::new("true").stdin(Stdio::null()).spawn()
@@ -229,21 +215,21 @@ fn the_monitor_takes_whatever_a_networks_process_says() {
     let clock = Arc::new(HostClock::new());
     let (mut link, mac) = RemoteLink::new(Box::new(start), true, clock).unwrap();
     assert_eq!(mac, [2, 0, 0, 0, 0, 1]);
-    let mut random = Random(99);
+    let mut random = Rng::with_seed(99);
     let mut accepts = Accepts::default();
     let (mut frames, mut full) = (0u64, 0);
     let end = Instant::now() + Duration::from_secs(60 + rounds / 200);
     while frames < rounds {
         assert!(Instant::now() < end, "{frames} frames: it hangs");
         link.service();
-        if random.below(50) == 0 {
-            accepts = random.accepts();
+        if random.u64(..50) == 0 {
+            accepts = any_accepts(&mut random);
             link.guest_accepts(accepts);
         }
-        let sent = link.send(Offload::default(), &random.frame());
+        let sent = link.send(Offload::default(), &frame(&mut random));
         full += u32::from(sent == Sent::Full);
-        let room = match random.below(4) {
-            0 => random.below(3000) as usize,
+        let room = match random.u64(..4) {
+            0 => random.usize(..3000),
             _ => FRAME_MAX,
         };
         let mut sink = |offload: Offload, parts: &[&[u8]]| {

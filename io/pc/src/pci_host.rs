@@ -219,7 +219,7 @@ impl PciFunction for HostBridge {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::torture::{Random, Requests};
+    use crate::torture::{Requests, numbers, value};
     use doppel_device::{Bus, Region};
 
     const ECAM: u64 = 0xe000_0000;
@@ -307,13 +307,13 @@ mod tests {
     #[test]
     fn nothing_written_breaks_it() {
         let rig = rig();
-        let mut random = Random::new();
+        let mut random = numbers();
         for _ in 0..100_000 {
-            let size = 1 << (random.next() % 4);
-            let port = 0xcf0 + random.next() % 0x18;
-            let address = ECAM + random.next() % (1 << 14);
-            rig.ports.write(port, size, random.value());
-            rig.memory.write(address, size, random.value());
+            let size = 1 << random.u8(..4);
+            let port = 0xcf0 + random.u64(..0x18);
+            let address = ECAM + random.u64(..1 << 14);
+            rig.ports.write(port, size, value(&mut random));
+            rig.memory.write(address, size, value(&mut random));
             assert!(rig.ports.read(port, size) <= all_ones(size));
             assert!(rig.memory.read(address, size) <= all_ones(size));
         }

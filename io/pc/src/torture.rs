@@ -1,33 +1,23 @@
 //! A test for any chip: every register written with everything, at any time, breaks nothing.
 
 use doppel_device::{Chip, Nanos};
+use fastrand::Rng;
 
-/// xorshift64*: the same numbers in every run.
-pub(crate) struct Random(u64);
+/// The same numbers in every run.
+pub(crate) fn numbers() -> Rng {
+    Rng::with_seed(1)
+}
 
-impl Random {
-    pub(crate) fn new() -> Self {
-        Random(0x9e37_79b9_7f4a_7c15)
-    }
-
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    /// Values that break things more often than even ones do.
-    pub(crate) fn value(&mut self) -> u64 {
-        let value = self.next();
-        match self.next() % 8 {
-            0 => 0,
-            1 => u64::MAX,
-            2 => 1 << (value % 64),
-            3 => value & 0xff,
-            4 => value & 0xffff,
-            _ => value,
-        }
+/// Values that break things more often than even ones do.
+pub(crate) fn value(random: &mut Rng) -> u64 {
+    let value = random.u64(..);
+    match random.u8(..8) {
+        0 => 0,
+        1 => u64::MAX,
+        2 => 1 << (value % 64),
+        3 => value & 0xff,
+        4 => value & 0xffff,
+        _ => value,
     }
 }
 
@@ -38,23 +28,23 @@ pub(crate) fn every_register_takes_everything<C: Chip>(
     registers: u64,
     mut also: impl FnMut(&mut C, u64),
 ) {
-    let mut random = Random::new();
+    let mut random = numbers();
     let mut now: Nanos = 0;
     for _ in 0..200_000 {
-        let offset = random.next() % registers;
-        let size = (1 << (random.next() % 4)).min(C::WIDTH);
-        match random.next() % 8 {
+        let offset = random.u64(..registers);
+        let size = (1 << random.u8(..4)).min(C::WIDTH);
+        match random.u64(..8) {
             0..4 => {
-                let value = random.value() & doppel_device::all_ones(size);
+                let value = value(&mut random) & doppel_device::all_ones(size);
                 chip.write(offset, size, value, now);
             }
             4..6 => {
                 let value = chip.read(offset, size, now);
                 assert!(value <= doppel_device::all_ones(size), "{offset:#x} {size}");
             }
-            6 => also(chip, random.next()),
+            6 => also(chip, random.u64(..)),
             _ => {
-                now = now.saturating_add(random.value() >> (20 + random.next() % 40));
+                now = now.saturating_add(value(&mut random) >> (20 + random.u64(..40)));
                 chip.advance(now);
                 let deadline = chip.next_deadline();
                 assert!(deadline.is_none_or(|at| at > now), "{deadline:?} at {now}");

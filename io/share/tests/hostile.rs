@@ -10,6 +10,7 @@ use std::thread;
 
 use doppel_memory::GuestSlice;
 use doppel_share::{Call, Header, opcode};
+use fastrand::Rng;
 use support::{Mount, ROOT};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
@@ -31,82 +32,66 @@ const NAMES: &[&str] = &[
     "secret",
 ];
 
-/// xorshift64*.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 11) % n
-    }
-
-    fn word(&mut self) -> u64 {
-        match self.below(8) {
-            0 => u64::MAX >> self.below(64),
-            1 => 1 << self.below(64),
-            2 => self.below(16) << 32 | self.below(512),
-            3 => self.below(8) << 32 | 0o100_644,
-            _ => self.below(12),
-        }
-    }
-
-    fn arguments(&mut self, code: u32) -> Vec<u8> {
-        let words = match code {
-            opcode::LOOKUP | opcode::UNLINK | opcode::RMDIR | opcode::SYMLINK => 0,
-            opcode::MKDIR | opcode::RENAME | opcode::LINK => 1,
-            opcode::MKNOD | opcode::CREATE | opcode::RENAME2 => 2,
-            opcode::WRITE | opcode::READ => 5,
-            _ => 11,
-        };
-        let mut bytes = Vec::new();
-        if code == opcode::INIT {
-            bytes.extend([7, 0, 0, 0, 38, 0, 0, 0]);
-        }
-        for _ in 0..words {
-            bytes.extend(self.word().to_le_bytes());
-        }
-        for _ in 0..2 {
-            bytes.extend(NAMES[self.below(NAMES.len() as u64) as usize].bytes());
-            bytes.push(0);
-        }
-        if self.below(20) == 0 {
-            bytes.truncate(self.below(bytes.len() as u64) as usize);
-        }
-        bytes
+fn word(random: &mut Rng) -> u64 {
+    match random.u64(..8) {
+        0 => u64::MAX >> random.u64(..64),
+        1 => 1 << random.u64(..64),
+        2 => random.u64(..16) << 32 | random.u64(..512),
+        3 => random.u64(..8) << 32 | 0o100_644,
+        _ => random.u64(..12),
     }
 }
 
+fn arguments(random: &mut Rng, code: u32) -> Vec<u8> {
+    let words = match code {
+        opcode::LOOKUP | opcode::UNLINK | opcode::RMDIR | opcode::SYMLINK => 0,
+        opcode::MKDIR | opcode::RENAME | opcode::LINK => 1,
+        opcode::MKNOD | opcode::CREATE | opcode::RENAME2 => 2,
+        opcode::WRITE | opcode::READ => 5,
+        _ => 11,
+    };
+    let mut bytes = Vec::new();
+    if code == opcode::INIT {
+        bytes.extend([7, 0, 0, 0, 38, 0, 0, 0]);
+    }
+    for _ in 0..words {
+        bytes.extend(word(random).to_le_bytes());
+    }
+    for _ in 0..2 {
+        bytes.extend(NAMES[random.usize(..NAMES.len())].bytes());
+        bytes.push(0);
+    }
+    if random.u64(..20) == 0 {
+        bytes.truncate(random.usize(..bytes.len()));
+    }
+    bytes
+}
+
 /// One request; whether it was carried out.
-fn request(mount: &Mount, random: &mut Random) -> bool {
-    let code = match random.below(53) as u32 {
+fn request(mount: &Mount, random: &mut Rng) -> bool {
+    let code = match random.u32(..53) {
         // The host would feel these, or there would be nothing left to do.
         opcode::FALLOCATE | opcode::SYNCFS => opcode::LOOKUP,
         opcode::DESTROY => opcode::CREATE,
-        opcode::INIT if random.below(20) != 0 => opcode::CREATE,
+        opcode::INIT if random.u64(..20) != 0 => opcode::CREATE,
         code => code,
     };
-    let arguments = random.arguments(code);
+    let arguments = arguments(random, code);
     let pieces = |at: u64, len: u64| -> Vec<GuestSlice<'_>> {
         let view = mount.ram.view();
         vec![view.get_slice(GuestAddress(at), len as usize).unwrap()]
     };
-    let (data, room) = (random.below(4) * 2048, random.below(5) * 1024);
+    let (data, room) = (random.u64(..4) * 2048, random.u64(..5) * 1024);
     let call = Call {
         header: Header {
             opcode: code,
             unique: 0,
-            node: if random.below(2) == 0 {
-                ROOT
-            } else {
-                random.word()
-            },
+            node: if random.bool() { ROOT } else { word(random) },
         },
         arguments: &arguments,
         data: &pieces(0x1000, data),
         room: &pieces(0x10_0000, room),
-        may_wait: random.below(2) == 0,
+        may_wait: random.bool(),
     };
     mount.session.call(&call).is_ok()
 }
@@ -129,7 +114,7 @@ fn whatever_a_guest_asks_for_it_stays_inside_and_holds_no_more_than_it_may() {
             .map(|n| {
                 let mount = &mount;
                 scope.spawn(move || {
-                    let mut random = Random(0x9e37_79b9 * (n + THREADS * (seed - 1) + 1));
+                    let mut random = Rng::with_seed(n + THREADS * seed);
                     (0..rounds).filter(|_| request(mount, &mut random)).count() as u64
                 })
             })

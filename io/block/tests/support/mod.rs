@@ -1,4 +1,4 @@
-//! What tests of disks share: a scratch folder, `qemu-img` where the host has it, random numbers, short calls.
+//! What tests of disks share: a scratch folder, `qemu-img` where the host has it, short calls.
 #![allow(dead_code, reason = "each test file uses what it needs")]
 
 use std::fs;
@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use doppel_block::{BlockBackend, BlockError, DiskSpec};
 use doppel_memory::{GuestRam, GuestSlice};
+use fastrand::Rng;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 /// A folder that goes when the test ends.
@@ -106,27 +107,21 @@ impl Guest {
     }
 
     /// Pieces here and there that are `len` bytes together.
-    fn pieces(&self, len: usize, random: &mut Random) -> Vec<GuestSlice<'_>> {
-        let (mut pieces, mut left, mut at) = (Vec::new(), len, random.below(4096));
+    fn pieces(&self, len: usize, random: &mut Rng) -> Vec<GuestSlice<'_>> {
+        let (mut pieces, mut left, mut at) = (Vec::new(), len, random.u64(..4096));
         while left > 0 {
-            let most = [left, 16, 4096][random.below(3) as usize];
-            let now = left.min(1 + random.below(most as u64) as usize);
+            let most = [left, 16, 4096][random.usize(..3)];
+            let now = left.min(1 + random.usize(..most));
             let piece = GuestMemoryBackend::get_slice(self.0.view(), GuestAddress(at), now);
             pieces.push(piece.unwrap());
-            at += now as u64 + random.below(2) * (now as u64).min(100);
+            at += now as u64 + random.u64(..2) * (now as u64).min(100);
             left -= now;
         }
         pieces
     }
 
     /// Without waiting if that is possible.
-    pub fn write(
-        &self,
-        disk: &dyn BlockBackend,
-        offset: u64,
-        mut bytes: &[u8],
-        random: &mut Random,
-    ) {
+    pub fn write(&self, disk: &dyn BlockBackend, offset: u64, mut bytes: &[u8], random: &mut Rng) {
         let pieces = self.pieces(bytes.len(), random);
         for piece in &pieces {
             piece.copy_from(&bytes[..piece.len()]);
@@ -139,7 +134,7 @@ impl Guest {
     }
 
     /// Without waiting if that is possible.
-    pub fn read(&self, disk: &dyn BlockBackend, offset: u64, into: &mut [u8], random: &mut Random) {
+    pub fn read(&self, disk: &dyn BlockBackend, offset: u64, into: &mut [u8], random: &mut Rng) {
         let pieces = self.pieces(into.len(), random);
         for piece in &pieces {
             piece.copy_from(&vec![0xee; piece.len()]);
@@ -152,22 +147,5 @@ impl Guest {
         for piece in &pieces {
             done += piece.copy_to(&mut into[done..done + piece.len()]);
         }
-    }
-}
-
-/// SplitMix64.
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    pub fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound.max(1)
     }
 }
