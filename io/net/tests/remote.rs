@@ -204,20 +204,8 @@ fn attempt(guest: &mut Guest, to: SocketAddrV4, port: u16, data: &[u8]) -> Optio
     let (mut sent, mut received, mut ended) = (0, Vec::new(), false);
     let called = Instant::now();
     let whole = guest.until("an exchange, or its end", |guest| {
+        guest.exchange_some(handle, data, &mut sent, &mut received);
         let socket = guest.tcp(handle);
-        while socket.can_send() && sent < data.len() {
-            sent += socket.send_slice(&data[sent..]).unwrap();
-        }
-        if sent == data.len() {
-            socket.close();
-        }
-        while socket.can_recv() {
-            let take = |bytes: &mut [u8]| {
-                received.extend_from_slice(bytes);
-                (bytes.len(), ())
-            };
-            socket.recv(take).unwrap();
-        }
         ended |= socket.state() == State::TimeWait;
         // A call that a process took with it is made again after seconds.
         let unheard = socket.state() == State::SynSent && called.elapsed() > CALL;

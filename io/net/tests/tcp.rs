@@ -47,20 +47,7 @@ fn lost_frames_are_sent_again() {
     guest.until("a connection", |g| g.tcp(handle).may_send().then_some(()));
     let (mut sent, mut received) = (0, Vec::new());
     guest.until("an exchange over a bad cable", |guest| {
-        let socket = guest.tcp(handle);
-        while socket.can_send() && sent < data.len() {
-            sent += socket.send_slice(&data[sent..]).unwrap();
-        }
-        if sent == data.len() {
-            socket.close();
-        }
-        while socket.can_recv() {
-            let take = |bytes: &mut [u8]| {
-                received.extend_from_slice(bytes);
-                (bytes.len(), ())
-            };
-            socket.recv(take).unwrap();
-        }
+        guest.exchange_some(handle, &data, &mut sent, &mut received);
         (received.len() == data.len()).then_some(())
     });
     server.join().unwrap();

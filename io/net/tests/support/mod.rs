@@ -214,6 +214,32 @@ impl Guest {
         self.sockets.get_mut(handle)
     }
 
+    /// Sends of `data` behind what was `sent`, and ends; adds what comes in to what was `received`.
+    pub fn exchange_some(
+        &mut self,
+        handle: SocketHandle,
+        data: &[u8],
+        sent: &mut usize,
+        received: &mut Vec<u8>,
+    ) {
+        let socket = self.tcp(handle);
+        if socket.may_send() {
+            while socket.can_send() && *sent < data.len() {
+                *sent += socket.send_slice(&data[*sent..]).unwrap();
+            }
+            if *sent == data.len() {
+                socket.close();
+            }
+        }
+        while socket.can_recv() {
+            let take = |bytes: &mut [u8]| {
+                received.extend_from_slice(bytes);
+                (bytes.len(), ())
+            };
+            socket.recv(take).unwrap();
+        }
+    }
+
     pub fn udp(&mut self, port: u16) -> SocketHandle {
         let buffer = || udp::PacketBuffer::new(vec![udp::PacketMetadata::EMPTY; 8], vec![0; 65536]);
         let mut socket = udp::Socket::new(buffer(), buffer());
@@ -280,24 +306,9 @@ pub fn exchange(guest: &mut Guest, to: SocketAddrV4, port: u16, data: &[u8]) -> 
     let handle = guest.connect(to, port);
     let (mut sent, mut received) = (0, Vec::new());
     guest.until("an exchange", |guest| {
-        let socket = guest.tcp(handle);
-        if socket.may_send() {
-            while socket.can_send() && sent < data.len() {
-                sent += socket.send_slice(&data[sent..]).unwrap();
-            }
-            if sent == data.len() {
-                socket.close();
-            }
-        }
-        while socket.can_recv() {
-            socket
-                .recv(|bytes| {
-                    received.extend_from_slice(bytes);
-                    (bytes.len(), ())
-                })
-                .unwrap();
-        }
-        let ended = matches!(socket.state(), State::TimeWait | State::Closed);
+        guest.exchange_some(handle, data, &mut sent, &mut received);
+        let state = guest.tcp(handle).state();
+        let ended = matches!(state, State::TimeWait | State::Closed);
         ended.then_some(())
     });
     guest.sockets.remove(handle);
