@@ -2,11 +2,12 @@
 //!
 //! An input is a disk without its empty sectors: each that is not has its number before it. So a file system of megabytes is an input of kilobytes.
 
-use std::io::{Cursor, IoSlice, IoSliceMut, Write};
+use std::io::{Cursor, Write};
 use std::process::Command;
-use std::sync::{Arc, RwLock};
+use std::sync::Arc;
 
 use doppel_block::BlockBackend;
+use doppel_block::testing::MemoryDisk;
 use doppel_bootdisk::find;
 
 use crate::choices::Choices;
@@ -41,7 +42,7 @@ const LONGEST: usize = 8 << 20;
 const LIMIT: u64 = 1 << 20;
 
 fn open() -> anyhow::Result<Take> {
-    let memory = Arc::new(Memory(RwLock::new(Vec::new())));
+    let memory = Arc::new(MemoryDisk::default());
     Ok(Box::new(move |bytes| {
         unpack(bytes, &mut memory.0.write().expect("no panic before"));
         let disk: Arc<dyn BlockBackend> = memory.clone();
@@ -135,38 +136,4 @@ fn with_mbr(volume: &[u8]) -> Vec<u8> {
     entry[12..].copy_from_slice(&((volume.len() / SECTOR) as u32).to_le_bytes());
     disk[510..512].copy_from_slice(&[0x55, 0xaa]);
     disk
-}
-
-/// A disk in memory.
-struct Memory(RwLock<Vec<u8>>);
-
-impl BlockBackend for Memory {
-    fn len(&self) -> u64 {
-        self.0.read().expect("no panic before").len() as u64
-    }
-    fn read_only(&self) -> bool {
-        true
-    }
-    fn read_at(&self, offset: u64, into: &mut [IoSliceMut<'_>]) -> std::io::Result<()> {
-        let bytes = self.0.read().expect("no panic before");
-        let mut at = offset as usize;
-        for slice in into {
-            let len = slice.len();
-            slice.copy_from_slice(&bytes[at..at + len]);
-            at += len;
-        }
-        Ok(())
-    }
-    fn write_at(&self, _: u64, _: &[IoSlice<'_>]) -> std::io::Result<()> {
-        panic!("a boot loader writes nothing")
-    }
-    fn flush(&self) -> std::io::Result<()> {
-        Ok(())
-    }
-    fn discard(&self, _: u64, _: u64) -> std::io::Result<()> {
-        panic!("a boot loader discards nothing")
-    }
-    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> std::io::Result<()> {
-        panic!("a boot loader writes nothing")
-    }
 }

@@ -19,6 +19,8 @@ mod qcow2;
 mod raw;
 mod remote;
 mod spec;
+#[cfg(feature = "testing")]
+pub mod testing;
 
 pub use backend::{BlockBackend, SECTOR};
 pub use create::{Info, create, info, settle};

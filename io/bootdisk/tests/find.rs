@@ -3,12 +3,13 @@
 //! ext4 file systems are made by `mke2fs` (Debian: e2fsprogs), FAT ones by the crate that reads them.
 
 use std::fs;
-use std::io::{Cursor, IoSlice, IoSliceMut, Write};
+use std::io::{Cursor, IoSlice, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use doppel_block::testing::MemoryDisk;
 use doppel_block::{BlockBackend, DiskSpec, Format};
 use doppel_bootdisk::{BootFiles, find, gpt};
 use fastrand::Rng;
@@ -335,7 +336,7 @@ fn damaged_disks_neither_crash_nor_hang() {
     if let Some(root) = scratch.ext4(DEBIAN) {
         seeds.extend([with_gpt(&root), with_mbr(&esp, &root), root]);
     }
-    let disk = Arc::new(Memory(std::sync::RwLock::new(Vec::new())));
+    let disk = Arc::new(MemoryDisk::default());
     let seed = std::env::var("DOPPEL_DISK_SEED").map_or(1, |n| n.parse().unwrap());
     let mut random = Rng::with_seed(seed);
     let (mut found, mut slowest) = (0, Duration::ZERO);
@@ -363,40 +364,6 @@ fn damaged_disks_neither_crash_nor_hang() {
     }
     eprintln!("{count} disks, a kernel on {found}, the slowest took {slowest:?}");
     assert!(found > count / 10);
-}
-
-/// A disk in memory.
-struct Memory(std::sync::RwLock<Vec<u8>>);
-
-impl BlockBackend for Memory {
-    fn len(&self) -> u64 {
-        self.0.read().unwrap().len() as u64
-    }
-    fn read_only(&self) -> bool {
-        true
-    }
-    fn read_at(&self, offset: u64, into: &mut [IoSliceMut<'_>]) -> std::io::Result<()> {
-        let bytes = self.0.read().unwrap();
-        let mut at = offset as usize;
-        for slice in into {
-            let len = slice.len();
-            slice.copy_from_slice(&bytes[at..at + len]);
-            at += len;
-        }
-        Ok(())
-    }
-    fn write_at(&self, _: u64, _: &[IoSlice<'_>]) -> std::io::Result<()> {
-        panic!("a boot loader writes nothing")
-    }
-    fn flush(&self) -> std::io::Result<()> {
-        Ok(())
-    }
-    fn discard(&self, _: u64, _: u64) -> std::io::Result<()> {
-        Ok(())
-    }
-    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> std::io::Result<()> {
-        panic!("a boot loader writes nothing")
-    }
 }
 
 #[test]
