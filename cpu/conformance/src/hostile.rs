@@ -3,31 +3,11 @@
 use std::time::{Duration, Instant};
 
 use doppel_x86::{Activity, Exit, Rflags};
+use fastrand::Rng;
 
 use crate::engines::Row;
 use crate::layout::*;
 use crate::machine::{Action, Machine};
-
-/// xorshift64*: enough for bytes, the same everywhere.
-pub struct Random(u64);
-
-impl Random {
-    /// From a seed.
-    pub fn new(seed: u64) -> Self {
-        Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-    /// The next 64 bits.
-    pub fn word(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-    /// Below `n`.
-    pub fn below(&mut self, n: u64) -> u64 {
-        self.word() % n
-    }
-}
 
 /// What a hostile guest came to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -49,10 +29,10 @@ const SPICE: &[u8] = &[
     0x30, 0x32, 0xae, 0xc7,
 ];
 
-fn code(random: &mut Random, len: usize) -> Vec<u8> {
+fn code(random: &mut Rng, len: usize) -> Vec<u8> {
     (0..len)
         .map(|_| {
-            let w = random.word();
+            let w = random.u64(..);
             if w & 0x300 == 0 {
                 SPICE[(w >> 16) as usize % SPICE.len()]
             } else {
@@ -64,9 +44,9 @@ fn code(random: &mut Random, len: usize) -> Vec<u8> {
 
 /// Runs one guest of random bytes for at most `limit`.
 pub fn run(row: &Row, seed: u64, limit: Duration) -> Outcome {
-    let mut random = Random::new(seed);
+    let mut random = Rng::with_seed(seed);
     let mut m = Machine::new(row);
-    if random.below(2) == 0 {
+    if random.bool() {
         m.to_user();
     }
     for vector in 0..=255 {
@@ -80,17 +60,17 @@ pub fn run(row: &Row, seed: u64, limit: Duration) -> Outcome {
     }
     let base = m.cpu().rip;
     for n in 0..15 {
-        let in_memory = random.below(3) > 0;
+        let in_memory = random.u64(..3) > 0;
         let v = if in_memory {
-            base + random.below(0x8_0000)
+            base + random.u64(..0x8_0000)
         } else {
-            random.word()
+            random.u64(..)
         };
         if n != 4 {
             m.cpu_mut().gpr[n] = v;
         }
     }
-    m.cpu_mut().rflags |= Rflags::from_bits_truncate(random.word() & 0xcd5);
+    m.cpu_mut().rflags |= Rflags::from_bits_truncate(random.u64(..) & 0xcd5);
     let began = Instant::now();
     while began.elapsed() < limit {
         let kicker = m.kicker();
@@ -98,14 +78,14 @@ pub fn run(row: &Row, seed: u64, limit: Duration) -> Outcome {
             std::thread::sleep(Duration::from_millis(2));
             kicker.kick();
         });
-        let to = base + random.below(0x4000);
+        let to = base + random.u64(..0x4000);
         m.cpu_mut().gpr[15] = to;
         let exit = m.run_once();
         timer.join().expect("the timer");
         match exit {
             Exit::Kicked => {
-                if random.below(2) == 0 {
-                    m.bus.lines.interrupt(random.word() as u8);
+                if random.bool() {
+                    m.bus.lines.interrupt(random.u8(..));
                 }
             }
             Exit::Halted if m.cpu().activity == Activity::Halted => {

@@ -214,20 +214,13 @@ fn what_the_guests_processor_has_not_is_left_to_the_monitor() {
     );
 }
 
-/// Bytes from a linear congruential generator (Knuth's MMIX).
-fn random(state: &mut u64) -> u8 {
-    *state = state
-        .wrapping_mul(6_364_136_223_846_793_005)
-        .wrapping_add(1_442_695_040_888_963_407);
-    (*state >> 56) as u8
-}
-
 #[test]
 fn any_bytes_can_be_explained() {
     let (options, symbols) = (TranslateOptions::default(), Symbols::default());
-    let (mut state, mut blocks) = (1, 0);
+    let (mut random, mut blocks) = (fastrand::Rng::with_seed(1), 0);
     for n in 0..3000 {
-        let bytes: Vec<_> = (0..24).map(|_| random(&mut state)).collect();
+        let mut bytes = [0; 24];
+        random.fill(&mut bytes);
         let sample = Sample {
             bytes: &bytes,
             address: (n * 0x7ff) ^ ADDRESS,

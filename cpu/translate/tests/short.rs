@@ -12,11 +12,12 @@ use std::time::Duration;
 use doppel_memory::GuestRam;
 use doppel_translate::{Translate, TranslateOptions};
 use doppel_x86::{Cpu, Cr0, Cr4, Dtr, EmptyBus, Engine, Exit, Rflags, Seg, Segment};
+use fastrand::Rng;
 use iced_x86::{
     CpuidFeature, Decoder, DecoderOptions, Encoder, FlowControl, Instruction, Mnemonic, OpKind,
     Register,
 };
-use random_code::{Outcome, Random, difference};
+use random_code::{Outcome, difference};
 
 const GDT: u64 = 0x4000;
 const IDT: u64 = 0x5000;
@@ -77,26 +78,26 @@ fn segment(selector: u16, d: u64) -> Segment {
     }
 }
 
-fn pick<T: Copy>(r: &mut Random, from: &[T]) -> T {
-    from[r.below(from.len() as u64) as usize]
+fn pick<T: Copy>(r: &mut Rng, from: &[T]) -> T {
+    from[r.usize(..from.len())]
 }
 
 /// Data: mostly 64 KiB that may be written, with other limits, types and bases between.
-fn data_descriptor(r: &mut Random, base: u64, dpl: u64) -> u64 {
+fn data_descriptor(r: &mut Rng, base: u64, dpl: u64) -> u64 {
     let base = base + pick(r, &[0, 0, 0x10, 0x123, 0xff0]);
-    match r.below(8) {
+    match r.u64(..8) {
         0 => descriptor(base, 0xfff, false, false, 3, dpl),
         1 => descriptor(base, 0x1007, false, true, 3, dpl),
         2 => descriptor(base, 0xf_ffff, true, true, 3, dpl),
-        3 => descriptor(base, 0x1fff, false, r.below(2) == 0, 7, dpl), // expands down
-        4 => descriptor(base, 0xffff, false, false, 1, dpl),           // read only
-        5 => descriptor(base, 0xffff, false, false, 0xb, dpl),         // code
+        3 => descriptor(base, 0x1fff, false, r.bool(), 7, dpl), // expands down
+        4 => descriptor(base, 0xffff, false, false, 1, dpl),    // read only
+        5 => descriptor(base, 0xffff, false, false, 0xb, dpl),  // code
         _ => descriptor(base, 0xffff, false, false, 3, dpl),
     }
 }
 
-fn protected(r: &mut Random) -> Setup {
-    let cpl = r.below(4) as u8;
+fn protected(r: &mut Rng) -> Setup {
+    let cpl = r.u8(..4);
     let dpl = u64::from(cpl);
     let bits = pick(r, &[16, 16, 32]);
     let base = CODE + pick(r, &[0, 0, 0x10, 0x340, 0xfff]);
@@ -118,17 +119,10 @@ fn protected(r: &mut Random) -> Setup {
         pick(r, &[0xb, 0xb, 9]),
         dpl,
     );
-    let stack = match r.below(5) {
-        0 => descriptor(STACK, 0xf_ffff, true, r.below(2) == 0, 3, dpl),
-        1 => descriptor(STACK, 0x7fff, false, r.below(2) == 0, 7, dpl),
-        n => descriptor(
-            STACK + 0x10 * (n & 1),
-            0xffff,
-            false,
-            r.below(2) == 0,
-            3,
-            dpl,
-        ),
+    let stack = match r.u64(..5) {
+        0 => descriptor(STACK, 0xf_ffff, true, r.bool(), 3, dpl),
+        1 => descriptor(STACK, 0x7fff, false, r.bool(), 7, dpl),
+        n => descriptor(STACK + 0x10 * (n & 1), 0xffff, false, r.bool(), 3, dpl),
     };
     // The handlers' code and data, the task; then what the code has, and what it may load.
     let task = descriptor(TSS, 0x67, false, false, 0, 0) & !(0x1f << 40) | 0xb << 40;
@@ -145,11 +139,7 @@ fn protected(r: &mut Random) -> Setup {
     }
     let mut segments = [Segment::default(); 6];
     for (n, s) in segments.iter_mut().enumerate() {
-        let selector = if n < 2 {
-            4 + n as u16
-        } else {
-            6 + r.below(8) as u16
-        };
+        let selector = if n < 2 { 4 + n as u16 } else { 6 + r.u16(..8) };
         *s = segment(
             (8 * selector) | u16::from(cpl),
             descriptors[usize::from(selector)],
@@ -166,7 +156,7 @@ fn protected(r: &mut Random) -> Setup {
     }
 }
 
-fn paragraphs(r: &mut Random, kind: Kind) -> Setup {
+fn paragraphs(r: &mut Rng, kind: Kind) -> Setup {
     let mut setup = protected(r);
     let bases = [
         CODE + pick(r, &[0, 0x10, 0xff0]),
@@ -193,8 +183,8 @@ fn paragraphs(r: &mut Random, kind: Kind) -> Setup {
     }
 }
 
-fn setup(r: &mut Random) -> Setup {
-    let mut setup = match r.below(4) {
+fn setup(r: &mut Rng) -> Setup {
+    let mut setup = match r.u64(..4) {
         0 => paragraphs(r, Kind::Real),
         1 => paragraphs(r, Kind::V86),
         _ => protected(r),
@@ -204,7 +194,7 @@ fn setup(r: &mut Random) -> Setup {
     setup
 }
 
-fn cpu_for(setup: &Setup, code: &[u8], r: &mut Random) -> Box<Cpu> {
+fn cpu_for(setup: &Setup, code: &[u8], r: &mut Rng) -> Box<Cpu> {
     let ram = Arc::new(GuestRam::new(1 << 20).unwrap());
     for (n, d) in (0..).zip(&setup.descriptors) {
         ram.store::<u64>(GDT + 8 * n, *d).unwrap();
@@ -219,7 +209,7 @@ fn cpu_for(setup: &Setup, code: &[u8], r: &mut Random) -> Box<Cpu> {
     ram.store::<u16>(TSS + 0x66, 0x68).unwrap();
     ram.ptr(HANDLERS).unwrap().write(&[0xf4; 32]);
     for at in (DATA..DATA + 0x1_1000).step_by(8) {
-        ram.store::<u64>(at, r.bits()).unwrap();
+        ram.store::<u64>(at, r.u64(..)).unwrap();
     }
     ram.store::<u16>(COUNT, ROUNDS).unwrap();
     ram.store::<u16>(COUNT + 0x10, ROUNDS).unwrap();
@@ -245,7 +235,7 @@ fn cpu_for(setup: &Setup, code: &[u8], r: &mut Random) -> Box<Cpu> {
     }
     if setup.kind == Kind::V86 {
         cpu.rflags |= Rflags::VM;
-        cpu.rflags |= Rflags::from_bits_retain(r.below(4) << 12);
+        cpu.rflags |= Rflags::from_bits_retain(r.u64(..4) << 12);
     }
     for (seg, s) in [Seg::Cs, Seg::Ss, Seg::Ds, Seg::Es, Seg::Fs, Seg::Gs]
         .into_iter()
@@ -255,7 +245,7 @@ fn cpu_for(setup: &Setup, code: &[u8], r: &mut Random) -> Box<Cpu> {
     }
     cpu.cpl = setup.cpl;
     for g in &mut cpu.gpr[..8] {
-        *g = r.bits() & 0xffff_ffff;
+        *g = r.u64(..) & 0xffff_ffff;
     }
     cpu.rip = setup.ip;
     // SP alone counts where the stack is of 16 bits.
@@ -270,7 +260,7 @@ fn cpu_for(setup: &Setup, code: &[u8], r: &mut Random) -> Box<Cpu> {
 
 /// Code that is being written.
 struct Writer<'a> {
-    r: &'a mut Random,
+    r: &'a mut Rng,
     setup: &'a Setup,
     code: Vec<u8>,
 }
@@ -296,18 +286,18 @@ impl Writer<'_> {
 
     /// An offset in a segment of data: mostly in its beginning, at times where it ends or wraps.
     fn offset(&mut self) -> u64 {
-        match self.r.below(16) {
-            0 => 0xfff0 + self.r.below(16),
-            1 => 0x0ff0 + self.r.below(32),
-            2 => 0x1ff0 + self.r.below(32),
-            _ => self.r.below(0x1800),
+        match self.r.u64(..16) {
+            0 => 0xfff0 + self.r.u64(..16),
+            1 => 0x0ff0 + self.r.u64(..32),
+            2 => 0x1ff0 + self.r.u64(..32),
+            _ => self.r.u64(..0x1800),
         }
     }
 
     fn plain(&mut self) -> Instruction {
         loop {
-            let mut bytes: Vec<u8> = (0..15).map(|_| self.r.bits() as u8).collect();
-            if self.r.below(4) == 0 {
+            let mut bytes: Vec<u8> = (0..15).map(|_| self.r.u8(..)).collect();
+            if self.r.u64(..4) == 0 {
                 bytes[0] = pick(self.r, &[0x66, 0x67, 0x26, 0x2e, 0x36, 0x64, 0x65]);
             }
             let i = Decoder::with_ip(self.setup.bits, &bytes, 0, DecoderOptions::NONE).decode();
@@ -320,7 +310,7 @@ impl Writer<'_> {
     fn ordinary(&mut self) {
         let mut i = self.plain();
         if i.is_string_instruction() {
-            let n = self.r.below(40);
+            let n = self.r.u64(..40);
             self.set(1, n, true);
             for pointer in [6, 7] {
                 let at = self.offset();
@@ -349,12 +339,12 @@ impl Writer<'_> {
         ];
         const LONG: [Register; 4] = [EBX, EBP, ESI, EDI];
         let number = |r: Register| r.full_register().number() as u8;
-        let disp = self.r.below(256) as i64 - 128;
-        let short = self.r.below(if self.wide() { 5 } else { 3 }) < 2 && !self.wide()
-            || self.r.below(4) == 0;
+        let disp = self.r.u64(..256) as i64 - 128;
+        let short = self.r.u64(..if self.wide() { 5 } else { 3 }) < 2 && !self.wide()
+            || self.r.u64(..4) == 0;
         i.set_memory_index_scale(1);
         i.set_memory_index(None);
-        if self.r.below(5) == 0 {
+        if self.r.u64(..5) == 0 {
             i.set_memory_base(None);
             let at = self.offset();
             i.set_memory_displacement64(at);
@@ -367,7 +357,7 @@ impl Writer<'_> {
             let part = if index == None {
                 0
             } else {
-                self.r.bits() & 0xffff
+                self.r.u64(..) & 0xffff
             };
             self.set(number(base), at.wrapping_sub(part) & 0xffff, false);
             if index != None {
@@ -403,17 +393,17 @@ impl Writer<'_> {
 
     fn special(&mut self) {
         let native = self.wide();
-        let wide = if self.r.below(8) == 0 {
+        let wide = if self.r.u64(..8) == 0 {
             !native
         } else {
             native
         };
         let here = |w: &Self, more: u64| w.setup.ip + w.code.len() as u64 + more;
-        match self.r.below(13) {
+        match self.r.u64(..13) {
             // mov ax, selector; mov ds/es/fs/gs, ax
             0 | 1 => {
                 let selector = match self.setup.kind {
-                    Kind::Protected => (8 * (6 + self.r.below(8))) | u64::from(self.setup.cpl),
+                    Kind::Protected => (8 * (6 + self.r.u64(..8))) | u64::from(self.setup.cpl),
                     _ => (DATA >> 4) + pick(self.r, &[0, 1, 0x10, 0xff, 0xf00]),
                 };
                 self.set(0, selector, false);
@@ -443,7 +433,7 @@ impl Writer<'_> {
             // push next; ret, perhaps with a word released
             4 => {
                 let prefix = u64::from(wide != native);
-                let release = self.r.below(2) == 0;
+                let release = self.r.bool();
                 let len = 2 * prefix + if wide { 5 } else { 3 } + if release { 3 } else { 1 };
                 let target = here(self, len);
                 self.sized(0x66, wide);
@@ -457,9 +447,9 @@ impl Writer<'_> {
             }
             // jcc over a move, short or near
             5 => {
-                let cc = self.r.below(16) as u8;
+                let cc = self.r.u8(..16);
                 let len = if native { 5 } else { 3 };
-                match self.r.below(2) {
+                match self.r.u64(..2) {
                     0 => self.code.extend([0x70 | cc, len]),
                     _ => {
                         self.sized(0x66, wide);
@@ -467,14 +457,14 @@ impl Writer<'_> {
                         self.relative(len.into(), wide);
                     }
                 }
-                let value = self.r.bits();
-                let number = self.r.below(4) as u8;
+                let value = self.r.u64(..);
+                let number = self.r.u8(..4);
                 self.set(number, value, native);
             }
             // mov cx, n; back: add ax, cx; loop, loope or loopne back
             6 => {
-                let counter = self.r.below(2) == 0;
-                let n = 1 + self.r.below(9);
+                let counter = self.r.bool();
+                let n = 1 + self.r.u64(..9);
                 self.set(1, n, counter);
                 let opcode = pick(self.r, &[0xe2, 0xe2, 0xe1, 0xe0]);
                 self.code.extend([0x01, 0xc8]);
@@ -484,9 +474,9 @@ impl Writer<'_> {
             }
             // jcxz over a byte
             7 => {
-                let n = self.r.below(2);
-                let counter = self.r.below(2) == 0;
-                let low = self.r.below(2);
+                let n = self.r.u64(..2);
+                let counter = self.r.bool();
+                let low = self.r.u64(..2);
                 self.set(1, n << 16 | low, true);
                 self.sized(0x67, counter);
                 self.code.extend([0xe3, 1, 0x40]);
@@ -505,10 +495,10 @@ impl Writer<'_> {
                     &[0u64, 1, 2, 3, 4, 0xffff, 0xfffe, 0xfffd, 0x10000, 0x10002],
                 );
                 self.set(4, sp, true);
-                let pushes = self.r.below(2) == 0;
+                let pushes = self.r.bool();
                 self.sized(0x66, wide);
                 self.code
-                    .push(if pushes { 0x50 } else { 0x58 } + self.r.below(4) as u8);
+                    .push(if pushes { 0x50 } else { 0x58 } + self.r.u8(..4));
                 self.set(4, self.setup.sp, true);
             }
             // mov bp, sp; push bp; sub sp, 8; leave
@@ -535,7 +525,7 @@ impl Writer<'_> {
             }
             // A repeated string instruction with counts and pointers of either size.
             _ => {
-                let short = self.r.below(3) != 0;
+                let short = self.r.u64(..3) != 0;
                 let n = pick(self.r, &[0, 1, 3, 40, 700, 0x1_0002]);
                 let (from, to) = (self.offset(), self.offset());
                 for (number, v) in [(1, n), (6, from), (7, to)] {
@@ -547,7 +537,7 @@ impl Writer<'_> {
                 );
                 self.sized(0x66, wide);
                 self.sized(0x67, !short);
-                if self.r.below(3) == 0 {
+                if self.r.u64(..3) == 0 {
                     let segment = pick(self.r, &[0x26, 0x2e, 0x36, 0x64]);
                     self.code.push(segment);
                 }
@@ -585,14 +575,14 @@ fn fits(i: &Instruction) -> bool {
 }
 
 /// Code that runs some rounds and stops.
-fn program(r: &mut Random, setup: &Setup) -> Vec<u8> {
+fn program(r: &mut Rng, setup: &Setup) -> Vec<u8> {
     let mut w = Writer {
         r,
         setup,
         code: Vec::new(),
     };
-    for _ in 0..4 + w.r.below(24) {
-        match w.r.below(3) {
+    for _ in 0..4 + w.r.u64(..24) {
+        match w.r.u64(..3) {
             0 => w.special(),
             _ => w.ordinary(),
         }
@@ -616,7 +606,7 @@ fn program(r: &mut Random, setup: &Setup) -> Vec<u8> {
 
 /// `None` where it does not end.
 fn run(seed: u64, short_modes: bool) -> (Option<Outcome>, u64, Setup, Vec<u8>) {
-    let mut random = Random(seed);
+    let mut random = Rng::with_seed(seed);
     let setup = setup(&mut random);
     let code = program(&mut random, &setup);
     // Without `entry_flags` the frame of a fault may show stale flags.
@@ -656,9 +646,8 @@ fn listing(setup: &Setup, code: &[u8]) -> String {
 fn random_16_bit_code_does_what_the_interpreter_does() {
     let (mut failed, mut translated, mut skipped) = (0, 0, 0);
     for case in 1..=CASES {
-        let seed = case.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let (ours, ran, setup, code) = run(seed, true);
-        let (theirs, ..) = run(seed, false);
+        let (ours, ran, setup, code) = run(case, true);
+        let (theirs, ..) = run(case, false);
         translated += ran;
         let (Some(ours), Some(theirs)) = (ours, theirs) else {
             skipped += 1;

@@ -12,6 +12,7 @@ use doppel_net::{
 };
 use doppel_virtio::testing::{DriverQueue, PATIENCE, Piece, Rig};
 use doppel_virtio::{EVENT_IDX, NEEDS_RESET, Net};
+use fastrand::Rng;
 use rustix::event::{EventfdFlags, eventfd};
 
 const RINGS: u64 = 0x1_0000;
@@ -326,61 +327,45 @@ fn the_driver_changes_address_and_offloads_and_a_reset_forgets_both() {
     assert_eq!(mac(&rig), MAC);
 }
 
-/// SplitMix64.
-fn random(state: &mut u64) -> u64 {
-    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let z = (*state ^ *state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ z >> 31
-}
-
 /// Whatever a driver puts into the rings, the card asks for a reset at worst, and works after it.
 /// `DOPPEL_NET_RINGS=N cargo test --release -p doppel-virtio --test net hostile` makes a campaign of N drivers.
 #[test]
 fn hostile_drivers_stop_the_card_at_worst() {
     let rounds = std::env::var("DOPPEL_NET_RINGS").map_or(150, |n| n.parse().unwrap());
-    let mut state = 7;
+    let seed = std::env::var("DOPPEL_NET_SEED").map_or(1, |n| n.parse().unwrap());
+    let mut random = Rng::with_seed(seed);
     let fake = Fake::new(true);
     let rig = rig_with(&fake, true);
     let (mut stopped, mut worked) = (0, 0);
     for _ in 0..rounds {
-        let features = ALL
-            | if random(&mut state) & 1 == 0 {
-                EVENT_IDX
-            } else {
-                0
-            };
+        let features = ALL | if random.bool() { EVENT_IDX } else { 0 };
         let mut queues = queues(&rig, features);
-        for _ in 0..random(&mut state) % 200 {
-            let queue = &mut queues[(random(&mut state) % 3) as usize];
+        for _ in 0..random.u8(..200) {
+            let queue = &mut queues[random.usize(..3)];
             let descriptor = (
-                match random(&mut state) % 8 {
-                    0 => random(&mut state),
-                    _ => IN + random(&mut state) % 0x10_0000,
+                match random.u8(..8) {
+                    0 => random.u64(..),
+                    _ => IN + random.u64(..0x10_0000),
                 },
-                match random(&mut state) % 8 {
-                    0 => random(&mut state) as u32,
+                match random.u8(..8) {
+                    0 => random.u32(..),
                     1 => 0,
-                    _ => (random(&mut state) % 3000) as u32,
+                    _ => random.u32(..3000),
                 },
-                (random(&mut state)
-                    % if random(&mut state).is_multiple_of(16) {
-                        0x1_0000
-                    } else {
-                        4
-                    }) as u16,
-                (random(&mut state) % 256) as u16,
+                match random.u8(..16) {
+                    0 => random.u16(..),
+                    _ => random.u16(..4),
+                },
+                random.u16(..256),
             );
-            let n = (random(&mut state) % u64::from(queue.size)) as u16;
+            let n = random.u16(..queue.size);
             DriverQueue::put_descriptor(&rig.ram, queue.base, n, descriptor);
-            if random(&mut state).is_multiple_of(3) {
-                let head = random(&mut state)
-                    % if random(&mut state).is_multiple_of(64) {
-                        0x1_0000
-                    } else {
-                        64
-                    };
-                queue.offer(&rig.ram, head as u16);
+            if random.u8(..3) == 0 {
+                let head = match random.u8(..64) {
+                    0 => random.u16(..),
+                    _ => random.u16(..64),
+                };
+                queue.offer(&rig.ram, head);
                 rig.notify(queue);
             }
         }

@@ -7,6 +7,7 @@ use doppel_memory::GuestRam;
 use doppel_x86::{
     Activity, Cpu, CpuMode, Cr0, EmptyBus, Engine, Exit, Gpr, Rflags, Seg, interpret::Interpret,
 };
+use fastrand::Rng;
 
 use super::params::{MemoryKind, memory_map};
 use super::*;
@@ -372,13 +373,7 @@ fn damaged_kernels_never_panic() {
     };
     let rounds = number("DOPPEL_BOOT_FUZZ", 900);
     let ram = GuestRam::new(32 * MIB).unwrap();
-    let mut seed = 0x9e37_79b9_7f4a_7c15_u64 ^ number("DOPPEL_BOOT_SEED", 0);
-    let mut random = move || {
-        seed ^= seed << 13;
-        seed ^= seed >> 7;
-        seed ^= seed << 17;
-        seed
-    };
+    let mut random = Rng::with_seed(number("DOPPEL_BOOT_SEED", 1));
     let (mut loaded, mut refused) = (0, 0);
     for round in 0..rounds {
         let addresses = [0x10_0000, 0x10_0000, 0x10_1000, 0x10_2000, 0x10_0040];
@@ -387,14 +382,14 @@ fn damaged_kernels_never_panic() {
             1 => (elf(), 0..0x130),
             _ => (multiboot(7 | (round as u32 & 1) << 16, addresses), 0..0x100),
         };
-        for _ in 0..1 + random() % 4 {
-            let at = header.start + random() as usize % header.len();
-            image[at] = [0, 1, 0x7f, 0x80, 0xff, random() as u8][random() as usize % 6];
+        for _ in 0..1 + random.u8(..4) {
+            let at = random.usize(header.clone());
+            image[at] = [0, 1, 0x7f, 0x80, 0xff, random.u8(..)][random.usize(..6)];
         }
         if round % 5 == 0 {
-            image.truncate(random() as usize % image.len());
+            image.truncate(random.usize(..image.len()));
         }
-        let initrd = vec![0x5a; random() as usize % 8192];
+        let initrd = vec![0x5a; random.usize(..8192)];
         match boot(&ram, &image, (round % 2 == 0).then_some(&initrd[..])) {
             Ok(_) => loaded += 1,
             Err(_) => refused += 1,

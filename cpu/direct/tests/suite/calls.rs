@@ -1,7 +1,8 @@
 //! No system call of the guest's code reaches the host, by whatever instruction and number.
 
-use crate::rig::{CODE, DATA, DATA_OFFSET, DATA_SIZE, Random, Rig, Runner, exception};
+use crate::rig::{CODE, DATA, DATA_OFFSET, DATA_SIZE, Rig, Runner, exception};
 use doppel_direct::{CODE_32, Entry, Stop};
+use fastrand::Rng;
 
 const SYSCALL: [u8; 2] = [0x0f, 0x05];
 const INT_80: [u8; 2] = [0xcd, 0x80];
@@ -40,7 +41,7 @@ fn harmful(pid: u64) -> [[u64; 6]; 5] {
 fn syscall_with_every_number_comes_to_the_monitor() {
     let rig = Rig::new();
     let mut r = rig.runner_of(&SYSCALL);
-    let mut random = Random(3);
+    let mut random = Rng::with_seed(3);
     let pid = r.child.pid().into();
     for number in (0..=600).chain((0..=600).map(|n| n | X32)) {
         for arguments in harmful(pid) {
@@ -57,8 +58,8 @@ fn syscall_with_every_number_comes_to_the_monitor() {
         call(&mut r, number, harmful(pid)[2], Entry::Syscall);
     }
     for _ in 0..500 {
-        let number = random.next();
-        let arguments = std::array::from_fn(|_| random.next());
+        let number = random.u64(..);
+        let arguments = std::array::from_fn(|_| random.u64(..));
         call(&mut r, number, arguments, Entry::Syscall);
     }
 }

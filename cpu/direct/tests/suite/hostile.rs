@@ -5,9 +5,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::rig::{
-    CODE, DATA, DATA_OFFSET, Random, Rig, Runner, breakpoint, exception, keeps_its_maps, maps,
+    CODE, DATA, DATA_OFFSET, Rig, Runner, breakpoint, exception, keeps_its_maps, maps,
 };
 use doppel_direct::{Change, KickFlag, Stop};
+use fastrand::Rng;
 use iced_x86::code_asm::*;
 
 const PAGE: u64 = 4096;
@@ -73,17 +74,17 @@ fn a_jump_to_any_byte_of_the_stub_is_survived() {
     let rig = Rig::new();
     let stub = stub_bytes(&rig);
     let code = stub.iter().rposition(|b| *b != 0xcc).unwrap() as u64 + 2;
-    let mut random = Random(4);
+    let mut random = Rng::with_seed(4);
     let before = maps(rig.zygote.pid());
     for offset in 0..code {
         // JMP RBX would lose a register: RIP is put there by the monitor, as a guest's IRET would.
         let mut r = rig.runner_of(&[0xcc]);
         let mapped = maps(r.child.pid());
-        r.user.gprs = std::array::from_fn(|_| match random.next() % 4 {
-            0 => random.next(),
-            1 => rig.zygote.reserved().start + random.next() % 0x11000,
-            2 => DATA + random.next() % PAGE,
-            _ => random.next() % 400,
+        r.user.gprs = std::array::from_fn(|_| match random.u64(..4) {
+            0 => random.u64(..),
+            1 => rig.zygote.reserved().start + random.u64(..0x11000),
+            2 => DATA + random.u64(..PAGE),
+            _ => random.u64(..400),
         });
         r.user.rip = rig.zygote.reserved().start + offset;
         let stop = run_a_while(&mut r);
@@ -152,7 +153,7 @@ fn the_stubs_system_calls_do_nothing_for_a_guest_without_the_key() {
 #[test]
 fn random_bytes_over_the_exchange_area_are_survived() {
     let rig = Rig::new();
-    let mut random = Random(5);
+    let mut random = Rng::with_seed(5);
     // Writes the words of a list to addresses of a list, then traps: UD2.
     let code = |a: &mut CodeAssembler| {
         let mut again = a.create_label();
@@ -169,20 +170,20 @@ fn random_bytes_over_the_exchange_area_are_survived() {
     let mut gone = 0;
     for round in 0..400 {
         let mut r = rig.runner(code);
-        let count = 1 + random.next() % 60;
+        let count = 1 + random.u64(..60);
         for n in 0..count {
             // The words that the stub looks at, its orders, the frame, anywhere.
-            let at = match random.next() % 4 {
-                0 => random.next() % 0x100,
-                1 => 0x1000 + random.next() % 0x100,
-                2 => 0xf000 + random.next() % 0x1000,
-                _ => random.next() % 0x1_0000,
+            let at = match random.u64(..4) {
+                0 => random.u64(..0x100),
+                1 => 0x1000 + random.u64(..0x100),
+                2 => 0xf000 + random.u64(..0x1000),
+                _ => random.u64(..0x1_0000),
             };
-            let value = match random.next() % 4 {
+            let value = match random.u64(..4) {
                 0 => 0,
-                1 => random.next() % 8,
-                2 => exchange + random.next() % 0x1_0000,
-                _ => random.next(),
+                1 => random.u64(..8),
+                2 => exchange + random.u64(..0x1_0000),
+                _ => random.u64(..),
             };
             let entry = DATA_OFFSET + 16 * n;
             rig.store(entry, value);
@@ -207,13 +208,13 @@ fn random_code_that_knows_where_the_stub_is_is_survived() {
     let rig = Rig::new();
     let Range { start, .. } = rig.zygote.reserved();
     let calls = system_calls(&stub_bytes(&rig));
-    let mut random = Random(6);
+    let mut random = Rng::with_seed(6);
     let mut r = rig.runner_of(&[0xcc]);
     let mut mapped = maps(r.child.pid());
     let mut gone = 0;
     for round in 0..ROUNDS {
         // Many of the instructions that change control or memory, between any bytes.
-        let mut code: Vec<u8> = (0..64).map(|_| random.next() as u8).collect();
+        let mut code: Vec<u8> = (0..64).map(|_| random.u8(..)).collect();
         for _ in 0..4 {
             let often: [&[u8]; 8] = [
                 &[0xff, 0xe0],
@@ -225,18 +226,18 @@ fn random_code_that_knows_where_the_stub_is_is_survived() {
                 &[0xf3, 0xa4],
                 &[0x48, 0x89, 0xcc],
             ];
-            let piece = often[random.next() as usize % often.len()];
-            let at = random.next() as usize % (code.len() - piece.len());
+            let piece = often[random.usize(..often.len())];
+            let at = random.usize(..code.len() - piece.len());
             code[at..at + piece.len()].copy_from_slice(piece);
         }
         rig.ram_write(0, &code);
         r.user = doppel_direct::UserState::new(CODE);
-        r.user.gprs = std::array::from_fn(|_| match random.next() % 5 {
-            0 => start + calls[random.next() as usize % calls.len()],
-            1 => start + random.next() % 0x11000,
-            2 => start + PAGE + 8 * (random.next() % 32),
-            3 => DATA + random.next() % PAGE,
-            _ => random.next() % 400,
+        r.user.gprs = std::array::from_fn(|_| match random.u64(..5) {
+            0 => start + calls[random.usize(..calls.len())],
+            1 => start + random.u64(..0x11000),
+            2 => start + PAGE + 8 * random.u64(..32),
+            3 => DATA + random.u64(..PAGE),
+            _ => random.u64(..400),
         });
         let stop = run_a_while(&mut r);
         keeps_its_maps(r.child.pid(), &mapped, (round, &stop));

@@ -129,18 +129,6 @@ impl Rig {
     }
 }
 
-/// Numbers without a pattern, the same in each run (xorshift64).
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-}
-
 impl Rig {
     pub fn ram_write(&self, offset: u64, bytes: &[u8]) {
         self.ram.write_all_at(bytes, offset).unwrap();

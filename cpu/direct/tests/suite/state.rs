@@ -2,9 +2,10 @@
 
 use std::os::unix::fs::FileExt;
 
-use crate::rig::{CODE, DATA, DATA_OFFSET, Random, Rig, breakpoint};
+use crate::rig::{CODE, DATA, DATA_OFFSET, Rig, breakpoint};
 use doppel_direct::{CODE_32, Entry, STACK, Stop, UserState};
 use doppel_x86::FpuArea;
+use fastrand::Rng;
 use iced_x86::code_asm::*;
 
 const FLAGS: [(u64, &str); 9] = [
@@ -35,10 +36,10 @@ fn general_registers_go_in_and_come_out() {
         }
         a.int3().unwrap();
     });
-    let mut random = Random(1);
+    let mut random = Rng::with_seed(1);
     for _ in 0..20 {
         let mut before = r.user.clone();
-        before.gprs = std::array::from_fn(|_| random.next());
+        before.gprs = std::array::from_fn(|_| random.u64(..));
         before.gprs[4] = DATA + 0x100;
         before.rip = CODE;
         r.user = before.clone();
@@ -73,11 +74,11 @@ fn flags_go_in_and_come_out() {
 }
 
 /// An XSAVE image with every component that the host has for us in use.
-fn image(random: &mut Random) -> FpuArea {
+fn image(random: &mut Rng) -> FpuArea {
     let mut fpu = FpuArea::reset();
     let mut fill = |from: usize, to: usize| {
         for byte in &mut fpu.bytes[from..to] {
-            *byte = random.next() as u8;
+            *byte = random.u8(..);
         }
     };
     (0..8).for_each(|n| fill(32 + 16 * n, 42 + 16 * n));
@@ -122,13 +123,13 @@ fn vector_and_floating_point_registers_go_in_and_come_out() {
         a.xrstor64(ptr(rsi)).unwrap();
         a.int3().unwrap();
     });
-    let mut random = Random(2);
+    let mut random = Rng::with_seed(2);
     for round in 0..8 {
         let (mut before, mut after) = (image(&mut random), image(&mut random));
         if round % 2 == 1 {
             // Some components in their initial state.
             for image in [&mut before, &mut after] {
-                let some = random.next() & 0xfe | 2;
+                let some = random.u64(..) & 0xfe | 2;
                 let in_use = u64::from_le_bytes(image.bytes[512..520].try_into().unwrap()) & some;
                 image.bytes[512..520].copy_from_slice(&in_use.to_le_bytes());
             }

@@ -1,23 +1,7 @@
-//! What tests with random code have in common: numbers, and what is compared at the end.
+//! What tests with random code have in common: what is compared at the end.
 
 use doppel_translate::Translate;
 use doppel_x86::{Engine, Exit};
-
-/// A generator of numbers.
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn bits(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16
-    }
-
-    pub fn below(&mut self, n: u64) -> u64 {
-        self.bits() % n
-    }
-}
 
 /// What is compared.
 #[derive(PartialEq)]
