@@ -154,23 +154,7 @@ fn the_process_of_a_disk_is_killed_twenty_times_and_the_guest_loses_nothing() {
 
 #[test]
 fn a_disk_in_a_process_of_its_own_survives_a_reboot() {
-    const SCRIPT: &str = "
-        set -e
-        if grep -q marked /dev/vda; then exit 0; fi
-        echo marked | dd of=/dev/vda bs=512 count=1 conv=notrunc,sync 2>/dev/null
-        sync
-        reboot -f
-    ";
-    let scratch = Scratch::new();
-    let path = scratch.path("disk");
-    File::create(&path).unwrap().set_len(1 << 20).unwrap();
-    Boot::script(CLOUD, SCRIPT)
-        .flag(&format!(
-            "--driver-domain disk --disk {},format=raw",
-            path.display()
-        ))
-        .doppel("translate", LIMIT)
-        .expect(PASSED);
+    support::reboots_with_its_disk("--driver-domain disk", LIMIT);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 
 mod support;
 
+use doppel_cli::guest::STRESS_NG;
 use std::time::Duration;
 use support::{Boot, CLOUD, PASSED};
 
@@ -10,39 +11,6 @@ const SCRIPT: &str = include_str!("scripts/stress.sh");
 /// Groups of stressors in the script.
 const GROUPS: u32 = 5;
 const BOOT: Duration = Duration::from_secs(120);
-
-/// What stress-ng is linked with.
-const PACKAGES: [&str; 29] = [
-    "stress-ng",
-    "libc6",
-    "libapparmor1",
-    "libbsd0",
-    "libcrypt1",
-    "libdrm2",
-    "libegl1",
-    "libexpat1",
-    "libffi8",
-    "libgbm1",
-    "libgcc-s1",
-    "libgles2",
-    "libglvnd0",
-    "libipsec-mb1",
-    "libjpeg62-turbo",
-    "libjudydebian1",
-    "libkmod2",
-    "liblzma5",
-    "libmd0",
-    "libsctp1",
-    "libssl3",
-    "libwayland-server0",
-    "libxau6",
-    "libxcb-randr0",
-    "libxcb1",
-    "libxdmcp6",
-    "libxxhash0",
-    "libzstd1",
-    "zlib1g",
-];
 
 fn seconds() -> u32 {
     std::env::var("DOPPEL_STRESS_SECONDS").map_or(3, |n| n.parse().unwrap())
@@ -57,7 +25,7 @@ fn stressed(flags: &str, engine: &str) {
     };
     let script = format!("seconds={}\n{SCRIPT}", seconds());
     let boot = Boot::script(CLOUD, &script)
-        .packages("stress-ng", &PACKAGES, wanted)
+        .packages("stress-ng", STRESS_NG, wanted)
         .cmdline("quiet")
         .flag(flags);
     // A stressor ends what it is at, and that may take long on a busy host.

@@ -112,20 +112,7 @@ fn the_guest_has_the_hosts_randomness() {
 
 #[test]
 fn a_reboot_finds_the_disk_as_it_was_left() {
-    const SCRIPT: &str = "
-        set -e
-        if grep -q marked /dev/vda; then exit 0; fi
-        echo marked | dd of=/dev/vda bs=512 count=1 conv=notrunc,sync 2>/dev/null
-        sync
-        reboot -f
-    ";
-    let scratch = Scratch::new();
-    let path = scratch.path("disk");
-    File::create(&path).unwrap().set_len(1 << 20).unwrap();
-    Boot::script(CLOUD, SCRIPT)
-        .flag(&format!("--disk {},format=raw", path.display()))
-        .doppel("translate", LIMIT)
-        .expect(PASSED);
+    support::reboots_with_its_disk("", LIMIT);
 }
 
 #[test]

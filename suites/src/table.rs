@@ -1,5 +1,7 @@
 //! The suites, as data: what each is made of, what is run of it, and who knows the right outcome.
 
+use doppel_cli::guest::STRESS_NG;
+
 /// A suite.
 #[derive(Debug)]
 pub struct Suite {
@@ -561,37 +563,7 @@ pub const SUITES: &[Suite] = &[
         name: "stress",
         what: What::Packages {
             set: "stress-ng",
-            names: &[
-                "stress-ng",
-                "libc6",
-                "libapparmor1",
-                "libbsd0",
-                "libcrypt1",
-                "libdrm2",
-                "libegl1",
-                "libexpat1",
-                "libffi8",
-                "libgbm1",
-                "libgcc-s1",
-                "libgles2",
-                "libglvnd0",
-                "libipsec-mb1",
-                "libjpeg62-turbo",
-                "libjudydebian1",
-                "libkmod2",
-                "liblzma5",
-                "libmd0",
-                "libsctp1",
-                "libssl3",
-                "libwayland-server0",
-                "libxau6",
-                "libxcb-randr0",
-                "libxcb1",
-                "libxdmcp6",
-                "libxxhash0",
-                "libzstd1",
-                "zlib1g",
-            ],
+            names: STRESS_NG,
         },
         reference: Reference::Host,
         tests: STRESS,

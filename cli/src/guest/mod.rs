@@ -24,6 +24,39 @@ const BUSYBOX_PACKAGE: &str = "busybox-static";
 /// What a kernel's package depends on where it has neither image nor modules itself, as from Debian 14 on.
 const KERNEL_PARTS: &[&str] = &["linux-binary-", "linux-modules-"];
 
+/// stress-ng and what it is linked with, for [`packages`].
+pub const STRESS_NG: &[&str] = &[
+    "stress-ng",
+    "libc6",
+    "libapparmor1",
+    "libbsd0",
+    "libcrypt1",
+    "libdrm2",
+    "libegl1",
+    "libexpat1",
+    "libffi8",
+    "libgbm1",
+    "libgcc-s1",
+    "libgles2",
+    "libglvnd0",
+    "libipsec-mb1",
+    "libjpeg62-turbo",
+    "libjudydebian1",
+    "libkmod2",
+    "liblzma5",
+    "libmd0",
+    "libsctp1",
+    "libssl3",
+    "libwayland-server0",
+    "libxau6",
+    "libxcb-randr0",
+    "libxcb1",
+    "libxdmcp6",
+    "libxxhash0",
+    "libzstd1",
+    "zlib1g",
+];
+
 /// Folders of the modules tree in which the wanted modules and all their needs are.
 const MODULE_FOLDERS: &[&str] = &[
     "arch/",

@@ -350,3 +350,22 @@ pub fn program(name: &str, flags: &[&str]) -> Vec<u8> {
     );
     fs::read(executable).unwrap()
 }
+
+/// A guest that marks its disk and boots again finds the mark.
+pub fn reboots_with_its_disk(flags: &str, limit: Duration) {
+    const SCRIPT: &str = "
+        set -e
+        if grep -q marked /dev/vda; then exit 0; fi
+        echo marked | dd of=/dev/vda bs=512 count=1 conv=notrunc,sync 2>/dev/null
+        sync
+        reboot -f
+    ";
+    let scratch = Scratch::new();
+    let path = scratch.path("disk");
+    fs::File::create(&path).unwrap().set_len(1 << 20).unwrap();
+    Boot::script(CLOUD, SCRIPT)
+        .flag(flags)
+        .flag(&format!("--disk {},format=raw", path.display()))
+        .doppel("translate", limit)
+        .expect(PASSED);
+}
