@@ -1,13 +1,14 @@
 //! Case after case, and what is to be told of those that fail.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::Result;
 use iced_x86::Mnemonic;
 
 use crate::coverage::Coverage;
 use crate::generate::{Shape, program};
+use crate::limits::Limits;
 use crate::minimize::minimize;
 use crate::program::{Program, decode, disassemble};
 use crate::random::Random;
@@ -20,15 +21,10 @@ pub struct Plan {
     pub seed: u64,
     /// The first case.
     pub first: u64,
-    /// Stop after so many cases.
-    pub cases: Option<u64>,
-    /// Stop after so long.
-    pub time: Option<Duration>,
+    pub limits: Limits,
     pub engines: Engines,
     /// `None`: every second case.
     pub shape: Option<Shape>,
-    /// Stop after so many different failures.
-    pub most_failures: usize,
     /// Tell each case before it runs, so that a crash can be found.
     pub announce: bool,
 }
@@ -102,10 +98,8 @@ pub fn run(rig: &mut Rig, plan: &Plan) -> Result<Summary> {
     let mut summary = Summary::default();
     let mut kinds: BTreeMap<Kind, usize> = BTreeMap::new();
     for n in plan.first.. {
-        let enough = plan.cases.is_some_and(|cases| summary.cases >= cases)
-            || plan.time.is_some_and(|time| began.elapsed() >= time)
-            || summary.failures.len() >= plan.most_failures;
-        if enough {
+        let failures = summary.failures.len();
+        if plan.limits.are_reached(began, summary.cases, failures) {
             break;
         }
         run_case(rig, plan, n, &mut summary, &mut kinds)?;

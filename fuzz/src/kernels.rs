@@ -2,12 +2,12 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Args;
 use doppel_fuzz::kernel::campaign::{self, Plan, Rig, Summary, Verdict};
 use doppel_fuzz::kernel::case::Kept;
+use doppel_fuzz::limits::Limits;
 
 /// See [`doppel_fuzz::kernel`].
 #[derive(Args)]
@@ -94,17 +94,11 @@ impl Kernels {
     }
 
     fn many(&self, rig: &mut Rig) -> Result<ExitCode> {
-        let unbounded = self.seconds.is_none() && self.cases.is_none();
         let plan = Plan {
             seed: self.seed,
             first: self.first,
-            cases: self.cases,
-            time: self
-                .seconds
-                .or(unbounded.then_some(60))
-                .map(Duration::from_secs),
+            limits: Limits::asked(self.cases, self.seconds, self.failures),
             engine: self.engine.clone(),
-            most_failures: self.failures,
             announce: self.announce,
             coverage: self.coverage.is_some(),
         };

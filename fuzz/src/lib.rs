@@ -19,6 +19,7 @@ pub mod generate;
 pub mod guest;
 pub mod kernel;
 pub mod layout;
+pub mod limits;
 pub mod minimize;
 pub mod native_unsafe;
 pub mod operands;

@@ -3,12 +3,12 @@
 mod kernels;
 
 use std::process::ExitCode;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use doppel_fuzz::campaign::{self, Engines, Plan, Summary};
 use doppel_fuzz::generate::Shape;
+use doppel_fuzz::limits::Limits;
 use doppel_fuzz::program::disassemble;
 use doppel_fuzz::rig::{EngineName, Rig, variants};
 
@@ -93,18 +93,12 @@ fn plan(cli: &Cli) -> Result<Plan> {
         (_, true) => Some(Shape::Sequence),
         _ => None,
     };
-    let unbounded = cli.seconds.is_none() && cli.cases.is_none();
     Ok(Plan {
         seed: cli.seed,
         first: cli.first,
-        cases: cli.cases,
-        time: cli
-            .seconds
-            .or(unbounded.then_some(60))
-            .map(Duration::from_secs),
+        limits: Limits::asked(cli.cases, cli.seconds, cli.failures),
         engines: engines(&cli.engine)?,
         shape,
-        most_failures: cli.failures,
         announce: cli.announce,
     })
 }

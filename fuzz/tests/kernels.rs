@@ -1,17 +1,14 @@
 //! A short campaign of generated kernels with a fixed seed; `cargo xtask fuzz kernels` runs longer ones.
 
-use std::time::Duration;
-
 use doppel_fuzz::kernel::campaign::{Plan, Rig, run};
+use doppel_fuzz::limits::Limits;
 
 fn plan() -> Plan {
     Plan {
         seed: 7,
         first: 0,
-        cases: Some(600),
-        time: Some(Duration::from_secs(8)),
+        limits: Limits::asked(Some(600), Some(8), 3),
         engine: None,
-        most_failures: 3,
         announce: false,
         coverage: false,
     }
@@ -38,7 +35,7 @@ fn generated_kernels_do_on_every_engine_what_they_do_on_the_interpreter() {
 fn a_short_campaign_reaches_what_kernels_do() {
     let mut rig = Rig::new().unwrap();
     let plan = Plan {
-        cases: Some(100),
+        limits: Limits::asked(Some(100), Some(8), 3),
         engine: Some("interpret-one-by-one".to_owned()),
         coverage: true,
         ..plan()

@@ -1,8 +1,7 @@
 //! A short campaign with a fixed seed; `cargo xtask fuzz` runs longer ones.
 
-use std::time::Duration;
-
 use doppel_fuzz::campaign::{Engines, Plan, run};
+use doppel_fuzz::limits::Limits;
 use doppel_fuzz::native_unsafe::supported;
 use doppel_fuzz::rig::Rig;
 
@@ -16,11 +15,9 @@ fn every_engine_does_what_the_processor_does() {
     let plan = Plan {
         seed: 7,
         first: 0,
-        cases: Some(30_000),
-        time: Some(Duration::from_secs(25)),
+        limits: Limits::asked(Some(30_000), Some(25), 5),
         engines: Engines::All,
         shape: None,
-        most_failures: 5,
         announce: false,
     };
     let summary = run(&mut rig, &plan).unwrap();

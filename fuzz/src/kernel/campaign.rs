@@ -16,6 +16,7 @@ use super::kvm_unsafe::KvmRunner;
 use super::layout::{CURSOR, STUBS};
 use super::machine::{Ending, Final, Kind, Runner};
 use super::trace::Tracer;
+use crate::limits::Limits;
 use crate::rig::variants;
 
 /// What to run.
@@ -24,12 +25,9 @@ pub struct Plan {
     pub seed: u64,
     /// The first case.
     pub first: u64,
-    pub cases: Option<u64>,
-    pub time: Option<Duration>,
+    pub limits: Limits,
     /// `None`: the translator with its defaults, direct execution, and one other set of options each time, in turn.
     pub engine: Option<String>,
-    /// Stop after so many different failures.
-    pub most_failures: usize,
     /// Tell each case before it runs.
     pub announce: bool,
     /// Note what each case reaches, which takes another run.
@@ -321,10 +319,8 @@ pub fn run(rig: &mut Rig, plan: &Plan) -> Result<Summary> {
     let mut summary = Summary::default();
     let mut kinds = BTreeMap::new();
     for number in plan.first.. {
-        let enough = plan.cases.is_some_and(|cases| summary.cases >= cases)
-            || plan.time.is_some_and(|time| began.elapsed() >= time)
-            || summary.failures.len() >= plan.most_failures;
-        if enough {
+        let failures = summary.failures.len();
+        if plan.limits.are_reached(began, summary.cases, failures) {
             break;
         }
         run_case(rig, plan, number, &mut summary, &mut kinds)?;
