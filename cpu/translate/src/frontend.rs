@@ -5,7 +5,8 @@
 //! relative to the page: that makes a block independent of where the guest maps it.
 
 use iced_x86::{
-    Decoder, DecoderError, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, Register,
+    CodeSize, Decoder, DecoderError, DecoderOptions, FlowControl, Instruction,
+    InstructionInfoFactory, Mnemonic, Register,
 };
 
 use doppel_memory::Privilege;
@@ -138,8 +139,8 @@ impl GuestInstruction {
     }
 
     /// Fills in what is known of what was decoded.
-    fn learn(&mut self, info: &mut InstructionInfoFactory, how: Decoding) {
-        let hidden = how.hidden.has(&self.decoded);
+    fn learn(&mut self, info: &mut InstructionInfoFactory, code: &[u8], how: Decoding) {
+        let hidden = how.hidden.has(&self.decoded) || is_makers_branch(&self.decoded, code);
         self.narrow = how.mode.is_narrow();
         let widened = self
             .narrow
@@ -312,7 +313,8 @@ impl GuestBlock {
                 self.straddler_follows = true;
                 break;
             }
-            i.learn(info, how);
+            let begin = i.decoded.ip() as usize - usize::from(start);
+            i.learn(info, &bytes[begin..], how);
             self.end = i.decoded.next_ip() as u16;
             let goes_on =
                 matches!(i.class, Class::Conditional) && how.extend && forwards(&i.decoded);
@@ -337,6 +339,24 @@ impl GuestBlock {
         }
         true
     }
+}
+
+/// A near branch of 64-bit code with an operand-size prefix: Intel's processors ignore that, AMD's cut the target to 16 bits. Which of
+/// them the guest has the interpreter knows, and the host's must not execute it in a translation.
+fn is_makers_branch(i: &Instruction, code: &[u8]) -> bool {
+    const OPERAND_SIZE: u8 = 0x66;
+    const REX_W: u8 = 0x48;
+    if i.code_size() != CodeSize::Code64 || i.flow_control() == FlowControl::Next {
+        return false;
+    }
+    let is_prefix = |b: &&u8| matches!(**b, 0x26 | 0x2e | 0x36 | 0x3e | 0x40..=0x4f | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3);
+    let prefixes = code[..i.len().min(code.len())].iter().take_while(is_prefix);
+    let (mut prefixed, mut wide) = (false, false);
+    for prefix in prefixes {
+        prefixed |= *prefix == OPERAND_SIZE;
+        wide = prefix & 0xf8 == REX_W;
+    }
+    prefixed && !wide
 }
 
 fn liveness(instructions: &mut [GuestInstruction]) {

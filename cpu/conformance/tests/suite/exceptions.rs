@@ -2,7 +2,7 @@
 
 use doppel_conformance::paging::{P, error};
 use doppel_conformance::*;
-use doppel_x86::{Cr0, Cr4, Exit, Gpr, Rflags};
+use doppel_x86::{Cr0, Cr4, Exit, Gpr, Rflags, Vendor};
 use iced_x86::code_asm::*;
 
 type Emit = fn(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>;
@@ -781,5 +781,30 @@ fn direct_branches_to_addresses_that_are_not_canonical_fault() {
                 assert_eq!((r.vector, r.rip, r.rsp), (13, branch, stack));
             }
         }
+    });
+}
+
+#[test]
+fn a_near_return_with_an_operand_size_prefix_is_the_makers() {
+    const TARGET: u64 = 0x4_f000;
+    each_engine(|m| {
+        for at in [TARGET, TARGET & 0xffff] {
+            m.place(64, at, |a: &mut CodeAssembler| {
+                a.mov(rbx, at)?;
+                a.mov(rdx, rsp)?;
+                a.int(0x81)
+            });
+        }
+        m.run_code(|a| {
+            a.push(TARGET as i32)?;
+            a.mov(r12, rsp)?;
+            a.db(&[0x66, 0xc3])
+        });
+        let popped = m.reg(Gpr::Rdx) - m.reg(Gpr::R12);
+        let expected = match m.cpu().cpuid.vendor() {
+            Vendor::Intel => (TARGET, 8),
+            Vendor::Amd => (TARGET & 0xffff, 2),
+        };
+        assert_eq!((m.reg(Gpr::Rbx), popped), expected);
     });
 }
