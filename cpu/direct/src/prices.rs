@@ -11,8 +11,7 @@
 
 use std::time::{Duration, Instant};
 
-use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
-
+use crate::pin::Pin;
 use crate::space::END_OF_USER;
 use crate::spent;
 use crate::{Change, Child, DirectError, KickFlag, Stop, UserState, Zygote};
@@ -54,13 +53,11 @@ impl Prices {
 
     /// Of this host.
     pub fn measure(zygote: &Zygote) -> Result<Self, DirectError> {
-        let before = sched_getaffinity(None).ok();
         // A child on another processor would have to be woken there, which takes longer.
-        let _ = sched_setaffinity(None, &only(sched_getcpu()));
+        let mut pin = Pin::default();
+        pin.here();
         let prices = Self::measure_here(zygote);
-        if let Some(before) = before {
-            let _ = sched_setaffinity(None, &before);
-        }
+        pin.release();
         prices
     }
 
@@ -143,16 +140,11 @@ fn least(child: &mut Child, at: u64, changes: &[Change]) -> Result<Duration, Dir
     Ok(least)
 }
 
-fn only(cpu: usize) -> CpuSet {
-    let mut set = CpuSet::new();
-    set.set(cpu);
-    set
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    use rustix::thread::sched_getaffinity;
 
     #[test]
     fn this_host_has_prices() {
