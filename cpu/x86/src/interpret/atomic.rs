@@ -3,7 +3,7 @@
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::flags::{self, ZF};
-use super::operand::{effective_address, linear, modify, modify_linear, operand_size};
+use super::operand::{linear, linear_unchecked, modify, modify_linear, operand_size};
 use super::register::{mask, read_gpr, read_register, write_gpr, write_register};
 use super::{Flow, Handler, Step};
 use crate::{Bus, Cpu, Exception, Gpr};
@@ -84,7 +84,7 @@ fn cmpxchg16b(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     let new = pair(cpu, RCX, RBX, 8);
     let at = linear(cpu, i, 16, true);
     // A misaligned address is #GP whatever else it is.
-    if at.unwrap_or(effective_address(cpu, i)) & 15 != 0 {
+    if at.unwrap_or_else(|_| linear_unchecked(cpu, i)) & 15 != 0 {
         return Err(Exception::gp(0));
     }
     let at = at?;

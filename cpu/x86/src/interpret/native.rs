@@ -17,7 +17,7 @@ use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 use super::arch_native::{Bounce, CodeBuffer, Frame};
 use super::availability::{HostFeatures, Unit};
 use super::flags;
-use super::operand::{effective_address, linear, linear_displaced};
+use super::operand::{linear, linear_displaced, linear_unchecked};
 use super::snippet::{self, Aligned, Memory, Plan, Snippet};
 use super::vector::{self, Layout};
 use super::{Flow, Step, decode, masked};
@@ -190,7 +190,8 @@ impl Host {
             linear(cpu, i, memory.size, memory.write)
         };
         // A misaligned address is #GP whatever else it is.
-        check_aligned(cpu, memory, at.unwrap_or(effective_address(cpu, i)))?;
+        let address = at.unwrap_or_else(|_| linear_unchecked(cpu, i));
+        check_aligned(cpu, memory, address)?;
         at
     }
 

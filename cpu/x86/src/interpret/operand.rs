@@ -56,6 +56,16 @@ pub(crate) fn linear(
     linear_of(cpu, i, effective_address(cpu, i), size, write)
 }
 
+/// The linear address of the memory operand, whether it may be accessed or not.
+pub(crate) fn linear_unchecked(cpu: &Cpu, i: &Instruction) -> u64 {
+    let offset = effective_address(cpu, i);
+    if cpu.mode() != CpuMode::Bits64 {
+        let base = cpu.seg[segment_of(i.memory_segment()) as usize].base;
+        return base.wrapping_add(offset) & 0xffff_ffff;
+    }
+    long_base(cpu, i).0.wrapping_add(offset)
+}
+
 /// [`linear`] for what lies `delta` bytes (modulo the address size) from the memory operand.
 pub(crate) fn linear_displaced(
     cpu: &Cpu,
@@ -79,13 +89,19 @@ fn linear_of(
     if cpu.mode() != CpuMode::Bits64 {
         return segmented(cpu, segment_of(i.memory_segment()), offset, size, write);
     }
-    let (base, stack) = match i.segment_prefix() {
+    let (base, stack) = long_base(cpu, i);
+    flat(cpu, base.wrapping_add(offset), size, stack)
+}
+
+/// In 64-bit mode: the base of the memory operand's segment, and whether that is the stack's.
+#[inline]
+fn long_base(cpu: &Cpu, i: &Instruction) -> (u64, bool) {
+    match i.segment_prefix() {
         Register::FS => (cpu.seg[Seg::Fs as usize].base, false),
         Register::GS => (cpu.seg[Seg::Gs as usize].base, false),
         // The other prefixes are ignored.
         _ => (0, uses_stack(i.memory_base())),
-    };
-    flat(cpu, base.wrapping_add(offset), size, stack)
+    }
 }
 
 fn uses_stack(base: Register) -> bool {
