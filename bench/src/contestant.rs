@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 pub const QEMU: &str = "qemu-system-x86_64";
-/// Mebibytes of memory of every guest.
-pub const MEMORY: u64 = 512;
+/// Mebibytes of memory of every guest: what `doppel run` gives one by default, and enough for Linux to use huge pages.
+pub const MEMORY: u64 = 1024;
 
 /// One column of the table.
 #[derive(Clone, Debug)]

@@ -29,8 +29,8 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Run a virtual machine in this process until it ends.
-    #[command(after_help = EXIT_STATUS)]
+    /// Run a virtual machine in this process until it ends. Of an option given twice, the last counts.
+    #[command(after_help = EXIT_STATUS, args_override_self = true)]
     Run(Run),
     /// Show guest code and its translation side by side, with reasons: the hottest blocks of a run, or any bytes.
     #[command(after_help = EXIT_STATUS)]
@@ -61,7 +61,7 @@ pub struct Run {
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: u32,
     /// Size of the guest's memory, with suffix K, M, G or T; only what the guest touches costs host memory.
-    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = size::parse)]
+    #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = size::parse)]
     pub memory: u64,
     /// What guest memory is made of on the host: anonymous, huge (pages of 2 MiB where there are any) or memfd (what direct needs);
     /// by default what serves the engine best.
@@ -333,7 +333,7 @@ mod tests {
     fn everything_has_a_default() {
         let run = run("").unwrap();
         assert_eq!(run.engine, EngineChoice::Auto);
-        assert_eq!((run.cpus, run.memory), (1, 512 << 20));
+        assert_eq!((run.cpus, run.memory), (1, 1 << 30));
         assert_eq!((run.memory_backing, run.driver_domain.len()), (None, 0));
         assert_eq!(run.serial(), Serial::Stdio);
         assert!(run.kernel.is_none() && !run.no_reboot && !run.debug_exit);
