@@ -353,6 +353,12 @@ mod tests {
     }
 
     #[test]
+    fn of_an_option_given_twice_the_last_counts_and_devices_add_up() {
+        let run = run("--memory 2G --disk A --memory 3G --disk B").unwrap();
+        assert_eq!((run.memory, run.devices.disks().count()), (3 << 30, 2));
+    }
+
+    #[test]
     fn a_bad_value_is_refused_with_what_to_write() {
         let message = run("--memory lots").unwrap_err().to_string();
         assert!(message.contains("512M"), "{message}");
