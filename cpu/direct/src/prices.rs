@@ -16,16 +16,23 @@ use crate::space::END_OF_USER;
 use crate::spent;
 use crate::{Change, Child, DirectError, KickFlag, Stop, UserState, Zygote};
 
-const ROUNDS: usize = 20;
-/// Measured again: so many means of so many stops each, of which the least counts.
-const MEANS: (u32, u32) = (4, 4);
+/// How a stop is timed: the mean of so many at a time, of which the least of so many counts.
+struct Rounds {
+    means: u32,
+    stops: u32,
+}
+
+/// By the clock, whose steps are nanoseconds.
+const AT_FIRST: Rounds = Rounds {
+    means: 20,
+    stops: 1,
+};
+/// In processor time, of which the host's kernel keeps an account at some cost.
+const AGAIN: Rounds = Rounds { means: 4, stops: 4 };
 /// After so many stops, or so long.
 const MOST_STOPS: u32 = 4096;
 const MOST_TIME: Duration = Duration::from_secs(1);
 const PAGE: u64 = 4096;
-/// Linear addresses that the stub and its like may lie at, but not both.
-const PLACES: [u64; 2] = [0x4000_0000, 0x5000_0000];
-
 /// What the policy reckons with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Prices {
@@ -62,20 +69,22 @@ impl Prices {
     }
 
     fn measure_here(zygote: &Zygote) -> Result<Self, DirectError> {
-        let reserved = zygote.reserved();
-        let free = |at: &&u64| !reserved.contains(*at);
-        let at = *PLACES.iter().find(free).unwrap_or(&PLACES[0]);
         let mut child = zygote.spawn()?;
         let map = Change::Map {
-            at: at + PAGE,
+            at: child.reserved().end,
             offset: 0,
             len: PAGE,
             write: false,
             execute: false,
             populate: false,
         };
-        let stop = least(&mut child, at, &[])?;
-        let changed = least(&mut child, at, &[map])?;
+        let (kick, start) = (KickFlag::new(), Instant::now());
+        let mut least = |changes: &[Change]| {
+            least(&mut child, changes, &kick, &AT_FIRST, |_| start.elapsed())
+                .ok_or(DirectError::Gone)
+        };
+        let stop = least(&[])?;
+        let changed = least(&[map])?;
         let change = changed.saturating_sub(stop);
         Ok(Prices {
             stop: stop.clamp(Self::LEAST.stop, Self::MOST.stop),
@@ -107,37 +116,35 @@ impl Again {
 
 /// What a stop of this child takes now, in processor time; `None` where the child is kicked meanwhile, or gone. Its registers have to be loaded anew afterwards, as for each run.
 pub fn of_stop(child: &mut Child, kick: &KickFlag) -> Option<Duration> {
-    let mut user = UserState::new(END_OF_USER);
-    let mut least = Duration::MAX;
-    for _ in 0..MEANS.0 {
-        let before = spent::together(child.pid());
-        for _ in 0..MEANS.1 {
-            user.rip = END_OF_USER;
-            match child.run(&mut user, &[], kick) {
-                Ok(Stop::Trap { .. }) => {}
-                _ => return None,
-            }
-        }
-        let spent = spent::together(child.pid()).saturating_sub(before);
-        least = least.min(spent / MEANS.1);
-    }
+    let least = least(child, &[], kick, &AGAIN, |child| {
+        spent::together(child.pid())
+    })?;
     Some(least.clamp(Prices::LEAST.stop, Prices::MOST.stop))
 }
 
-/// The shortest time from entering a child to its stop.
-fn least(child: &mut Child, at: u64, changes: &[Change]) -> Result<Duration, DirectError> {
-    let kick = KickFlag::new();
-    let mut user = UserState::new(at);
+/// The least time from entering a child to its stop, with these changes on the way; `None` where it stops for anything but the fetch from where nothing can be mapped.
+fn least(
+    child: &mut Child,
+    changes: &[Change],
+    kick: &KickFlag,
+    rounds: &Rounds,
+    now: impl Fn(&Child) -> Duration,
+) -> Option<Duration> {
+    let mut user = UserState::new(END_OF_USER);
     let mut least = Duration::MAX;
-    for _ in 0..ROUNDS {
-        user.rip = at;
-        let start = Instant::now();
-        match child.run(&mut user, changes, &kick)? {
-            Stop::Gone { .. } => return Err(DirectError::Gone),
-            _ => least = least.min(start.elapsed()),
+    for _ in 0..rounds.means {
+        let before = now(child);
+        for _ in 0..rounds.stops {
+            user.rip = END_OF_USER;
+            let stop = child.run(&mut user, changes, kick);
+            let Ok(Stop::Trap { .. }) = stop else {
+                return None;
+            };
         }
+        let spent = now(child).saturating_sub(before);
+        least = least.min(spent / rounds.stops);
     }
-    Ok(least)
+    Some(least)
 }
 
 #[cfg(test)]
