@@ -190,8 +190,11 @@ impl Lab {
         };
         command.arg(&corpus).arg(seeds.join(name));
         let dictionary = seeds.join(format!("{name}.dict"));
+        // One without words is an error to libFuzzer.
+        if fs::metadata(&dictionary).is_ok_and(|file| file.len() > 0) {
+            command.arg(format!("-dict={}", dictionary.display()));
+        }
         for (option, value) in [
-            ("dict", dictionary.display().to_string()),
             ("max_len", door.longest.clone()),
             (limit, most.to_string()),
             ("seed", args.seed.to_string()),

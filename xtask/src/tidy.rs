@@ -85,6 +85,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "io/share",
             "io/virtio",
             "machine",
+            "fuzz",
         ],
     ),
     ("bench", &["cli", "footprint"]),

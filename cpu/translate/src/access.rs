@@ -90,8 +90,7 @@ impl Translator {
     fn go_on(&mut self, linear: u64, at: Site, number: u32) -> Option<u64> {
         let (access, host, privilege) = (at.access, at.host, at.privilege);
         let site = access.site;
-        let end = linear + u64::from(site.span);
-        if at.narrow && end > 1 << 32 {
+        if at.narrow && linear + u64::from(site.span) > 1 << 32 {
             // It goes on at address 0.
             return None;
         }

@@ -12,6 +12,7 @@ mod choices;
 mod code;
 mod frames;
 mod kernel;
+mod kernels;
 mod messages;
 mod qcow2;
 mod registers;
@@ -36,7 +37,7 @@ pub struct Door {
 pub type Take = Box<dyn FnMut(&[u8])>;
 
 /// All of them.
-pub const DOORS: [Door; 10] = [
+pub const DOORS: [Door; 11] = [
     qcow2::DOOR,
     boot_disk::DOOR,
     kernel::DOOR,
@@ -47,6 +48,7 @@ pub const DOORS: [Door; 10] = [
     messages::DISK,
     messages::NETWORK,
     code::DOOR,
+    kernels::DOOR,
 ];
 
 impl Door {

@@ -141,6 +141,11 @@ impl Rig {
         Case::random(&self.supervisors, seed, number, self.physical_bits)
     }
 
+    /// The case of these words (see [`Case::of_words`]).
+    pub fn case_of_words(&self, kernel: u64, steps: &[u64]) -> Result<Case> {
+        Case::of_words(&self.supervisors, kernel, steps, self.physical_bits)
+    }
+
     /// What has run: engine, cases, instructions where they are counted, processor time.
     pub fn runners(&self) -> impl Iterator<Item = &Runner> {
         self.runners.values()
@@ -258,8 +263,11 @@ impl Rig {
         let others: Vec<_> = names
             .filter(|n| ![ORACLE, DEFAULTS, DIRECT, EXACT].contains(n))
             .collect();
-        let defaults = if case.flags { EXACT } else { DEFAULTS };
-        vec![defaults, DIRECT, others[number as usize % others.len()]]
+        vec![
+            translator_of(case),
+            DIRECT,
+            others[number as usize % others.len()],
+        ]
     }
 
     /// Why the manual does not say what comes out of a case, unless it does.
@@ -439,6 +447,11 @@ impl Failed<'_> {
     }
 }
 
+/// The set of the translator's options that keeps what the case looks at.
+pub fn translator_of(case: &Case) -> &'static str {
+    if case.flags { EXACT } else { DEFAULTS }
+}
+
 /// What is needed of a case for such a verdict.
 pub fn least(
     rig: &mut Rig,
@@ -466,6 +479,16 @@ pub fn report(
     kept: &Kept,
     engine: &str,
 ) -> Result<String> {
+    let (schedule, items) = kept.text();
+    let shown = shown(rig, case, kept, engine)?;
+    Ok(format!(
+        "case {number}, {shown}  \
+         cargo xtask fuzz kernels --seed {seed} --case {number} --engine {engine} --schedule {schedule} --items {items}\n",
+    ))
+}
+
+/// What differs, and the code of the steps.
+pub fn shown(rig: &mut Rig, case: &Case, kept: &Kept, engine: &str) -> Result<String> {
     let least = case.only(kept);
     let differences = match rig.check(&least, engine)? {
         Verdict::NotCompared => "not compared: endless, or not for this engine".to_owned(),
@@ -474,10 +497,8 @@ pub fn report(
         Verdict::Same => "no difference".to_owned(),
         Verdict::Different(found) => found.join("\n  "),
     };
-    let (schedule, items) = kept.text();
     Ok(format!(
-        "{engine}, case {number}, {:?}\n{}  {differences}\n  \
-         cargo xtask fuzz kernels --seed {seed} --case {number} --engine {engine} --schedule {schedule} --items {items}\n",
+        "{engine}, {:?}\n{}  {differences}\n",
         case.traits,
         disassemble(&least),
     ))

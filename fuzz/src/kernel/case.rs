@@ -40,7 +40,40 @@ impl Case {
         number: u64,
         physical_bits: u32,
     ) -> Result<Self> {
-        let r = &mut Random::of(seed, number, 2);
+        // Each step its own, so that what one draws does not decide the others.
+        let step = |n| Random::of(seed, number, 3 + n);
+        Self::build(
+            supervisors,
+            &mut Random::of(seed, number, 2),
+            None,
+            step,
+            physical_bits,
+        )
+    }
+
+    /// A case of parts: one word decides the kernel, each other one a step. What changes a word leaves the other parts as they are.
+    pub fn of_words(
+        supervisors: &Supervisors,
+        kernel: u64,
+        steps: &[u64],
+        physical_bits: u32,
+    ) -> Result<Self> {
+        Self::build(
+            supervisors,
+            &mut Random::of(kernel, 0, 2),
+            Some(steps.len() as u64),
+            |n| Random::of(steps[n as usize], 0, 3),
+            physical_bits,
+        )
+    }
+
+    fn build(
+        supervisors: &Supervisors,
+        r: &mut Random,
+        count: Option<u64>,
+        step: impl Fn(u64) -> Random,
+        physical_bits: u32,
+    ) -> Result<Self> {
         let paging = match r.below(10) {
             0..7 => Paging::Long,
             7 => Paging::Off,
@@ -55,12 +88,11 @@ impl Case {
             physical_bits,
         };
         let base = image::base(supervisors, r, traits);
-        let count = 2 + r.below(36);
-        let mut steps = Vec::new();
-        for n in 0..count {
-            // Each its own, so that what one draws does not decide the others.
-            steps.push(Step::random(&mut Random::of(seed, number, 3 + n), traits)?);
-        }
+        let drawn = 2 + r.below(36);
+        let count = count.unwrap_or(drawn);
+        let steps: Result<Vec<_>> = (0..count)
+            .map(|n| Step::random(&mut step(n), traits))
+            .collect();
         let runs = count + r.below(10 * count);
         let schedule = (0..runs)
             .map(|n| match n < count {
@@ -73,7 +105,7 @@ impl Case {
             traits,
             flags: r.percent(50),
             dma: (routine + 2, vec![r.bits() as u8]),
-            steps,
+            steps: steps?,
             schedule,
             base,
         })
