@@ -5,6 +5,9 @@ use doppel_memory::PAGE_SIZE;
 use crate::change::Change;
 use crate::shadow::Entry;
 
+/// Changes that a list has room for between two runs of a child. Each of a machine's children has a list, and hardly one run has more.
+const ROOM: usize = 16;
+
 /// A list of changes; one that goes on where the last one ends becomes part of it.
 #[derive(Clone, Debug, Default)]
 pub struct Changes(Vec<Change>);
@@ -15,9 +18,10 @@ impl Changes {
         &self.0
     }
 
-    /// Forgets all.
+    /// Forgets all, and gives back what many changes at once took.
     pub fn clear(&mut self) {
         self.0.clear();
+        self.0.shrink_to(ROOM);
     }
 
     /// Maps a page that lies at `offset` in the file.
@@ -88,6 +92,17 @@ impl Changes {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn many_changes_leave_nothing_behind() {
+        let mut c = Changes::default();
+        for page in 0..1000 {
+            c.unmap(page * 2 * PAGE_SIZE);
+        }
+        c.clear();
+        assert!(c.list().is_empty());
+        assert!(c.0.capacity() <= ROOM, "{}", c.0.capacity());
+    }
 
     #[test]
     fn neighbours_become_one_change() {
