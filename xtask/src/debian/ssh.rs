@@ -13,6 +13,9 @@ const INTERPRETED: u32 = 20;
 /// What systemd gives up after a while, by the clock, is not over where everything takes longer.
 const PATIENT: &str = "systemd.default_timeout_start_sec=1h systemd.default_device_timeout_sec=1h systemd.service_watchdogs=no \
      udev.event_timeout=3600";
+/// The same for sshd, which lets nobody in who takes longer than two minutes to log in.
+const PATIENT_LOGIN: &str =
+    "echo LoginGraceTime 0 > /etc/ssh/sshd_config.d/patient.conf && systemctl reload ssh";
 /// A small package without dependencies, and a test that it is there and does its work.
 const PACKAGE: &[&str] = &["bc"];
 const USE: &str = "test \"$(echo '2^200 % 1000007' | bc)\" = 446616";
@@ -95,6 +98,11 @@ pub fn engines(lab: &Lab, engines: &[String]) -> Result<()> {
         })?;
         ssh.wait(BOOT * patience).with_context(|| console.said())?;
         let reached = console.age().as_secs_f64();
+        if patience > 1 {
+            ssh.run(PATIENT_LOGIN, STEP * patience)?;
+            // It does not listen for a moment.
+            ssh.wait(BOOT * patience)?;
+        }
         for step in [
             "mount -o ro /dev/vdb /mnt".to_owned(),
             INSTALL.to_owned(),
