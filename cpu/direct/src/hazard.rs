@@ -5,7 +5,7 @@
 //!
 //! * *Telling* ones, which hardly occur by chance (CPUID, RDPID, XSAVE …): an instruction may begin at any byte, so every byte of the
 //!   page counts as the beginning of one. An XSAVE does not tell where the code sets its mask right before, to components that host and guest both
-//!   have: so the dynamic linker's lazy binding does it.
+//!   have: so the dynamic linker's lazy binding does it. An XRSTOR is as one: it would load the process's own PKRU.
 //! * *Common* ones, whose bytes are part of other instructions (`0f 00`, `0f 02`, `0f 03`: SLDT, LSL, VERW and the like, which tell of
 //!   descriptors that all 64-bit Linux systems have alike, and of the number of the processor; `0f 01 f9`: RDTSCP, which tells that too, or an AND with 15 and an ADD; XGETBV): they count where decoding
 //!   leads to them. x86 code decoded from a wrong
@@ -39,7 +39,8 @@ use crate::length::{self, Kind, LONGEST, Length};
 pub struct Hazards {
     /// CPUID does not fault.
     pub cpuid: bool,
-    /// Components of extended state in which the host's XCR0 is not what guests are offered: XGETBV shows them and XSAVE stores by them.
+    /// Components of extended state in which the host's XCR0 is not what guests are offered, or a process has not what the guest has: XGETBV shows
+    /// them, XSAVE stores and XRSTOR loads by them.
     pub components: u64,
     /// What the guest's processor does not have.
     pub hidden: HiddenInstructions,
@@ -170,8 +171,8 @@ fn found(page: &[u8], at: usize, h: Hazards) -> Found {
             let waits = [0x66, 0xf2, 0xf3];
             when(waits.iter().any(|p| may_have(page, at, *p)), Telling)
         }
-        // XSAVE, XSAVEOPT.
-        0xae => when(h.components != 0 && memory && matches!(reg, 4 | 6), Masked),
+        // XSAVE, XRSTOR, XSAVEOPT.
+        0xae => when(h.components != 0 && memory && matches!(reg, 4..=6), Masked),
         // XSAVEC; RDPID.
         0xc7 if memory => when(h.components != 0 && reg == 4, Masked),
         0xc7 => when(reg == 7 && may_have(page, at, 0xf3), Telling),
@@ -270,7 +271,7 @@ impl<'a> Walk<'a> {
         for instruction in decoder {
             end += instruction.len();
             if end > at {
-                return mask.value().filter(|_| is_save(instruction.mnemonic()));
+                return mask.value().filter(|_| has_mask(instruction.mnemonic()));
             }
             mask.follow(&instruction);
         }
@@ -329,11 +330,11 @@ impl<'a> Walk<'a> {
     }
 }
 
-fn is_save(mnemonic: Mnemonic) -> bool {
-    use Mnemonic::{Xsave, Xsave64, Xsavec, Xsavec64, Xsaveopt, Xsaveopt64};
+fn has_mask(mnemonic: Mnemonic) -> bool {
+    use Mnemonic::{Xrstor, Xrstor64, Xsave, Xsave64, Xsavec, Xsavec64, Xsaveopt, Xsaveopt64};
     matches!(
         mnemonic,
-        Xsave | Xsave64 | Xsavec | Xsavec64 | Xsaveopt | Xsaveopt64
+        Xsave | Xsave64 | Xsavec | Xsavec64 | Xsaveopt | Xsaveopt64 | Xrstor | Xrstor64
     )
 }
 
@@ -442,7 +443,9 @@ mod tests {
         &[0x0f, 0xae, 0x27],                   // xsave [rdi]
         &[0x0f, 0xae, 0x37],                   // xsaveopt [rdi]
         &[0x48, 0x0f, 0xc7, 0x64, 0x24, 0x40], // xsavec64 [rsp + 64]
+        &[0x0f, 0xae, 0x6c, 0x24, 0x40],       // xrstor [rsp + 64]
         &[0x0f, 0x01, 0xee],                   // rdpkru
+        &[0x0f, 0x01, 0xef],                   // wrpkru
         &[0x0f, 0x01, 0xc1],                   // vmcall
         &[0x0f, 0x01, 0xd9],                   // vmmcall
         &[0xf3, 0x0f, 0x01, 0xd9],             // vmgexit
@@ -612,7 +615,7 @@ mod tests {
             Movdiri, Ptwrite, Xresldtrk, Xsusldtrk, Vmgexit, Clzero, Femms, Mcommit, Monitorx,
             Mwaitx, Tpause, Umonitor, Umwait,
         ];
-        telling.contains(&mnemonic) || is_save(mnemonic) || is_common(mnemonic)
+        telling.contains(&mnemonic) || has_mask(mnemonic) || is_common(mnemonic)
     }
 
     #[test]
