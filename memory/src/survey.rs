@@ -136,6 +136,7 @@ mod tests {
             smep: false,
             smap: false,
             global_pages: false,
+            pkru: None,
             physical_bits: 46,
         }
     }

@@ -393,6 +393,7 @@ mod tests {
             rights_execute: true,
             global,
             dirty: true,
+            key: 0,
         }
     }
 

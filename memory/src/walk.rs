@@ -37,6 +37,8 @@ pub struct Paging {
     pub smap: bool,
     /// CR4.PGE.
     pub global_pages: bool,
+    /// PKRU, where CR4.PKE is set.
+    pub pkru: Option<u32>,
     /// Physical address width that CPUID announces (MAXPHYADDR).
     pub physical_bits: u32,
 }
@@ -92,22 +94,38 @@ pub struct Translation {
     pub global: bool,
     /// The leaf's dirty bit is set now.
     pub dirty: bool,
+    /// The leaf's bits 62 to 59: a protection key where CR4.PKE is set and the tables have 4 levels.
+    pub key: u8,
 }
 
 impl Translation {
+    /// What the page's protection key does not forbid: loads and stores. Keys are for data in the user's pages, whoever wants it, and forbid
+    /// a supervisor to write only where CR0.WP is set.
+    fn key_allows(&self, p: &Paging, privilege: Privilege) -> (bool, bool) {
+        let has_key = self.rights_user && p.mode == PagingMode::Level4;
+        let Some(pkru) = p.pkru.filter(|_| has_key) else {
+            return (true, true);
+        };
+        let bits = pkru >> (2 * self.key);
+        let access = bits & 1 == 0;
+        let protects = privilege == Privilege::User || p.write_protect;
+        (access, access && !(bits & 2 != 0 && protects))
+    }
+
     /// What this page may be used for with `privilege`.
     pub fn rights(&self, p: &Paging, privilege: Privilege) -> PageRights {
+        let (key_reads, key_writes) = self.key_allows(p, privilege);
         if privilege == Privilege::User {
             return PageRights {
-                read: self.rights_user,
-                write: self.rights_user && self.rights_write,
+                read: self.rights_user && key_reads,
+                write: self.rights_user && self.rights_write && key_writes,
                 execute: self.rights_user && self.rights_execute,
             };
         }
         let smap = p.smap && self.rights_user && privilege == Privilege::Supervisor;
         PageRights {
-            read: !smap,
-            write: !smap && (self.rights_write || !p.write_protect),
+            read: !smap && key_reads,
+            write: !smap && key_writes && (self.rights_write || !p.write_protect),
             execute: self.rights_execute && !(p.smep && self.rights_user),
         }
     }
@@ -116,7 +134,7 @@ impl Translation {
 /// A page fault: the error code that #PF pushes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageFault {
-    /// P, W/R, U/S, RSVD and I/D bits.
+    /// P, W/R, U/S, RSVD, I/D and PK bits.
     pub error_code: u32,
 }
 
@@ -134,6 +152,10 @@ const PF_W: u32 = 1 << 1;
 const PF_U: u32 = 1 << 2;
 const PF_RSVD: u32 = 1 << 3;
 const PF_ID: u32 = 1 << 4;
+const PF_PK: u32 = 1 << 5;
+
+/// Where the protection key stands in a leaf.
+const KEY_SHIFT: u32 = 59;
 
 pub(crate) struct Format {
     entry_size: u64,
@@ -257,6 +279,7 @@ impl Walk<'_> {
                 rights_execute: true,
                 global: false,
                 dirty: true,
+                key: 0,
             }),
             PagingMode::Bits32 { .. } => self.levels(&FORMAT_32, 2, self.p.root),
             PagingMode::Pae { pdpte } => {
@@ -322,6 +345,7 @@ impl Walk<'_> {
             rights_execute: rights & XD == 0 || !self.p.no_execute,
             global: entry & G != 0 && self.p.global_pages,
             dirty: entry & D != 0,
+            key: (entry >> KEY_SHIFT & 0xf) as u8,
         };
         let Some(kind) = self.kind else { return Ok(t) };
         let r = t.rights(self.p, self.privilege);
@@ -331,12 +355,23 @@ impl Walk<'_> {
             AccessKind::Execute => r.execute,
         };
         if !allowed {
-            return Err(self.fault(PF_P));
+            return Err(self.fault(PF_P | self.key_fault(&t, kind)));
         }
         let set = if kind == AccessKind::Write { A | D } else { A };
         self.set_bits(f, at, entry, set)?;
         t.dirty |= kind == AccessKind::Write;
         Ok(t)
+    }
+
+    /// PK, where the page's key forbids the access, whatever else does.
+    fn key_fault(&self, t: &Translation, kind: AccessKind) -> u32 {
+        let (read, write) = t.key_allows(self.p, self.privilege);
+        let forbidden = match kind {
+            AccessKind::Read => !read,
+            AccessKind::Write => !write,
+            AccessKind::Execute => false,
+        };
+        if forbidden { PF_PK } else { 0 }
     }
 
     /// The page table for an address of 4-level paging, where all levels above let user code be executed.

@@ -21,6 +21,7 @@ fn paging(mode: PagingMode) -> Paging {
         smep: false,
         smap: false,
         global_pages: true,
+        pkru: None,
         physical_bits: 40,
     }
 }
@@ -400,4 +401,65 @@ fn neighbours_are_what_user_code_may_execute_without_a_walk() {
     assert_eq!(found().len(), 2);
     let off = paging(PagingMode::Off);
     assert_eq!(code_neighbours(&ram, &off, LINEAR).count(), 0);
+}
+
+/// The error code, or 0.
+fn error(r: Result<Translation, PageFault>) -> u32 {
+    r.err().map_or(0, |f| f.error_code)
+}
+
+#[test]
+fn a_protection_key_forbids_data_of_the_users_pages_alone() {
+    use AccessKind::{Execute, Read, Write};
+    use Privilege::{Supervisor, SupervisorAc, User};
+    const KEY: u64 = 5 << 59;
+    const NO_ACCESS: u32 = 1 << 10;
+    const NO_WRITE: u32 = 2 << 10;
+    let ram = ram();
+    let keyed = |bits: u64| level4(&ram, [ALL, ALL, ALL, bits | KEY]);
+    let with = |pkru, write_protect| Paging {
+        pkru,
+        write_protect,
+        ..paging(PagingMode::Level4)
+    };
+    let try_to = |p: &Paging, kind, privilege| error(walk(&ram, p, LINEAR, kind, privilege));
+    let at = keyed(ALL);
+    let p = with(Some(NO_ACCESS), true);
+    assert_eq!(try_to(&p, Read, User), PF_P | PF_U | PF_PK);
+    assert_eq!(try_to(&p, Write, User), PF_P | PF_U | PF_W | PF_PK);
+    assert_eq!(try_to(&p, Read, Supervisor), PF_P | PF_PK);
+    assert_eq!(try_to(&p, Write, SupervisorAc), PF_P | PF_W | PF_PK);
+    assert_eq!(ram.load::<u64>(at[3]).unwrap() & (A | D), 0);
+    assert_eq!(try_to(&p, Execute, User), 0);
+
+    let p = with(Some(NO_WRITE), true);
+    assert_eq!(try_to(&p, Read, User), 0);
+    assert_eq!(try_to(&p, Write, User), PF_P | PF_U | PF_W | PF_PK);
+    assert_eq!(try_to(&p, Write, Supervisor), PF_P | PF_W | PF_PK);
+    let p = with(Some(NO_WRITE), false);
+    assert_eq!(try_to(&p, Write, Supervisor), 0);
+    assert_eq!(try_to(&p, Write, User), PF_P | PF_U | PF_W | PF_PK);
+
+    // Other keys, and no keys.
+    for pkru in [Some(!(3 << 10)), None] {
+        assert_eq!(try_to(&with(pkru, true), Write, User), 0);
+    }
+    // The bits of key 0 where there are no keys.
+    for mode in [PagingMode::Off, PagingMode::Bits32 { pse: true }] {
+        ram.store(TABLES[0], 0x87u32).unwrap();
+        let p = Paging {
+            mode,
+            root: TABLES[0],
+            ..with(Some(1), true)
+        };
+        assert_eq!(error(walk(&ram, &p, 0x5000, Read, User)), 0, "{mode:?}");
+    }
+    // A page that cannot be written anyway; a page of the supervisor's.
+    keyed(P | US);
+    let p = with(Some(NO_WRITE), true);
+    assert_eq!(try_to(&p, Write, User), PF_P | PF_U | PF_W | PF_PK);
+    keyed(P | RW);
+    let p = with(Some(NO_ACCESS), true);
+    assert_eq!(try_to(&p, Write, Supervisor), 0);
+    assert_eq!(try_to(&p, Read, User), PF_P | PF_U);
 }

@@ -27,6 +27,12 @@ const D: u64 = 1 << 6;
 const PS: u64 = 1 << 7;
 const XD: u64 = 1 << 63;
 
+/// Bits of PKRU for a key: no access, no writes.
+const AD: u32 = 1;
+const WD: u32 = 2;
+/// The bit of the error code for a key that forbids it.
+const PK: u32 = 1 << 5;
+
 fn pick<T: Copy>(random: &mut Rng, from: &[T]) -> T {
     from[random.usize(..from.len())]
 }
@@ -47,6 +53,7 @@ fn entry(random: &mut Rng) -> u64 {
         0 => entry ^ 1 << random.u64(..64),
         1 => random.u64(..),
         2 => entry | XD,
+        4..8 => entry | random.u64(..16) << 59,
         3 => entry & !P,
         _ => entry,
     }
@@ -70,6 +77,7 @@ fn paging(random: &mut Rng) -> Paging {
         smep: random.bool(),
         smap: random.bool(),
         global_pages: random.bool(),
+        pkru: random.bool().then(|| random.u32(..) & random.u32(..)),
         physical_bits: pick(random, &[32, 36, 40, 46, 52]),
     }
 }
@@ -192,7 +200,13 @@ impl Model<'_> {
             user &= entry & US != 0;
             execute &= entry & XD == 0 || !self.wide() || !self.p.no_execute;
             if leaf {
-                let rights = self.rights(user, writable, execute);
+                let mut rights = self.rights(user, writable, execute);
+                let key = self.key(user, entry);
+                if self.forbids(key) {
+                    return Err(self.fault(1 | PK));
+                }
+                rights.0 &= key & AD == 0;
+                rights.1 &= key == 0 || key == WD && self.writes_despite_wd();
                 return self.leaf((at, entry), (level, shift), rights);
             }
             self.mark(at, A);
@@ -246,6 +260,30 @@ impl Model<'_> {
             !kept_out && (writable || !self.p.write_protect),
             execute && !(self.p.smep && user),
         )
+    }
+
+    /// The two bits of PKRU for a leaf, where there are keys.
+    fn key(&self, user: bool, entry: u64) -> u32 {
+        match (self.p.pkru, self.p.mode) {
+            (Some(pkru), PagingMode::Level4) if user => {
+                let key = entry >> 59 & 0b1111;
+                pkru >> (key * 2) & (AD | WD)
+            }
+            (..) => 0,
+        }
+    }
+
+    /// A supervisor may, while CR0.WP is clear.
+    fn writes_despite_wd(&self) -> bool {
+        self.privilege != Privilege::User && !self.p.write_protect
+    }
+
+    fn forbids(&self, bits: u32) -> bool {
+        match self.kind {
+            AccessKind::Read => bits & AD != 0,
+            AccessKind::Write => bits & AD != 0 || bits & WD != 0 && !self.writes_despite_wd(),
+            AccessKind::Execute => false,
+        }
     }
 
     /// Sets bits of the lowest byte of an entry, if it is in RAM.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use doppel_memory::{Backing, GuestRam, Word};
 use doppel_translate::SharedCode;
 use doppel_x86::{
-    Activity, Cpu, CpuModel, CpuModelError, CpuidLeaf, CpuidModel, Cr0, Cr4, Dtr, Efer, Engine,
+    Activity, Cpu, CpuChoice, CpuModelError, CpuidLeaf, CpuidModel, Cr0, Cr4, Dtr, Efer, Engine,
     Exit, Gpr, Kick, Rflags, Seg, Segment, TscFrequency,
 };
 use iced_x86::IcedError;
@@ -112,8 +112,8 @@ impl Machine {
     }
 
     /// The processor of a machine with one, where the host can carry it.
-    pub fn cpu_of(model: CpuModel) -> Result<Arc<CpuidModel>, CpuModelError> {
-        CpuidModel::of(model, TscFrequency::of_host(), 1).map(Arc::new)
+    pub fn cpu_of(choice: impl Into<CpuChoice>) -> Result<Arc<CpuidModel>, CpuModelError> {
+        CpuidModel::of(choice, TscFrequency::of_host(), 1).map(Arc::new)
     }
 
     pub(crate) fn with_model(row: &Row, model: Arc<CpuidModel>) -> Self {

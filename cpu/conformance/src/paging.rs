@@ -31,6 +31,8 @@ pub mod error {
     pub const RSVD: u64 = 8;
     /// An instruction fetch.
     pub const I: u64 = 16;
+    /// The page's protection key.
+    pub const PK: u64 = 32;
 }
 
 impl Machine {

@@ -3,7 +3,7 @@
 use std::sync::OnceLock;
 
 use doppel_memory::{GuestRam, PAGE_SIZE};
-use doppel_x86::{CpuidModel, host_xcr0};
+use doppel_x86::{CpuidModel, XCR0_PKRU, host_xcr0};
 
 use crate::hazard::Hazards;
 use crate::prices::Prices;
@@ -60,7 +60,7 @@ impl DirectHost {
     pub(crate) fn hazards(&self, guest: &CpuidModel) -> Hazards {
         Hazards {
             cpuid: !self.zygote.cpuid_faults(),
-            components: host_xcr0() ^ guest.xcr0(),
+            components: (host_xcr0() ^ guest.xcr0()) | guest.xcr0() & XCR0_PKRU,
             hidden: guest.hidden(),
         }
     }

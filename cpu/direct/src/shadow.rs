@@ -288,6 +288,7 @@ mod tests {
             smep: false,
             smap: false,
             global_pages: false,
+            pkru: None,
             physical_bits: 46,
         };
         for (at, to) in [(0x1000u64, 0x2000), (0x2000, 0x3000), (0x3000, 0x4000)] {

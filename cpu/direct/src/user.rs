@@ -867,7 +867,7 @@ fn eligible(cpu: &Cpu) -> bool {
         && cpu.dr[7] & 0xff == 0
         && !cpu.cr0.intersects(Cr0::TS | Cr0::EM)
         && cpu.cr4.contains(needed)
-        && !cpu.cr4.contains(Cr4::TSD)
+        && !cpu.cr4.intersects(Cr4::TSD | Cr4::PKE)
         && cpu.xcr0 == cpu.cpuid.xcr0().max(X87)
         && cpu.tsc_offset == 0
         && !cpu.interrupt_shadow

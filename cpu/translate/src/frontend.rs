@@ -10,7 +10,7 @@ use iced_x86::{
 };
 
 use doppel_memory::Privilege;
-use doppel_x86::HiddenInstructions;
+use doppel_x86::{HiddenInstructions, XCR0_PKRU};
 
 pub(crate) use crate::classify::{Class, Element, Facts, has_memory};
 use crate::engine::TranslateOptions;
@@ -71,6 +71,15 @@ impl Decoding {
         match base {
             Base::Fixed(origin) => Decoding { origin, ..self },
             Base::Dynamic => self,
+        }
+    }
+
+    /// The same for a processor with this XCR0 at most. PKRU is not where a save by the host's processor would look for it.
+    pub fn with_components(self, xcr0: u64) -> Self {
+        let inline_xsave = self.inline_xsave && xcr0 & XCR0_PKRU == 0;
+        Decoding {
+            inline_xsave,
+            ..self
         }
     }
 

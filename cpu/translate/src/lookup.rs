@@ -312,6 +312,7 @@ impl Translator {
     fn read_block(&mut self, guest: &mut GuestBlock, key: &Key, rip: u64) -> Option<Option<u64>> {
         let how = Decoding::new(key.simd, key.mode, key.privilege, &self.options)
             .placed(key.base)
+            .with_components(self.context.cpu.cpuid.xcr0())
             .hiding(self.context.cpu.cpuid.hidden());
         let start = (key.gpa & PAGE_MASK) as u16;
         let allowed = key.mode.room(rip).min((MOST_BYTES + 15) as u64) as usize;

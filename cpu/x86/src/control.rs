@@ -169,6 +169,7 @@ fn supported_cr4() -> Cr4 {
 fn write_cr4(cpu: &mut Cpu, bus: &mut dyn Bus, v: u64) -> Result<(), Exception> {
     let mut supported = supported_cr4();
     supported.set(Cr4::OSXSAVE, cpu.cpuid.has_xsave());
+    supported.set(Cr4::PKE, cpu.cpuid.has_protection_keys());
     let new = Cr4::from_bits_retain(v);
     let changed = cpu.cr4 ^ new;
     let long = cpu.long_mode();
@@ -186,6 +187,8 @@ fn write_cr4(cpu: &mut Cpu, bus: &mut dyn Bus, v: u64) -> Result<(), Exception> 
     cpu.cr4 = new;
     if changed.intersects(paging | Cr4::SMAP | Cr4::PCIDE) {
         cpu.flush_tlb(true);
+    } else if changed.contains(Cr4::PKE) {
+        cpu.empty_tlbs();
     }
     Ok(())
 }

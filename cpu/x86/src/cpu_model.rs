@@ -10,6 +10,9 @@
 use std::fmt;
 use std::str::FromStr;
 
+use bitflags::bitflags;
+
+use crate::arch_host;
 use crate::instruction_set::{Place, Reg, at};
 use crate::tsc::TscFrequency;
 use crate::{CpuidLeaf, CpuidModel, HiddenInstructions};
@@ -34,7 +37,7 @@ pub enum CpuModel {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("this host's processor cannot be {model}, for it has no {}; take --cpu {instead}", .missing.join(", "))]
 pub struct CpuModelError {
-    model: CpuModel,
+    model: CpuChoice,
     missing: Vec<&'static str>,
     instead: CpuModel,
 }
@@ -78,6 +81,84 @@ impl FromStr for CpuModel {
                 .to_owned()
         })
     }
+}
+
+bitflags! {
+    /// Features that a guest has on request alone.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub struct CpuFeatures: u8 {
+        /// Protection keys for user pages.
+        const PKU = 1;
+    }
+}
+
+/// They by name, and what a host without says that it lacks.
+const ON_REQUEST: &[(&str, CpuFeatures, &str)] =
+    &[("pku", CpuFeatures::PKU, "PKU (protection keys)")];
+
+/// What is asked for: a model, and features beside what it has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CpuChoice {
+    /// The model.
+    pub model: CpuModel,
+    /// Only [`CpuModel::Host`] takes any: the levels are the same everywhere.
+    pub features: CpuFeatures,
+}
+
+impl CpuChoice {
+    /// What such a processor does not execute as the host's may, on whatever host.
+    pub fn hidden(self) -> HiddenInstructions {
+        self.model.hidden()
+    }
+}
+
+impl From<CpuModel> for CpuChoice {
+    fn from(model: CpuModel) -> Self {
+        let features = CpuFeatures::empty();
+        CpuChoice { model, features }
+    }
+}
+
+impl fmt::Display for CpuChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.model)?;
+        let asked = |row: &&(&str, CpuFeatures, &str)| self.features.contains(row.1);
+        let mut names = ON_REQUEST.iter().filter(asked);
+        names.try_for_each(|(name, ..)| write!(f, ",+{name}"))
+    }
+}
+
+impl FromStr for CpuChoice {
+    type Err = String;
+
+    /// `MODEL[,+FEATURE]...`
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut parts = text.split(',');
+        let model: CpuModel = parts.next().unwrap_or_default().parse()?;
+        let mut features = CpuFeatures::empty();
+        for part in parts {
+            let name = part.strip_prefix('+');
+            let row = ON_REQUEST.iter().find(|row| Some(row.0) == name);
+            features |= row.ok_or_else(|| unknown_feature(part))?.1;
+        }
+        if model != CpuModel::Host && !features.is_empty() {
+            return Err(format!(
+                "{model} is the same on every host and takes no features; host does"
+            ));
+        }
+        Ok(CpuChoice { model, features })
+    }
+}
+
+fn unknown_feature(part: &str) -> String {
+    let names: Vec<_> = ON_REQUEST
+        .iter()
+        .map(|(name, ..)| format!("+{name}"))
+        .collect();
+    format!(
+        "there is no feature \"{part}\" that could be asked for; after host, and a comma, write {}",
+        names.join(" or ")
+    )
 }
 
 /// A feature that a level has beyond the one below it.
@@ -274,10 +355,33 @@ fn cache((level, kind, ways, sets): &(u32, u32, u32, u32)) -> CpuidLeaf {
 }
 
 impl CpuidModel {
-    /// What `model` shows in a machine of `cpus` CPUs on this host.
-    pub fn of(model: CpuModel, tsc: TscFrequency, cpus: u32) -> Result<Self, CpuModelError> {
-        let host = Self::host_at(tsc, cpus);
-        Self::on(host, model)
+    /// What is asked for shows in a machine of `cpus` CPUs on this host.
+    pub fn of(
+        choice: impl Into<CpuChoice>,
+        tsc: TscFrequency,
+        cpus: u32,
+    ) -> Result<Self, CpuModelError> {
+        let choice = choice.into();
+        let model = Self::on(Self::host_at(tsc, cpus), choice.model)?;
+        model.with(choice, &arch_host::cpuid)
+    }
+
+    /// The same with the features that are asked for beside, on a host that `read` tells of.
+    fn with(
+        self,
+        choice: CpuChoice,
+        read: &dyn Fn(u32, u32) -> CpuidLeaf,
+    ) -> Result<Self, CpuModelError> {
+        if !choice.features.contains(CpuFeatures::PKU) {
+            return Ok(self);
+        }
+        let row = ON_REQUEST.iter().find(|row| row.1 == CpuFeatures::PKU);
+        self.with_protection_keys(read)
+            .ok_or_else(|| CpuModelError {
+                model: choice,
+                missing: row.map(|row| row.2).into_iter().collect(),
+                instead: choice.model,
+            })
     }
 
     /// The same on a host that offers `host` to guests.
@@ -289,7 +393,7 @@ impl CpuidModel {
         if !missing.is_empty() {
             let instead = CpuModel::highest(&host);
             return Err(CpuModelError {
-                model,
+                model: model.into(),
                 missing,
                 instead,
             });

@@ -170,3 +170,59 @@ fn extended_state_is_as_long_as_the_level_has_it() {
         assert_eq!(m.get(0xd, 0).ecx, size, "{model}");
     }
 }
+
+fn with_keys(vendor: &'static [u8; 12]) -> CpuidModel {
+    let choice: CpuChoice = "host,+pku".parse().unwrap();
+    let read = |leaf, subleaf| host_leaf(vendor, leaf, subleaf);
+    model(vendor, 1).with(choice, &read).unwrap()
+}
+
+#[test]
+fn protection_keys_are_had_by_request() {
+    for vendor in [INTEL, AMD] {
+        let (without, m) = (model(vendor, 1), with_keys(vendor));
+        assert!(!without.has_protection_keys() && m.has_protection_keys());
+        assert_eq!(m.get(7, 0).ecx, without.get(7, 0).ecx | 1 << 3);
+        assert_eq!((without.xcr0(), m.xcr0()), (0xe7, 0x2e7));
+        let sizes = m.get(0xd, 0);
+        assert_eq!((sizes.eax, sizes.ecx), (0x2e7, 0xa88));
+        let place = m.get(0xd, 9);
+        assert_eq!((place.eax, place.ebx, place.ecx), (8, 0xa80, 0));
+        assert_eq!(
+            without.with(CpuModel::Host.into(), &|_, _| unreachable!()),
+            Ok(model(vendor, 1))
+        );
+    }
+}
+
+#[test]
+fn a_host_without_protection_keys_says_so() {
+    let choice: CpuChoice = "host,+pku".parse().unwrap();
+    let old = |leaf, subleaf| match (leaf, subleaf) {
+        (7, 0) => CpuModel::V3.leaf(7, 0),
+        _ => host_leaf(INTEL, leaf, subleaf),
+    };
+    let error = model(INTEL, 1).with(choice, &old).unwrap_err().to_string();
+    assert!(
+        error.contains("cannot be host,+pku, for it has no PKU") && error.ends_with("--cpu host"),
+        "{error}"
+    );
+}
+
+#[test]
+fn features_are_asked_for_by_name_and_with_the_hosts_processor_alone() {
+    for text in ["host", "host,+pku", "x86-64-v3"] {
+        let choice: CpuChoice = text.parse().unwrap();
+        assert_eq!(choice.to_string(), text);
+    }
+    for (text, part) in [
+        ("host,+smap", "write +pku"),
+        ("host,pku", "write +pku"),
+        ("host,", "write +pku"),
+        ("x86-64-v3,+pku", "takes no features"),
+        (",+pku", "x86-64-v4"),
+    ] {
+        let error = text.parse::<CpuChoice>().unwrap_err();
+        assert!(error.contains(part), "{text}: {error}");
+    }
+}

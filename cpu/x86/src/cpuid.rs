@@ -36,8 +36,11 @@ pub enum Vendor {
 /// Frequency of the local APIC timer before its divider, in Hz; it is announced to the guest.
 pub const APIC_BUS_HZ: u64 = 1_000_000_000;
 
-/// XCR0 components that guests may have: x87, SSE, AVX, AVX-512 (no MPX, PKRU, AMX).
+/// XCR0 components that guests have as the host has them: x87, SSE, AVX, AVX-512 (no MPX, PKRU, AMX).
 pub const XCR0_MASK: u64 = 0xe7;
+/// The state component of protection keys, which the monitor emulates: PKRU.
+pub const XCR0_PKRU: u64 = 1 << PKRU;
+const PKRU: u32 = 9;
 const XCR0_AVX: u64 = 0b110;
 const XCR0_AVX512: u64 = 0xe6;
 
@@ -145,6 +148,36 @@ impl CpuidModel {
     /// True where XSAVE is offered, and with it CR4.OSXSAVE.
     pub fn has_xsave(&self) -> bool {
         self.get(1, 0).ecx & feature::LEAF1_ECX_XSAVE != 0
+    }
+
+    /// True where protection keys are offered, and with them CR4.PKE.
+    pub fn has_protection_keys(&self) -> bool {
+        self.get(7, 0).ecx & feature::LEAF7_ECX_PKU != 0
+    }
+
+    /// The same with protection keys, where the host that `read` tells of has them: PKRU takes its place in an XSAVE area.
+    pub(crate) fn with_protection_keys(mut self, read: Host<'_>) -> Option<Self> {
+        let place = read(0xd, PKRU);
+        let has = read(7, 0).ecx & feature::LEAF7_ECX_PKU != 0 && read(0xd, 0).eax >> PKRU & 1 != 0;
+        if self.xcr0 == 0 || !has || place.eax != 8 {
+            return None;
+        }
+        self.xcr0 |= XCR0_PKRU;
+        self.leaf_mut(7, 0)?.ecx |= feature::LEAF7_ECX_PKU;
+        let area = self.leaf_mut(0xd, 0)?;
+        area.eax |= XCR0_PKRU as u32;
+        area.ecx = area.ecx.max(place.eax + place.ebx);
+        self.add(0xd, PKRU, CpuidLeaf { edx: 0, ..place });
+        self.leaves.sort_by_key(|l| (l.0, l.1));
+        Some(self)
+    }
+
+    fn leaf_mut(&mut self, leaf: u32, subleaf: u32) -> Option<&mut CpuidLeaf> {
+        let found = self
+            .leaves
+            .iter_mut()
+            .find(|l| (l.0, l.1) == (leaf, subleaf));
+        found.map(|l| &mut l.2)
     }
 
     fn add(&mut self, leaf: u32, subleaf: u32, value: CpuidLeaf) {
@@ -491,6 +524,7 @@ impl Cpu {
             1 => self.cpuid_features(),
             4 | 7 | 0xd | 0x8000_001d => match (leaf, subleaf) {
                 (0xd, 0 | 1) => self.cpuid_xsave(subleaf),
+                (7, 0) => self.cpuid_more_features(),
                 _ => model.get(leaf, subleaf),
             },
             0xb | 0x1f => model.topology(subleaf, self.id),
@@ -527,6 +561,14 @@ impl Cpu {
         leaf
     }
 
+    fn cpuid_more_features(&self) -> CpuidLeaf {
+        let mut leaf = self.cpuid.get(7, 0);
+        if self.cr4.contains(Cr4::PKE) {
+            leaf.ecx |= feature::LEAF7_ECX_OSPKE;
+        }
+        leaf
+    }
+
     /// EBX is the size of the area for what is enabled now.
     fn cpuid_xsave(&self, subleaf: u32) -> CpuidLeaf {
         const LEGACY_AND_HEADER: u32 = 0x240;
@@ -535,7 +577,7 @@ impl Cpu {
             return leaf;
         }
         leaf.ebx = LEGACY_AND_HEADER;
-        for component in (2..=7).filter(|n| self.xcr0 >> n & 1 != 0) {
+        for component in (2..=PKRU).filter(|n| self.xcr0 >> n & 1 != 0) {
             let c = self.cpuid.get(0xd, component);
             leaf.ebx = if subleaf == 0 {
                 leaf.ebx.max(c.eax + c.ebx)

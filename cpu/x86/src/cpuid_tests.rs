@@ -240,3 +240,22 @@ fn the_real_host_gives_a_model_that_is_consistent() {
     assert_eq!(l7 & !arch_host::cpuid(7, 0).ebx, 0);
     assert!(cpu.tsc_now() < 60 * cpu.tsc_hz);
 }
+
+#[test]
+fn ospke_and_the_area_follow_protection_keys() {
+    let read = |leaf, subleaf| host_leaf(INTEL, leaf, subleaf);
+    let mut cpu = cpu_of(INTEL, 1, 0);
+    cpu.cpuid = Arc::new(model(INTEL, 1).with_protection_keys(&read).unwrap());
+    assert!(bit(cpu.cpuid(7, 0).ecx, 3) && !bit(cpu.cpuid(7, 0).ecx, 4));
+    cpu.cr4 |= Cr4::PKE;
+    assert!(bit(cpu.cpuid(7, 0).ecx, 4));
+    cpu.xcr0 = 0x207;
+    // In the compacted format it follows AVX's.
+    assert_eq!(
+        (cpu.cpuid(0xd, 0).ebx, cpu.cpuid(0xd, 1).ebx),
+        (0xa88, 0x348)
+    );
+    // Without XSAVE there is no place for it.
+    let bare = CpuidModel::from_host(&read, 0, TSC_HZ, 1);
+    assert_eq!(bare.with_protection_keys(&read), None);
+}

@@ -368,6 +368,8 @@ pub struct Cpu {
     pub cr4: Cr4,
     pub efer: Efer,
     pub xcr0: u64,
+    /// The rights of protection keys, state component 9, which is kept here and not in `fpu`: engines execute nothing that reads it there.
+    pub pkru: u32,
     /// DR0 to DR3, unused, unused, DR6, DR7.
     pub dr: [u64; 8],
     /// Data and port breakpoints that the present instruction hit: bits for DR6.
@@ -464,6 +466,7 @@ impl Cpu {
             cr4: Cr4::empty(),
             efer: Efer::empty(),
             xcr0: 1,
+            pkru: 0,
             dr: [0, 0, 0, 0, 0, 0, 0xffff_0ff0, 0x400],
             breakpoint_hits: 0,
             cpl: 0,
@@ -562,7 +565,17 @@ impl Cpu {
             smep: self.cr4.contains(Cr4::SMEP),
             smap: self.cr4.contains(Cr4::SMAP),
             global_pages: self.cr4.contains(Cr4::PGE),
+            pkru: self.cr4.contains(Cr4::PKE).then_some(self.pkru),
             physical_bits: self.physical_bits,
+        }
+    }
+
+    /// Sets PKRU. What the TLBs hold was found with the rights of before.
+    pub(crate) fn set_pkru(&mut self, v: u32) {
+        let changes = self.pkru != v;
+        self.pkru = v;
+        if changes && self.cr4.contains(Cr4::PKE) {
+            self.empty_tlbs();
         }
     }
 

@@ -86,6 +86,8 @@ pub(crate) fn execute(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Opti
         M::Rdpmc => Err(GP0),
         M::Xgetbv => next(xgetbv(cpu)),
         M::Xsetbv => next(xsetbv(cpu)),
+        M::Rdpkru => next(read_pkru(cpu)),
+        M::Wrpkru => next(write_pkru(cpu)),
         M::Swapgs => next(swapgs(cpu)),
         M::Rdfsbase | M::Rdgsbase => next(read_base(cpu, bus, i)),
         M::Wrfsbase | M::Wrgsbase => next(write_base(cpu, bus, i)),
@@ -477,6 +479,25 @@ fn xsetbv(cpu: &mut Cpu) -> Result<(), Exception> {
     check_xsave(cpu)?;
     privileged(cpu)?;
     msr::write_xcr(cpu, ecx(cpu).into(), edx_eax(cpu))
+}
+
+fn check_protection_keys(cpu: &Cpu, zero: u64) -> Result<(), Exception> {
+    if !cpu.cr4.contains(Cr4::PKE) {
+        return Err(Exception::UD);
+    }
+    if zero as u32 == 0 { Ok(()) } else { Err(GP0) }
+}
+
+fn read_pkru(cpu: &mut Cpu) -> Result<(), Exception> {
+    check_protection_keys(cpu, cpu.reg(Gpr::Rcx))?;
+    set_edx_eax(cpu, cpu.pkru.into());
+    Ok(())
+}
+
+fn write_pkru(cpu: &mut Cpu) -> Result<(), Exception> {
+    check_protection_keys(cpu, cpu.reg(Gpr::Rcx) | cpu.reg(Gpr::Rdx))?;
+    cpu.set_pkru(cpu.reg(Gpr::Rax) as u32);
+    Ok(())
 }
 
 fn swapgs(cpu: &mut Cpu) -> Result<(), Exception> {

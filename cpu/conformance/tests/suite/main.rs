@@ -11,6 +11,7 @@ mod interrupts;
 mod legacy_modes;
 mod paging;
 mod privilege;
+mod protection_keys;
 mod segments;
 mod self_modifying;
 mod several_cpus;

@@ -105,6 +105,9 @@ pub const NEEDS_AVX_EXTENDED_ECX: u32 = bits(&[11, 16]);
 
 pub const LEAF1_ECX_XSAVE: u32 = bits(&[26]);
 pub const LEAF1_ECX_OSXSAVE: u32 = bits(&[27]);
+/// PKU, on request alone; OSPKE, which follows CR4.PKE.
+pub const LEAF7_ECX_PKU: u32 = bits(&[3]);
+pub const LEAF7_ECX_OSPKE: u32 = bits(&[4]);
 pub const LEAF1_EDX_HTT: u32 = bits(&[28]);
 /// ARAT.
 pub const LEAF6_EAX: u32 = bits(&[2]);

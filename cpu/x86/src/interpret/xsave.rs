@@ -2,7 +2,8 @@
 //!
 //! The CPU's state already lies in memory in the standard format, so these are copies between it and guest memory,
 //! a component at a time; only the compacted format places the components elsewhere. XSAVES and XRSTORS know no supervisor
-//! components: IA32_XSS is zero.
+//! components: IA32_XSS is zero. PKRU is a register of the CPU's own, which is in its initial state where it is 0: its place in the state
+//! is filled in before a save and read after a restore, and XSTATE_BV of the state never has its bit.
 
 use iced_x86::{Instruction, Mnemonic};
 
@@ -187,6 +188,18 @@ fn load_legacy(fpu: &mut FpuArea, i: &Instruction, image: &[u8], part: std::ops:
     }
 }
 
+/// Where PKRU lies in an area that has it.
+fn pkru_of<'a>(fpu: &'a mut FpuArea, layout: &Layout) -> &'a mut [u8] {
+    let at = layout.place(component::PKRU.trailing_zeros() as usize).0;
+    &mut fpu.bytes[at..at + 4]
+}
+
+/// The components that are not in their initial state.
+fn in_use(cpu: &Cpu) -> u64 {
+    let pkru = if cpu.pkru == 0 { 0 } else { component::PKRU };
+    vector::in_use(&cpu.fpu) | pkru
+}
+
 /// What every instruction of the XSAVE family begins with: its area, and the components that it is asked for.
 struct Request {
     at: u64,
@@ -212,6 +225,10 @@ impl Request {
         }
         let (layout, mxcsr_mask) = host_layout(cpu)?;
         vector::settle(&mut cpu.fpu, &layout);
+        if cpu.xcr0 & layout.supported & component::PKRU != 0 {
+            let pkru = cpu.pkru;
+            pkru_of(&mut cpu.fpu, &layout).copy_from_slice(&pkru.to_le_bytes());
+        }
         let mask = cpu.reg(Gpr::Rdx) << 32 | cpu.reg(Gpr::Rax) & 0xffff_ffff;
         Ok(Request {
             at,
@@ -288,7 +305,7 @@ fn store(cpu: &mut Cpu, bus: &mut dyn Bus, pieces: &Pieces) -> Step {
 
 fn xsave(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     let r = Request::of(cpu, i, true)?;
-    let in_use = vector::in_use(&cpu.fpu);
+    let in_use = in_use(cpu);
     let optimized = matches!(i.mnemonic(), Mnemonic::Xsaveopt | Mnemonic::Xsaveopt64);
     let stored = if optimized {
         r.components & in_use
@@ -308,7 +325,7 @@ fn xsave(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
 
 fn xsave_compacted(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     let r = Request::of(cpu, i, true)?;
-    let mut in_use = vector::in_use(&cpu.fpu);
+    let mut in_use = in_use(cpu);
     if cpu.fpu.mxcsr() != MXCSR_INITIAL {
         in_use |= component::SSE;
     }
@@ -382,7 +399,12 @@ fn xrstor(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
         vector::set_mxcsr(&mut fpu, v);
     }
     let in_use = vector::in_use(&fpu) & !r.components | loaded;
-    vector::set_in_use(&mut fpu, in_use);
+    vector::set_in_use(&mut fpu, in_use & !component::PKRU);
+    if r.asks(component::PKRU) {
+        let mut pkru = [0; 4];
+        pkru.copy_from_slice(pkru_of(&mut fpu, &r.layout));
+        cpu.set_pkru(u32::from_le_bytes(pkru));
+    }
     cpu.fpu = fpu;
     Ok(Flow::Next)
 }
