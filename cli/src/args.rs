@@ -6,7 +6,7 @@ use crate::image::args::Image;
 use crate::size;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use doppel_machine::{
-    Backing, CpuModel, DirectOptions, EngineChoice, Switch, TranslateOptions, VirtioTransport,
+    Backing, CpuChoice, DirectOptions, EngineChoice, Switch, TranslateOptions, VirtioTransport,
 };
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -54,9 +54,10 @@ pub struct Run {
     #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = str::parse::<EngineChoice>)]
     pub engine: EngineChoice,
     /// The processor that the guest sees: host (the host's, without what does not work here), or x86-64-v1 to x86-64-v4, the levels of the psABI,
-    /// which are the same on every host that can carry them.
-    #[arg(long, value_name = "MODEL", default_value = "host", value_parser = str::parse::<CpuModel>)]
-    pub cpu: CpuModel,
+    /// which are the same on every host that can carry them. host,+pku has protection keys for user pages as well, which keep user code that may
+    /// use them from the processor.
+    #[arg(long, value_name = "MODEL[,+FEATURE]", default_value = "host", value_parser = str::parse::<CpuChoice>)]
+    pub cpu: CpuChoice,
     /// Number of processors.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: u32,

@@ -4,7 +4,7 @@ mod support;
 
 use std::process::Command;
 use std::time::Duration;
-use support::{Boot, CLOUD, DOPPEL, Finished, PASSED, run};
+use support::{Boot, CLOUD, DOPPEL, Finished, PASSED, program, run};
 
 const SECONDS: Duration = Duration::from_secs(60);
 const LEVELS: [&str; 4] = ["x86-64-v1", "x86-64-v2", "x86-64-v3", "x86-64-v4"];
@@ -127,5 +127,47 @@ fn a_model_that_is_none_is_told_which_there_are() {
     let mut finished = finished.expect(1);
     for name in ["host", "x86-64-v1", "x86-64-v2", "x86-64-v3", "x86-64-v4"] {
         finished = finished.says(name);
+    }
+}
+
+#[test]
+fn a_feature_that_is_none_is_told_which_there_are() {
+    for (model, says) in [
+        ("host,+smap", "+pku"),
+        ("x86-64-v3,+pku", "takes no features"),
+    ] {
+        let mut command = Command::new(DOPPEL);
+        let finished = run(command.args(["run", "--cpu", model]), SECONDS);
+        finished.expect(1).says(says);
+    }
+}
+
+/// With keys; `None`, said aloud, where the host has none.
+fn boot_with_keys(engine: &str, cpus: u32) -> Option<Finished> {
+    const SCRIPT: &str = "grep -qw pku /proc/cpuinfo && grep -qw ospke /proc/cpuinfo || exit 1
+dmesg | grep -E 'BUG:|WARNING:|Call Trace' && exit 1
+/doppel/keys";
+    let boot = Boot::script(CLOUD, SCRIPT)
+        .file("doppel/keys", 0o755, &program("keys_unsafe", &[]))
+        .flag(&format!("--cpu host,+pku --cpus {cpus}"));
+    let finished = boot.doppel(engine, SECONDS);
+    if finished.stderr.contains("cannot be host,+pku") {
+        eprintln!("SKIPPED: {}", finished.stderr);
+        return None;
+    }
+    Some(finished)
+}
+
+#[test]
+fn programs_use_the_protection_keys_that_were_asked_for() {
+    if let Some(finished) = boot_with_keys("auto", 2) {
+        finished.expect(PASSED).says("keys: passed");
+    }
+}
+
+#[test]
+fn programs_use_them_in_translation_alone_too() {
+    if let Some(finished) = boot_with_keys("translate", 1) {
+        finished.expect(PASSED).says("keys: passed");
     }
 }

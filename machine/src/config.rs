@@ -6,7 +6,7 @@ use doppel_direct::DirectOptions;
 use doppel_memory::Backing;
 use doppel_translate::TranslateOptions;
 use doppel_translate::explain::Observers;
-use doppel_x86::CpuModel;
+use doppel_x86::CpuChoice;
 
 use crate::boot::KernelSource;
 use crate::engine::EngineChoice;
@@ -21,7 +21,7 @@ pub struct MachineConfig {
     /// vCPUs.
     pub cpus: u32,
     /// Which processor the guest sees.
-    pub cpu: CpuModel,
+    pub cpu: CpuChoice,
     /// Bytes of guest RAM, whole pages.
     pub memory: u64,
     /// What it is made of on the host; by default what serves the engine best.
@@ -66,7 +66,7 @@ impl MachineConfig {
         MachineConfig {
             engine: EngineChoice::Auto,
             cpus: 1,
-            cpu: CpuModel::default(),
+            cpu: CpuChoice::default(),
             memory: 512 << 20,
             memory_backing: None,
             memory_ahead: true,

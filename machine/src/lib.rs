@@ -61,7 +61,7 @@ pub use doppel_translate::{Switch, TranslateOptions, explain};
 pub use doppel_virtio::{
     BalloonControl, ConsoleBackend, GuestMemoryStats, VSOCK_CID, VsockSocket, WindowSize,
 };
-pub use doppel_x86::CpuModel;
+pub use doppel_x86::{CpuChoice, CpuFeatures, CpuModel};
 pub use engine::{EngineChoice, EngineError, EngineKind, Selection};
 pub use machine::{Ending, Machine, MachineError};
 pub use serial::{CharLink, SerialBackend};
