@@ -4,7 +4,7 @@
 //! processor could hold in its TLB already, since all their accessed bits are set, and writable ones where the dirty bit is.
 
 use crate::walk::{A, D, FORMAT_64, P, PS, RW, US, Walk, XD};
-use crate::{GuestRam, PAGE_SIZE, Paging, PagingMode, Privilege};
+use crate::{GuestRam, PAGE_SIZE, Paging, Privilege};
 
 /// Pages in one survey.
 pub const REGION_PAGES: usize = 512;
@@ -24,7 +24,7 @@ pub struct Leaf {
     pub execute: bool,
 }
 
-/// The upper levels of the tables for one region, in 4-level paging.
+/// The upper levels of the tables for one region, in long mode.
 #[derive(Clone, Copy, Debug)]
 pub struct Survey<'a> {
     ram: &'a GuestRam,
@@ -52,8 +52,8 @@ impl<'a> Survey<'a> {
             linear,
             lowest: Lowest::Nothing,
         };
-        if paging.mode == PagingMode::Level4 {
-            survey.lowest = survey.descend();
+        if let Some(levels) = paging.mode.long_levels() {
+            survey.lowest = survey.descend(levels);
         }
         survey
     }
@@ -68,10 +68,10 @@ impl<'a> Survey<'a> {
         }
     }
 
-    fn descend(&self) -> Lowest {
+    fn descend(&self, levels: u32) -> Lowest {
         let walk = self.walk();
         let (mut table, mut rights) = (self.paging.root, RW | US);
-        for level in [4, 3, 2] {
+        for level in (2..=levels).rev() {
             let shift = 12 + 9 * (level - 1);
             let entry = walk.load(&FORMAT_64, table + (self.linear >> shift & 511) * 8);
             let leaf = level < 4 && entry & PS != 0;
@@ -122,7 +122,7 @@ fn combine(rights: u64, entry: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{AccessKind, probe, walk};
+    use crate::{AccessKind, PagingMode, probe, walk};
 
     const ROOT: u64 = 0x1000;
     const ALL: u64 = P | RW | US | A;

@@ -18,6 +18,19 @@ pub enum PagingMode {
     Pae { pdpte: [u64; 4] },
     /// 4-level paging (long mode).
     Level4,
+    /// 5-level paging (long mode with CR4.LA57).
+    Level5,
+}
+
+impl PagingMode {
+    /// Levels of the tables of long mode, where these are in use.
+    pub fn long_levels(&self) -> Option<u32> {
+        match self {
+            PagingMode::Level4 => Some(4),
+            PagingMode::Level5 => Some(5),
+            _ => None,
+        }
+    }
 }
 
 /// Everything about the CPU's state that the page walk depends on.
@@ -94,7 +107,7 @@ pub struct Translation {
     pub global: bool,
     /// The leaf's dirty bit is set now.
     pub dirty: bool,
-    /// The leaf's bits 62 to 59: a protection key where CR4.PKE is set and the tables have 4 levels.
+    /// The leaf's bits 62 to 59: a protection key where CR4.PKE is set and the tables are those of long mode.
     pub key: u8,
 }
 
@@ -102,7 +115,7 @@ impl Translation {
     /// What the page's protection key does not forbid: loads and stores. Keys are for data in the user's pages, whoever wants it, and forbid
     /// a supervisor to write only where CR0.WP is set.
     fn key_allows(&self, p: &Paging, privilege: Privilege) -> (bool, bool) {
-        let has_key = self.rights_user && p.mode == PagingMode::Level4;
+        let has_key = self.rights_user && p.mode.long_levels().is_some();
         let Some(pkru) = p.pkru.filter(|_| has_key) else {
             return (true, true);
         };
@@ -216,7 +229,7 @@ pub fn probe(ram: &GuestRam, p: &Paging, linear: u64) -> Option<Translation> {
 const NEIGHBOURS_BITS: u32 = 4;
 
 /// Other pages of user code that a processor may well have in its TLB when it has the 4 KiB page at `linear`, with where they lie: those of
-/// the same aligned 64 KiB, in 4-level tables, that may be executed and were accessed before, so that no bit has to be set.
+/// the same aligned 64 KiB, in tables of long mode, that may be executed and were accessed before, so that no bit has to be set.
 pub fn code_neighbours<'a>(
     ram: &'a GuestRam,
     p: &'a Paging,
@@ -290,6 +303,7 @@ impl Walk<'_> {
                 self.levels(&FORMAT_PAE, 2, e & self.address_mask())
             }
             PagingMode::Level4 => self.levels(&FORMAT_64, 4, self.p.root),
+            PagingMode::Level5 => self.levels(&FORMAT_64, 5, self.p.root),
         }
     }
 
@@ -374,11 +388,11 @@ impl Walk<'_> {
         if forbidden { PF_PK } else { 0 }
     }
 
-    /// The page table for an address of 4-level paging, where all levels above let user code be executed.
+    /// The page table for an address in long mode, where all levels above let user code be executed.
     fn table_of_user_code(&self) -> Option<u64> {
-        (self.p.mode == PagingMode::Level4).then_some(())?;
+        let top = self.p.mode.long_levels()?;
         let (mut table, f) = (self.p.root, &FORMAT_64);
-        for level in [4, 3, 2] {
+        for level in (2..=top).rev() {
             let index = self.linear >> (12 + f.index_bits * (level - 1)) & 0x1ff;
             let entry = self.load(f, table + index * f.entry_size);
             let wrong = entry & (self.reserved(f, level, false) | PS | XD);
@@ -449,7 +463,7 @@ impl Walk<'_> {
         if !self.p.no_execute {
             bits |= XD;
         }
-        if self.p.mode != PagingMode::Level4 {
+        if self.p.mode.long_levels().is_none() {
             bits |= 0x7ff0_0000_0000_0000;
         }
         if leaf && level > 1 {

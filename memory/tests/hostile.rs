@@ -61,9 +61,10 @@ fn entry(random: &mut Rng) -> u64 {
 
 fn paging(random: &mut Rng) -> Paging {
     let pdpte = [0; 4].map(|_: u64| pick(random, &TABLES) | u64::from(random.u64(..8) > 0));
-    let mode = match random.u64(..4) {
+    let mode = match random.u64(..5) {
         0 => PagingMode::Bits32 { pse: random.bool() },
         1 => PagingMode::Pae { pdpte },
+        2 => PagingMode::Level5,
         _ => PagingMode::Level4,
     };
     Paging {
@@ -86,8 +87,8 @@ fn paging(random: &mut Rng) -> Paging {
 fn linear(random: &mut Rng, mode: &PagingMode) -> u64 {
     let wide = random.u64(..);
     match mode {
-        PagingMode::Level4 => {
-            let index = [39, 30, 21, 12].map(|shift| (wide >> shift & 7) << shift);
+        PagingMode::Level4 | PagingMode::Level5 => {
+            let index = [48, 39, 30, 21, 12].map(|shift| (wide >> shift & 7) << shift);
             index.iter().sum::<u64>() | wide & 0xfff
         }
         _ => wide & 0xc0e0_7fff,
@@ -150,7 +151,7 @@ impl Model<'_> {
             let high = (13 + reached..21).fold(1 << 21, |bits, n| bits | 1u64 << n);
             return if leaf && level == 2 { high } else { 0 };
         }
-        let long = self.p.mode == PagingMode::Level4;
+        let long = matches!(self.p.mode, PagingMode::Level4 | PagingMode::Level5);
         let mut bits = (width..52).fold(0, |bits, n| bits | 1u64 << n);
         bits |= if self.p.no_execute { 0 } else { XD };
         bits |= if long { 0 } else { 0x7ff0_0000_0000_0000 };
@@ -159,7 +160,7 @@ impl Model<'_> {
             let frame = 12 + 9 * (level - 1);
             bits |= (13..frame).fold(0, |bits, n| bits | 1u64 << n);
         }
-        if level == 4 {
+        if level >= 4 {
             bits |= PS;
         }
         bits
@@ -169,6 +170,7 @@ impl Model<'_> {
     fn top(&self) -> Option<(u32, u64)> {
         match self.p.mode {
             PagingMode::Level4 => Some((4, self.p.root)),
+            PagingMode::Level5 => Some((5, self.p.root)),
             PagingMode::Bits32 { .. } => Some((2, self.p.root)),
             PagingMode::Pae { pdpte } => {
                 let entry = pdpte[(self.linear >> 30 & 3) as usize];
@@ -265,7 +267,7 @@ impl Model<'_> {
     /// The two bits of PKRU for a leaf, where there are keys.
     fn key(&self, user: bool, entry: u64) -> u32 {
         match (self.p.pkru, self.p.mode) {
-            (Some(pkru), PagingMode::Level4) if user => {
+            (Some(pkru), PagingMode::Level4 | PagingMode::Level5) if user => {
                 let key = entry >> 59 & 0b1111;
                 pkru >> (key * 2) & (AD | WD)
             }

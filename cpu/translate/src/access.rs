@@ -195,7 +195,7 @@ impl Translator {
         write: bool,
         privilege: Privilege,
     ) -> Result<HostPtr, Option<Translation>> {
-        if !Cpu::canonical(linear) {
+        if !self.context.cpu.canonical(linear) {
             return Err(None);
         }
         let cpu = &mut self.context.cpu;

@@ -39,6 +39,8 @@ pub(crate) struct Decoding {
     pub user: bool,
     pub flag_liveness: bool,
     pub inline_system: bool,
+    /// LSTAR may hold an address that is not canonical now, at which SYSCALL ends: the processor has LA57.
+    pub wide_lstar: bool,
     pub inline_strings: bool,
     pub inline_xsave: bool,
     pub yield_spins: bool,
@@ -58,6 +60,7 @@ impl Decoding {
             user: privilege == Privilege::User as u8 || mode.middle,
             flag_liveness: options.flag_liveness,
             inline_system: options.inline_system,
+            wide_lstar: false,
             inline_strings: options.inline_strings,
             inline_xsave: options.inline_xsave,
             yield_spins: options.yield_spins,

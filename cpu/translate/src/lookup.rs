@@ -136,7 +136,7 @@ impl Translator {
             self.note_page(user, page, gpa);
             return Some(gpa);
         }
-        if !Cpu::canonical(linear) {
+        if !cpu.canonical(linear) {
             return None;
         }
         let privilege = if user {
@@ -310,10 +310,12 @@ impl Translator {
 
     /// Decodes the block at `rip`, from its page alone or one instruction from two pages; tells the second page.
     fn read_block(&mut self, guest: &mut GuestBlock, key: &Key, rip: u64) -> Option<Option<u64>> {
+        let wide_lstar = self.context.cpu.cpuid.has_la57();
         let how = Decoding::new(key.simd, key.mode, key.privilege, &self.options)
             .placed(key.base)
             .with_components(self.context.cpu.cpuid.xcr0())
             .hiding(self.context.cpu.cpuid.hidden());
+        let how = Decoding { wide_lstar, ..how };
         let start = (key.gpa & PAGE_MASK) as u16;
         let allowed = key.mode.room(rip).min((MOST_BYTES + 15) as u64) as usize;
         let len = ((PAGE_SIZE - u64::from(start)) as usize).min(MOST_BYTES);

@@ -5,7 +5,7 @@
 //! the interpreter raises what the branch raises. (What a CALL pushed stays in memory, below RSP.)
 
 use doppel_memory::PAGE_MASK;
-use doppel_x86::{Cpu, Gpr};
+use doppel_x86::Gpr;
 use iced_x86::{Decoder, DecoderOptions};
 
 use crate::frontend::MOST_BYTES;
@@ -22,7 +22,7 @@ impl Translator {
     /// Takes back the branch by which user or kernel code has just come to where it cannot be.
     pub fn take_back_branch(&mut self) {
         let there = self.context.cpu.rip;
-        if Cpu::canonical(there) || self.mode != Mode::LONG {
+        if self.context.cpu.canonical(there) || self.mode != Mode::LONG {
             return;
         }
         let Some(exit) = self.link_from else {

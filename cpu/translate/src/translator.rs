@@ -368,7 +368,7 @@ impl Translator {
 
     /// An indirect branch left for a target without a translation, or one that is not canonical: then it faults.
     fn branched(&mut self, target: u64, bus: &mut dyn Bus) {
-        if Cpu::canonical(target) {
+        if self.context.cpu.canonical(target) {
             self.context.cpu.rip = target;
             return;
         }

@@ -170,12 +170,13 @@ fn write_cr4(cpu: &mut Cpu, bus: &mut dyn Bus, v: u64) -> Result<(), Exception> 
     let mut supported = supported_cr4();
     supported.set(Cr4::OSXSAVE, cpu.cpuid.has_xsave());
     supported.set(Cr4::PKE, cpu.cpuid.has_protection_keys());
+    supported.set(Cr4::LA57, cpu.cpuid.has_la57());
     let new = Cr4::from_bits_retain(v);
     let changed = cpu.cr4 ^ new;
     let long = cpu.long_mode();
     let enables_pcid = changed.contains(Cr4::PCIDE) && new.contains(Cr4::PCIDE);
     let invalid = !supported.contains(new)
-        || (long && !new.contains(Cr4::PAE))
+        || (long && (!new.contains(Cr4::PAE) || changed.contains(Cr4::LA57)))
         || (enables_pcid && (!long || cpu.cr3 & CR3_PCID != 0));
     if invalid {
         return Err(GP0);
@@ -253,7 +254,9 @@ pub(crate) fn invalidate_pcid(
     }
     let current = if pcide { cpu.cr3 & CR3_PCID } else { 0 };
     match kind {
-        0 if cpu.mode() == CpuMode::Bits64 && !Cpu::canonical(linear) => return Err(GP0),
+        0 if cpu.mode() == CpuMode::Bits64 && !cpu.canonical_in_register(linear) => {
+            return Err(GP0);
+        }
         0 | 1 if pcid != current => cpu.flush_kept(pcid),
         0 => cpu.flush_tlb_page(linear & !PAGE_MASK),
         1 => cpu.flush_tlb(false),

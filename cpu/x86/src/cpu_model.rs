@@ -89,12 +89,16 @@ bitflags! {
     pub struct CpuFeatures: u8 {
         /// Protection keys for user pages.
         const PKU = 1;
+        /// 5-level paging.
+        const LA57 = 1 << 1;
     }
 }
 
 /// They by name, and what a host without says that it lacks.
-const ON_REQUEST: &[(&str, CpuFeatures, &str)] =
-    &[("pku", CpuFeatures::PKU, "PKU (protection keys)")];
+const ON_REQUEST: &[(&str, CpuFeatures, &str)] = &[
+    ("pku", CpuFeatures::PKU, "PKU (protection keys)"),
+    ("la57", CpuFeatures::LA57, "leaf 7 of CPUID"),
+];
 
 /// What is asked for: a model, and features beside what it has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -372,16 +376,20 @@ impl CpuidModel {
         choice: CpuChoice,
         read: &dyn Fn(u32, u32) -> CpuidLeaf,
     ) -> Result<Self, CpuModelError> {
-        if !choice.features.contains(CpuFeatures::PKU) {
-            return Ok(self);
-        }
-        let row = ON_REQUEST.iter().find(|row| row.1 == CpuFeatures::PKU);
-        self.with_protection_keys(read)
-            .ok_or_else(|| CpuModelError {
+        let mut asked = ON_REQUEST
+            .iter()
+            .filter(|row| choice.features.contains(row.1));
+        asked.try_fold(self, |model, row| {
+            let with = match row.1 {
+                CpuFeatures::LA57 => model.with_la57(),
+                _ => model.with_protection_keys(read),
+            };
+            with.ok_or_else(|| CpuModelError {
                 model: choice,
-                missing: row.map(|row| row.2).into_iter().collect(),
+                missing: vec![row.2],
                 instead: choice.model,
             })
+        })
     }
 
     /// The same on a host that offers `host` to guests.

@@ -65,6 +65,7 @@ pub struct CpuidModel {
     cpus: u32,
     tsc_hz: u64,
     xcr0: u64,
+    la57: bool,
     hidden: HiddenInstructions,
     /// Sorted by (leaf, subleaf); leaves that depend on the CPU's state or number are completed by [`Cpu::cpuid`].
     leaves: Vec<(u32, u32, CpuidLeaf)>,
@@ -92,6 +93,7 @@ impl CpuidModel {
             cpus: cpus.clamp(1, 255),
             tsc_hz,
             xcr0: guest_xcr0(read, host_xcr0),
+            la57: false,
             hidden: HiddenInstructions::default(),
             leaves: Vec::new(),
         };
@@ -169,6 +171,21 @@ impl CpuidModel {
         area.ecx = area.ecx.max(place.eax + place.ebx);
         self.add(0xd, PKRU, CpuidLeaf { edx: 0, ..place });
         self.leaves.sort_by_key(|l| (l.0, l.1));
+        Some(self)
+    }
+
+    /// True where 5-level paging is offered, and with it CR4.LA57.
+    pub fn has_la57(&self) -> bool {
+        self.la57
+    }
+
+    /// The same with 5-level paging.
+    pub(crate) fn with_la57(mut self) -> Option<Self> {
+        const LINEAR_BITS: u32 = 57;
+        self.la57 = true;
+        self.leaf_mut(7, 0)?.ecx |= feature::LEAF7_ECX_LA57;
+        let sizes = self.leaf_mut(EXTENDED_BASE + 8, 0)?;
+        sizes.eax = sizes.eax & 0xff | LINEAR_BITS << 8;
         Some(self)
     }
 

@@ -297,7 +297,7 @@ fn deliver_long(cpu: &mut Cpu, bus: &mut dyn Bus, event: &Event) -> Result<(), E
     if attributes & (Segment::L | Segment::DB) != Segment::L {
         return Err(Exception::gp(code(selector) | ext));
     }
-    if !Cpu::canonical(gate.gate_offset()) {
+    if !cpu.canonical(gate.gate_offset()) {
         return Err(Exception::gp(ext));
     }
     let cpl = handler_cpl(cpu, found.descriptor);

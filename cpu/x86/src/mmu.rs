@@ -8,13 +8,22 @@ use doppel_memory::{
     AccessKind, HostPtr, PAGE_MASK, PAGE_SIZE, Privilege, Translation, Word, walk,
 };
 
-use crate::{Bus, Cpu, CpuMode, Exception};
+use crate::{Bus, Cpu, CpuMode, Cr4, Exception};
 
 impl Cpu {
-    /// True where bits 63:47 are equal (48-bit linear addresses).
+    /// True where bits 63:47 are equal, or with CR4.LA57 bits 63:56: for addresses that are used.
     #[inline]
-    pub fn canonical(linear: u64) -> bool {
-        ((linear as i64) << 16 >> 16) as u64 == linear
+    pub fn canonical(&self, linear: u64) -> bool {
+        /// What 57 bits are more than 48.
+        const MORE: u64 = 9;
+        let la57 = self.cr4.bits() >> Cr4::LA57.bits().trailing_zeros() & 1;
+        is_canonical(linear, 16 - MORE * la57)
+    }
+
+    /// The same for addresses that registers are loaded with to be used later (bases, MSRs, what INVPCID names): 57 bits wide wherever the processor has
+    /// LA57, switched on or not (Intel SDM vol. 1, 3.3.7.1).
+    pub(crate) fn canonical_in_register(&self, linear: u64) -> bool {
+        is_canonical(linear, if self.cpuid.has_la57() { 7 } else { 16 })
     }
 
     /// Walks the page tables for one byte and enters the outcome into the TLB. Canonicality was checked before.
@@ -105,7 +114,7 @@ impl Cpu {
     /// #GP(0) unless every byte is canonical. (A stack access raises #SS(0) instead: the caller maps it.)
     pub fn check_canonical(&self, linear: u64, size: u64) -> Result<(), Exception> {
         let last = linear.wrapping_add(size - 1);
-        if self.mode() == CpuMode::Bits64 && !(Self::canonical(linear) && Self::canonical(last)) {
+        if self.mode() == CpuMode::Bits64 && !(self.canonical(linear) && self.canonical(last)) {
             return Err(Exception::gp(0));
         }
         Ok(())
@@ -367,6 +376,12 @@ impl Cpu {
             self.outside(|| bus.mmio_write(gpa + at as u64, size as u8, v));
         }
     }
+}
+
+/// True where so many bits at the top, and one more, are equal.
+#[inline]
+fn is_canonical(linear: u64, unused: u64) -> bool {
+    ((linear as i64) << unused >> unused) as u64 == linear
 }
 
 fn room(linear: u64) -> usize {

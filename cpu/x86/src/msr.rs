@@ -230,7 +230,7 @@ fn write_option(cpu: &mut Cpu, bus: &mut dyn Bus, msr: u32, v: u64) -> Option<()
         return mtrr::write(cpu, msr, v);
     }
     if let Some(s) = find_stored(cpu, msr) {
-        let v = accepted(s.accepts, v)?;
+        let v = accepted(cpu, s.accepts, v)?;
         *(s.field)(&mut cpu.msr) = v;
         return Some(());
     }
@@ -241,10 +241,10 @@ fn write_option(cpu: &mut Cpu, bus: &mut dyn Bus, msr: u32, v: u64) -> Option<()
     }
 }
 
-fn accepted(accepts: Accepts, v: u64) -> Option<u64> {
+fn accepted(cpu: &Cpu, accepts: Accepts, v: u64) -> Option<u64> {
     match accepts {
         Any => Some(v),
-        Canonical => Cpu::canonical(v).then_some(v),
+        Canonical => cpu.canonical_in_register(v).then_some(v),
         Bits(allowed) => (v & !allowed == 0).then_some(v),
         Low32 => Some(v & 0xffff_ffff),
     }
@@ -262,8 +262,8 @@ fn write_special(cpu: &mut Cpu, bus: &mut dyn Bus, msr: u32, v: u64) -> Option<(
         }
         PAT if mtrr::valid_pat(v) => cpu.msr.pat = v,
         EFER => return write_efer(cpu, v),
-        FS_BASE if Cpu::canonical(v) => cpu.seg[Seg::Fs as usize].base = v,
-        GS_BASE if Cpu::canonical(v) => cpu.seg[Seg::Gs as usize].base = v,
+        FS_BASE if cpu.canonical_in_register(v) => cpu.seg[Seg::Fs as usize].base = v,
+        GS_BASE if cpu.canonical_in_register(v) => cpu.seg[Seg::Gs as usize].base = v,
         KVM_SYSTEM_TIME | KVM_SYSTEM_TIME_OLD => cpu.write_kvm_system_time(bus, v),
         KVM_WALL_CLOCK | KVM_WALL_CLOCK_OLD => cpu.write_kvm_wall_clock(bus, v),
         KVM_STEAL_TIME => return cpu.write_steal_time_msr(v),

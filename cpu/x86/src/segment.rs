@@ -158,6 +158,14 @@ impl Cpu {
         }
     }
 
+    /// A base may be an address that can be used with CR4.LA57 alone.
+    fn check_table(&self, at: u64) -> Result<(), Exception> {
+        match self.long_mode() && !self.canonical(at) {
+            true => Err(Exception::gp(0)),
+            false => Ok(()),
+        }
+    }
+
     /// Reads a table (GDT, LDT, IDT, TSS) with implicit supervisor privilege.
     pub(crate) fn load_table<T: doppel_memory::Word>(
         &mut self,
@@ -165,6 +173,7 @@ impl Cpu {
         linear: u64,
     ) -> Result<T, Exception> {
         let at = self.table_linear(linear);
+        self.check_table(at)?;
         self.load(bus, at, Privilege::Supervisor)
     }
 
@@ -176,6 +185,7 @@ impl Cpu {
         v: T,
     ) -> Result<(), Exception> {
         let at = self.table_linear(linear);
+        self.check_table(at)?;
         self.store(bus, at, Privilege::Supervisor, v)
     }
 }

@@ -56,12 +56,12 @@ impl Stack {
         }
     }
 
-    fn linear(&self, sp: u64, size: u64) -> Result<u64, Exception> {
+    fn linear(&self, cpu: &Cpu, sp: u64, size: u64) -> Result<u64, Exception> {
         let fault = Exception::ss(self.fault_code);
         let offset = sp & self.mask();
         if self.long {
             let last = offset.wrapping_add(size - 1);
-            return if Cpu::canonical(offset) && Cpu::canonical(last) {
+            return if cpu.canonical(offset) && cpu.canonical(last) {
                 Ok(offset)
             } else {
                 Err(fault)
@@ -92,7 +92,7 @@ impl Stack {
         v: u64,
     ) -> Result<(), Exception> {
         let sp = self.sp.wrapping_sub(size) & self.mask();
-        let at = self.linear(sp, size)?;
+        let at = self.linear(cpu, sp, size)?;
         match size {
             2 => cpu.store(bus, at, self.privilege, v as u16)?,
             4 => cpu.store(bus, at, self.privilege, v as u32)?,
@@ -104,7 +104,7 @@ impl Stack {
 
     /// Pops `size` bytes.
     pub fn pop(&mut self, cpu: &mut Cpu, bus: &mut dyn Bus, size: u64) -> Result<u64, Exception> {
-        let at = self.linear(self.sp, size)?;
+        let at = self.linear(cpu, self.sp, size)?;
         let v = match size {
             2 => cpu.load::<u16>(bus, at, self.privilege)?.into(),
             4 => cpu.load::<u32>(bus, at, self.privilege)?.into(),

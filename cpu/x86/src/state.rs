@@ -544,7 +544,10 @@ impl Cpu {
         let mode = if !self.cr0.contains(Cr0::PG) {
             PagingMode::Off
         } else if self.efer.contains(Efer::LMA) {
-            PagingMode::Level4
+            match self.cr4.contains(Cr4::LA57) {
+                true => PagingMode::Level5,
+                false => PagingMode::Level4,
+            }
         } else if self.cr4.contains(Cr4::PAE) {
             PagingMode::Pae { pdpte: self.pdpte }
         } else {
@@ -552,7 +555,7 @@ impl Cpu {
                 pse: self.cr4.contains(Cr4::PSE),
             }
         };
-        let root_mask = if mode == PagingMode::Level4 {
+        let root_mask = if mode.long_levels().is_some() {
             0x000f_ffff_ffff_f000
         } else {
             0xffff_f000

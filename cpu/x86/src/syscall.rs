@@ -69,7 +69,7 @@ pub(crate) fn sysret(cpu: &mut Cpu, wide: bool) -> Result<(), Exception> {
         return Err(Exception::UD);
     }
     let rcx = cpu.reg(Gpr::Rcx);
-    if cpu.cpl != 0 || (wide && intel && !Cpu::canonical(rcx)) {
+    if cpu.cpl != 0 || (wide && intel && !cpu.canonical(rcx)) {
         return Err(GP0);
     }
     cpu.rflags = if cpu.long_mode() {
@@ -115,7 +115,7 @@ pub(crate) fn sysexit(cpu: &mut Cpu, wide: bool) -> Result<(), Exception> {
     }
     check_sysenter(cpu)?;
     let (rsp, rip) = (cpu.reg(Gpr::Rcx), cpu.reg(Gpr::Rdx));
-    let invalid = wide && !(Cpu::canonical(rsp) && Cpu::canonical(rip));
+    let invalid = wide && !(cpu.canonical(rsp) && cpu.canonical(rip));
     if cpu.cpl != 0 || invalid {
         return Err(GP0);
     }

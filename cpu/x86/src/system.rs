@@ -528,7 +528,7 @@ fn read_base(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Result<(), Ex
 fn write_base(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Result<(), Exception> {
     let seg = base_register(cpu, i)?;
     let base = operand::read_operand(cpu, bus, i, 0)?;
-    if !Cpu::canonical(base) {
+    if !cpu.canonical_in_register(base) {
         return Err(GP0);
     }
     cpu.seg[seg as usize].base = base;

@@ -57,7 +57,7 @@ pub(crate) fn load_dtr(
     if matches!(i.code(), Code::Lgdt_m1632_16 | Code::Lidt_m1632_16) {
         base &= 0xff_ffff;
     }
-    if long && !Cpu::canonical(base) {
+    if long && !cpu.canonical_in_register(base) {
         return Err(GP0);
     }
     Ok(Dtr { base, limit })
@@ -112,7 +112,7 @@ fn system_descriptor(
         return Err(Exception::np(code(selector)));
     }
     let found = segment::find_high(cpu, bus, selector, found)?.ok_or(refused)?;
-    if cpu.long_mode() && !Cpu::canonical(found.descriptor.base()) {
+    if cpu.long_mode() && !cpu.canonical_in_register(found.descriptor.base()) {
         return Err(refused);
     }
     Ok(found)

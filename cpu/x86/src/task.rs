@@ -23,7 +23,7 @@ pub(crate) fn long_stack_pointer(
         return Err(Exception::ts(code(cpu.tr.selector) | ext));
     }
     let rsp = cpu.load_table(bus, cpu.tr.base.wrapping_add(offset.into()))?;
-    if Cpu::canonical(rsp) {
+    if cpu.canonical(rsp) {
         Ok(rsp)
     } else {
         Err(Exception::ss(ext))

@@ -37,7 +37,7 @@ impl Target {
             return Err(Exception::np(code(selector)));
         }
         let reachable = if long {
-            Cpu::canonical(rip)
+            cpu.canonical(rip)
         } else {
             rip <= d.limit().into()
         };

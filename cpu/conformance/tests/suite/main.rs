@@ -8,6 +8,7 @@ mod extended_state;
 mod hostile;
 mod interrupt_returns;
 mod interrupts;
+mod la57;
 mod legacy_modes;
 mod paging;
 mod privilege;

@@ -108,6 +108,8 @@ pub const LEAF1_ECX_OSXSAVE: u32 = bits(&[27]);
 /// PKU, on request alone; OSPKE, which follows CR4.PKE.
 pub const LEAF7_ECX_PKU: u32 = bits(&[3]);
 pub const LEAF7_ECX_OSPKE: u32 = bits(&[4]);
+/// LA57, on request alone.
+pub const LEAF7_ECX_LA57: u32 = bits(&[16]);
 pub const LEAF1_EDX_HTT: u32 = bits(&[28]);
 /// ARAT.
 pub const LEAF6_EAX: u32 = bits(&[2]);

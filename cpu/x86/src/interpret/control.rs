@@ -39,7 +39,7 @@ pub(crate) fn jump(cpu: &mut Cpu, target: u64) -> Step {
 
 fn check_target(cpu: &Cpu, target: u64) -> Result<(), Exception> {
     let good = if cpu.mode() == CpuMode::Bits64 {
-        Cpu::canonical(target)
+        cpu.canonical(target)
     } else {
         target <= cpu.seg[Seg::Cs as usize].limit.into()
     };

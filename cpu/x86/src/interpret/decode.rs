@@ -236,7 +236,7 @@ pub(super) fn next(cpu: &mut Cpu, out: &mut Decoded) -> Result<(), Exception> {
 fn code_linear(cpu: &Cpu, mode: CpuMode) -> Result<u64, Exception> {
     let cs = &cpu.seg[Seg::Cs as usize];
     if mode == CpuMode::Bits64 {
-        return if Cpu::canonical(cpu.rip) {
+        return if cpu.canonical(cpu.rip) {
             Ok(cpu.rip)
         } else {
             Err(Exception::gp(0))
@@ -375,7 +375,7 @@ fn decode_bytes(cpu: &mut Cpu, mode: CpuMode, bytes: &[u8]) -> (Instruction, Dec
 /// The bytes at RIP in 64-bit mode, where they still are the instruction that was found there.
 pub(super) fn bytes_of(cpu: &mut Cpu, i: &Instruction) -> Option<[u8; 16]> {
     let mode = cpu.mode();
-    if mode != CpuMode::Bits64 || !Cpu::canonical(cpu.rip) {
+    if mode != CpuMode::Bits64 || !cpu.canonical(cpu.rip) {
         return None;
     }
     let mut bytes = [0; 16];

@@ -132,8 +132,8 @@ pub(crate) fn linear_in(
 #[inline]
 fn flat(cpu: &Cpu, linear: u64, size: usize, stack: bool) -> Result<u64, Exception> {
     let last = linear.wrapping_add(size as u64).wrapping_sub(1);
-    if Cpu::canonical(linear) {
-        let whole = Cpu::canonical(last);
+    if cpu.canonical(linear) {
+        let whole = cpu.canonical(last);
         // AMD's processors look at all addresses before they look at the alignment.
         if whole || cpu.cpuid.vendor() == Vendor::Intel {
             check_alignment(cpu, linear, size)?;

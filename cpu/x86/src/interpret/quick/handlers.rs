@@ -380,7 +380,7 @@ pub(super) fn leave(cpu: &mut Cpu, _: &Op, c: &Context) -> Go {
 
 #[inline(always)]
 fn jump(cpu: &mut Cpu, to: u64) -> Go {
-    if !Cpu::canonical(to) {
+    if !cpu.canonical(to) {
         return Go::Bail;
     }
     cpu.rip = to;
@@ -408,7 +408,7 @@ pub(super) fn jmp_m(cpu: &mut Cpu, op: &Op, c: &Context) -> Go {
 #[inline(always)]
 fn call_to(cpu: &mut Cpu, op: &Op, c: &Context, to: u64) -> Go {
     let back = cpu.rip.wrapping_add(op.end.into());
-    if !Cpu::canonical(to) || push(cpu, c, back) == Go::Bail {
+    if !cpu.canonical(to) || push(cpu, c, back) == Go::Bail {
         return Go::Bail;
     }
     jump(cpu, to)

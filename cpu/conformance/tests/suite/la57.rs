@@ -1,0 +1,175 @@
+//! 5-level paging: what CR4.LA57 makes canonical, and what the processor takes for later use without it.
+
+use doppel_conformance::machine::stop;
+use doppel_conformance::*;
+use doppel_x86::{CpuChoice, Cr4, Gpr};
+use iced_x86::code_asm::*;
+
+/// Its first and second entries, and the last, lead to the tables of 4-level paging.
+const PML5: u64 = 0x20_0000;
+/// What the second entry of the root stands for, and the first address beyond the lower half.
+const ALIAS: u64 = 1 << 48;
+const END: u64 = 1 << 56;
+/// Data that user code may have.
+const AT: u64 = USER_DATA;
+const FS_BASE: u32 = 0xc000_0100;
+const LSTAR: u32 = 0xc000_0082;
+
+fn each_engine_with_la57(test: impl Fn(&mut Machine)) {
+    let choice: CpuChoice = "host,+la57".parse().unwrap();
+    let model = Machine::cpu_of(choice).unwrap();
+    each_engine_with(&model, |m| {
+        for entry in [0, 1, 511] {
+            m.put(PML5 + 8 * entry, PML4 | 7);
+        }
+        test(m);
+    });
+}
+
+fn switch(m: &mut Machine, on: bool) {
+    let cpu = m.cpu_mut();
+    cpu.cr4.set(Cr4::LA57, on);
+    cpu.cr3 = if on { PML5 } else { PML4 };
+    cpu.flush_tlb(true);
+}
+
+#[test]
+fn five_levels_reach_where_four_do_not() {
+    each_engine_with_la57(|m| {
+        for user in [false, true] {
+            for on in [true, false, true] {
+                println!("user {user}, LA57 {on}");
+                for (at, wide, vector) in [
+                    (AT + ALIAS, true, 13),
+                    (AT.wrapping_sub(ALIAS), true, 13),
+                    (AT, false, 0),
+                    (END, false, 13),
+                    (END - 4, false, 13),
+                ] {
+                    m.forget();
+                    m.to_kernel();
+                    if user {
+                        m.to_user();
+                    }
+                    switch(m, on);
+                    m.put(AT, 0x1234_5678u64);
+                    let base = m.fault_at();
+                    let recover = base + 0x400;
+                    let end = m.place(64, base, |a: &mut CodeAssembler| {
+                        a.mov(r15, recover)?;
+                        a.mov(rbx, at)?;
+                        a.mov(rax, qword_ptr(rbx))?;
+                        a.inc(qword_ptr(rbx))
+                    });
+                    [end, recover].map(|at| m.place(64, at, stop));
+                    m.go(base);
+                    m.run();
+                    let expected = match (vector, on && wide) {
+                        (0, _) | (_, true) => vec![],
+                        _ => vec![vector],
+                    };
+                    assert_eq!(m.vectors(), expected, "{at:x}");
+                    if expected.is_empty() {
+                        assert_eq!((m.reg(Gpr::Rax), m.get(AT)), (0x1234_5678, 0x1234_5679));
+                    }
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn code_and_stack_lie_above_47_bits() {
+    each_engine_with_la57(|m| {
+        for user in [false, true] {
+            m.forget();
+            m.to_kernel();
+            if user {
+                m.to_user();
+            }
+            switch(m, true);
+            m.put(AT + 0x100, 0u64);
+            let base = m.fault_at();
+            let target = base + 0x200;
+            let end = m.place(64, base, |a: &mut CodeAssembler| {
+                a.mov(r15, base + 0x400)?;
+                a.mov(rsp, AT + 0x108 + ALIAS)?;
+                a.mov(rbx, target + ALIAS)?;
+                a.call(rbx)?;
+                if user {
+                    a.mov(rsp, END)?;
+                    a.push(rax)?;
+                }
+                Ok(())
+            });
+            m.place(64, target, |a: &mut CodeAssembler| {
+                a.nop()?;
+                a.ret()
+            });
+            [end, base + 0x400].map(|at| m.place(64, at, stop));
+            m.go(base);
+            m.run();
+            assert!(
+                m.get(AT + 0x100) > base && m.get(AT + 0x100) < target,
+                "{:x}",
+                m.get(AT + 0x100)
+            );
+            // What is pushed below the end is canonical, and mapped by nothing.
+            assert_eq!(m.vectors(), [14u64; 1][..usize::from(user)]);
+        }
+    });
+}
+
+#[test]
+fn registers_take_57_bits_before_they_can_be_used() {
+    each_engine_with_la57(|m| {
+        m.to_kernel();
+        switch(m, false);
+        for msr in [FS_BASE, LSTAR] {
+            for (value, fine) in [(ALIAS, true), (END, false)] {
+                m.forget();
+                m.run_code(|a| {
+                    a.mov(r15, STOPPED_AT)?;
+                    a.mov(ecx, msr)?;
+                    a.mov(eax, value as u32)?;
+                    a.mov(edx, (value >> 32) as u32)?;
+                    a.wrmsr()
+                });
+                assert_eq!(m.vectors().is_empty(), fine, "{msr:x} {value:x}");
+            }
+        }
+        m.forget();
+        let r = m.faults(|_| Ok(()), |a| a.mov(rax, qword_ptr(DATA).fs()));
+        assert_eq!((r.vector, r.error), (13, 0), "FS is based beyond");
+    });
+}
+
+#[test]
+fn long_mode_keeps_its_levels() {
+    each_engine_with_la57(|m| {
+        for on in [false, true] {
+            m.forget();
+            m.to_kernel();
+            switch(m, on);
+            let code = |a: &mut CodeAssembler| {
+                a.mov(rax, cr4)?;
+                a.xor(eax, Cr4::LA57.bits() as i32)
+            };
+            let r = m.faults(code, |a| a.mov(cr4, rax));
+            assert_eq!((r.vector, r.error), (13, 0));
+            assert_eq!(m.cpu().cr4.contains(Cr4::LA57), on);
+        }
+    });
+}
+
+#[test]
+fn only_a_processor_with_la57_shows_it() {
+    each_engine(|m| {
+        assert_eq!(m.cpu().cpuid(7, 0).ecx >> 16 & 1, 0);
+        assert_eq!(m.cpu().cpuid(0x8000_0008, 0).eax >> 8, 48);
+    });
+    each_engine_with_la57(|m| {
+        assert_eq!(m.cpu().cpuid(7, 0).ecx >> 16 & 1, 1);
+        assert_eq!(m.cpu().cpuid(0x8000_0008, 0).eax >> 8, 57);
+    });
+}
