@@ -133,7 +133,7 @@ fn a_model_that_is_none_is_told_which_there_are() {
 #[test]
 fn a_feature_that_is_none_is_told_which_there_are() {
     for (model, says) in [
-        ("host,+smap", "+pku"),
+        ("host,+smap", "+pku or +la57"),
         ("x86-64-v3,+pku", "takes no features"),
     ] {
         let mut command = Command::new(DOPPEL);
@@ -170,4 +170,26 @@ fn programs_use_them_in_translation_alone_too() {
     if let Some(finished) = boot_with_keys("translate", 1) {
         finished.expect(PASSED).says("keys: passed");
     }
+}
+
+fn boot_with_five_levels(engine: &str, cpus: u32) -> Finished {
+    const SCRIPT: &str = "grep -qw la57 /proc/cpuinfo || exit 1
+dmesg | grep -E 'BUG:|WARNING:|Call Trace' && exit 1
+/doppel/high";
+    Boot::script(CLOUD, SCRIPT)
+        .file("doppel/high", 0o755, &program("high_unsafe", &[]))
+        .flag(&format!("--cpu host,+la57 --cpus {cpus}"))
+        .doppel(engine, SECONDS)
+}
+
+#[test]
+fn programs_have_memory_above_47_bits_with_five_levels() {
+    let finished = boot_with_five_levels("auto", 2);
+    finished.expect(PASSED).says("high: passed");
+}
+
+#[test]
+fn they_have_it_in_translation_alone_too() {
+    let finished = boot_with_five_levels("translate", 1);
+    finished.expect(PASSED).says("high: passed");
 }

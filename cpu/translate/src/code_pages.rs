@@ -166,6 +166,7 @@ mod tests {
             rights_execute: true,
             global,
             dirty: false,
+            key: 0,
         }
     }
 

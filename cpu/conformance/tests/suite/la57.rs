@@ -61,7 +61,9 @@ fn five_levels_reach_where_four_do_not() {
                         a.mov(rax, qword_ptr(rbx))?;
                         a.inc(qword_ptr(rbx))
                     });
-                    [end, recover].map(|at| m.place(64, at, stop));
+                    for at in [end, recover] {
+                        m.place(64, at, stop);
+                    }
                     m.go(base);
                     m.run();
                     let expected = match (vector, on && wide) {
@@ -106,7 +108,9 @@ fn code_and_stack_lie_above_47_bits() {
                 a.nop()?;
                 a.ret()
             });
-            [end, base + 0x400].map(|at| m.place(64, at, stop));
+            for at in [end, base + 0x400] {
+                m.place(64, at, stop);
+            }
             m.go(base);
             m.run();
             assert!(
