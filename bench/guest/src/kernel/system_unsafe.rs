@@ -119,9 +119,14 @@ pub fn catch_signals() -> Result<u64> {
     Ok(CAUGHT.load(Ordering::Relaxed))
 }
 
+/// To this thread: one for the process could wait for another thread, where there are several, and be one with the next.
 pub fn raise_signal() -> Result<()> {
     // SAFETY: SIGUSR1 has a handler (catch_signals); without one the process would end, which is no danger to memory.
-    done(unsafe { libc::kill(libc::getpid(), libc::SIGUSR1) })
+    let status = unsafe {
+        let (process, thread) = (libc::getpid(), libc::gettid());
+        libc::syscall(libc::SYS_tgkill, process, thread, libc::SIGUSR1)
+    };
+    done(status as i32)
 }
 
 pub enum Access {
