@@ -68,13 +68,12 @@ fn a_child_has_its_own(words: &mut [u64]) {
 
 fn the_kernel_takes_it(words: &mut [u64]) {
     let (mut reader, mut writer) = pipe().unwrap();
-    writer.write_all(&words[0].to_le_bytes()).unwrap();
     let first = words[0];
-    words[0] = 0;
-    let (word, _) = words.split_at_mut(1);
-    let mut bytes = [0; 8];
-    reader.read_exact(&mut bytes).unwrap();
-    word[0] = u64::from_le_bytes(bytes);
+    // SAFETY: the first eight of the mapping's bytes, of which nobody else has a reference meanwhile; any bytes are a number.
+    let bytes = unsafe { &mut *words.as_mut_ptr().cast::<[u8; 8]>() };
+    writer.write_all(bytes).unwrap();
+    bytes.fill(0);
+    reader.read_exact(bytes).unwrap();
     assert_eq!(words[0], first);
 }
 

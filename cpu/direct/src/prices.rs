@@ -33,6 +33,7 @@ const AGAIN: Rounds = Rounds { means: 4, stops: 4 };
 const MOST_STOPS: u32 = 4096;
 const MOST_TIME: Duration = Duration::from_secs(1);
 const PAGE: u64 = 4096;
+
 /// What the policy reckons with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Prices {

@@ -13,6 +13,7 @@ use std::str::FromStr;
 use bitflags::bitflags;
 
 use crate::arch_host;
+use crate::cpuid::Host;
 use crate::instruction_set::{Place, Reg, at};
 use crate::tsc::TscFrequency;
 use crate::{CpuidLeaf, CpuidModel, HiddenInstructions};
@@ -94,11 +95,34 @@ bitflags! {
     }
 }
 
-/// They by name, and what a host without says that it lacks.
-const ON_REQUEST: &[(&str, CpuFeatures, &str)] = &[
-    ("pku", CpuFeatures::PKU, "PKU (protection keys)"),
-    ("la57", CpuFeatures::LA57, "leaf 7 of CPUID"),
+/// One of them: its name, what a host that cannot carry it says that it lacks, and how a processor of this host comes to have it.
+struct OnRequest {
+    name: &'static str,
+    feature: CpuFeatures,
+    missing: &'static str,
+    add: fn(CpuidModel, Host<'_>) -> Option<CpuidModel>,
+}
+
+const ON_REQUEST: &[OnRequest] = &[
+    OnRequest {
+        name: "pku",
+        feature: CpuFeatures::PKU,
+        missing: "PKU (protection keys)",
+        add: |model, read| model.with_protection_keys(read),
+    },
+    OnRequest {
+        name: "la57",
+        feature: CpuFeatures::LA57,
+        missing: "leaf 7 of CPUID",
+        add: |model, _| model.with_la57(),
+    },
 ];
+
+/// Those of them that are asked for.
+fn asked(features: CpuFeatures) -> impl Iterator<Item = &'static OnRequest> {
+    let rows = ON_REQUEST.iter();
+    rows.filter(move |row| features.contains(row.feature))
+}
 
 /// What is asked for: a model, and features beside what it has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -126,9 +150,7 @@ impl From<CpuModel> for CpuChoice {
 impl fmt::Display for CpuChoice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.model)?;
-        let asked = |row: &&(&str, CpuFeatures, &str)| self.features.contains(row.1);
-        let mut names = ON_REQUEST.iter().filter(asked);
-        names.try_for_each(|(name, ..)| write!(f, ",+{name}"))
+        asked(self.features).try_for_each(|row| write!(f, ",+{}", row.name))
     }
 }
 
@@ -142,8 +164,8 @@ impl FromStr for CpuChoice {
         let mut features = CpuFeatures::empty();
         for part in parts {
             let name = part.strip_prefix('+');
-            let row = ON_REQUEST.iter().find(|row| Some(row.0) == name);
-            features |= row.ok_or_else(|| unknown_feature(part))?.1;
+            let row = ON_REQUEST.iter().find(|row| Some(row.name) == name);
+            features |= row.ok_or_else(|| unknown_feature(part))?.feature;
         }
         if model != CpuModel::Host && !features.is_empty() {
             return Err(format!(
@@ -157,7 +179,7 @@ impl FromStr for CpuChoice {
 fn unknown_feature(part: &str) -> String {
     let names: Vec<_> = ON_REQUEST
         .iter()
-        .map(|(name, ..)| format!("+{name}"))
+        .map(|row| format!("+{}", row.name))
         .collect();
     format!(
         "there is no feature \"{part}\" that could be asked for; after host, and a comma, write {}",
@@ -376,17 +398,10 @@ impl CpuidModel {
         choice: CpuChoice,
         read: &dyn Fn(u32, u32) -> CpuidLeaf,
     ) -> Result<Self, CpuModelError> {
-        let mut asked = ON_REQUEST
-            .iter()
-            .filter(|row| choice.features.contains(row.1));
-        asked.try_fold(self, |model, row| {
-            let with = match row.1 {
-                CpuFeatures::LA57 => model.with_la57(),
-                _ => model.with_protection_keys(read),
-            };
-            with.ok_or_else(|| CpuModelError {
+        asked(choice.features).try_fold(self, |model, row| {
+            (row.add)(model, read).ok_or_else(|| CpuModelError {
                 model: choice,
-                missing: vec![row.2],
+                missing: vec![row.missing],
                 instead: choice.model,
             })
         })

@@ -56,7 +56,7 @@ const LEAST_BASIC: u32 = 0x16;
 const MOST_BASIC: u32 = 0x1f;
 
 /// Where to read the host's CPUID: `(leaf, subleaf)`.
-type Host<'a> = &'a dyn Fn(u32, u32) -> CpuidLeaf;
+pub(crate) type Host<'a> = &'a dyn Fn(u32, u32) -> CpuidLeaf;
 
 /// What CPUID says on the CPUs of one machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,7 +65,6 @@ pub struct CpuidModel {
     cpus: u32,
     tsc_hz: u64,
     xcr0: u64,
-    la57: bool,
     hidden: HiddenInstructions,
     /// Sorted by (leaf, subleaf); leaves that depend on the CPU's state or number are completed by [`Cpu::cpuid`].
     leaves: Vec<(u32, u32, CpuidLeaf)>,
@@ -93,7 +92,6 @@ impl CpuidModel {
             cpus: cpus.clamp(1, 255),
             tsc_hz,
             xcr0: guest_xcr0(read, host_xcr0),
-            la57: false,
             hidden: HiddenInstructions::default(),
             leaves: Vec::new(),
         };
@@ -176,13 +174,12 @@ impl CpuidModel {
 
     /// True where 5-level paging is offered, and with it CR4.LA57.
     pub fn has_la57(&self) -> bool {
-        self.la57
+        self.get(7, 0).ecx & feature::LEAF7_ECX_LA57 != 0
     }
 
     /// The same with 5-level paging.
     pub(crate) fn with_la57(mut self) -> Option<Self> {
         const LINEAR_BITS: u32 = 57;
-        self.la57 = true;
         self.leaf_mut(7, 0)?.ecx |= feature::LEAF7_ECX_LA57;
         let sizes = self.leaf_mut(EXTENDED_BASE + 8, 0)?;
         sizes.eax = sizes.eax & 0xff | LINEAR_BITS << 8;

@@ -90,9 +90,9 @@ impl Case {
         let base = image::base(supervisors, r, traits);
         let drawn = 2 + r.below(36);
         let count = count.unwrap_or(drawn);
-        let steps: Result<Vec<_>> = (0..count)
+        let steps = (0..count)
             .map(|n| Step::random(&mut step(n), traits))
-            .collect();
+            .collect::<Result<Vec<_>>>()?;
         let runs = count + r.below(10 * count);
         let schedule = (0..runs)
             .map(|n| match n < count {
@@ -105,7 +105,7 @@ impl Case {
             traits,
             flags: r.percent(50),
             dma: (routine + 2, vec![r.bits() as u8]),
-            steps: steps?,
+            steps,
             schedule,
             base,
         })

@@ -13,7 +13,7 @@ pub(super) mod component {
     pub const ZMM_HIGH: u64 = 1 << 6;
     pub const HIGH_ZMM: u64 = 1 << 7;
     /// The rights of protection keys, 32 bits of its 64.
-    pub const PKRU: u64 = 1 << 9;
+    pub const PKRU: u64 = crate::XCR0_PKRU;
     /// What AVX-512 needs enabled.
     pub const AVX512: u64 = SSE | AVX | OPMASK | ZMM_HIGH | HIGH_ZMM;
 }
