@@ -1,7 +1,13 @@
 //! A short campaign of generated kernels with a fixed seed; `cargo xtask fuzz kernels` runs longer ones.
 
 use doppel_fuzz::kernel::campaign::{Plan, Rig, run};
+use doppel_fuzz::kernel::case::Case;
+use doppel_fuzz::kernel::layout::{ALIASES, SPARE, STEP_STACK, X_TABLES};
+use doppel_fuzz::kernel::steps::{Item, Step};
+use doppel_fuzz::kernel::write::{Mode, Paging};
 use doppel_fuzz::limits::Limits;
+use iced_x86::code_asm::registers::*;
+use iced_x86::code_asm::{CodeAssembler, byte_ptr, qword_ptr};
 
 fn plan() -> Plan {
     Plan {
@@ -72,4 +78,84 @@ fn what_comes_out_of_nearly_every_kernel_is_specified() {
     });
     let why: Vec<_> = why.collect();
     assert!(why.len() < 40, "{} of 100: {why:#?}", why.len());
+}
+
+/// Code that uses a page, changes its entry in the page table, does something in between, and uses it again.
+fn remapped(rig: &Rig, used: bool, entry: u64, between: &[Between]) -> Case {
+    const PAGE: u64 = 40;
+    const GOOD: u64 = SPARE + 0x20_000 + 3;
+    let mut cases = (0..).map(|number| rig.case(7, number).unwrap());
+    let is_kernel = |step: &&Step| step.context.mode == Mode::Bits64 && step.context.cpl == 0;
+    let plain = |case: &Case| {
+        case.traits.paging == Paging::Long && !case.traits.globals && !case.traits.pcids
+    };
+    let mut case = cases
+        .find(|case| plain(case) && case.steps.iter().any(|step| is_kernel(&step)))
+        .unwrap();
+    let mut context = case.steps.iter().find(is_kernel).unwrap().context.clone();
+    (context.cr3, context.flags, context.rsp) = (0, 0x202, STEP_STACK - 0x400);
+    let mut a = CodeAssembler::new(64).unwrap();
+    a.mov(rcx, X_TABLES[0][2] + 8 * PAGE).unwrap();
+    a.mov(rbx, ALIASES[0] + 0x1000 * PAGE).unwrap();
+    a.mov(rax, GOOD).unwrap();
+    a.mov(qword_ptr(rcx), rax).unwrap();
+    a.mov(rdx, cr3).unwrap();
+    a.mov(cr3, rdx).unwrap();
+    if used {
+        a.mov(rdx, qword_ptr(rbx)).unwrap();
+    }
+    a.mov(rax, entry).unwrap();
+    a.mov(qword_ptr(rcx), rax).unwrap();
+    for what in between {
+        let at = match what {
+            Between::InvalidatePage => ALIASES[0] + 0x1000 * PAGE,
+            Between::InvalidateAlias => ALIASES[1] + 0x1000 * PAGE,
+            Between::LoadRoot => {
+                a.mov(rdx, cr3).unwrap();
+                a.mov(cr3, rdx).unwrap();
+                continue;
+            }
+        };
+        a.mov(rdx, at).unwrap();
+        a.invlpg(byte_ptr(rdx)).unwrap();
+    }
+    a.mov(rdx, qword_ptr(rbx)).unwrap();
+    let item = Item {
+        name: "remapped",
+        bytes: a.assemble(0).unwrap(),
+    };
+    case.steps = vec![Step {
+        context,
+        items: vec![item],
+        gap: 0,
+    }];
+    case.schedule = vec![0];
+    case
+}
+
+#[derive(Clone, Copy)]
+enum Between {
+    InvalidatePage,
+    InvalidateAlias,
+    LoadRoot,
+}
+
+#[test]
+fn a_translation_that_may_be_an_old_one_leaves_the_outcome_open() {
+    use Between::{InvalidateAlias, InvalidatePage, LoadRoot};
+    const OTHER: u64 = SPARE + 0x21_000 + 3;
+    const ABSENT: u64 = SPARE + 0x21_000;
+    let mut rig = Rig::new().unwrap();
+    let mut why = |used, entry, between: &[Between]| {
+        let case = remapped(&rig, used, entry, between);
+        rig.why_unspecified(&case)
+    };
+    for entry in [OTHER, ABSENT] {
+        let stale = why(true, entry, &[]).expect("nothing was invalidated");
+        assert!(stale.contains("without a flush"), "{stale}");
+        assert!(why(true, entry, &[InvalidateAlias]).is_some());
+        assert_eq!(why(true, entry, &[InvalidatePage]), None);
+        assert_eq!(why(true, entry, &[LoadRoot]), None);
+        assert_eq!(why(false, entry, &[]), None, "it was never used");
+    }
 }

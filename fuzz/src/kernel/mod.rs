@@ -10,7 +10,7 @@
 //! Cost: a case takes about a millisecond on each engine, half of it to compare RAM.
 //!
 //! Reading order: [`layout`], [`supervisor`], [`steps`], [`write`] and the files of items ([`ordinary`], [`transfer`],
-//! [`system`], [`narrow`], [`short`], [`encoded`], [`protected`]), [`image`], [`case`], [`machine`], [`trace`], [`compare`], [`campaign`], [`coverage`].
+//! [`system`], [`narrow`], [`short`], [`encoded`], [`protected`]), [`image`], [`case`], [`machine`], [`trace`], [`stale`], [`compare`], [`campaign`], [`coverage`].
 
 pub mod campaign;
 pub mod case;
@@ -25,6 +25,7 @@ pub mod narrow;
 pub mod ordinary;
 pub mod protected;
 pub mod short;
+pub mod stale;
 pub mod steps;
 pub mod supervisor;
 pub mod supervisor32;

@@ -15,6 +15,7 @@ use super::compare::is_table;
 use super::image::Image;
 use super::layout::{CURSOR, PD, PDPT, PML4, PML4_B, PT, RAM, STUBS};
 use super::machine::{self, KernelBus};
+use super::stale::StaleEntries;
 
 /// Its vector.
 const GENERAL_PROTECTION: usize = 13;
@@ -83,6 +84,8 @@ pub struct Trace {
     /// Page tables were executed, or read by other code than the supervisor's: when a processor sets their accessed and dirty bits is its own
     /// affair.
     pub sees_tables: Option<Instruction>,
+    /// Where code went by an entry of the page tables that had changed, and was not invalidated.
+    pub stale: Option<u64>,
 }
 
 impl Trace {
@@ -94,7 +97,10 @@ impl Trace {
         let seen = self
             .sees_tables
             .map(|i| format!("page tables are seen by {}", at(i)));
-        self.unspecified.map(at).or(lost).or(seen)
+        let stale = self
+            .stale
+            .map(|rip| format!("an entry that changed is used without a flush at {rip:#x}"));
+        self.unspecified.map(at).or(lost).or(seen).or(stale)
     }
 }
 
@@ -134,11 +140,12 @@ impl Tracer {
         machine::reset(&mut self.cpu, image);
         let mut trace = Trace::default();
         let tables = self.identity_map();
+        let mut entries = StaleEntries::new(&self.cpu);
         let mut wakes = 0;
         for _ in 0..MOST {
             event::deliver_pending(&mut self.cpu, &mut self.bus);
             match self.cpu.activity {
-                Activity::Active => self.step(&mut trace, watch),
+                Activity::Active => self.step(&mut trace, &mut entries, watch),
                 Activity::Halted if machine::is_finished(&self.cpu) => break,
                 Activity::Halted if wakes < machine::MOST_WAKES => {
                     wakes += 1;
@@ -165,17 +172,23 @@ impl Tracer {
         entries.collect()
     }
 
-    fn step(&mut self, trace: &mut Trace, watch: &mut Watch<'_>) {
+    fn step(&mut self, trace: &mut Trace, entries: &mut StaleEntries, watch: &mut Watch<'_>) {
+        entries.prepare(&mut self.cpu);
         let instruction = self.next();
         watch(&self.cpu, instruction.as_ref());
         let sees_tables = self.is_entry(self.fetched())
             || instruction.is_some_and(|i| self.reads_tables(&i) || self.copies_tables(&i));
         let place = (bits(&self.cpu), self.cpu.cpl);
         let before = self.cpu.counters.exceptions;
+        let fetched = self.fetched();
+        let kept = entries.before(&self.cpu, instruction.as_ref(), fetched);
         interpret::step(&mut self.cpu, &mut self.bus);
         self.cpu.code_writes.clear();
         let after = self.cpu.counters.exceptions;
         let raised: Vec<usize> = (0..32).filter(|n| after[*n] != before[*n]).collect();
+        if entries.after(&self.cpu, &kept, &raised) {
+            trace.stale = trace.stale.or(Some(fetched));
+        }
         if let Some(i) = instruction {
             trace.sees_tables = trace.sees_tables.or(sees_tables.then_some(i));
             let key = (place.0, place.1, i.code());

@@ -5,6 +5,7 @@ mod fio;
 mod idle;
 mod kills;
 mod lab;
+mod processors;
 mod ssh;
 mod work;
 
@@ -24,7 +25,7 @@ pub struct Debian {
     /// What is done, in this order.
     #[arg(long, value_name = "PART,...", value_delimiter = ',', default_values_t = [Part::Boots, Part::Upgrade, Part::Ssh, Part::Kills])]
     only: Vec<Part>,
-    /// How often, for boots, fio and work; in turn with QEMU if that is wanted.
+    /// How often, for boots, fio, work and processors; in turn with QEMU if that is wanted.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
     /// Compare with qemu-system-x86_64 -accel tcg -cpu max.
@@ -55,6 +56,8 @@ enum Part {
     Fio,
     /// apt-get install of a compiler and what it needs, then make -j2 with it.
     Work,
+    /// Two programs that compute, on one processor and on two.
+    Processors,
     /// Processor time and memory of an idle guest.
     Idle,
 }
@@ -88,6 +91,7 @@ pub fn debian(root: &Path, args: &Debian) -> Result<()> {
             Part::Kills => kills::kills(&lab, args.kills, &args.killed)?,
             Part::Fio => fio::compare(&lab, args.rounds, monitors)?,
             Part::Work => work::work(&lab, args.rounds, monitors)?,
+            Part::Processors => processors::processors(&lab, args.rounds)?,
             Part::Idle => idle::idle(&lab)?,
         }
     }

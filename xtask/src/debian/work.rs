@@ -78,11 +78,11 @@ pub fn work(lab: &Lab, rounds: usize, monitors: &[&str]) -> Result<()> {
 
 /// Seconds that something took.
 #[derive(Clone, Copy)]
-struct Took {
+pub struct Took {
     /// By the guest's clock.
-    wall: f64,
+    pub wall: f64,
     /// Of the monitor's processor time, which is what counts on a host with other work.
-    processor: f64,
+    pub processor: f64,
 }
 
 impl Took {
@@ -102,7 +102,7 @@ impl std::fmt::Display for Took {
 }
 
 /// What a command takes.
-fn timed(ssh: &Ssh, pid: u32, command: &str) -> Result<Took> {
+pub fn timed(ssh: &Ssh, pid: u32, command: &str) -> Result<Took> {
     let script = format!(
         "s=$(date +%s.%N); ({command}) > log 2>&1 || {{ tail log; exit 1; }}; e=$(date +%s.%N); echo $s $e"
     );
