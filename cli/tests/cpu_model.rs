@@ -4,7 +4,7 @@ mod support;
 
 use std::process::Command;
 use std::time::Duration;
-use support::{Boot, CLOUD, DOPPEL, Finished, PASSED, program, run};
+use support::{Boot, CLOUD, DOPPEL, Finished, PASSED, Scratch, program, run};
 
 const SECONDS: Duration = Duration::from_secs(60);
 const LEVELS: [&str; 4] = ["x86-64-v1", "x86-64-v2", "x86-64-v3", "x86-64-v4"];
@@ -133,7 +133,7 @@ fn a_model_that_is_none_is_told_which_there_are() {
 #[test]
 fn a_feature_that_is_none_is_told_which_there_are() {
     for (model, says) in [
-        ("host,+smap", "+pku or +la57"),
+        ("host,+smap", "+pku or +la57 or +monitor"),
         ("x86-64-v3,+pku", "takes no features"),
     ] {
         let mut command = Command::new(DOPPEL);
@@ -192,4 +192,40 @@ fn programs_have_memory_above_47_bits_with_five_levels() {
 fn they_have_it_in_translation_alone_too() {
     let finished = boot_with_five_levels("translate", 1);
     finished.expect(PASSED).says("high: passed");
+}
+
+/// Puts two CPUs to work whose idle tasks wait in MWAIT: they wake each other by stores to a word of these. How often one waited so.
+fn waits_with_monitor(engine: &str) -> u64 {
+    let scratch = Scratch::new();
+    let stats = scratch.path("stats");
+    let script = format!(
+        "grep -qw monitor /proc/cpuinfo || exit 1\nCPUS=2\n{}",
+        include_str!("scripts/processors.sh")
+    );
+    let finished = Boot::script(CLOUD, &script)
+        .file("doppel/parallel", 0o755, &program("parallel_unsafe", &[]))
+        .flag(&format!(
+            "--cpu host,+monitor --cpus 2 --stats {}",
+            stats.display()
+        ))
+        .cmdline("quiet")
+        .doppel(engine, 3 * SECONDS);
+    finished.expect(PASSED).says("step: done");
+    let stats: serde_json::Value = serde_json::from_slice(&std::fs::read(stats).unwrap()).unwrap();
+    stats["counters"]["monitor_waits"].as_u64().unwrap()
+}
+
+#[test]
+fn idle_processors_wait_in_mwait_where_that_was_asked_for() {
+    assert!(waits_with_monitor("auto") > 100);
+}
+
+#[test]
+fn they_do_so_in_translation_alone_too() {
+    assert!(waits_with_monitor("translate") > 100);
+}
+
+#[test]
+fn they_do_so_interpreted_too() {
+    assert!(waits_with_monitor("interpret") > 100);
 }

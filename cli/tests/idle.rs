@@ -19,10 +19,19 @@ fn ticks(process: u32) -> u64 {
 
 #[test]
 fn at_the_shell_prompt_no_host_processor_is_used() {
+    check(&[]);
+}
+
+#[test]
+fn nor_where_the_idle_processors_wait_in_mwait() {
+    check(&["--cpu", "host,+monitor", "--cpus", "2"]);
+}
+
+fn check(arguments: &[&str]) {
     let guest = debian(CLOUD);
     let mut command = Command::new(DOPPEL);
     command.args(["run", "--kernel"]).arg(guest.kernel);
-    command.arg("--initrd").arg(guest.initrd);
+    command.arg("--initrd").arg(guest.initrd).args(arguments);
     let mut doppel = Running::start(&mut command);
     doppel.until("~#", 1);
     std::thread::sleep(Duration::from_secs(3));

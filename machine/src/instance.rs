@@ -130,6 +130,10 @@ impl Instance {
             .collect::<Result<Vec<_>, _>>()?;
         let sleepers = Sleepers::new(config.cpus);
         let doorbells: Vec<_> = engines.iter().map(|e| Doorbell::new(e.kicker())).collect();
+        for (engine, doorbell) in engines.iter().zip(&doorbells) {
+            let doorbell = doorbell.clone();
+            engine.cpu().peer.set_alarm(move || doorbell.ring());
+        }
         let pc = Pc::new(PcParts {
             config,
             tsc_hz: model.tsc_hz(),

@@ -127,7 +127,10 @@ impl<B: Bus> Vcpu<B> {
         self.sleepers.halts.fetch_add(1, Ordering::Relaxed);
         let start = Instant::now();
         self.engine.cpu_mut().mark_preempted(&mut self.bus);
-        if self.engine.cpu().rflags.contains(Rflags::IF) {
+        let cpu = self.engine.cpu();
+        // A device may end an MWAIT, whatever is masked.
+        let waits = matches!(cpu.activity, Activity::Waiting { .. });
+        if waits || cpu.rflags.contains(Rflags::IF) {
             self.doorbell.sleep();
         } else {
             self.halt_for_good();
@@ -240,6 +243,28 @@ mod tests {
         let vcpu = thread.join().unwrap();
         assert_eq!(vcpu.exits.halted, 1);
         assert!(vcpu.time.halted >= A_WHILE / 2);
+    }
+
+    #[test]
+    fn one_in_mwait_sleeps_until_somebody_stores_to_its_line() {
+        const LINE: u64 = 0x2040;
+        let (mut vcpu, seen) = vcpu(vec![Exit::Halted], Rflags::empty(), 1);
+        let cpu = vcpu.engine.cpu_mut();
+        let (ram, doorbell) = (cpu.ram.clone(), vcpu.doorbell.clone());
+        cpu.activity = Activity::Waiting { masked: false };
+        cpu.peer.set_alarm(move || doorbell.ring());
+        ram.tracker().watch(LINE, &cpu.peer);
+        cpu.peer.arm();
+        let control = vcpu.control.clone();
+        let thread = std::thread::spawn(move || vcpu.run());
+        assert_eq!(seen.recv_timeout(SOON), Ok(Exit::Halted));
+        ram.write_from_device(LINE + 64, &[1]);
+        assert!(seen.recv_timeout(A_WHILE).is_err(), "asleep");
+        assert!(!control.is_ending(), "a device may wake it");
+        ram.write_from_device(LINE, &[0]);
+        assert_eq!(seen.recv_timeout(SOON), Ok(Exit::Kicked));
+        control.end(Cause::Stop);
+        thread.join().unwrap();
     }
 
     #[test]

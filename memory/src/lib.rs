@@ -19,6 +19,7 @@ mod survey;
 mod tlb;
 mod track;
 mod walk;
+mod watch;
 
 pub use access_unsafe::{HostPtr, Word};
 pub use dma::{DmaBitmap, DmaSlice, GuestSlice, GuestView};
@@ -33,6 +34,7 @@ pub use walk::{
     AccessKind, PageFault, PageRights, Paging, PagingMode, Privilege, Translation, code_neighbours,
     probe, walk,
 };
+pub use watch::MONITOR_LINE;
 
 /// Bytes in the smallest page.
 pub const PAGE_SIZE: u64 = 4096;

@@ -23,6 +23,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, 
 use std::time::Duration;
 
 use crate::track::{CodeGranules, Granules, PageSet};
+use crate::watch::Watch;
 
 /// CPUs that can share one RAM at most: each has a bit in the masks of a page.
 pub const MOST_CPUS: usize = 64;
@@ -50,7 +51,7 @@ struct Inbox {
     posted: u64,
 }
 
-type Nudge = Box<dyn Fn() + Send + Sync>;
+pub(crate) type Nudge = Box<dyn Fn() + Send + Sync>;
 
 /// One CPU as the others see it.
 pub struct Peer {
@@ -76,6 +77,8 @@ pub struct Peer {
     pub(crate) code: Granules,
     /// What of that the processor executes as it is.
     pub(crate) claimed: PageSet,
+    /// What it monitors.
+    pub(crate) watch: Watch,
 }
 
 impl std::fmt::Debug for Peer {
@@ -163,8 +166,8 @@ impl Peers {
             return false;
         }
         for peer in others {
-            let pages = peer.code.used().chain(peer.claimed.iter());
-            pages.for_each(|page| self.owners.add(page, peer.bit));
+            peer.owned()
+                .for_each(|page| self.owners.add(page, peer.bit));
         }
         self.shared.store(true, Ordering::SeqCst);
         true
@@ -225,7 +228,14 @@ impl Peer {
             leader: OnceLock::new(),
             sharers: AtomicU64::new(bit),
             written: Mutex::default(),
+            watch: Watch::default(),
         }
+    }
+
+    /// The pages whose owner it is.
+    fn owned(&self) -> impl Iterator<Item = u64> {
+        let pages = self.code.used().chain(self.claimed.iter());
+        pages.chain(self.watch.page())
     }
 
     /// True where any of these granules of the page hold code that it has translated or claimed.
@@ -415,7 +425,7 @@ impl Peer {
 
 impl Drop for Peer {
     fn drop(&mut self) {
-        for page in self.code.used().chain(self.claimed.iter()) {
+        for page in self.owned() {
             self.peers.owners.remove(page, self.bit);
         }
     }

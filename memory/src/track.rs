@@ -155,7 +155,7 @@ pub struct PageTracker {
     /// Those of several pages in a byte.
     flags: Vec<AtomicU8>,
     pages: u64,
-    peers: Arc<Peers>,
+    pub(crate) peers: Arc<Peers>,
 }
 
 impl PageTracker {
@@ -279,9 +279,9 @@ impl PageTracker {
         self.own(gpa, by);
     }
 
-    /// Makes a CPU an owner of the page where it has code there.
-    fn own(&self, gpa: u64, by: &Peer) {
-        let owns = by.has_code(gpa, CodeGranules::MAX);
+    /// Makes a CPU an owner of the page where it has code there, or watches a line of it.
+    pub(crate) fn own(&self, gpa: u64, by: &Peer) {
+        let owns = by.has_code(gpa, CodeGranules::MAX) || by.watch.is_on(gpa);
         if self.peers.set_owner(gpa, by, owns) {
             self.set(gpa, CODE);
         } else {
@@ -289,12 +289,13 @@ impl PageTracker {
         }
     }
 
-    /// True where a write of `len` bytes at `gpa` (within one page) may change translated code of any CPU.
+    /// True where a write of `len` bytes at `gpa` (within one page) may change translated code of any CPU, or is to a line that one monitors.
     pub fn touches_code(&self, gpa: u64, len: u64) -> bool {
         self.has_code(gpa) && {
             let owners = self.peers.of(self.peers.owners(gpa));
             let bits = granules(gpa, len);
-            owners.iter().any(|o| o.has_code(gpa, bits))
+            let concerns = |o: &Arc<Peer>| o.has_code(gpa, bits) || o.watch.covers(gpa, bits);
+            owners.iter().any(concerns)
         }
     }
 
@@ -359,7 +360,7 @@ impl PageTracker {
         })
     }
 
-    /// Tells all other CPUs that have translated any of `len` bytes at `gpa` (within one page) of a write to them.
+    /// Tells all other CPUs that have translated any of `len` bytes at `gpa` (within one page) of a write to them, and wakes those that monitor them.
     pub fn tell_others(&self, gpa: u64, len: u64, by: &Peer) -> Asked {
         let (page, bits) = (gpa & !PAGE_MASK, granules(gpa, len));
         let concerned = concerned(&self.peers, self.peers.owners(gpa), page, bits);
@@ -393,9 +394,10 @@ impl PageTracker {
     }
 }
 
-/// Notes a write to granules of a page for those of `owners` that have translated them; the bits of all CPUs that use the translations.
+/// Notes a write to granules of a page for those of `owners` that monitor a line of them, and for those that have translated them; the bits of all CPUs that use the translations.
 fn concerned(peers: &Peers, owners: u64, page: u64, bits: CodeGranules) -> u64 {
     let owners = peers.of(owners);
+    owners.iter().for_each(|o| o.watch.stored(page, bits));
     let hit = owners.iter().filter(|o| o.has_code(page, bits));
     hit.fold(0, |all, owner| all | owner.note_written(page, bits))
 }

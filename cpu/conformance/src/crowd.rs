@@ -29,7 +29,12 @@ const STACK: u64 = 0x800;
 impl Crowd {
     /// `n` CPUs in kernel mode, which share RAM, page tables and handlers.
     pub fn new(row: &Row, n: u32) -> Self {
-        let model = Arc::new(CpuidModel::host(n));
+        Self::with_model(row, Arc::new(CpuidModel::host(n)))
+    }
+
+    /// As many as this processor's machine has.
+    fn with_model(row: &Row, model: Arc<CpuidModel>) -> Self {
+        let n = model.cpus();
         let mut cpus = vec![Machine::with_model(row, model)];
         for id in 1..n {
             let next = cpus[0].beside(row, id);
@@ -39,12 +44,19 @@ impl Crowd {
             .iter()
             .map(|m| (m.bus.lines.clone(), m.kicker()))
             .collect();
-        for (id, m) in cpus.iter_mut().enumerate() {
-            m.bus.others = ends.clone();
+        cpus.iter_mut().for_each(|m| m.bus.others = ends.clone());
+        let mut crowd = Crowd { cpus };
+        crowd.to_kernel();
+        crowd
+    }
+
+    /// Puts every CPU to kernel mode, on its stack.
+    pub fn to_kernel(&mut self) {
+        for (id, m) in self.cpus.iter_mut().enumerate() {
+            m.to_kernel();
             m.set_reg(Gpr::Rdi, id as u64);
             m.set_reg(Gpr::Rsp, KERNEL_STACK - STACK * (1 + id as u64));
         }
-        Crowd { cpus }
     }
 
     /// The first, to prepare memory with.
@@ -96,5 +108,14 @@ pub fn each_crowd(n: u32, test: impl Fn(&mut Crowd)) {
     for row in crate::ENGINES.iter().filter(|r| ROWS.contains(&r.name)) {
         println!("on {}", row.name);
         test(&mut Crowd::new(row, n));
+    }
+}
+
+/// Runs a test with CPUs of this processor, on the same engines and on those that leave user code to the host's processor.
+pub fn each_crowd_with(model: &Arc<CpuidModel>, test: impl Fn(&mut Crowd)) {
+    let wanted = |r: &&Row| ROWS.contains(&r.name) || r.name == "direct";
+    for row in crate::ENGINES.iter().filter(wanted) {
+        println!("on {}", row.name);
+        test(&mut Crowd::with_model(row, model.clone()));
     }
 }

@@ -21,7 +21,7 @@ pub mod paging;
 mod watchdog;
 
 pub use bus::{Lines, TestBus};
-pub use crowd::{Crowd, each_crowd};
+pub use crowd::{Crowd, each_crowd, each_crowd_with};
 pub use engines::{ENGINES, Row};
 pub use layout::*;
 pub use legacy::{End, Legacy, LegacyMachine, each_legacy, kind};

@@ -91,6 +91,11 @@ impl Machine {
 
     /// The same, but CPUID names this vendor, whose system calls then are the rule.
     pub fn of_vendor(row: &Row, vendor: &[u8; 12]) -> Self {
+        Self::with_model(row, Arc::new(Self::model_of_vendor(vendor)))
+    }
+
+    /// The host's processor as one of this vendor.
+    pub fn model_of_vendor(vendor: &[u8; 12]) -> CpuidModel {
         let ram = Arc::new(GuestRam::new(1 << 20).expect("RAM"));
         let host = Cpu::new(0, ram);
         let word =
@@ -107,13 +112,20 @@ impl Machine {
                 ..found
             }
         };
-        let model = CpuidModel::from_host(&read, host.cpuid.xcr0(), host.tsc_hz, 1);
-        Self::with_model(row, Arc::new(model))
+        CpuidModel::from_host(&read, host.cpuid.xcr0(), host.tsc_hz, 1)
     }
 
     /// The processor of a machine with one, where the host can carry it.
     pub fn cpu_of(choice: impl Into<CpuChoice>) -> Result<Arc<CpuidModel>, CpuModelError> {
-        CpuidModel::of(choice, TscFrequency::of_host(), 1).map(Arc::new)
+        Self::cpus_of(choice, 1)
+    }
+
+    /// The same of a machine with several.
+    pub fn cpus_of(
+        choice: impl Into<CpuChoice>,
+        cpus: u32,
+    ) -> Result<Arc<CpuidModel>, CpuModelError> {
+        CpuidModel::of(choice, TscFrequency::of_host(), cpus).map(Arc::new)
     }
 
     pub(crate) fn with_model(row: &Row, model: Arc<CpuidModel>) -> Self {

@@ -347,7 +347,11 @@ impl Direct {
             execute: t.rights_execute,
         };
         if kind == AccessKind::Write && cpu.ram.tracker().has_code(leaf.gpa) {
-            return Some(self.write_to_code(leaf.gpa));
+            return Some(match cpu.ram.tracker().is_watched(leaf.gpa) {
+                // It becomes no page of data by being written to.
+                true => Left::Interpret,
+                false => self.write_to_code(leaf.gpa),
+            });
         }
         let old = self.space(root)?.shadow.get(linear);
         let entry = self.entry_at(cpu, root, linear, &leaf, kind);

@@ -118,6 +118,7 @@ impl Translator {
             ("msr_accesses", cpu.msr_accesses),
             ("code_writes", cpu.code_writes),
             ("spin_yields", cpu.spin_yields),
+            ("monitor_waits", cpu.monitor_waits),
             ("split_locks", cpu.split_locks),
             ("hypercalls", cpu.hypercalls),
             ("deferred_tlb_flushes", cpu.deferred_flushes),

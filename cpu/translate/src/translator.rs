@@ -180,7 +180,9 @@ impl Translator {
             match self.context.cpu.activity {
                 Activity::Active => {}
                 Activity::Shutdown => return Exit::Shutdown,
-                Activity::Halted | Activity::WaitForSipi => return Exit::Halted,
+                Activity::Halted | Activity::Waiting { .. } | Activity::WaitForSipi => {
+                    return Exit::Halted;
+                }
             }
             if self.run_user_code(bus) {
                 continue;

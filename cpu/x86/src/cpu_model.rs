@@ -92,6 +92,8 @@ bitflags! {
         const PKU = 1;
         /// 5-level paging.
         const LA57 = 1 << 1;
+        /// MONITOR and MWAIT.
+        const MONITOR = 1 << 2;
     }
 }
 
@@ -115,6 +117,12 @@ const ON_REQUEST: &[OnRequest] = &[
         feature: CpuFeatures::LA57,
         missing: "leaf 7 of CPUID",
         add: |model, _| model.with_la57(),
+    },
+    OnRequest {
+        name: "monitor",
+        feature: CpuFeatures::MONITOR,
+        missing: "leaf 1 of CPUID",
+        add: |model, _| model.with_monitor(),
     },
 ];
 
@@ -390,6 +398,12 @@ impl CpuidModel {
         let choice = choice.into();
         let model = Self::on(Self::host_at(tsc, cpus), choice.model)?;
         model.with(choice, &arch_host::cpuid)
+    }
+
+    /// The same with features that are had by request, on this host.
+    pub fn requesting(self, features: CpuFeatures) -> Result<Self, CpuModelError> {
+        let model = CpuModel::Host;
+        self.with(CpuChoice { model, features }, &arch_host::cpuid)
     }
 
     /// The same with the features that are asked for beside, on a host that `read` tells of.

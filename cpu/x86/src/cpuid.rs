@@ -8,6 +8,7 @@
 
 mod feature;
 
+use doppel_memory::MONITOR_LINE;
 use iced_x86::DecoderOptions;
 
 use crate::arch_host;
@@ -183,6 +184,28 @@ impl CpuidModel {
         self.leaf_mut(7, 0)?.ecx |= feature::LEAF7_ECX_LA57;
         let sizes = self.leaf_mut(EXTENDED_BASE + 8, 0)?;
         sizes.eax = sizes.eax & 0xff | LINEAR_BITS << 8;
+        Some(self)
+    }
+
+    /// True where MONITOR and MWAIT are offered.
+    pub fn has_monitor(&self) -> bool {
+        self.get(1, 0).ecx & feature::LEAF1_ECX_MONITOR != 0
+    }
+
+    /// The same with MONITOR and MWAIT, which wait for a store to a line and know one depth of sleep (C1).
+    pub(crate) fn with_monitor(mut self) -> Option<Self> {
+        const LINE: u32 = MONITOR_LINE as u32;
+        const MASKED_INTERRUPTS_END_IT: u32 = 0b11;
+        const ONE_KIND_OF_C1: u32 = 1 << 4;
+        self.leaf_mut(1, 0)?.ecx |= feature::LEAF1_ECX_MONITOR;
+        let monitor = CpuidLeaf {
+            eax: LINE,
+            ebx: LINE,
+            ecx: MASKED_INTERRUPTS_END_IT,
+            edx: ONE_KIND_OF_C1,
+        };
+        self.add(5, 0, monitor);
+        self.leaves.sort_by_key(|l| (l.0, l.1));
         Some(self)
     }
 
@@ -571,6 +594,9 @@ impl Cpu {
         leaf.ebx |= (self.id & 0xff) << 24;
         if self.cr4.contains(Cr4::OSXSAVE) {
             leaf.ecx |= feature::LEAF1_ECX_OSXSAVE;
+        }
+        if !self.has_monitor_now() {
+            leaf.ecx &= !feature::LEAF1_ECX_MONITOR;
         }
         leaf
     }

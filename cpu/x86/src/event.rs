@@ -18,12 +18,13 @@ fn in_shadow(cpu: &Cpu) -> bool {
 }
 
 fn runs(cpu: &Cpu) -> bool {
-    matches!(cpu.activity, Activity::Active | Activity::Halted)
+    !matches!(cpu.activity, Activity::WaitForSipi | Activity::Shutdown)
 }
 
-/// Delivers a pending NMI, or else a pending maskable interrupt where the CPU takes one; either ends a halt.
+/// Delivers a pending NMI, or else a pending maskable interrupt where the CPU takes one; either ends a halt and an MWAIT, which other things end before.
 /// Returns whether something was delivered. Delivery may end in [`Activity::Shutdown`].
 pub fn deliver_pending(cpu: &mut Cpu, bus: &mut dyn Bus) -> bool {
+    cpu.follow_monitor(bus);
     if runs(cpu) && !cpu.nmi_blocked && !in_shadow(cpu) && bus.take_nmi() {
         cpu.nmi_blocked = true;
         return deliver(cpu, bus, Vector::Nmi as u8);
@@ -42,6 +43,8 @@ pub fn deliver_pending(cpu: &mut Cpu, bus: &mut dyn Bus) -> bool {
 
 fn deliver(cpu: &mut Cpu, bus: &mut dyn Bus, vector: u8) -> bool {
     cpu.activity = Activity::Active;
+    // The handler may store to the line before it returns to an MWAIT.
+    cpu.peer.disarm();
     let event = Event::external(cpu, vector);
     let _: Outcome = exception::deliver_or_fault(cpu, bus, event);
     true
@@ -92,6 +95,7 @@ impl Cpu {
         self.nmi_blocked = false;
         self.msr.kvm_pv_eoi = 0;
         self.flush_tlb(true);
+        self.peer.disarm();
         self.activity = if self.id == 0 {
             Activity::Active
         } else {

@@ -21,6 +21,7 @@ pub mod interpret;
 mod iret;
 mod kvm;
 mod mmu;
+mod monitor_wait;
 mod msr;
 mod mtrr;
 pub mod patch;

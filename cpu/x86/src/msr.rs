@@ -5,6 +5,7 @@
 //! Sources: Intel SDM vol. 4; AMD APM vol. 2 appendix A; Linux msr-index.h.
 
 use crate::cpuid::Vendor;
+use crate::monitor_wait::MISC_ENABLE_MONITOR;
 use crate::state::Msrs;
 use crate::{Bus, Cpu, Cr0, Efer, Exception, Seg, mtrr};
 
@@ -20,6 +21,9 @@ const KVM_SYSTEM_TIME: u32 = 0x4b56_4d01;
 const KVM_PV_EOI: u32 = 0x4b56_4d04;
 const KVM_STEAL_TIME: u32 = 0x4b56_4d03;
 const PLATFORM_INFO: u32 = 0xce;
+/// How deep MWAIT sleeps, which is the host's affair: Linux's driver for Intel's processors reads and writes both.
+const CST_CONFIG_CONTROL: u32 = 0xe2;
+const POWER_CTL: u32 = 0x1fc;
 const PAT: u32 = 0x277;
 const EFER: u32 = 0xc000_0080;
 const FS_BASE: u32 = 0xc000_0100;
@@ -35,6 +39,8 @@ enum Accepts {
     Bits(u64),
     /// The low half; the rest is dropped.
     Low32,
+    /// IA32_MISC_ENABLE.
+    MiscEnable,
 }
 
 /// An MSR that is a field of [`Msrs`].
@@ -57,7 +63,7 @@ macro_rules! stored {
     };
 }
 
-use Accepts::{Any, Bits, Canonical, Low32};
+use Accepts::{Any, Bits, Canonical, Low32, MiscEnable};
 const INTEL: Option<Vendor> = Some(Vendor::Intel);
 const AMD: Option<Vendor> = Some(Vendor::Amd);
 
@@ -71,9 +77,7 @@ const STORED: &[Stored] = &[
     stored!(0x174, sysenter_cs, Low32, None),
     stored!(0x175, sysenter_esp, Canonical, None),
     stored!(0x176, sysenter_eip, Canonical, None),
-    // IA32_MISC_ENABLE: fast strings (0), automatic thermal control (3), performance monitoring (7), BTS and PEBS
-    // unavailable (11, 12), SpeedStep (16), limit CPUID (22), XD disable (34).
-    stored!(0x1a0, misc_enable, Bits(0x4_0041_1889), INTEL),
+    stored!(0x1a0, misc_enable, MiscEnable, INTEL),
     // IBRS, STIBP, BHI_DIS_S.
     stored!(0x48, spec_ctrl, Bits(1 << 10 | 0b11), INTEL),
     // LBR and BTF.
@@ -87,6 +91,10 @@ const STORED: &[Stored] = &[
     stored!(0xc001_1020, ls_cfg, Any, AMD),
     stored!(0xc001_1029, decode_cfg, Any, AMD),
 ];
+
+/// IA32_MISC_ENABLE: fast strings (0), automatic thermal control (3), performance monitoring (7), BTS and PEBS unavailable (11, 12), SpeedStep
+/// (16), limit CPUID (22), XD disable (34).
+const MISC_ENABLE: u64 = 0x4_0041_1889;
 
 /// What a write to a constant MSR does.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -216,6 +224,7 @@ fn read_special(cpu: &Cpu, msr: u32) -> Option<u64> {
         KVM_STEAL_TIME => cpu.msr.kvm_steal_time,
         KVM_PV_EOI => cpu.msr.kvm_pv_eoi,
         // Bits 15:8: the TSC's ratio to a 100 MHz bus clock.
+        CST_CONFIG_CONTROL | POWER_CTL if has(cpu, INTEL) && cpu.cpuid.has_monitor() => 0,
         PLATFORM_INFO if has(cpu, INTEL) => ((cpu.tsc_hz / 100_000_000) & 0xff) << 8,
         _ => return None,
     })
@@ -247,6 +256,10 @@ fn accepted(cpu: &Cpu, accepts: Accepts, v: u64) -> Option<u64> {
         Canonical => cpu.canonical_in_register(v).then_some(v),
         Bits(allowed) => (v & !allowed == 0).then_some(v),
         Low32 => Some(v & 0xffff_ffff),
+        MiscEnable => {
+            let monitor = [0, MISC_ENABLE_MONITOR][usize::from(cpu.cpuid.has_monitor())];
+            (v & !(MISC_ENABLE | monitor) == 0).then_some(v)
+        }
     }
 }
 
@@ -269,6 +282,7 @@ fn write_special(cpu: &mut Cpu, bus: &mut dyn Bus, msr: u32, v: u64) -> Option<(
         KVM_STEAL_TIME => return cpu.write_steal_time_msr(v),
         KVM_PV_EOI => return cpu.write_kvm_pv_eoi(bus, v),
         PLATFORM_INFO if has(cpu, INTEL) => {}
+        CST_CONFIG_CONTROL | POWER_CTL if has(cpu, INTEL) && cpu.cpuid.has_monitor() => {}
         _ => return None,
     }
     Some(())
@@ -334,6 +348,9 @@ pub(crate) fn reset(cpu: &mut Cpu) {
     const LFENCE_SERIALIZING: u64 = 1 << 1;
     cpu.msr.hwcr = TSC_RATIO_FIXED;
     cpu.msr.decode_cfg = LFENCE_SERIALIZING;
+    if cpu.cpuid.has_monitor() {
+        cpu.msr.misc_enable |= MISC_ENABLE_MONITOR;
+    }
     cpu.msr.microcode = match cpu.cpuid.vendor() {
         // Intel: the revision is in the upper half.
         Vendor::Intel => 1 << 32,

@@ -66,8 +66,22 @@ impl Cpu {
                     .tell_others(*gpa, u64::from(*len), &self.peer);
                 self.wait_for_peers(asked);
             }
+        } else {
+            for (gpa, len) in &writes {
+                self.peer.note_own_store(*gpa, u64::from(*len));
+            }
         }
         writes
+    }
+
+    /// From here on a store to the line of this address, which is in RAM, wakes the CPU from MWAIT.
+    pub(crate) fn watch_line(&mut self, gpa: u64) {
+        if self.ram.tracker().watch(gpa, &self.peer) {
+            self.give_up_writing_to(gpa);
+            let asked = self.ram.tracker().protect(gpa, &self.peer);
+            self.wait_for_peers(asked);
+        }
+        self.peer.arm();
     }
 
     /// Does `f` while no other CPU is in guest, as a locked access across two lines needs it. `f` takes nothing that was

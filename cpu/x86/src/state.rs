@@ -205,6 +205,11 @@ pub enum Activity {
     Active,
     /// In HLT.
     Halted,
+    /// In MWAIT: until somebody stores to the line that is monitored, or an interrupt comes.
+    Waiting {
+        /// One that is masked ends it too, though it is not taken.
+        masked: bool,
+    },
     /// Waits for a start-up IPI.
     WaitForSipi,
     /// Triple fault.
@@ -303,6 +308,8 @@ pub struct Counters {
     pub mmio_accesses: u64,
     pub msr_accesses: u64,
     pub halts: u64,
+    /// MWAITs that found a line to wait for.
+    pub monitor_waits: u64,
     pub page_crossings: u64,
     pub code_writes: u64,
     /// Times that the host's processor was offered to others for a CPU that spins.

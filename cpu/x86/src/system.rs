@@ -8,8 +8,8 @@ use crate::interpret::Flow;
 use crate::interpret::{operand, stack};
 use crate::transfer::FarPointer;
 use crate::{
-    Bus, Cpu, CpuMode, Cr0, Cr4, Exception, Gpr, Rflags, Seg, control, flags, iret, msr, port,
-    rights, segment, syscall, table, transfer,
+    Bus, Cpu, CpuMode, Cr0, Cr4, Exception, Gpr, Rflags, Seg, control, flags, iret, monitor_wait,
+    msr, port, rights, segment, syscall, table, transfer,
 };
 
 const GP0: Exception = Exception::gp(0);
@@ -56,6 +56,8 @@ pub(crate) fn execute(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Opti
             cpu.counters.halts += 1;
             Flow::Halt
         }),
+        M::Monitor => next(monitor_wait::monitor(cpu, i)),
+        M::Mwait => monitor_wait::mwait(cpu),
 
         M::Clts => next(clts(cpu, bus)),
         M::Lmsw => next(lmsw(cpu, bus, i)),

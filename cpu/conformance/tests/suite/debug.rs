@@ -38,6 +38,22 @@ fn set_dr(a: &mut CodeAssembler, r: AsmRegisterDr, v: u64) -> Result<(), IcedErr
 }
 
 #[test]
+fn a_single_step_ends_a_halt() {
+    each_engine(|m| {
+        m.run_code(|a| {
+            set_tf(a)?;
+            a.hlt()?;
+            clear_tf(a)
+        });
+        // Those after POPF and HLT, and two of the instructions that end it.
+        let rips: Vec<u64> = m.records().iter().map(|r| r.rip).collect();
+        let popf = CODE + 1 + 8 + 1;
+        assert_eq!(rips[0], popf + 1, "behind HLT");
+        assert!((STOPPED_AT..STOPPED_AT + 0x10).contains(&m.cpu().rip));
+    });
+}
+
+#[test]
 fn single_steps_stop_after_each_instruction() {
     each_engine(|m| {
         m.put_bytes(DATA, &[1; 8]);

@@ -10,6 +10,7 @@ mod interrupt_returns;
 mod interrupts;
 mod la57;
 mod legacy_modes;
+mod monitor_wait;
 mod paging;
 mod privilege;
 mod protection_keys;

@@ -103,6 +103,8 @@ pub const NEEDS_AVX512_LEAF7_1_EAX: u32 = bits(&[5]);
 /// XOP, FMA4.
 pub const NEEDS_AVX_EXTENDED_ECX: u32 = bits(&[11, 16]);
 
+/// MONITOR, on request alone.
+pub const LEAF1_ECX_MONITOR: u32 = bits(&[3]);
 pub const LEAF1_ECX_XSAVE: u32 = bits(&[26]);
 pub const LEAF1_ECX_OSXSAVE: u32 = bits(&[27]);
 /// PKU, on request alone; OSPKE, which follows CR4.PKE.

@@ -87,7 +87,9 @@ impl Engine for Interpret {
             event::deliver_pending(&mut self.cpu, bus);
             match self.cpu.activity {
                 Activity::Active => {}
-                Activity::Halted | Activity::WaitForSipi => return Exit::Halted,
+                Activity::Halted | Activity::Waiting { .. } | Activity::WaitForSipi => {
+                    return Exit::Halted;
+                }
                 Activity::Shutdown => return Exit::Shutdown,
             }
             if let Some(exit) = self.burst(bus) {
@@ -123,6 +125,7 @@ impl Engine for Interpret {
             ("mmio_accesses", c.mmio_accesses),
             ("msr_accesses", c.msr_accesses),
             ("halts", c.halts),
+            ("monitor_waits", c.monitor_waits),
             ("page_crossings", c.page_crossings),
         ])
     }

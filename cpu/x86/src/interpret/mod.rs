@@ -75,6 +75,8 @@ pub(crate) enum Flow {
     Repeat,
     /// HLT was executed; RIP goes to the next instruction.
     Halt,
+    /// The same of MWAIT, which an interrupt that is masked ends too where `masked` says so.
+    Wait { masked: bool },
 }
 
 /// What an instruction led to.
@@ -155,16 +157,22 @@ fn finish(
             cpu.rip = next;
             cpu.activity = Activity::Halted;
         }
+        Flow::Wait { masked } => {
+            cpu.rip = next;
+            cpu.activity = Activity::Waiting { masked };
+        }
     }
     let traps = traps(cpu, i, before);
     if traps != 0 {
         let at = cpu.rip;
+        // It ends a halt.
+        cpu.activity = Activity::Active;
         return exception::raise(cpu, bus, Exception::db(traps, true), at);
     }
     match cpu.activity {
         Activity::Active => Outcome::Continue,
         Activity::Shutdown => Outcome::Shutdown,
-        Activity::Halted | Activity::WaitForSipi => Outcome::Halted,
+        Activity::Halted | Activity::Waiting { .. } | Activity::WaitForSipi => Outcome::Halted,
     }
 }
 
