@@ -55,7 +55,8 @@ pub struct Run {
     pub engine: EngineChoice,
     /// The processor that the guest sees: host (the host's, without what does not work here), or x86-64-v1 to x86-64-v4, the levels of the psABI,
     /// which are the same on every host that can carry them. host,+pku has protection keys for user pages as well, which keep user code that may
-    /// use them from the processor; host,+la57 5-level paging; host,+monitor MONITOR and MWAIT.
+    /// use them from the processor; host,+la57 5-level paging; host,+monitor MONITOR and MWAIT; host,+pmu
+    /// performance counters.
     #[arg(long, value_name = "MODEL[,+FEATURE]", default_value = "host", value_parser = str::parse::<CpuChoice>)]
     pub cpu: CpuChoice,
     /// Number of processors.

@@ -133,7 +133,7 @@ fn a_model_that_is_none_is_told_which_there_are() {
 #[test]
 fn a_feature_that_is_none_is_told_which_there_are() {
     for (model, says) in [
-        ("host,+smap", "+pku or +la57 or +monitor"),
+        ("host,+smap", "+pku or +la57 or +monitor or +pmu"),
         ("x86-64-v3,+pku", "takes no features"),
     ] {
         let mut command = Command::new(DOPPEL);
@@ -228,4 +228,32 @@ fn they_do_so_in_translation_alone_too() {
 #[test]
 fn they_do_so_interpreted_too() {
     assert!(waits_with_monitor("interpret") > 100);
+}
+
+/// Linux's perf events on the counters that were asked for: exact counts of instructions, cycles, sampling, and RDPMC in user code.
+fn counts(engine: &str, cpus: u32) -> Finished {
+    const SCRIPT: &str = "dmesg | grep -E 'Performance Events|PMU'
+dmesg | grep -E 'BUG:|WARNING:|Call Trace|Broken PMU|unchecked MSR' && exit 1
+/doppel/counters";
+    Boot::script(CLOUD, SCRIPT)
+        .file("doppel/counters", 0o755, &program("counters_unsafe", &[]))
+        .flag(&format!("--cpu host,+pmu --cpus {cpus}"))
+        .doppel(engine, SECONDS)
+}
+
+#[test]
+fn programs_count_with_the_performance_counters_that_were_asked_for() {
+    counts("auto", 2).expect(PASSED).says("counters: passed");
+}
+
+#[test]
+fn they_count_in_translation_alone_too() {
+    let finished = counts("translate", 1);
+    finished.expect(PASSED).says("counters: passed");
+}
+
+#[test]
+fn they_count_interpreted_too() {
+    let finished = counts("interpret", 1);
+    finished.expect(PASSED).says("counters: passed");
 }

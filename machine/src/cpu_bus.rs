@@ -1,15 +1,16 @@
 //! The machine as one vCPU sees it: ports, device memory, its local APIC.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use doppel_device::{BusMaster, Timers, Wired};
+use doppel_device::{Alarm, BusMaster, OnAlarm, Timers, Wired};
 use doppel_memory::{GuestRam, PAGE_MASK};
 use doppel_pc::{Acknowledged, CpuApic, I8259, Requests};
 use doppel_x86::{Bus, Start};
 
 use crate::attention::Attention;
 use crate::clock_pages::ClockPages;
+use crate::doorbell::Doorbell;
 use crate::pc::Pc;
 
 /// How often the vCPU went to a device, and for how long.
@@ -25,6 +26,20 @@ pub struct BusExits {
     pub nmi: u64,
     /// In devices, where it is measured.
     pub time: Duration,
+}
+
+/// Calls the vCPU out of whatever it does.
+struct CounterAlarm {
+    alarm: Alarm,
+    _rings: Arc<Rings>,
+}
+
+struct Rings(Arc<Doorbell>);
+
+impl OnAlarm for Rings {
+    fn on_alarm(&self) {
+        self.0.ring();
+    }
 }
 
 /// One vCPU's [`Bus`].
@@ -43,6 +58,8 @@ pub struct CpuBus {
     /// Where the guest is told that an interrupt needs no EOI, and whether it was for the one in service.
     pv_eoi: Option<u64>,
     end_lent: bool,
+    /// Rings when a performance counter overflows.
+    counter_alarm: Option<CounterAlarm>,
     /// Time is measured, which costs more than many an access.
     timing: bool,
     /// What was counted.
@@ -64,9 +81,21 @@ impl CpuBus {
             ram,
             pv_eoi: None,
             end_lent: false,
+            counter_alarm: None,
             timing,
             exits: BusExits::default(),
         }
+    }
+
+    /// The vCPU has performance counters: their alarm rings its doorbell.
+    pub fn call_for_counters(&mut self, doorbell: Arc<Doorbell>) {
+        let rings = Arc::new(Rings(doorbell));
+        let target: Weak<dyn OnAlarm> = Arc::<Rings>::downgrade(&rings);
+        let alarm = self.timers.alarm(target);
+        self.counter_alarm = Some(CounterAlarm {
+            alarm,
+            _rings: rings,
+        });
     }
 
     fn timed<R>(&mut self, f: impl FnOnce(&mut Self) -> R) -> R {
@@ -212,6 +241,16 @@ impl Bus for CpuBus {
 
     fn set_clock_page(&mut self, page: Option<u64>) {
         self.clock_pages.set(self.cpu, page);
+    }
+
+    fn counter_interrupt(&mut self, masks: bool) {
+        self.apic.overflow(masks);
+    }
+
+    fn set_counter_alarm(&mut self, nanoseconds: u64) {
+        if let Some(on) = &self.counter_alarm {
+            on.alarm.set(Some(self.timers.clock().now() + nanoseconds));
+        }
     }
 
     fn halt_ends(&mut self) {

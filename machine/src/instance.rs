@@ -151,7 +151,14 @@ impl Instance {
             .zip(doorbells)
             .zip(pc.cpu_apics())
             .map(|((engine, doorbell), apic)| Vcpu {
-                bus: CpuBus::new(&pc, engine.cpu().id, apic, ram.clone(), config.count),
+                bus: {
+                    let id = engine.cpu().id;
+                    let mut bus = CpuBus::new(&pc, id, apic, ram.clone(), config.count);
+                    if model.has_counters() {
+                        bus.call_for_counters(doorbell.clone());
+                    }
+                    bus
+                },
                 engine,
                 doorbell,
                 control: control.clone(),

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use doppel_memory::GuestRam;
 use doppel_x86::{Bus, Kick};
@@ -14,6 +15,8 @@ pub const PORT_NMI: u16 = 0x81;
 pub const PORT_DEVICE_WRITE: u16 = 0x82;
 /// A write of `CPU << 8 | vector` interrupts another CPU.
 pub const PORT_IPI: u16 = 0x84;
+/// The interrupt that a performance counter raises when it overflows.
+pub const COUNTER_VECTOR: u8 = 0x61;
 /// A page of device memory: no RAM is there.
 pub const DEVICE_PAGE: u64 = 0xfed0_0000;
 
@@ -53,6 +56,8 @@ pub struct TestBus {
     pub device_write: (u64, Vec<u8>),
     /// Every CPU of a crowd, by its number.
     pub others: Vec<(Arc<Lines>, Arc<dyn Kick>)>,
+    /// The engine of the CPU.
+    pub kick: Option<Arc<dyn Kick>>,
     ram: Arc<GuestRam>,
 }
 
@@ -65,6 +70,7 @@ impl TestBus {
             device_stores: Vec::new(),
             device_write: (0, Vec::new()),
             others: Vec::new(),
+            kick: None,
             ram,
         }
     }
@@ -121,6 +127,17 @@ impl Bus for TestBus {
     }
     fn spinning(&mut self) {
         std::thread::yield_now();
+    }
+    fn counter_interrupt(&mut self, _masks: bool) {
+        self.lines.interrupt(COUNTER_VECTOR);
+    }
+    fn set_counter_alarm(&mut self, nanoseconds: u64) {
+        if let Some(kick) = self.kick.clone() {
+            std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_nanos(nanoseconds));
+                kick.kick();
+            });
+        }
     }
     fn take_nmi(&mut self) -> bool {
         self.lines.nmi.swap(false, Ordering::SeqCst)

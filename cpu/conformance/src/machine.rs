@@ -156,6 +156,7 @@ impl Machine {
             bus: TestBus::new(ram.clone()),
             ram,
         };
+        machine.bus.kick = Some(machine.kicker());
         machine.set_registers();
         machine
     }

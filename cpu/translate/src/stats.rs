@@ -119,6 +119,7 @@ impl Translator {
             ("code_writes", cpu.code_writes),
             ("spin_yields", cpu.spin_yields),
             ("monitor_waits", cpu.monitor_waits),
+            ("counter_interrupts", cpu.counter_interrupts),
             ("split_locks", cpu.split_locks),
             ("hypercalls", cpu.hypercalls),
             ("deferred_tlb_flushes", cpu.deferred_flushes),

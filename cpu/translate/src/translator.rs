@@ -152,7 +152,9 @@ impl Translator {
 
     pub fn run(&mut self, bus: &mut dyn Bus) -> Exit {
         let _in_guest = InGuest::new(&self.context.cpu.peer);
+        self.context.cpu.begin_counting();
         let exit = self.run_until_exit(bus);
+        self.context.cpu.end_counting();
         self.code.put_back();
         exit
     }
@@ -183,6 +185,10 @@ impl Translator {
                 Activity::Halted | Activity::Waiting { .. } | Activity::WaitForSipi => {
                     return Exit::Halted;
                 }
+            }
+            if self.context.cpu.pmu.steps() {
+                self.count_steps(bus);
+                continue;
             }
             if self.run_user_code(bus) {
                 continue;
@@ -260,6 +266,14 @@ impl Translator {
             Left::Writes(page) => cpu.code_writes.push((page, PAGE_SIZE as u32)),
         }
         true
+    }
+
+    /// Interprets for a while, since each instruction is counted, or where it is executed matters.
+    fn count_steps(&mut self, bus: &mut dyn Bus) {
+        self.link_from = None;
+        self.code.put_back();
+        let (cpu, called) = self.context.cpu_and_call();
+        interpret::steps(cpu, bus, &called);
     }
 
     /// Interprets one instruction.

@@ -47,6 +47,10 @@ pub trait Bus {
     fn set_clock_page(&mut self, _page: Option<u64>) {}
     /// KVM_HC_KICK_CPU: the CPU with this APIC ID leaves its present halt or its next, whatever its interrupt flag.
     fn wake(&mut self, _id: u32) {}
+    /// A performance counter has overflowed: the local APIC interrupts as its entry for that says, and masks the entry then where `masks` says so.
+    fn counter_interrupt(&mut self, _masks: bool) {}
+    /// The engine is to be called back after so many nanoseconds, instead of when it was to be called before: a performance counter overflows then.
+    fn set_counter_alarm(&mut self, _nanoseconds: u64) {}
     /// A halt of this CPU is over.
     fn halt_ends(&mut self) {}
     /// Takes a [`Bus::wake`] of this CPU. Engines do not: the machine does, when the CPU halts.

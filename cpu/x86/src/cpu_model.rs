@@ -94,6 +94,8 @@ bitflags! {
         const LA57 = 1 << 1;
         /// MONITOR and MWAIT.
         const MONITOR = 1 << 2;
+        /// Performance counters.
+        const PMU = 1 << 3;
     }
 }
 
@@ -123,6 +125,12 @@ const ON_REQUEST: &[OnRequest] = &[
         feature: CpuFeatures::MONITOR,
         missing: "leaf 1 of CPUID",
         add: |model, _| model.with_monitor(),
+    },
+    OnRequest {
+        name: "pmu",
+        feature: CpuFeatures::PMU,
+        missing: "leaf 1 of CPUID",
+        add: |model, _| Some(model.with_counters()),
     },
 ];
 

@@ -13,7 +13,7 @@ use iced_x86::DecoderOptions;
 
 use crate::arch_host;
 use crate::tsc::TscFrequency;
-use crate::{Cpu, Cr4, HiddenInstructions};
+use crate::{Cpu, Cr4, HiddenInstructions, pmu};
 
 /// EAX, EBX, ECX and EDX of one CPUID leaf.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -67,6 +67,7 @@ pub struct CpuidModel {
     tsc_hz: u64,
     xcr0: u64,
     hidden: HiddenInstructions,
+    counters: bool,
     /// Sorted by (leaf, subleaf); leaves that depend on the CPU's state or number are completed by [`Cpu::cpuid`].
     leaves: Vec<(u32, u32, CpuidLeaf)>,
 }
@@ -94,6 +95,7 @@ impl CpuidModel {
             tsc_hz,
             xcr0: guest_xcr0(read, host_xcr0),
             hidden: HiddenInstructions::default(),
+            counters: false,
             leaves: Vec::new(),
         };
         model.add_basic(read);
@@ -207,6 +209,32 @@ impl CpuidModel {
         self.add(5, 0, monitor);
         self.leaves.sort_by_key(|l| (l.0, l.1));
         Some(self)
+    }
+
+    /// True where performance counters are offered, which AMD's processors have without telling.
+    pub fn has_counters(&self) -> bool {
+        self.counters
+    }
+
+    /// The same with performance counters: Intel's tell of themselves in leaf 0xA.
+    pub(crate) fn with_counters(mut self) -> Self {
+        const VERSION: u32 = 2;
+        const EVENTS: u32 = 7;
+        /// Of these: last-level cache references and misses, branches and mispredicted ones.
+        const CANNOT_BE_COUNTED: u32 = 0b111_1000;
+        self.counters = true;
+        if self.vendor == Vendor::Intel {
+            let (general, fixed) = (pmu::GENERAL as u32, pmu::FIXED as u32);
+            let leaf = CpuidLeaf {
+                eax: VERSION | general << 8 | pmu::WIDTH << 16 | EVENTS << 24,
+                ebx: CANNOT_BE_COUNTED,
+                ecx: 0,
+                edx: fixed | pmu::WIDTH << 5,
+            };
+            self.add(0xa, 0, leaf);
+            self.leaves.sort_by_key(|l| (l.0, l.1));
+        }
+        self
     }
 
     fn leaf_mut(&mut self, leaf: u32, subleaf: u32) -> Option<&mut CpuidLeaf> {

@@ -25,6 +25,7 @@ fn runs(cpu: &Cpu) -> bool {
 /// Returns whether something was delivered. Delivery may end in [`Activity::Shutdown`].
 pub fn deliver_pending(cpu: &mut Cpu, bus: &mut dyn Bus) -> bool {
     cpu.follow_monitor(bus);
+    cpu.follow_counters(bus);
     if runs(cpu) && !cpu.nmi_blocked && !in_shadow(cpu) && bus.take_nmi() {
         cpu.nmi_blocked = true;
         return deliver(cpu, bus, Vector::Nmi as u8);

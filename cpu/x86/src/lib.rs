@@ -26,6 +26,7 @@ mod msr;
 mod mtrr;
 pub mod patch;
 mod peers;
+mod pmu;
 mod port;
 #[cfg(test)]
 mod program_tests;
@@ -53,6 +54,7 @@ pub use engine::{Engine, EngineStats, Exit, Kick, Outcome};
 pub use fault::{Exception, Vector};
 pub use instruction_set::{HiddenInstructions, may_be_offered};
 pub use kvm::write_clock_stopped;
+pub use pmu::Pmu;
 pub use segment::flat_attributes;
 pub use state::{
     Activity, Counters, Cpu, CpuMode, Cr0, Cr4, Dtr, Efer, Flushed, FpuArea, Gpr, Msrs, Rflags,

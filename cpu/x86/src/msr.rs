@@ -7,7 +7,7 @@
 use crate::cpuid::Vendor;
 use crate::monitor_wait::MISC_ENABLE_MONITOR;
 use crate::state::Msrs;
-use crate::{Bus, Cpu, Cr0, Efer, Exception, Seg, mtrr};
+use crate::{Bus, Cpu, Cr0, Efer, Exception, Seg, mtrr, pmu};
 
 const APIC_BASE: u32 = 0x1b;
 const TSC_DEADLINE: u32 = 0x6e0;
@@ -95,6 +95,8 @@ const STORED: &[Stored] = &[
 /// IA32_MISC_ENABLE: fast strings (0), automatic thermal control (3), performance monitoring (7), BTS and PEBS unavailable (11, 12), SpeedStep
 /// (16), limit CPUID (22), XD disable (34).
 const MISC_ENABLE: u64 = 0x4_0041_1889;
+/// There is performance monitoring, without BTS and PEBS.
+const MISC_ENABLE_COUNTERS: u64 = 1 << 7 | 1 << 11 | 1 << 12;
 
 /// What a write to a constant MSR does.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -207,7 +209,7 @@ fn read_option(cpu: &mut Cpu, bus: &mut dyn Bus, msr: u32) -> Option<u64> {
     }
     match find_constant(cpu, msr) {
         Some((v, _)) => Some(v),
-        None => read_special(cpu, msr),
+        None => read_special(cpu, msr).or_else(|| pmu::read_msr(cpu, msr)),
     }
 }
 
@@ -283,7 +285,7 @@ fn write_special(cpu: &mut Cpu, bus: &mut dyn Bus, msr: u32, v: u64) -> Option<(
         KVM_PV_EOI => return cpu.write_kvm_pv_eoi(bus, v),
         PLATFORM_INFO if has(cpu, INTEL) => {}
         CST_CONFIG_CONTROL | POWER_CTL if has(cpu, INTEL) && cpu.cpuid.has_monitor() => {}
-        _ => return None,
+        _ => return pmu::write_msr(cpu, msr, v),
     }
     Some(())
 }
@@ -350,6 +352,9 @@ pub(crate) fn reset(cpu: &mut Cpu) {
     cpu.msr.decode_cfg = LFENCE_SERIALIZING;
     if cpu.cpuid.has_monitor() {
         cpu.msr.misc_enable |= MISC_ENABLE_MONITOR;
+    }
+    if cpu.cpuid.has_counters() {
+        cpu.msr.misc_enable |= MISC_ENABLE_COUNTERS;
     }
     cpu.msr.microcode = match cpu.cpuid.vendor() {
         // Intel: the revision is in the upper half.

@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use crate::interpret::{CodeCache, HostUnit};
+use crate::pmu::Pmu;
 use crate::{AddressSpaces, CpuidModel, GivenUp, arch_host, msr};
 use bitflags::bitflags;
 use doppel_memory::{GuestRam, LargePages, Paging, PagingMode, Peer, Privilege, Tlb};
@@ -310,6 +311,8 @@ pub struct Counters {
     pub halts: u64,
     /// MWAITs that found a line to wait for.
     pub monitor_waits: u64,
+    /// Overflows of performance counters that interrupted.
+    pub counter_interrupts: u64,
     pub page_crossings: u64,
     pub code_writes: u64,
     /// Times that the host's processor was offered to others for a CPU that spins.
@@ -426,6 +429,8 @@ pub struct Cpu {
     pub ram: Arc<GuestRam>,
     /// This CPU as the others that share the RAM see it.
     pub peer: Arc<Peer>,
+    /// Performance counters.
+    pub pmu: Pmu,
 }
 
 impl Cpu {
@@ -504,6 +509,7 @@ impl Cpu {
             flushed: Flushed::default(),
             spaces: AddressSpaces::default(),
             given_up: GivenUp::default(),
+            pmu: Pmu::default(),
             peer: ram.tracker().join(),
             ram,
         });

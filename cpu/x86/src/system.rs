@@ -9,7 +9,7 @@ use crate::interpret::{operand, stack};
 use crate::transfer::FarPointer;
 use crate::{
     Bus, Cpu, CpuMode, Cr0, Cr4, Exception, Gpr, Rflags, Seg, control, flags, iret, monitor_wait,
-    msr, port, rights, segment, syscall, table, transfer,
+    msr, pmu, port, rights, segment, syscall, table, transfer,
 };
 
 const GP0: Exception = Exception::gp(0);
@@ -84,8 +84,7 @@ pub(crate) fn execute(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Opti
             let aux = cpu.msr.tsc_aux;
             next(operand::write_operand(cpu, bus, i, 0, aux))
         }
-        // No counters are offered: every index is invalid.
-        M::Rdpmc => Err(GP0),
+        M::Rdpmc => next(pmu::rdpmc(cpu)),
         M::Xgetbv => next(xgetbv(cpu)),
         M::Xsetbv => next(xsetbv(cpu)),
         M::Rdpkru => next(read_pkru(cpu)),

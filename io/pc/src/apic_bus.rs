@@ -285,6 +285,11 @@ impl CpuApic {
         self.slot.with(|apic, _| apic.return_end(over));
     }
 
+    /// See [`LocalApic::overflow`].
+    pub fn overflow(&self, masks: bool) {
+        self.slot.with(|apic, _| apic.overflow(masks));
+    }
+
     /// The processor takes a pending NMI.
     pub fn take_nmi(&self) -> bool {
         self.requests().contains(Requests::NMI) && self.slot.with(|apic, _| apic.take_nmi())

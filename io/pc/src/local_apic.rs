@@ -53,6 +53,7 @@ const SELF_IPI: u32 = 0x3f;
 /// Indices of the LVT entries that have a meaning here, and what can be written to each (timer, thermal, performance,
 /// LINT0, LINT1, error).
 const TIMER: usize = 0;
+const PERFORMANCE: usize = 2;
 const LINT0: usize = 3;
 const ERROR: usize = 5;
 const LVT_WRITABLE: [u32; 6] = [0x7_00ff, 0x1_07ff, 0x1_07ff, 0x1_a7ff, 0x1_a7ff, 0x1_00ff];
@@ -415,6 +416,20 @@ impl LocalApic {
             // Looked at as a level, in `external_request`.
             Some(DeliveryMode::ExtInt) | None => {}
             Some(mode) => self.accept(mode, entry as u8, false),
+        }
+    }
+
+    /// A performance counter has overflowed. On Intel's processors that masks the entry, which `masks` says.
+    pub fn overflow(&mut self, masks: bool) {
+        let entry = self.lvt[PERFORMANCE];
+        if entry & LVT_MASKED != 0 || !self.enabled() {
+            return;
+        }
+        if masks {
+            self.lvt[PERFORMANCE] |= LVT_MASKED;
+        }
+        if let Some(mode) = DeliveryMode::from_register(entry) {
+            self.accept(mode, entry as u8, false);
         }
     }
 

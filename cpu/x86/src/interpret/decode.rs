@@ -92,6 +92,9 @@ impl Decoded {
 impl CodeCache {
     /// Makes room for everything that a guest executes; without, for the few instructions that its engine leaves.
     pub(super) fn expect_all(&mut self) {
+        if self.all {
+            return;
+        }
         *self = CodeCache {
             all: true,
             ..CodeCache::default()

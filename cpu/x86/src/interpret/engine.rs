@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use doppel_memory::InGuest;
 use iced_x86::{Formatter, IntelFormatter};
 
-use super::{execute_one, quick};
+use super::{execute_one, run_quick};
 use crate::{Activity, Bus, Cpu, Engine, EngineStats, Exit, Kick, Outcome, event};
 
 /// Runs a CPU by interpretation alone.
@@ -64,7 +64,7 @@ impl Interpret {
                 return Some(Exit::Kicked);
             }
             if self.quick {
-                quick::run(&mut self.cpu, &self.kick.0);
+                run_quick(&mut self.cpu, &self.kick.0, u64::MAX);
             }
             match execute_one(&mut self.cpu, bus) {
                 (Outcome::Continue, false) => {}
@@ -74,11 +74,8 @@ impl Interpret {
             self.follow_peers();
         }
     }
-}
 
-impl Engine for Interpret {
-    fn run(&mut self, bus: &mut dyn Bus) -> Exit {
-        let _in_guest = InGuest::new(&self.cpu.peer);
+    fn run_until_exit(&mut self, bus: &mut dyn Bus) -> Exit {
         loop {
             self.follow_peers();
             if self.kick.0.swap(false, Ordering::Acquire) {
@@ -96,6 +93,16 @@ impl Engine for Interpret {
                 return exit;
             }
         }
+    }
+}
+
+impl Engine for Interpret {
+    fn run(&mut self, bus: &mut dyn Bus) -> Exit {
+        let _in_guest = InGuest::new(&self.cpu.peer);
+        self.cpu.begin_counting();
+        let exit = self.run_until_exit(bus);
+        self.cpu.end_counting();
+        exit
     }
 
     fn cpu(&self) -> &Cpu {
@@ -126,6 +133,7 @@ impl Engine for Interpret {
             ("msr_accesses", c.msr_accesses),
             ("halts", c.halts),
             ("monitor_waits", c.monitor_waits),
+            ("counter_interrupts", c.counter_interrupts),
             ("page_crossings", c.page_crossings),
         ])
     }

@@ -44,6 +44,8 @@ mod tests;
 mod vector;
 mod xsave;
 
+use std::sync::atomic::AtomicBool;
+
 use iced_x86::{Instruction, Mnemonic};
 
 pub(crate) use decode::CodeCache;
@@ -93,6 +95,37 @@ pub fn step(cpu: &mut Cpu, bus: &mut dyn Bus) -> Outcome {
     execute_one(cpu, bus).0
 }
 
+/// Executes some instructions, until an interrupt may have become deliverable, others ask something of the CPU, or `stop` is set: for an engine that leaves instructions
+/// to be counted to the interpreter ([`crate::Pmu::steps`]).
+pub fn steps(cpu: &mut Cpu, bus: &mut dyn Bus, stop: &dyn Fn() -> bool) {
+    const MOST: u32 = 64;
+    /// Some microseconds.
+    const MOST_QUICK: u64 = 1000;
+    cpu.code.expect_all();
+    let never = AtomicBool::new(false);
+    for _ in 0..MOST {
+        run_quick(cpu, &never, MOST_QUICK);
+        let (outcome, attention) = execute_one(cpu, bus);
+        let changes = !cpu.code_writes.is_empty() || cpu.peer.has_requests();
+        if attention || outcome != Outcome::Continue || changes || stop() {
+            return;
+        }
+    }
+}
+
+/// Runs predecoded blocks, `most` instructions and a few more, and fewer where their count overflows before.
+#[inline]
+fn run_quick(cpu: &mut Cpu, kick: &AtomicBool, most: u64) {
+    if !cpu.pmu.steps() {
+        return quick::run(cpu, kick, most);
+    }
+    cpu.begin_step();
+    let before = cpu.counters.quick_instructions;
+    let most = most.min(cpu.pmu.budget());
+    quick::run(cpu, kick, most);
+    cpu.pmu.retire(cpu.counters.quick_instructions - before);
+}
+
 /// [`step`]; also says whether an interrupt may have become deliverable.
 #[inline]
 fn execute_one(cpu: &mut Cpu, bus: &mut dyn Bus) -> (Outcome, bool) {
@@ -116,15 +149,25 @@ fn execute_one(cpu: &mut Cpu, bus: &mut dyn Bus) -> (Outcome, bool) {
     cpu.rflags.remove(Rflags::RF);
     let next = next_rip(cpu, i);
     let devices = cpu.counters.mmio_accesses;
+    let counted = cpu.pmu.steps();
+    if counted {
+        cpu.begin_step();
+    }
     let outcome = match (decoded.handler)(cpu, bus, i) {
-        Ok(flow) => finish(cpu, bus, i, flow, next, before),
+        Ok(flow) => {
+            if counted && flow != Flow::Repeat {
+                cpu.pmu.retire(1);
+            }
+            finish(cpu, bus, i, flow, next, before)
+        }
         Err(e) => {
             cpu.breakpoint_hits = 0;
             let outcome = exception::raise(cpu, bus, e, next);
             return (outcome, true);
         }
     };
-    let attention = shadow || decoded.system || devices != cpu.counters.mmio_accesses;
+    let overflow = counted && cpu.end_step();
+    let attention = shadow || decoded.system || overflow || devices != cpu.counters.mmio_accesses;
     (outcome, attention)
 }
 

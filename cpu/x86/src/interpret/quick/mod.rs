@@ -270,8 +270,8 @@ fn allowed(cpu: &Cpu) -> bool {
         && !aligned
 }
 
-/// Runs blocks until an instruction is met that is for the interpreter proper, or `kick` is set.
-pub(super) fn run(cpu: &mut Cpu, kick: &AtomicBool) {
+/// Runs blocks until an instruction is met that is for the interpreter proper, `kick` is set, or `most` instructions were executed (by a block at most, more).
+pub(super) fn run(cpu: &mut Cpu, kick: &AtomicBool, most: u64) {
     if !allowed(cpu) {
         return;
     }
@@ -287,7 +287,7 @@ pub(super) fn run(cpu: &mut Cpu, kick: &AtomicBool) {
         page,
     };
     let mut executed = 0;
-    while !kick.load(Ordering::Relaxed) {
+    while executed < most && !kick.load(Ordering::Relaxed) {
         let rip = cpu.rip;
         if rip ^ context.page.linear > PAGE_MASK {
             match CodePage::of(cpu, rip) {
