@@ -80,10 +80,8 @@ fn what_comes_out_of_nearly_every_kernel_is_specified() {
     assert!(why.len() < 40, "{} of 100: {why:#?}", why.len());
 }
 
-/// Code that uses a page, changes its entry in the page table, does something in between, and uses it again.
-fn remapped(rig: &Rig, used: bool, entry: u64, between: &[Between]) -> Case {
-    const PAGE: u64 = 40;
-    const GOOD: u64 = SPARE + 0x20_000 + 3;
+/// A kernel of one step of 64-bit code at CPL 0.
+fn of_code(rig: &Rig, flags: u64, mut code: CodeAssembler) -> Case {
     let mut cases = (0..).map(|number| rig.case(7, number).unwrap());
     let is_kernel = |step: &&Step| step.context.mode == Mode::Bits64 && step.context.cpl == 0;
     let plain = |case: &Case| {
@@ -93,7 +91,24 @@ fn remapped(rig: &Rig, used: bool, entry: u64, between: &[Between]) -> Case {
         .find(|case| plain(case) && case.steps.iter().any(|step| is_kernel(&step)))
         .unwrap();
     let mut context = case.steps.iter().find(is_kernel).unwrap().context.clone();
-    (context.cr3, context.flags, context.rsp) = (0, 0x202, STEP_STACK - 0x400);
+    (context.cr3, context.flags, context.rsp) = (0, flags, STEP_STACK - 0x400);
+    let item = Item {
+        name: "code",
+        bytes: code.assemble(0).unwrap(),
+    };
+    case.steps = vec![Step {
+        context,
+        items: vec![item],
+        gap: 0,
+    }];
+    case.schedule = vec![0];
+    case
+}
+
+/// Code that uses a page, changes its entry in the page table, does something in between, and uses it again.
+fn remapped(rig: &Rig, used: bool, entry: u64, between: &[Between]) -> Case {
+    const PAGE: u64 = 40;
+    const GOOD: u64 = SPARE + 0x20_000 + 3;
     let mut a = CodeAssembler::new(64).unwrap();
     a.mov(rcx, X_TABLES[0][2] + 8 * PAGE).unwrap();
     a.mov(rbx, ALIASES[0] + 0x1000 * PAGE).unwrap();
@@ -120,17 +135,26 @@ fn remapped(rig: &Rig, used: bool, entry: u64, between: &[Between]) -> Case {
         a.invlpg(byte_ptr(rdx)).unwrap();
     }
     a.mov(rdx, qword_ptr(rbx)).unwrap();
-    let item = Item {
-        name: "remapped",
-        bytes: a.assemble(0).unwrap(),
-    };
-    case.steps = vec![Step {
-        context,
-        items: vec![item],
-        gap: 0,
-    }];
-    case.schedule = vec![0];
-    case
+    of_code(rig, 0x202, a)
+}
+
+#[test]
+fn a_time_that_is_read_is_nobodys_to_compare_under_single_steps_too() {
+    let mut rig = Rig::new().unwrap();
+    for (flags, reads, open) in [
+        (0x202, true, true),
+        (0x302, true, true),
+        (0x302, false, false),
+    ] {
+        let mut a = CodeAssembler::new(64).unwrap();
+        a.mov(rcx, rcx).unwrap();
+        if reads {
+            a.rdtsc().unwrap();
+        }
+        let case = of_code(&rig, flags, a);
+        let why = rig.why_unspecified(&case);
+        assert_eq!(why.is_some(), open, "{flags:#x}, {reads}: {why:?}");
+    }
 }
 
 #[derive(Clone, Copy)]

@@ -21,7 +21,7 @@ const GLOBAL: u64 = 1 << 8;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 const PAGE_FAULT: usize = 14;
 /// Raised behind an instruction that was executed.
-const TRAPS: [usize; 3] = [1, 3, 4];
+pub const TRAPS: [usize; 3] = [1, 3, 4];
 
 /// What an instruction invalidates if it does not fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

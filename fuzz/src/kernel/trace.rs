@@ -15,7 +15,7 @@ use super::compare::is_table;
 use super::image::Image;
 use super::layout::{CURSOR, PD, PDPT, PML4, PML4_B, PT, RAM, STUBS};
 use super::machine::{self, KernelBus};
-use super::stale::StaleEntries;
+use super::stale::{StaleEntries, TRAPS};
 
 /// Its vector.
 const GENERAL_PROTECTION: usize = 13;
@@ -199,7 +199,8 @@ impl Tracer {
             // Whether its return address is written before.
             let lost_call = i.is_call_near_indirect() && raised.contains(&GENERAL_PROTECTION);
             // Where a save faults depends on what is in use, too.
-            if !specified && raised.is_empty() || saves_what_is_in_use(i.mnemonic()) || lost_call {
+            let executed = raised.iter().all(|vector| TRAPS.contains(vector));
+            if !specified && executed || saves_what_is_in_use(i.mnemonic()) || lost_call {
                 trace.unspecified = trace.unspecified.or(Some(i));
             }
         }
