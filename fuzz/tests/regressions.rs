@@ -57,6 +57,12 @@ const PROGRAMS: &[(&str, u64, u64, &str)] = &[
         "41d3ae422a201048a9c6f1fbc23ed3050a1b200066ffb29e0020104c0bd3268f05cf22200081f855ccd50162e27d2c5a05f5182000e8060000009de901000000c3beea0f6010c5fa164e0041ba1a00000048bf5b57a3ffff7f000062260e06d784d7d3a75c000f0b",
     ),
     (
+        "MASKMOVDQU of a multiple of 8 with alignment checks",
+        64000,
+        4061915,
+        "9d660ff7dc0f0b",
+    ),
+    (
         "a vector that only the base of GS misaligns, with alignment checks",
         51000,
         673761,

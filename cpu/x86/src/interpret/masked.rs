@@ -387,9 +387,9 @@ fn mask_move_bytes(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     };
     let offset = read_gpr(cpu, Gpr::Rdi as usize, address);
     let segment = segment_of(i.memory_segment());
-    // The alignment that is checked for (#AC) is that of eight bytes.
-    linear_in(cpu, segment, offset, 8, true)?;
-    let at = linear_in(cpu, segment, offset, count, true)?;
+    // The alignment that is checked for (#AC) is that of eight bytes, by AMD's processors too.
+    let at = linear_in(cpu, segment, offset, 8, true)?;
+    linear_in(cpu, segment, offset + (count as u64 - 8), 8, true)?;
     let elements = Elements {
         size: 1,
         count,

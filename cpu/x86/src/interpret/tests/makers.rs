@@ -95,7 +95,7 @@ fn movsxd_to_16_bits() {
 
 #[test]
 fn alignment_checks_of_vectors() {
-    /// Whether AMD's and Intel's check: movdqu, vmovdqu of 32 bytes, vmaskmovps, vcvtph2ps.
+    /// Whether AMD's and Intel's check: movdqu, vmovdqu of 32 bytes, vmaskmovps, vcvtph2ps, maskmovdqu.
     const CODES: &[(&[u8], u64, bool, bool)] = &[
         (&[0xf3, 0x0f, 0x6f, 0x07], 8, true, false),
         (&[0xf3, 0x0f, 0x6f, 0x07], 16, false, false),
@@ -103,6 +103,8 @@ fn alignment_checks_of_vectors() {
         (&[0xc5, 0xfe, 0x6f, 0x07], 16, false, false),
         (&[0xc4, 0xe2, 0x79, 0x2c, 0x07], 1, false, false),
         (&[0xc4, 0xe2, 0x79, 0x13, 0x07], 4, true, false),
+        (&[0x66, 0x0f, 0xf7, 0xc1], 8, false, false),
+        (&[0x66, 0x0f, 0xf7, 0xc1], 4, true, true),
     ];
     for (code, offset, by_amd, by_intel) in CODES {
         if !possible("alignment checks of vectors", code) {
