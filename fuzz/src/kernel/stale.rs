@@ -21,7 +21,12 @@ const GLOBAL: u64 = 1 << 8;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 const PAGE_FAULT: usize = 14;
 /// Raised behind an instruction that was executed.
-pub const TRAPS: [usize; 3] = [1, 3, 4];
+const TRAPS: [usize; 3] = [1, 3, 4];
+
+/// Whether an instruction that raised these was executed: none is a fault.
+pub fn was_executed(raised: &[usize]) -> bool {
+    raised.iter().all(|vector| TRAPS.contains(vector))
+}
 
 /// What an instruction invalidates if it does not fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,8 +111,7 @@ impl StaleEntries {
     /// Whether it went by an entry that may be kept as it was. `raised` are the vectors of its exceptions.
     pub fn after(&mut self, cpu: &Cpu, step: &Step, raised: &[usize]) -> bool {
         let stale = self.is_stale(cpu, step, raised);
-        let faulted = raised.iter().any(|vector| !TRAPS.contains(vector));
-        if !faulted {
+        if was_executed(raised) {
             self.flush(cpu, step);
         }
         self.note_changes(cpu);
@@ -253,7 +257,8 @@ fn pcid(cr4: Cr4, cr3: u64) -> u64 {
     }
 }
 
-fn value(cpu: &Cpu, register: Register) -> Option<u64> {
+/// What a register adds to an address.
+pub fn value(cpu: &Cpu, register: Register) -> Option<u64> {
     match register.is_segment_register() {
         true => Some(cpu.seg[register.number()].base),
         false if register.is_gpr() => Some(cpu.gpr[register.full_register().number()]),

@@ -7,15 +7,13 @@ use std::sync::Arc;
 use anyhow::Result;
 use doppel_memory::{GuestRam, PAGE_SIZE, probe};
 use doppel_x86::{Activity, Cpu, CpuMode, CpuidModel, Gpr, Seg, event, interpret};
-use iced_x86::{
-    Code, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register, RflagsBits,
-};
+use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, RflagsBits};
 
 use super::compare::is_table;
 use super::image::Image;
 use super::layout::{CURSOR, PD, PDPT, PML4, PML4_B, PT, RAM, STUBS};
 use super::machine::{self, KernelBus};
-use super::stale::{StaleEntries, TRAPS};
+use super::stale::{self, StaleEntries};
 
 /// Its vector.
 const GENERAL_PROTECTION: usize = 13;
@@ -199,8 +197,10 @@ impl Tracer {
             // Whether its return address is written before.
             let lost_call = i.is_call_near_indirect() && raised.contains(&GENERAL_PROTECTION);
             // Where a save faults depends on what is in use, too.
-            let executed = raised.iter().all(|vector| TRAPS.contains(vector));
-            if !specified && executed || saves_what_is_in_use(i.mnemonic()) || lost_call {
+            if !specified && stale::was_executed(&raised)
+                || saves_what_is_in_use(i.mnemonic())
+                || lost_call
+            {
                 trace.unspecified = trace.unspecified.or(Some(i));
             }
         }
@@ -247,12 +247,7 @@ impl Tracer {
         let Some(n) = (0..i.op_count()).find(|n| i.op_kind(*n) == OpKind::Memory) else {
             return false;
         };
-        let value = |register: Register, _, _| match register.is_segment_register() {
-            true => Some(self.cpu.seg[register.number()].base),
-            false if register.is_gpr() => Some(self.cpu.gpr[register.full_register().number()]),
-            // Of a gather.
-            false => None,
-        };
+        let value = |register, _, _| stale::value(&self.cpu, register);
         let Some(first) = i.virtual_address(n, 0, value) else {
             return false;
         };
