@@ -9,6 +9,12 @@ use doppel_fuzz::state::State;
 /// What was wrong, seed, case, code.
 const PROGRAMS: &[(&str, u64, u64, &str)] = &[
     (
+        "a CALL to where no code can be, which pushes onto the operand that names its target",
+        64000,
+        4005024,
+        "65ff1425fa0340000f0b",
+    ),
+    (
         "FXRSTOR of a multiple of 4 with alignment checks",
         1,
         1,

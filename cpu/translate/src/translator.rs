@@ -9,7 +9,8 @@ use std::time::Instant;
 
 use doppel_memory::{InGuest, PAGE_MASK, PAGE_SIZE, Privilege};
 use doppel_x86::{
-    Activity, Bus, Cpu, Exit, Gpr, Left, Outcome, Rflags, UserCode, event, exception, interpret,
+    Activity, Bus, Cpu, Exception, Exit, Gpr, Left, Outcome, Rflags, UserCode, event, exception,
+    interpret,
 };
 use rustc_hash::FxHashMap;
 
@@ -393,7 +394,9 @@ impl Translator {
         self.context.cpu.rip = self.rip_in(branch.block, branch.offset().into());
         let rsp = &mut self.context.cpu.gpr[Gpr::Rsp as usize];
         *rsp = rsp.wrapping_sub(branch.moves_rsp() as u64);
-        self.step(bus);
+        let cpu = &mut self.context.cpu;
+        let rip = cpu.rip;
+        let _: Outcome = exception::raise(cpu, bus, Exception::gp(0), rip);
     }
 
     fn set_flags(&mut self, place: FlagPlace) {

@@ -3,7 +3,8 @@
 //! Problem: a branch to an address that is not canonical faults at the branch, with RSP as it was; but its translation has moved
 //! RSP, and has left the block, when the monitor sees the target.
 //! Idea: the way from a miss to the look-up goes through a stub of the branch's own, out of line, which notes which branch it
-//! was. With that the monitor takes RSP back and lets the interpreter execute the branch from its beginning, which faults.
+//! was. With that the monitor takes RSP back and raises the fault of the branch. (The branch is not executed again from its beginning:
+//! a CALL has pushed already, maybe onto the very operand that names its target.)
 //! Invariant: `BRANCH` is the number of the branch that left with `EXIT_INDIRECT`, and an indirect branch has changed
 //! nothing but RSP and what lies below it.
 //! Cost: one store for a branch that misses the first level; nothing for one that does not.
