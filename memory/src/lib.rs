@@ -20,6 +20,8 @@ mod tlb;
 mod track;
 mod walk;
 mod watch;
+mod window;
+mod window_unsafe;
 
 pub use access_unsafe::{HostPtr, Word};
 pub use dma::{DmaBitmap, DmaSlice, GuestSlice, GuestView};
@@ -35,6 +37,7 @@ pub use walk::{
     probe, walk,
 };
 pub use watch::MONITOR_LINE;
+pub use window::Window;
 
 /// Bytes in the smallest page.
 pub const PAGE_SIZE: u64 = 4096;

@@ -204,7 +204,7 @@ fn memfd(size: u64) -> io::Result<File> {
     Ok(file)
 }
 
-fn reserve(len: usize) -> io::Result<NonNull<u8>> {
+pub(crate) fn reserve(len: usize) -> io::Result<NonNull<u8>> {
     // SAFETY: an anonymous mapping at an address of the kernel's choice touches nothing of ours.
     let p = unsafe {
         libc::mmap(

@@ -67,6 +67,10 @@ pub(crate) struct Context {
     pub entry: u64,
     /// Host address at which a fault was raised in translated code.
     pub fault_pc: u64,
+    /// What was accessed there.
+    pub fault_address: u64,
+    /// Host address of physical address 0, where a window is open to it ([`doppel_memory::Window`]).
+    pub window: u64,
     /// Not 0 while an interrupt waits for IF: STI and POPF leave to the monitor then.
     pub interrupt_waits: u32,
     /// The address that a check failed for, while the monitor looks at it.
@@ -132,6 +136,7 @@ displacement! {
     BRANCH = branch;
     EXIT_FLAGS = exit_flags;
     ENTRY = entry;
+    WINDOW = window;
     SLOW_LINEAR = slow_linear;
     SLOW_ACCESS = slow_access;
     SLOW_SITE = slow_site;

@@ -67,6 +67,8 @@ pub struct TranslateOptions {
     pub keep_spaces: bool,
     /// Translate 32-bit code too.
     pub narrow_modes: bool,
+    /// With that, access memory through a window where paging is off.
+    pub window: bool,
     /// With that, translate 16-bit code, code on 16-bit stacks and in code segments that are not flat; and code of CPL 1 and 2.
     pub short_modes: bool,
     /// Share translations between the CPUs of a machine ([`Translate::sharing`]).
@@ -121,6 +123,7 @@ impl TranslateOptions {
         "keep-spaces" => keep_spaces,
         "narrow-modes" => narrow_modes,
         "short-modes" => short_modes,
+        "window" => window,
         "shared-cache" => shared_cache,
     };
 
@@ -168,6 +171,7 @@ impl Default for TranslateOptions {
             keep_spaces: true,
             narrow_modes: true,
             short_modes: true,
+            window: true,
             shared_cache: true,
             count: false,
             perf_map: false,

@@ -188,6 +188,7 @@ extern "C" fn on_fault(signal: i32, info: *mut libc::siginfo_t, uc: *mut libc::c
             && (run.code.0..run.code.1).contains(&pc)
         {
             (*run.context).fault_pc = pc;
+            (*run.context).fault_address = (*info).si_addr() as u64;
             (*run.context).exit = EXIT_FAULT;
             gregs[libc::REG_RIP as usize] = run.exit_thunk as i64;
             return;

@@ -42,6 +42,7 @@ mod table_unsafe;
 mod thunk;
 mod translator;
 mod user_return;
+mod window;
 
 pub use engine::{Switch, Translate, TranslateError, TranslateOptions, supported};
 pub use shared::SharedCode;

@@ -31,6 +31,7 @@ impl Translator {
             self.counts.untranslatable += 1;
             return None;
         };
+        let mode = self.with_window(mode);
         self.follow_simd();
         self.follow_mode(mode);
         let cpu = &self.context.cpu;
@@ -248,6 +249,7 @@ impl Translator {
         self.counts.pins += u64::from(translated.pins);
         self.counts.holds += u64::from(translated.holds);
         self.counts.shared_checks += u64::from(translated.shared);
+        self.counts.windowed += u64::from(translated.windowed);
         self.counts.rorx_checks += u64::from(translated.rorx);
         self.counts.fused += u64::from(translated.fused);
         self.counts.state_moves += u64::from(translated.state_moves);

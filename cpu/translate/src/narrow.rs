@@ -40,6 +40,8 @@ pub(crate) struct Mode {
     pub flat: bool,
     /// The stack pointer is SP.
     pub short_stack: bool,
+    /// Paging is off, and linear addresses are offsets in the CPU's window (see `window`).
+    pub window: bool,
     /// CPL 1 or 2.
     pub middle: bool,
     /// Real or virtual-8086 mode, where segments are paragraphs and have no rights.
@@ -55,6 +57,7 @@ impl Mode {
         width: Width::Bits64,
         flat: false,
         short_stack: false,
+        window: false,
         middle: false,
         paragraphs: false,
         base: 0,
@@ -94,6 +97,7 @@ impl Mode {
             width,
             flat: flat && is_whole(cs) && !short_stack && width == Width::Bits32,
             short_stack,
+            window: false,
             middle,
             paragraphs,
             base: cs.base as u32,

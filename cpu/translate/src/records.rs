@@ -62,8 +62,8 @@ pub(crate) struct PackedKey {
 const SIMD: [Simd; 4] = [Simd::None, Simd::Sse, Simd::Avx, Simd::Avx512];
 const FORMS: [Form; 3] = [Form::Normal, Form::TwoPages, Form::Careful];
 const WIDTHS: [Width; 3] = [Width::Bits64, Width::Bits32, Width::Bits16];
-const DYNAMIC: u64 = 1 << 12;
-const FLAGS: u32 = 13;
+const DYNAMIC: u64 = 1 << 13;
+const FLAGS: u32 = 14;
 const LOW_LIMIT: u32 = 9;
 /// Bits of physical addresses that keys have room for.
 const GPA_BITS: u32 = u64::BITS - FLAGS;
@@ -90,7 +90,7 @@ impl PackedKey {
         let narrow = m.is_narrow();
         let bits = if narrow { NARROW_GPA_BITS } else { GPA_BITS };
         assert!(key.gpa < 1 << bits && key.privilege < 4);
-        let flags = [m.flat, m.short_stack, m.middle, m.paragraphs];
+        let flags = [m.flat, m.short_stack, m.middle, m.paragraphs, m.window];
         let flags = (8..).zip(flags).map(|(n, is)| u64::from(is) << n);
         let mut low = u64::from(key.privilege)
             | (key.simd as u64) << 2
@@ -165,6 +165,7 @@ impl PackedKey {
             short_stack: is(9),
             middle: is(10),
             paragraphs: is(11),
+            window: is(12),
             base,
             limit,
         }
@@ -511,12 +512,18 @@ mod tests {
                 check(key(base, Mode::LONG));
             }
             check(key(Base::Dynamic, Mode::FLAT));
+            let window = Mode {
+                window: true,
+                ..Mode::FLAT
+            };
+            check(key(Base::Fixed(0x10_0000), window));
             for n in 0..48 {
                 let is = |bit: u32| n >> bit & 1 != 0;
                 let mode = Mode {
                     width: if is(0) { Width::Bits16 } else { Width::Bits32 },
                     flat: false,
                     short_stack: is(1),
+                    window: false,
                     middle: is(2),
                     paragraphs: is(3),
                     base: [0, 0x7c40, 0xffff_f345][n >> 4],

@@ -34,6 +34,7 @@ use crate::spaces::Spaces;
 use crate::stats::Counts;
 use crate::thunk::{EXIT_ACCESS, EXIT_FAULT, EXIT_INDIRECT, Thunks};
 use crate::user_return::DescriptorPage;
+use crate::window::WindowUse;
 
 /// What [`crate::Translate`] owns; generated code calls back into it.
 pub(crate) struct Translator {
@@ -61,6 +62,7 @@ pub(crate) struct Translator {
     /// That of the blocks in the kernel's jump caches, and in that of user code outside of 64-bit mode.
     pub kernel_mode: Mode,
     pub user_mode: Mode,
+    pub window_use: WindowUse,
     pub counts: Counts,
     recent: Recent,
     pub observers: Observers,
@@ -142,6 +144,7 @@ impl Translator {
             mode: Mode::LONG,
             kernel_mode: Mode::LONG,
             user_mode: Mode::FLAT,
+            window_use: WindowUse::default(),
             counts: Counts::default(),
             recent: Recent::default(),
             observers: Observers::default(),
@@ -359,7 +362,11 @@ impl Translator {
         self.rebuild_flags(place.lost);
         self.context.cpu.rip = self.rip_in(place.block, i64::from(at.guest));
         if !self.context.is_kicked() {
+            let window = self.code.blocks.mode(place.block).window;
             self.step(bus);
+            if window {
+                self.window_fault();
+            }
         }
     }
 

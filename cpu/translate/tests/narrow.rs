@@ -4,9 +4,9 @@ mod random_code;
 
 use std::sync::Arc;
 
-use doppel_memory::GuestRam;
+use doppel_memory::{Backing, GuestRam};
 use doppel_translate::{Translate, TranslateOptions};
-use doppel_x86::{Cpu, Cr0, Cr4, Dtr, EmptyBus, Engine, Rflags, Seg, Segment};
+use doppel_x86::{Cpu, Cr0, Cr4, Dtr, EmptyBus, Engine, Exit, Rflags, Seg, Segment};
 use fastrand::Rng;
 use iced_x86::{
     CpuidFeature, Decoder, DecoderOptions, Encoder, FlowControl, Instruction, Mnemonic, OpKind,
@@ -47,8 +47,8 @@ fn segment(selector: u16, base: u64, limit: u32, attributes: u32) -> Segment {
 }
 
 /// A CPU in protected mode at CPL 0 without paging; each exception stops it at an address of its own.
-fn cpu_with(code: &[u8], random: &mut Rng) -> Box<Cpu> {
-    let ram = Arc::new(GuestRam::new(1 << 20).unwrap());
+fn cpu_with(code: &[u8], random: &mut Rng, backing: Backing) -> Box<Cpu> {
+    let ram = Arc::new(GuestRam::with_backing(1 << 20, backing).unwrap());
     for (n, d) in (0..).zip(DESCRIPTORS) {
         ram.store::<u64>(GDT + 8 * n, d).unwrap();
     }
@@ -239,18 +239,36 @@ fn program(random: &mut Rng) -> Vec<u8> {
     code
 }
 
-fn run(seed: u64, narrow_modes: bool) -> (Outcome, Vec<u8>) {
+/// How a program is run.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum How {
+    Interpreted,
+    /// Each access with a TLB check.
+    Checked,
+    /// Accesses through a window, where RAM is a file.
+    Windowed,
+}
+
+fn run(seed: u64, how: How) -> (Translate, Outcome, Vec<u8>) {
     let mut random = Rng::with_seed(seed);
     let code = program(&mut random);
     // Without `entry_flags` the frame of a fault may show stale flags.
     let options = TranslateOptions {
         entry_flags: true,
-        narrow_modes,
+        narrow_modes: how != How::Interpreted,
+        window: how == How::Windowed,
         ..Default::default()
     };
-    let mut engine = Translate::new(cpu_with(&code, &mut random), options).unwrap();
+    let cpu = cpu_with(&code, &mut random, Backing::Memfd);
+    let mut engine = Translate::new(cpu, options).unwrap();
     let exit = engine.run(&mut EmptyBus);
-    (Outcome::of(&engine, exit, END), code)
+    let outcome = Outcome::of(&engine, exit, END);
+    (engine, outcome, code)
+}
+
+fn counted(engine: &Translate, name: &str) -> u64 {
+    let stats = engine.stats();
+    stats.get(name).copied().unwrap_or_default()
 }
 
 fn listing(code: &[u8]) -> String {
@@ -261,22 +279,69 @@ fn listing(code: &[u8]) -> String {
 
 #[test]
 fn random_32_bit_code_does_what_the_interpreter_does() {
-    let (mut ended, mut failed) = (0, 0);
+    let (mut ended, mut failed, mut opened) = (0, 0, 0);
     for case in 1..=CASES {
-        let (ours, code) = run(case, true);
-        let (theirs, _) = run(case, false);
-        if ours != theirs {
-            failed += 1;
-            if failed < 6 {
-                eprintln!(
-                    "case {case}\n{}{}",
-                    difference(&ours, &theirs),
-                    listing(&code)
-                );
+        let (_, theirs, code) = run(case, How::Interpreted);
+        for how in [How::Checked, How::Windowed] {
+            let (engine, ours, _) = run(case, how);
+            opened += counted(&engine, "window_runs_opened");
+            if ours != theirs {
+                failed += 1;
+                if failed < 6 {
+                    let difference = difference(&ours, &theirs);
+                    eprintln!("case {case}, {how:?}\n{difference}{}", listing(&code));
+                }
             }
         }
-        ended += usize::from(ours.rip > CODE);
+        ended += usize::from(theirs.rip > CODE);
     }
     assert_eq!(failed, 0, "of {CASES}");
     assert!(ended > CASES as usize / 4, "most programs fault: {ended}");
+    assert!(opened > CASES / 2, "hardly a window was used: {opened}");
+}
+
+/// Runs code until it halts; RAM is a file or memory.
+fn run_code(code: &[u8], backing: Backing) -> Translate {
+    let cpu = cpu_with(code, &mut Rng::with_seed(1), backing);
+    let mut engine = Translate::new(cpu, TranslateOptions::default()).unwrap();
+    assert_eq!(engine.run(&mut EmptyBus), Exit::Halted);
+    engine
+}
+
+#[test]
+fn memory_without_a_file_has_no_window() {
+    // mov [DATA], eax; hlt
+    let code = [0xa3, 0, 0, 2, 0, 0xf4];
+    let engine = run_code(&code, Backing::Anonymous);
+    assert_eq!(counted(&engine, "accesses_through_window"), 0);
+    let engine = run_code(&code, Backing::Memfd);
+    assert_eq!(counted(&engine, "accesses_through_window"), 1);
+    assert_eq!(counted(&engine, "window_runs_opened"), 1);
+}
+
+#[test]
+fn code_that_is_written_over_in_a_window_is_translated_again() {
+    // At 1000f stands `mov ebx, imm32`, whose immediate the loop writes to: mov ecx, 3; mov eax, ecx; mov [10010], eax; nop; nop; nop;
+    // mov ebx, 0; add edx, ebx; loop; hlt
+    let code = [
+        0xb9, 3, 0, 0, 0, 0x89, 0xc8, 0xa3, 0x10, 0, 1, 0, 0x90, 0x90, 0x90, 0xbb, 0, 0, 0, 0,
+        0x01, 0xda, 0xe2, 0xed, 0xf4,
+    ];
+    let engine = run_code(&code, Backing::Memfd);
+    let mut random = Rng::with_seed(1);
+    let before = cpu_with(&code, &mut random, Backing::Anonymous).gpr[2];
+    let sum = (engine.cpu().gpr[2] as u32).wrapping_sub(before as u32);
+    assert_eq!(sum, 3 + 2 + 1);
+    assert!(counted(&engine, "window_faults") > 0);
+}
+
+#[test]
+fn what_comes_to_no_memory_all_the_time_has_checks_in_the_end() {
+    // mov ecx, 5000; mov al, [a0000]; loop; hlt
+    let code = [
+        0xb9, 0x88, 0x13, 0, 0, 0xa0, 0, 0, 0x0a, 0, 0xe2, 0xf9, 0xf4,
+    ];
+    let engine = run_code(&code, Backing::Memfd);
+    assert_eq!(counted(&engine, "window_faults"), 2000);
+    assert_eq!(engine.cpu().gpr[1] as u32, 0);
 }

@@ -47,6 +47,14 @@ impl Cpu {
                 .any(|(_, kind, ..)| kind == Kind::Execute)
     }
 
+    /// True while accesses to some memory have to be looked at one by one.
+    pub fn has_data_breakpoints(&self) -> bool {
+        self.dr[7] & ENABLES != 0
+            && self
+                .breakpoints()
+                .any(|(_, kind, ..)| matches!(kind, Kind::Write | Kind::Access))
+    }
+
     /// True where accesses to the page of this linear address have to be looked at one by one.
     #[inline]
     pub fn page_is_watched(&self, linear: u64) -> bool {

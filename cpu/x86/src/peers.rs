@@ -41,6 +41,9 @@ impl Cpu {
         if requests.protect_all {
             self.empty_tlbs();
             self.given_up.all();
+            if let Some(window) = &mut self.window {
+                window.close_all();
+            }
         }
         for page in &requests.protect {
             self.give_up_writing_to(*page);
@@ -50,6 +53,9 @@ impl Cpu {
     /// Takes write permission for a physical page from the TLBs.
     pub fn give_up_writing_to(&mut self, gpa: u64) {
         self.protect_in_tlbs(gpa & !PAGE_MASK);
+        if let Some(window) = &mut self.window {
+            window.close(gpa);
+        }
         self.given_up.page(gpa & !PAGE_MASK);
         self.ram.tracker().remove_writer(gpa, &self.peer);
     }

@@ -8,7 +8,7 @@ use crate::interpret::{CodeCache, HostUnit};
 use crate::pmu::Pmu;
 use crate::{AddressSpaces, CpuidModel, GivenUp, arch_host, msr};
 use bitflags::bitflags;
-use doppel_memory::{GuestRam, LargePages, Paging, PagingMode, Peer, Privilege, Tlb};
+use doppel_memory::{GuestRam, LargePages, Paging, PagingMode, Peer, Privilege, Tlb, Window};
 
 bitflags! {
     /// RFLAGS.
@@ -426,6 +426,8 @@ pub struct Cpu {
     pub spaces: AddressSpaces,
     /// Permissions to write that were taken away since somebody last looked.
     pub given_up: GivenUp,
+    /// Physical memory as it is accessed without paging, where somebody accesses it that way.
+    pub window: Option<Window>,
     pub ram: Arc<GuestRam>,
     /// This CPU as the others that share the RAM see it.
     pub peer: Arc<Peer>,
@@ -509,6 +511,7 @@ impl Cpu {
             flushed: Flushed::default(),
             spaces: AddressSpaces::default(),
             given_up: GivenUp::default(),
+            window: None,
             pmu: Pmu::default(),
             peer: ram.tracker().join(),
             ram,

@@ -121,6 +121,10 @@ impl View<'_> {
         {
             return Some((h, held(host).to_owned()));
         }
+        if host.slot() == Some(ctx::WINDOW) {
+            let text = "through the window onto physical memory, without a check";
+            return Some((h, text.to_owned()));
+        }
         if let Some(site) = self.site_at(host.at) {
             return Some((h, self.check(n, site)));
         }

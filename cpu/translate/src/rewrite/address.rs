@@ -158,11 +158,16 @@ impl Work<'_> {
 
     /// Where the instruction's own memory access finds its bytes: a register and a displacement. The flags may be destroyed.
     pub(super) fn operand(&mut self, i: &GuestInstruction, size: u8, write: bool) -> (Reg, i32) {
-        let reference = i.reference.filter(|_| self.s.options.share_checks);
+        let mixed = self.s.mode.window && !self.through_window(i);
+        let shares = self.s.options.share_checks && !mixed;
+        let reference = i.reference.filter(|_| shares);
         let known = reference.and_then(|r| self.known(&r).or_else(|| self.recall(&r)));
         if let Some(known) = known {
             self.out.shared += 1;
             return known;
+        }
+        if self.through_window(i) {
+            return self.in_window(i, size, write);
         }
         self.before_check(i);
         let normal = reference.filter(|_| self.s.form == Form::Normal);

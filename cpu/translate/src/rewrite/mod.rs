@@ -28,6 +28,7 @@ mod sites;
 mod stack;
 mod string;
 mod system;
+mod window;
 
 use iced_x86::{Code, Encoder, Instruction, InstructionInfoFactory, OpAccess, OpKind, Register};
 
@@ -372,7 +373,7 @@ impl Work<'_> {
             if i.live_before == 0 {
                 return self.entry_watched().then_some(FlagPlace::Saved);
             }
-            if i.class.checks() || matches!(i.class, Class::Interpret) {
+            if i.class.checks() && !self.through_window(i) || matches!(i.class, Class::Interpret) {
                 return Some(FlagPlace::Saved);
             }
             if i.flags.needs_registers(i.live_after) {

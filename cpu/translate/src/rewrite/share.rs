@@ -19,7 +19,7 @@ use crate::frontend::{Class, GuestInstruction};
 use crate::ordinary::bit;
 
 /// Bytes that a run may stretch over: the longer, the more often it does not fit into a page.
-const LONGEST: i64 = 1024;
+pub(super) const LONGEST: i64 = 1024;
 
 /// What an address is made of, apart from the displacement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -96,6 +96,8 @@ pub(crate) struct Translated {
     pub holds: u32,
     /// Accesses that needed no check of their own.
     pub shared: u32,
+    /// Accesses through a window.
+    pub windowed: u32,
     /// Checks that shift with RORX.
     pub rorx: u32,
     /// Comparisons that stand beside their branch since its poll stands before them.
@@ -128,6 +130,7 @@ impl Translated {
             pins,
             holds,
             shared,
+            windowed,
             rorx,
             fused,
             state_moves,
@@ -150,6 +153,7 @@ impl Translated {
             pins,
             holds,
             shared,
+            windowed,
             rorx,
             fused,
             state_moves,

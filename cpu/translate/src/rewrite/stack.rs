@@ -56,8 +56,13 @@ impl Work<'_> {
 
     pub(super) fn leave(&mut self, i: &GuestInstruction) {
         let at = self.operand(i, i.word, false);
+        // First what may fault.
+        self.load_word(i.word, S1, at);
         self.move_stack(RBP, i.word.into());
-        self.load_register(i.word, RBP, at);
+        match i.word {
+            2 => self.asm().mov16(RBP, S1),
+            _ => self.mov_word(RBP, S1),
+        }
     }
 
     pub(super) fn push_return_address(&mut self, i: &GuestInstruction) {
