@@ -101,7 +101,7 @@ impl CpuidModel {
         model.add_basic(read);
         model.add_hypervisor();
         model.add_extended(read);
-        model.leaves.sort_by_key(|l| (l.0, l.1));
+        model.sort();
         model
     }
 
@@ -170,8 +170,7 @@ impl CpuidModel {
         let area = self.leaf_mut(0xd, 0)?;
         area.eax |= XCR0_PKRU as u32;
         area.ecx = area.ecx.max(place.eax + place.ebx);
-        self.add(0xd, PKRU, CpuidLeaf { edx: 0, ..place });
-        self.leaves.sort_by_key(|l| (l.0, l.1));
+        self.insert(0xd, PKRU, CpuidLeaf { edx: 0, ..place });
         Some(self)
     }
 
@@ -206,8 +205,7 @@ impl CpuidModel {
             ecx: MASKED_INTERRUPTS_END_IT,
             edx: ONE_KIND_OF_C1,
         };
-        self.add(5, 0, monitor);
-        self.leaves.sort_by_key(|l| (l.0, l.1));
+        self.insert(5, 0, monitor);
         Some(self)
     }
 
@@ -231,8 +229,7 @@ impl CpuidModel {
                 ecx: 0,
                 edx: fixed | pmu::WIDTH << 5,
             };
-            self.add(0xa, 0, leaf);
-            self.leaves.sort_by_key(|l| (l.0, l.1));
+            self.insert(0xa, 0, leaf);
         }
         self
     }
@@ -245,6 +242,17 @@ impl CpuidModel {
         found.map(|l| &mut l.2)
     }
 
+    /// Adds a leaf to a model that is complete.
+    fn insert(&mut self, leaf: u32, subleaf: u32, value: CpuidLeaf) {
+        self.add(leaf, subleaf, value);
+        self.sort();
+    }
+
+    fn sort(&mut self) {
+        self.leaves.sort_by_key(|l| (l.0, l.1));
+    }
+
+    /// Adds a leaf to a model that is yet to be [sorted](Self::sort).
     fn add(&mut self, leaf: u32, subleaf: u32, value: CpuidLeaf) {
         self.leaves.push((leaf, subleaf, value));
     }

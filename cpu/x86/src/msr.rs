@@ -225,8 +225,8 @@ fn read_special(cpu: &Cpu, msr: u32) -> Option<u64> {
         KVM_WALL_CLOCK | KVM_WALL_CLOCK_OLD => cpu.msr.kvm_wall_clock,
         KVM_STEAL_TIME => cpu.msr.kvm_steal_time,
         KVM_PV_EOI => cpu.msr.kvm_pv_eoi,
-        // Bits 15:8: the TSC's ratio to a 100 MHz bus clock.
         CST_CONFIG_CONTROL | POWER_CTL if has(cpu, INTEL) && cpu.cpuid.has_monitor() => 0,
+        // Bits 15:8: the TSC's ratio to a 100 MHz bus clock.
         PLATFORM_INFO if has(cpu, INTEL) => ((cpu.tsc_hz / 100_000_000) & 0xff) << 8,
         _ => return None,
     })

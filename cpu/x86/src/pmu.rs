@@ -233,8 +233,8 @@ impl Pmu {
 
     fn plan(&mut self) {
         let counters = &self.counters;
-        let counting = |c: &&Counter| c.event != Event::Nothing && (c.user || c.kernel);
-        self.on = counters.iter().filter(counting).count() > 0;
+        let counting = |c: &Counter| c.event != Event::Nothing && (c.user || c.kernel);
+        self.on = counters.iter().any(counting);
         self.steps = counters.iter().any(Counter::steps);
         let cpl = self.cpl;
         let room = |event| {
