@@ -5,8 +5,8 @@
 //! relative to the page: that makes a block independent of where the guest maps it.
 
 use iced_x86::{
-    CodeSize, Decoder, DecoderError, DecoderOptions, FlowControl, Instruction,
-    InstructionInfoFactory, Mnemonic, Register,
+    Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory,
+    Mnemonic, Register,
 };
 
 use doppel_memory::Privilege;
@@ -175,7 +175,7 @@ impl GuestInstruction {
 
     /// Fills in what is known of what was decoded.
     fn learn(&mut self, info: &mut InstructionInfoFactory, code: &[u8], how: Decoding) {
-        let hidden = how.hidden.has(&self.decoded) || is_makers_branch(&self.decoded, code);
+        let hidden = how.hidden.has(&self.decoded);
         self.narrow = how.mode.is_narrow();
         let widened = self
             .narrow
@@ -187,7 +187,9 @@ impl GuestInstruction {
             Some(None) => Facts::interpreted(info, &self.decoded),
             _ => Facts::of(info, &self.decoded, how),
         };
-        if hidden || self.narrow && !self.may_be_translated(facts.class, how) {
+        let branch = facts.class.ends_block() && !self.narrow;
+        let others = branch && is_makers_branch(&self.decoded, code);
+        if hidden || others || self.narrow && !self.may_be_translated(facts.class, how) {
             facts = Facts::interpreted(info, &self.decoded);
         }
         self.offset = self.decoded.ip() as u16;
@@ -376,12 +378,12 @@ impl GuestBlock {
     }
 }
 
-/// A near branch of 64-bit code with an operand-size prefix: Intel's processors ignore that, AMD's cut the target to 16 bits. Which of
+/// Of 64-bit code: a near branch with an operand-size prefix: Intel's processors ignore that, AMD's cut the target to 16 bits. Which of
 /// them the guest has the interpreter knows, and the host's must not execute it in a translation.
 fn is_makers_branch(i: &Instruction, code: &[u8]) -> bool {
     const OPERAND_SIZE: u8 = 0x66;
     const REX_W: u8 = 0x48;
-    if i.code_size() != CodeSize::Code64 || i.flow_control() == FlowControl::Next {
+    if i.flow_control() == FlowControl::Next {
         return false;
     }
     let is_prefix = |b: &&u8| matches!(**b, 0x26 | 0x2e | 0x36 | 0x3e | 0x40..=0x4f | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3);
