@@ -154,6 +154,7 @@ pub fn check(tree: &Tree) -> Vec<Complaint> {
         arrows,
         code_map,
         claims,
+        documents,
         heads,
         lengths,
         unfinished,
@@ -162,7 +163,7 @@ pub fn check(tree: &Tree) -> Vec<Complaint> {
     rules.iter().flat_map(|rule| rule(tree)).collect()
 }
 
-/// Crates depend only on those that ARROWS allows.
+/// Crates depend only on those that ARROWS allows, and for their tests on themselves with a feature.
 fn arrows(tree: &Tree) -> Vec<Complaint> {
     let folders = crate_folders(tree);
     let mut complaints = Vec::new();
@@ -178,7 +179,7 @@ fn arrows(tree: &Tree) -> Vec<Complaint> {
         };
         for name in dependencies(manifest) {
             match folders.get(&name) {
-                Some(other) if !allowed.contains(&other.as_str()) => {
+                Some(other) if other != folder && !allowed.contains(&other.as_str()) => {
                     complaints.push(format!("{path}: {folder} may not depend on {other}"));
                 }
                 _ => {}
@@ -214,10 +215,30 @@ fn code_map(tree: &Tree) -> Vec<Complaint> {
     let Some(text) = tree.0.get(MAP) else {
         return vec![format!("{MAP} is missing")];
     };
-    let quoted = text.split('`').skip(1).step_by(2);
-    quoted
+    quoted(text)
         .filter(|word| is_path(word) && !tree.has(word))
         .map(|word| format!("{MAP}: `{word}` does not exist"))
+        .collect()
+}
+
+/// What stands between backticks.
+fn quoted(text: &str) -> impl Iterator<Item = &str> {
+    text.split('`').skip(1).step_by(2)
+}
+
+/// Every source file that a document names between backticks with a folder of it exists.
+fn documents(tree: &Tree) -> Vec<Complaint> {
+    let exists = |word: &str| {
+        let end = format!("/{word}");
+        tree.rust()
+            .any(|(path, _)| path == word || path.ends_with(&end))
+    };
+    let is_source = |word: &str| is_path(word) && word.contains('/') && word.ends_with(".rs");
+    let documents = tree.0.iter().filter(|(path, _)| path.starts_with("docs/"));
+    documents
+        .flat_map(|(path, text)| quoted(text).map(move |word| (path, word)))
+        .filter(|(_, word)| is_source(word) && !exists(word))
+        .map(|(path, word)| format!("{path}: `{word}` does not exist"))
         .collect()
 }
 
@@ -410,6 +431,8 @@ mod tests {
             let found = arrows(&tree(&[(MEMORY.0, &up), ("cpu/x86/Cargo.toml", &x86)]));
             assert_eq!(found.len(), 1, "{found:?}");
         }
+        let itself = x86("dev-dependencies", "doppel-x86");
+        assert!(arrows(&tree(&[("cpu/x86/Cargo.toml", &itself)])).is_empty());
     }
 
     #[test]
@@ -431,6 +454,19 @@ mod tests {
             ["ARCHITECTURE.md: `memory/src/lib.rs` does not exist"]
         );
         assert_eq!(code_map(&tree(&[])).len(), 1, "no map at all");
+    }
+
+    #[test]
+    fn documents_name_source_files_that_exist() {
+        let text = "`a/src/lib.rs`, `src/lib.rs`, `plan.rs`, `rc/lib.rs`, `src/gone.rs`, `a/src/`";
+        let files = [("docs/a.md", text), ("a/src/lib.rs", "//! A.\n")];
+        assert_eq!(
+            documents(&tree(&files)),
+            [
+                "docs/a.md: `rc/lib.rs` does not exist",
+                "docs/a.md: `src/gone.rs` does not exist"
+            ]
+        );
     }
 
     #[test]

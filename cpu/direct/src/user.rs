@@ -12,13 +12,13 @@
 //!
 //! Cost: see docs/direct.md.
 
+mod page_fault;
+mod shadow_paging;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use doppel_memory::{
-    AccessKind, Leaf, PAGE_MASK, PAGE_SIZE, Paging, Privilege, REGION_PAGES, REGION_SHIFT, Survey,
-    probe, walk,
-};
+use doppel_memory::AccessKind;
 use doppel_x86::{
     Cpu, CpuMode, Cr0, Cr4, EngineStats, Exception, Flushed, Kick, Left, Rflags, Seg, Segment,
     UserCode, host_tsc,
@@ -35,18 +35,12 @@ use crate::space::Space;
 use crate::spent::{self, Spent};
 use crate::state::{self, UserState};
 use crate::transfer;
-use crate::unexplained::Remedy;
-use crate::{DirectError, DirectHost, KickFlag, Stop, hazard};
+use crate::{DirectError, DirectHost, KickFlag, Stop};
 
 /// Address spaces with a child, for one vCPU.
 const MOST_SPACES: usize = 32;
 /// Mappings that one page fault makes at most: at first, and where faults follow each other.
 const MAPPINGS: (usize, usize) = (16, 128);
-/// Pages before the faulting one that are mapped along with it.
-const PAGES_BEFORE: usize = 16;
-/// Pages of code, before the faulting one and from it on, that are looked through along with it: to look through one that is then not executed takes
-/// longer than a stop for one that is.
-const CODE_AROUND: (usize, usize) = (2, 8);
 /// Times that a page changes between written and executed before it is executed no more.
 const MOST_TURNS: u32 = 20;
 
@@ -316,260 +310,8 @@ impl Direct {
         }
     }
 
-    /// The child has no mapping for an access.
-    fn fault(&mut self, cpu: &mut Cpu, root: u64, address: u64, error: u32) -> Option<Left> {
-        const WRITE: u32 = 1 << 1;
-        const FETCH: u32 = 1 << 4;
-        let kind = match (error & FETCH != 0, error & WRITE != 0) {
-            (true, _) => AccessKind::Execute,
-            (_, true) => AccessKind::Write,
-            _ => AccessKind::Read,
-        };
-        let linear = address & !PAGE_MASK;
-        if !self.host.can_map(linear) {
-            return Some(Left::Interpret);
-        }
-        let paging = cpu.paging();
-        let Ok(t) = walk(&cpu.ram, &paging, address, kind, Privilege::User) else {
-            self.missed = Some((root, linear, kind));
-            return Some(Left::Interpret);
-        };
-        if t.page_shift > 12 {
-            cpu.large_pages.note(linear);
-        }
-        if cpu.ram.file_offset(t.gpa).is_none() {
-            return Some(Left::Interpret);
-        }
-        let leaf = Leaf {
-            gpa: t.gpa & !PAGE_MASK,
-            write: t.rights_write && t.dirty,
-            writable: t.rights_write,
-            execute: t.rights_execute,
-        };
-        if kind == AccessKind::Write && cpu.ram.tracker().has_code(leaf.gpa) {
-            return Some(match cpu.ram.tracker().is_watched(leaf.gpa) {
-                // It becomes no page of data by being written to.
-                true => Left::Interpret,
-                false => self.write_to_code(leaf.gpa),
-            });
-        }
-        let old = self.space(root)?.shadow.get(linear);
-        let entry = self.entry_at(cpu, root, linear, &leaf, kind);
-        let sensitive = entry.is_sensitive() && kind == AccessKind::Execute;
-        if old != entry || !old.is_mapped() {
-            self.space(root)?.unexplained.forget(linear);
-            self.map(cpu, root, linear, entry);
-            self.map_neighbours(cpu, root, linear, &paging);
-        } else if !sensitive {
-            return self.unexplained(cpu, root, linear, entry);
-        }
-        sensitive.then(|| self.sensitive(root))
-    }
-
-    /// The page is mapped as it should be, as far as anybody knows.
-    fn unexplained(&mut self, cpu: &Cpu, root: u64, linear: u64, entry: Entry) -> Option<Left> {
-        self.counts.unexplained += 1;
-        let times = self.times;
-        let space = self.space(root)?;
-        match space.unexplained.again(linear) {
-            Remedy::Interpret => Some(Left::Interpret),
-            Remedy::MapAfresh => {
-                space.shadow.unmap(linear, &mut space.changes);
-                self.map(cpu, root, linear, entry);
-                None
-            }
-            Remedy::Translate => {
-                space.account.give_up(&times, host_tsc());
-                Some(Left::Declined)
-            }
-        }
-    }
-
-    /// Maps the page of an access that the guest's kernel has seen to, since it is about to be made again.
-    fn map_missed(&mut self, cpu: &mut Cpu, here: u64) {
-        let Some((root, linear, kind)) = self.missed.take() else {
-            return;
-        };
-        let serves = |entry: Entry| match kind {
-            AccessKind::Write => entry.may_write(),
-            _ => entry.is_mapped(),
-        };
-        let mapped = self
-            .space(root)
-            .is_none_or(|s| serves(s.shadow.get(linear)));
-        if root != here || mapped {
-            return;
-        }
-        let ram = cpu.ram.clone();
-        let survey = Survey::of(&ram, &cpu.paging(), linear);
-        let leaf = survey.page((linear / PAGE_SIZE) as usize % REGION_PAGES);
-        if let Some(leaf) = leaf.filter(|l| ram.is_ram(l.gpa)) {
-            let entry = self.entry_at(cpu, root, linear, &leaf, kind);
-            self.map(cpu, root, linear, entry);
-        }
-    }
-
-    /// User code writes to a page that holds code, its own or some that was translated: the page changes its role, unless it does so
-    /// again and again.
-    fn write_to_code(&mut self, gpa: u64) -> Left {
-        let turns = self.turns.entry(gpa).or_default();
-        *turns += 1;
-        match *turns > MOST_TURNS {
-            true => Left::Interpret,
-            false => Left::Writes(gpa),
-        }
-    }
-
     fn space(&mut self, root: u64) -> Option<&mut Space> {
         self.spaces.get_mut(&root)
-    }
-
-    /// How a page is to be mapped at an address, for this access and others like it.
-    fn entry_at(
-        &mut self,
-        cpu: &mut Cpu,
-        root: u64,
-        linear: u64,
-        leaf: &Leaf,
-        kind: AccessKind,
-    ) -> Entry {
-        let entry = self.entry_for(cpu, linear, leaf, kind);
-        self.beside_others(cpu, root, linear, entry)
-    }
-
-    /// The same, whatever is mapped beside it.
-    fn entry_for(&mut self, cpu: &mut Cpu, linear: u64, leaf: &Leaf, kind: AccessKind) -> Entry {
-        let entry = Entry::new(leaf.gpa);
-        let asked = kind == AccessKind::Execute;
-        if leaf.execute && (asked || !leaf.writable) {
-            return match self.verdict(cpu, leaf.gpa) {
-                Verdict::Harmless => entry.execute(true),
-                Verdict::Early if !self.begins_sensitive(cpu, linear, leaf.gpa) => {
-                    entry.execute(true)
-                }
-                Verdict::Early | Verdict::Sensitive => entry.sensitive(),
-            };
-        }
-        let tracker = cpu.ram.tracker();
-        let write = leaf.write && tracker.may_write(leaf.gpa, &cpu.peer);
-        if write {
-            tracker.mark_dirty(leaf.gpa);
-        }
-        entry.write(write)
-    }
-
-    /// The same, without permission to execute where a sensitive instruction lies across the border to a page beside it.
-    fn beside_others(&self, cpu: &Cpu, root: u64, linear: u64, entry: Entry) -> Entry {
-        let Some(space) = self.spaces.get(&root).filter(|_| entry.may_execute()) else {
-            return entry;
-        };
-        let before = space.shadow.get(linear.wrapping_sub(PAGE_SIZE));
-        let after = space.shadow.get(linear + PAGE_SIZE);
-        let across = |first: u64, second: u64| self.is_sensitive_across(cpu, first, second);
-        let sensitive = before.may_execute() && across(before.gpa(), entry.gpa())
-            || after.may_execute() && across(entry.gpa(), after.gpa());
-        match sensitive {
-            true => entry.execute(false).sensitive(),
-            false => entry,
-        }
-    }
-
-    /// Whether the code at the beginning of a page is a sensitive instruction, as the page before tells; it is where there is none.
-    fn begins_sensitive(&self, cpu: &Cpu, linear: u64, gpa: u64) -> bool {
-        let before = probe(&cpu.ram, &cpu.paging(), linear.wrapping_sub(PAGE_SIZE));
-        before.is_none_or(|t| self.is_sensitive_across(cpu, t.gpa & !PAGE_MASK, gpa))
-    }
-
-    fn is_sensitive_across(&self, cpu: &Cpu, first: u64, second: u64) -> bool {
-        let (mut end, mut beginning) = ([0; hazard::AROUND.0], [0; hazard::AROUND.1]);
-        let end_at = first + PAGE_SIZE - end.len() as u64;
-        let (Some(a), Some(b)) = (cpu.ram.ptr(end_at), cpu.ram.ptr(second)) else {
-            return true;
-        };
-        a.read(&mut end);
-        b.read(&mut beginning);
-        hazard::is_sensitive_across(&end, &beginning, self.hazards)
-    }
-
-    /// Claims a page as code and looks for sensitive instructions in it, once.
-    fn verdict(&mut self, cpu: &mut Cpu, gpa: u64) -> Verdict {
-        if let Some(claim) = self.claims.get(&gpa) {
-            return claim.verdict;
-        }
-        if self.turns.get(&gpa).is_some_and(|n| *n > MOST_TURNS) {
-            return Verdict::Sensitive;
-        }
-        self.explored += u64::from(!cpu.ram.tracker().has_code(gpa));
-        cpu.ram.tracker().claim_code(gpa, &cpu.peer);
-        cpu.give_up_writing_to(gpa);
-        let asked = cpu.ram.tracker().protect(gpa, &cpu.peer);
-        cpu.wait_for_peers(asked);
-        let mut page = [0; PAGE_SIZE as usize];
-        if let Some(p) = cpu.ram.ptr(gpa) {
-            p.read(&mut page);
-        }
-        let verdict = hazard::verdict(&page, self.hazards);
-        let life = self.life;
-        let claim = Claim { verdict, life };
-        self.claims.insert(gpa, claim);
-        self.follow_given_up(cpu);
-        verdict
-    }
-
-    fn map(&mut self, cpu: &Cpu, root: u64, linear: u64, entry: Entry) {
-        let Some(offset) = cpu.ram.file_offset(entry.gpa()) else {
-            return;
-        };
-        let page = entry.gpa() / PAGE_SIZE;
-        if let Some(word) = self.mapped.get_mut((page / 64) as usize) {
-            *word |= 1 << (page % 64);
-        }
-        self.counts.pages_mapped += 1;
-        if let Some(space) = self.spaces.get_mut(&root) {
-            let old = space.shadow.get(linear);
-            space.shadow.set(linear, entry);
-            if old.is_mapped() && old.gpa() == entry.gpa() {
-                space.changes.protect(linear, entry);
-            } else {
-                space.changes.map(linear, offset, entry);
-            }
-        }
-    }
-
-    /// Maps pages around one that was missing, as far as the guest's processor could have them in its TLB already.
-    fn map_neighbours(&mut self, cpu: &mut Cpu, root: u64, linear: u64, paging: &Paging) {
-        let ram = cpu.ram.clone();
-        let survey = Survey::of(&ram, paging, linear);
-        let start = linear >> REGION_SHIFT << REGION_SHIFT;
-        let here = (linear / PAGE_SIZE) as usize % REGION_PAGES;
-        let limit = self.changes(root) + self.ambition;
-        self.ambition = (2 * self.ambition).min(MAPPINGS.1);
-        let after = here + 1..REGION_PAGES;
-        let before = here.saturating_sub(PAGES_BEFORE)..here;
-        for n in after.chain(before) {
-            let at = start + n as u64 * PAGE_SIZE;
-            if self.changes(root) >= limit {
-                return;
-            }
-            let Some(leaf) = survey.page(n) else { continue };
-            let mapped = self
-                .space(root)
-                .is_none_or(|s| s.shadow.get(at).is_mapped());
-            if mapped || !self.host.can_map(at) || !ram.is_ram(leaf.gpa) {
-                continue;
-            }
-            let near = n + CODE_AROUND.0 >= here && n < here + CODE_AROUND.1;
-            let code = leaf.execute && !leaf.writable;
-            if code && !near && !self.claims.contains_key(&leaf.gpa) {
-                continue;
-            }
-            let entry = self.entry_at(cpu, root, at, &leaf, AccessKind::Read);
-            self.map(cpu, root, at, entry);
-        }
-    }
-
-    fn changes(&self, root: u64) -> usize {
-        self.spaces.get(&root).map_or(0, |s| s.changes.list().len())
     }
 
     /// Executes an address space directly from now on, unless that was found not to pay or not to work.
@@ -612,31 +354,6 @@ impl Direct {
         {
             self.counts.closed += 1;
             space.account.close(&times, host_tsc());
-        }
-    }
-
-    /// Takes permission to write from the shadows as it was taken from the TLBs.
-    fn follow_given_up(&mut self, cpu: &mut Cpu) {
-        if cpu.given_up.is_empty() {
-            return;
-        }
-        let given_up = cpu.given_up.take();
-        if given_up.all {
-            self.spaces.values_mut().for_each(Space::empty);
-        }
-        for page in given_up.pages {
-            self.revoke(page, Revoked::Write);
-        }
-    }
-
-    fn revoke(&mut self, gpa: u64, what: Revoked) {
-        let page = gpa / PAGE_SIZE;
-        let word = self.mapped.get((page / 64) as usize).copied();
-        if word.is_none_or(|w| w >> (page % 64) & 1 == 0) {
-            return;
-        }
-        for space in self.spaces.values_mut() {
-            space.shadow.revoke(gpa, what, &mut space.changes);
         }
     }
 }

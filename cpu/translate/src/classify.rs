@@ -281,7 +281,7 @@ fn inline_system(i: &Instruction, how: Decoding) -> Option<Class> {
     if !how.inline_system {
         return None;
     }
-    if (how.mode.is_narrow() || how.wide_lstar) && i.code() == Code::Syscall {
+    if (how.mode.is_narrow() || !how.inline_syscall) && i.code() == Code::Syscall {
         return Some(Class::Interpret);
     }
     match i.code() {

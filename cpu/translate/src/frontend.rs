@@ -5,12 +5,12 @@
 //! relative to the page: that makes a block independent of where the guest maps it.
 
 use iced_x86::{
-    CodeSize, Decoder, DecoderError, DecoderOptions, FlowControl, Instruction,
-    InstructionInfoFactory, Mnemonic, Register,
+    Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory,
+    Mnemonic, Register,
 };
 
 use doppel_memory::Privilege;
-use doppel_x86::{HiddenInstructions, XCR0_PKRU};
+use doppel_x86::{CpuidModel, HiddenInstructions, XCR0_PKRU};
 
 pub(crate) use crate::classify::{Class, Element, Facts, has_memory};
 use crate::engine::TranslateOptions;
@@ -28,6 +28,37 @@ pub(crate) enum Simd {
     Avx512,
 }
 
+/// What decoding depends on of the guest's processor.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Processor {
+    /// What the host's processor would execute otherwise.
+    pub hidden: HiddenInstructions,
+    /// LSTAR may hold an address that is not canonical now, at which SYSCALL ends: the processor has LA57.
+    wide_lstar: bool,
+    /// PKRU is among its state, and not where a save by the host's processor would look for it.
+    emulated_state: bool,
+}
+
+impl Processor {
+    pub fn of(model: &CpuidModel) -> Self {
+        Processor {
+            hidden: model.hidden(),
+            wide_lstar: model.has_la57(),
+            emulated_state: model.xcr0() & XCR0_PKRU != 0,
+        }
+    }
+}
+
+/// One of which no more is known.
+impl From<HiddenInstructions> for Processor {
+    fn from(hidden: HiddenInstructions) -> Self {
+        Processor {
+            hidden,
+            ..Processor::default()
+        }
+    }
+}
+
 /// What decoding depends on besides the bytes.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Decoding {
@@ -39,8 +70,8 @@ pub(crate) struct Decoding {
     pub user: bool,
     pub flag_liveness: bool,
     pub inline_system: bool,
-    /// LSTAR may hold an address that is not canonical now, at which SYSCALL ends: the processor has LA57.
-    pub wide_lstar: bool,
+    /// As code on the virtual state too.
+    pub inline_syscall: bool,
     pub inline_strings: bool,
     pub inline_xsave: bool,
     pub yield_spins: bool,
@@ -52,7 +83,13 @@ pub(crate) struct Decoding {
 
 impl Decoding {
     /// For code that runs with this vector state and at this [`Privilege`].
-    pub fn new(simd: Simd, mode: Mode, privilege: u8, options: &TranslateOptions) -> Self {
+    pub fn new(
+        processor: Processor,
+        simd: Simd,
+        mode: Mode,
+        privilege: u8,
+        options: &TranslateOptions,
+    ) -> Self {
         Decoding {
             simd,
             mode,
@@ -60,12 +97,12 @@ impl Decoding {
             user: privilege == Privilege::User as u8 || mode.middle,
             flag_liveness: options.flag_liveness,
             inline_system: options.inline_system,
-            wide_lstar: false,
+            inline_syscall: !processor.wide_lstar,
             inline_strings: options.inline_strings,
-            inline_xsave: options.inline_xsave,
+            inline_xsave: options.inline_xsave && !processor.emulated_state,
             yield_spins: options.yield_spins,
             extend: options.extend,
-            hidden: HiddenInstructions::default(),
+            hidden: processor.hidden,
         }
     }
 
@@ -75,20 +112,6 @@ impl Decoding {
             Base::Fixed(origin) => Decoding { origin, ..self },
             Base::Dynamic => self,
         }
-    }
-
-    /// The same for a processor with this XCR0 at most. PKRU is not where a save by the host's processor would look for it.
-    pub fn with_components(self, xcr0: u64) -> Self {
-        let inline_xsave = self.inline_xsave && xcr0 & XCR0_PKRU == 0;
-        Decoding {
-            inline_xsave,
-            ..self
-        }
-    }
-
-    /// The same for a processor without these instructions.
-    pub fn hiding(self, hidden: HiddenInstructions) -> Self {
-        Decoding { hidden, ..self }
     }
 }
 
@@ -152,7 +175,7 @@ impl GuestInstruction {
 
     /// Fills in what is known of what was decoded.
     fn learn(&mut self, info: &mut InstructionInfoFactory, code: &[u8], how: Decoding) {
-        let hidden = how.hidden.has(&self.decoded) || is_makers_branch(&self.decoded, code);
+        let hidden = how.hidden.has(&self.decoded);
         self.narrow = how.mode.is_narrow();
         let widened = self
             .narrow
@@ -164,7 +187,9 @@ impl GuestInstruction {
             Some(None) => Facts::interpreted(info, &self.decoded),
             _ => Facts::of(info, &self.decoded, how),
         };
-        if hidden || self.narrow && !self.may_be_translated(facts.class, how) {
+        let branch = facts.class.ends_block() && !self.narrow;
+        let others = branch && is_makers_branch(&self.decoded, code);
+        if hidden || others || self.narrow && !self.may_be_translated(facts.class, how) {
             facts = Facts::interpreted(info, &self.decoded);
         }
         self.offset = self.decoded.ip() as u16;
@@ -353,12 +378,12 @@ impl GuestBlock {
     }
 }
 
-/// A near branch of 64-bit code with an operand-size prefix: Intel's processors ignore that, AMD's cut the target to 16 bits. Which of
+/// Of 64-bit code: a near branch with an operand-size prefix: Intel's processors ignore that, AMD's cut the target to 16 bits. Which of
 /// them the guest has the interpreter knows, and the host's must not execute it in a translation.
 fn is_makers_branch(i: &Instruction, code: &[u8]) -> bool {
     const OPERAND_SIZE: u8 = 0x66;
     const REX_W: u8 = 0x48;
-    if i.code_size() != CodeSize::Code64 || i.flow_control() == FlowControl::Next {
+    if i.flow_control() == FlowControl::Next {
         return false;
     }
     let is_prefix = |b: &&u8| matches!(**b, 0x26 | 0x2e | 0x36 | 0x3e | 0x40..=0x4f | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3);

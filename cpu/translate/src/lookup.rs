@@ -9,7 +9,7 @@ use crate::blocks::{BlockId, Form, Key, Link, Made, NARROW_USER, jump_cache_of};
 use crate::code_map::CROSSINGS_A_LINK;
 use crate::context::JUMP_CACHES;
 use crate::engine::TranslateOptions;
-use crate::frontend::{Decoding, GuestBlock, MOST_BYTES, Simd};
+use crate::frontend::{Decoding, GuestBlock, MOST_BYTES, Processor, Simd};
 use crate::narrow::{self, LAST_NARROW_PAGE, Mode};
 use crate::records::{MAX_CODE, NARROW_GPA_BITS};
 use crate::rewrite::{Base, Setting};
@@ -312,12 +312,9 @@ impl Translator {
 
     /// Decodes the block at `rip`, from its page alone or one instruction from two pages; tells the second page.
     fn read_block(&mut self, guest: &mut GuestBlock, key: &Key, rip: u64) -> Option<Option<u64>> {
-        let wide_lstar = self.context.cpu.cpuid.has_la57();
-        let how = Decoding::new(key.simd, key.mode, key.privilege, &self.options)
-            .placed(key.base)
-            .with_components(self.context.cpu.cpuid.xcr0())
-            .hiding(self.context.cpu.cpuid.hidden());
-        let how = Decoding { wide_lstar, ..how };
+        let processor = Processor::of(&self.context.cpu.cpuid);
+        let how = Decoding::new(processor, key.simd, key.mode, key.privilege, &self.options);
+        let how = how.placed(key.base);
         let start = (key.gpa & PAGE_MASK) as u16;
         let allowed = key.mode.room(rip).min((MOST_BYTES + 15) as u64) as usize;
         let len = ((PAGE_SIZE - u64::from(start)) as usize).min(MOST_BYTES);

@@ -273,7 +273,7 @@ mod tests {
                 user,
                 flag_liveness: true,
                 inline_system: true,
-                wide_lstar: false,
+                inline_syscall: true,
                 inline_strings: true,
                 inline_xsave: true,
                 yield_spins: true,

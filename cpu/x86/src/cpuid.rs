@@ -9,10 +9,10 @@
 mod feature;
 
 use doppel_memory::MONITOR_LINE;
-use iced_x86::DecoderOptions;
 
 use crate::arch_host;
 use crate::tsc::TscFrequency;
+use crate::vendor::{Vendor, VendorTraits};
 use crate::{Cpu, Cr4, HiddenInstructions, pmu};
 
 /// EAX, EBX, ECX and EDX of one CPUID leaf.
@@ -23,15 +23,6 @@ pub struct CpuidLeaf {
     pub ebx: u32,
     pub ecx: u32,
     pub edx: u32,
-}
-
-/// Whose processor it is: vendors differ in some instructions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Vendor {
-    /// GenuineIntel, and whoever follows it.
-    Intel,
-    /// AuthenticAMD and HygonGenuine.
-    Amd,
 }
 
 /// Frequency of the local APIC timer before its divider, in Hz; it is announced to the guest.
@@ -63,6 +54,7 @@ pub(crate) type Host<'a> = &'a dyn Fn(u32, u32) -> CpuidLeaf;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CpuidModel {
     vendor: Vendor,
+    traits: VendorTraits,
     cpus: u32,
     tsc_hz: u64,
     xcr0: u64,
@@ -91,6 +83,7 @@ impl CpuidModel {
         let vendor = vendor_of(&name);
         let mut model = CpuidModel {
             vendor,
+            traits: vendor.traits(),
             cpus: cpus.clamp(1, 255),
             tsc_hz,
             xcr0: guest_xcr0(read, host_xcr0),
@@ -101,7 +94,7 @@ impl CpuidModel {
         model.add_basic(read);
         model.add_hypervisor();
         model.add_extended(read);
-        model.leaves.sort_by_key(|l| (l.0, l.1));
+        model.sort();
         model
     }
 
@@ -115,18 +108,18 @@ impl CpuidModel {
     pub fn vendor(&self) -> Vendor {
         self.vendor
     }
+    /// Where it does otherwise than another maker's.
+    #[inline]
+    pub(crate) fn traits(&self) -> &VendorTraits {
+        &self.traits
+    }
     /// The instructions that raise #UD, or do something else, though the host's processor may have them.
     pub fn hidden(&self) -> HiddenInstructions {
         self.hidden
     }
-    /// The options of iced-x86 for what this processor executes. The maker decides a few encodings (near branches with an
-    /// operand-size prefix in 64-bit mode).
+    /// The options of iced-x86 for what this processor executes.
     pub(crate) fn decoder_options(&self) -> u32 {
-        let maker = match self.vendor {
-            Vendor::Amd => DecoderOptions::AMD,
-            Vendor::Intel => DecoderOptions::NONE,
-        };
-        maker | self.hidden.decoder_options()
+        self.traits.decoder_options | self.hidden.decoder_options()
     }
     /// CPUs of the machine.
     pub fn cpus(&self) -> u32 {
@@ -170,8 +163,7 @@ impl CpuidModel {
         let area = self.leaf_mut(0xd, 0)?;
         area.eax |= XCR0_PKRU as u32;
         area.ecx = area.ecx.max(place.eax + place.ebx);
-        self.add(0xd, PKRU, CpuidLeaf { edx: 0, ..place });
-        self.leaves.sort_by_key(|l| (l.0, l.1));
+        self.insert(0xd, PKRU, CpuidLeaf { edx: 0, ..place });
         Some(self)
     }
 
@@ -206,8 +198,7 @@ impl CpuidModel {
             ecx: MASKED_INTERRUPTS_END_IT,
             edx: ONE_KIND_OF_C1,
         };
-        self.add(5, 0, monitor);
-        self.leaves.sort_by_key(|l| (l.0, l.1));
+        self.insert(5, 0, monitor);
         Some(self)
     }
 
@@ -231,8 +222,7 @@ impl CpuidModel {
                 ecx: 0,
                 edx: fixed | pmu::WIDTH << 5,
             };
-            self.add(0xa, 0, leaf);
-            self.leaves.sort_by_key(|l| (l.0, l.1));
+            self.insert(0xa, 0, leaf);
         }
         self
     }
@@ -245,6 +235,17 @@ impl CpuidModel {
         found.map(|l| &mut l.2)
     }
 
+    /// Adds a leaf to a model that is complete.
+    fn insert(&mut self, leaf: u32, subleaf: u32, value: CpuidLeaf) {
+        self.add(leaf, subleaf, value);
+        self.sort();
+    }
+
+    fn sort(&mut self) {
+        self.leaves.sort_by_key(|l| (l.0, l.1));
+    }
+
+    /// Adds a leaf to a model that is yet to be [sorted](Self::sort).
     fn add(&mut self, leaf: u32, subleaf: u32, value: CpuidLeaf) {
         self.leaves.push((leaf, subleaf, value));
     }
@@ -602,7 +603,7 @@ impl Cpu {
         }
     }
 
-    /// A leaf beyond the highest is, on Intel, the highest basic one; on AMD (and in the hypervisor's range) all zero.
+    /// A leaf beyond the highest is the highest basic one, or all zero, as the hypervisor's are.
     fn leaf_in_range(&self, leaf: u32) -> u32 {
         let highest = self.cpuid.get(0, 0).eax;
         let known = match leaf {
@@ -610,7 +611,7 @@ impl Cpu {
             0x4000_0000..=0x4000_ffff => true,
             _ => leaf <= highest,
         };
-        if known || self.cpuid.vendor == Vendor::Amd {
+        if known || self.cpuid.traits.zeros_beyond_last_leaf {
             leaf
         } else {
             highest

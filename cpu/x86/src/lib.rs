@@ -44,12 +44,13 @@ mod testing;
 mod transfer;
 mod tsc;
 mod user_code;
+mod vendor;
 
 pub use address_space::{AddressSpaces, MOST_KEPT};
 pub use arch_host::{tsc as host_tsc, xcr0 as host_xcr0};
 pub use bus::{Bus, EmptyBus, Start};
 pub use cpu_model::{CpuChoice, CpuFeatures, CpuModel, CpuModelError};
-pub use cpuid::{APIC_BUS_HZ, CpuidLeaf, CpuidModel, Vendor, XCR0_MASK, XCR0_PKRU};
+pub use cpuid::{APIC_BUS_HZ, CpuidLeaf, CpuidModel, XCR0_MASK, XCR0_PKRU};
 pub use engine::{Engine, EngineStats, Exit, Kick, Outcome};
 pub use fault::{Exception, Vector};
 pub use instruction_set::{HiddenInstructions, may_be_offered};
@@ -62,3 +63,4 @@ pub use state::{
 };
 pub use tsc::{TscFrequency, TscMeasurement};
 pub use user_code::{GivenUp, Left, UserCode};
+pub use vendor::Vendor;

@@ -8,7 +8,6 @@
 use doppel_memory::AccessKind;
 use iced_x86::{Code, Instruction};
 
-use crate::cpuid::Vendor;
 use crate::interpret::{Flow, operand};
 use crate::{Activity, Bus, Cpu, CpuMode, Exception, Gpr, Seg};
 
@@ -23,9 +22,9 @@ const MASKED_TOO: u64 = 1;
 impl Cpu {
     /// True where the processor has MONITOR and MWAIT and they are not switched off, as CPUID tells.
     pub(crate) fn has_monitor_now(&self) -> bool {
-        let on = match self.cpuid.vendor() {
-            Vendor::Intel => self.msr.misc_enable & MISC_ENABLE_MONITOR != 0,
-            Vendor::Amd => self.msr.hwcr & HWCR_DISABLED == 0,
+        let on = match self.cpuid.traits().monitor_in_misc_enable {
+            true => self.msr.misc_enable & MISC_ENABLE_MONITOR != 0,
+            false => self.msr.hwcr & HWCR_DISABLED == 0,
         };
         self.cpuid.has_monitor() && on
     }
@@ -44,12 +43,13 @@ impl Cpu {
 
 /// #UD where the instructions are not to be had here; #GP(0) where ECX asks for more than `known`.
 fn check(cpu: &Cpu, known: u64) -> Result<(), Exception> {
-    let intel = cpu.cpuid.vendor() == Vendor::Intel;
-    let user = !intel && cpu.msr.hwcr & HWCR_USER != 0 && cpu.mode() != CpuMode::V86;
+    let traits = cpu.cpuid.traits();
+    let opened = !traits.monitor_in_misc_enable && cpu.msr.hwcr & HWCR_USER != 0;
+    let user = opened && cpu.mode() != CpuMode::V86;
     if !cpu.has_monitor_now() || cpu.cpl != 0 && !user {
         return Err(Exception::UD);
     }
-    let wide = intel && cpu.mode() == CpuMode::Bits64;
+    let wide = traits.monitor_extensions_in_rcx && cpu.mode() == CpuMode::Bits64;
     let extensions = cpu.reg(Gpr::Rcx) & if wide { u64::MAX } else { 0xffff_ffff };
     if extensions & !known != 0 {
         return Err(Exception::gp(0));
@@ -65,11 +65,10 @@ fn line(cpu: &Cpu, i: &Instruction) -> Result<u64, Exception> {
         _ => u64::MAX,
     };
     let seg = operand::segment_of(i.memory_segment());
-    // AMD's processors ignore SS here as elsewhere; Intel's raise #SS.
     let flat_stack = seg == Seg::Ss && cpu.mode() == CpuMode::Bits64;
-    let seg = match cpu.cpuid.vendor() {
-        Vendor::Amd if flat_stack => Seg::Ds,
-        _ => seg,
+    let seg = match flat_stack && !cpu.cpuid.traits().monitor_uses_stack_segment {
+        true => Seg::Ds,
+        false => seg,
     };
     operand::linear_in(cpu, seg, cpu.reg(Gpr::Rax) & mask, 1, false)
 }

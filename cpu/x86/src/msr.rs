@@ -4,9 +4,9 @@
 //! nowhere raises #GP(0), as on hardware; which ones Debian's kernels access without expecting that decided what is here.
 //! Sources: Intel SDM vol. 4; AMD APM vol. 2 appendix A; Linux msr-index.h.
 
-use crate::cpuid::Vendor;
 use crate::monitor_wait::MISC_ENABLE_MONITOR;
 use crate::state::Msrs;
+use crate::vendor::Vendor;
 use crate::{Bus, Cpu, Cr0, Efer, Exception, Seg, mtrr, pmu};
 
 const APIC_BASE: u32 = 0x1b;
@@ -225,8 +225,8 @@ fn read_special(cpu: &Cpu, msr: u32) -> Option<u64> {
         KVM_WALL_CLOCK | KVM_WALL_CLOCK_OLD => cpu.msr.kvm_wall_clock,
         KVM_STEAL_TIME => cpu.msr.kvm_steal_time,
         KVM_PV_EOI => cpu.msr.kvm_pv_eoi,
-        // Bits 15:8: the TSC's ratio to a 100 MHz bus clock.
         CST_CONFIG_CONTROL | POWER_CTL if has(cpu, INTEL) && cpu.cpuid.has_monitor() => 0,
+        // Bits 15:8: the TSC's ratio to a 100 MHz bus clock.
         PLATFORM_INFO if has(cpu, INTEL) => ((cpu.tsc_hz / 100_000_000) & 0xff) << 8,
         _ => return None,
     })
@@ -292,7 +292,7 @@ fn write_special(cpu: &mut Cpu, bus: &mut dyn Bus, msr: u32, v: u64) -> Option<(
 
 fn write_efer(cpu: &mut Cpu, v: u64) -> Option<()> {
     let mut writable = Efer::SCE | Efer::LME | Efer::NXE;
-    writable.set(Efer::AUTOIBRS, has(cpu, AMD));
+    writable.set(Efer::AUTOIBRS, cpu.cpuid.traits().automatic_ibrs);
     let new = Efer::from_bits_retain(v);
     if !(writable | Efer::LMA).contains(new) {
         return None;
@@ -356,11 +356,7 @@ pub(crate) fn reset(cpu: &mut Cpu) {
     if cpu.cpuid.has_counters() {
         cpu.msr.misc_enable |= MISC_ENABLE_COUNTERS;
     }
-    cpu.msr.microcode = match cpu.cpuid.vendor() {
-        // Intel: the revision is in the upper half.
-        Vendor::Intel => 1 << 32,
-        Vendor::Amd => 0x0100_0065,
-    };
+    cpu.msr.microcode = cpu.cpuid.traits().microcode_revision;
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@
 //!
 //! Sources: Intel SDM vol. 3B, chapter 21 (performance monitoring), vol. 2B (RDPMC); AMD APM vol. 2, 13.2; AMD PPR (events 0x76 and 0xC0).
 
-use crate::cpuid::Vendor;
+use crate::vendor::Vendor;
 use crate::{Bus, Cpu, Cr0, Cr4, Exception, Gpr, arch_host};
 
 /// Bits of a counter.
@@ -233,8 +233,8 @@ impl Pmu {
 
     fn plan(&mut self) {
         let counters = &self.counters;
-        let counting = |c: &&Counter| c.event != Event::Nothing && (c.user || c.kernel);
-        self.on = counters.iter().filter(counting).count() > 0;
+        let counting = |c: &Counter| c.event != Event::Nothing && (c.user || c.kernel);
+        self.on = counters.iter().any(counting);
         self.steps = counters.iter().any(Counter::steps);
         let cpl = self.cpl;
         let room = |event| {
@@ -400,8 +400,7 @@ impl Cpu {
         }
         if std::mem::take(&mut self.pmu.due) {
             self.counters.counter_interrupts += 1;
-            let masks = self.cpuid.vendor() == Vendor::Intel;
-            bus.counter_interrupt(masks);
+            bus.counter_interrupt(self.cpuid.traits().counter_interrupt_masks_itself);
         }
         let deadline = self.pmu.deadline;
         let left = deadline.saturating_sub(now);

@@ -3,17 +3,22 @@
 //! The vendors differ: AMD has SYSCALL in legacy and compatibility mode and no SYSENTER in long mode, Intel the reverse;
 //! AMD's SYSRET takes a return address that is not canonical and faults in user mode.
 
-use crate::cpuid::Vendor;
 use crate::segment::{flat, flat_attributes};
 use crate::{Cpu, CpuMode, Cr0, Efer, Exception, Gpr, Rflags, Seg};
 
 const GP0: Exception = Exception::gp(0);
 
+/// True where SYSCALL and SYSRET are instructions.
+fn has_syscall(cpu: &Cpu) -> bool {
+    let anywhere = cpu.cpuid.traits().syscall_outside_64_bit_mode;
+    let here = anywhere || cpu.mode() == CpuMode::Bits64;
+    cpu.efer.contains(Efer::SCE) && cpu.cr0.contains(Cr0::PE) && here
+}
+
 /// SYSCALL.
 pub(crate) fn syscall(cpu: &mut Cpu, next_rip: u64) -> Result<(), Exception> {
     let mode = cpu.mode();
-    let elsewhere = cpu.cpuid.vendor() == Vendor::Intel && mode != CpuMode::Bits64;
-    if !cpu.efer.contains(Efer::SCE) || !cpu.cr0.contains(Cr0::PE) || elsewhere {
+    if !has_syscall(cpu) {
         return Err(Exception::UD);
     }
     let star = cpu.msr.star;
@@ -63,13 +68,12 @@ fn code_attributes(long: bool) -> u32 {
 pub(crate) fn sysret(cpu: &mut Cpu, wide: bool) -> Result<(), Exception> {
     // What SYSRET takes from R11: neither RF nor VM.
     const RESTORED: u64 = 0x3c_7fd7;
-    let intel = cpu.cpuid.vendor() == Vendor::Intel;
-    let elsewhere = intel && cpu.mode() != CpuMode::Bits64;
-    if !cpu.efer.contains(Efer::SCE) || !cpu.cr0.contains(Cr0::PE) || elsewhere {
+    if !has_syscall(cpu) {
         return Err(Exception::UD);
     }
     let rcx = cpu.reg(Gpr::Rcx);
-    if cpu.cpl != 0 || (wide && intel && !cpu.canonical(rcx)) {
+    let checks = wide && cpu.cpuid.traits().sysret_checks_address;
+    if cpu.cpl != 0 || checks && !cpu.canonical(rcx) {
         return Err(GP0);
     }
     cpu.rflags = if cpu.long_mode() {
@@ -86,7 +90,7 @@ pub(crate) fn sysret(cpu: &mut Cpu, wide: bool) -> Result<(), Exception> {
 
 /// #UD where the vendor has no SYSENTER in this mode, #GP(0) outside protected mode.
 fn check_sysenter(cpu: &Cpu) -> Result<(), Exception> {
-    if cpu.cpuid.vendor() != Vendor::Intel && cpu.long_mode() {
+    if cpu.long_mode() && !cpu.cpuid.traits().sysenter_in_long_mode {
         return Err(Exception::UD);
     }
     if !cpu.cr0.contains(Cr0::PE) || cpu.msr.sysenter_cs & 0xfffc == 0 {
@@ -109,8 +113,7 @@ pub(crate) fn sysenter(cpu: &mut Cpu) -> Result<(), Exception> {
 
 /// SYSEXIT; `wide` with a 64-bit operand size.
 pub(crate) fn sysexit(cpu: &mut Cpu, wide: bool) -> Result<(), Exception> {
-    // AMD's processors look at the privilege first.
-    if cpu.cpl != 0 && cpu.cpuid.vendor() == Vendor::Amd {
+    if cpu.cpl != 0 && cpu.cpuid.traits().sysexit_checks_privilege_first {
         return Err(GP0);
     }
     check_sysenter(cpu)?;

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::Change;
-use doppel_memory::{Backing, GuestRam};
+use doppel_memory::{Backing, GuestRam, PAGE_MASK, PAGE_SIZE};
 use doppel_x86::{Efer, EmptyBus, flat_attributes, interpret};
 use iced_x86::code_asm::*;
 

@@ -14,7 +14,7 @@ use super::slots;
 use crate::asm::Asm;
 use crate::blocks::Form;
 use crate::engine::TranslateOptions;
-use crate::frontend::{Decoding, GuestBlock, GuestInstruction, Simd, decode};
+use crate::frontend::{Decoding, GuestBlock, GuestInstruction, Processor, Simd, decode};
 use crate::narrow::Mode;
 use crate::rewrite::{AccessSite, Base, ExitSite, FirstSites, Rewriter, Setting, Translated};
 use crate::thunk::{self, How};
@@ -36,15 +36,14 @@ pub(crate) struct Origin<'a> {
     pub base: Base,
     pub form: Form,
     pub straddler_follows: bool,
-    /// What the guest's processor does not have.
-    pub hidden: HiddenInstructions,
+    pub processor: Processor,
 }
 
 impl<'a> Origin<'a> {
     pub fn decode(&self, options: &TranslateOptions) -> Option<GuestBlock> {
-        let how = Decoding::new(self.simd, self.mode, self.privilege, options)
-            .placed(self.base)
-            .hiding(self.hidden);
+        let (simd, mode) = (self.simd, self.mode);
+        let how = Decoding::new(self.processor, simd, mode, self.privilege, options);
+        let how = how.placed(self.base);
         let start = (self.mode.linear(self.linear) & PAGE_MASK) as u16;
         let mut block = decode(&mut InstructionInfoFactory::new(), self.bytes, start, how)?;
         block.straddler_follows |= self.straddler_follows;
@@ -136,7 +135,7 @@ impl Dissected {
             linear: origin.linear,
             form: origin.form,
             privilege: origin.privilege,
-            hidden: origin.hidden,
+            hidden: origin.processor.hidden,
             labels: BTreeMap::new(),
             thunks: thunks.names(),
         };

@@ -8,7 +8,7 @@ use doppel_memory::{PAGE_MASK, Privilege};
 use super::profile::{Counters, Record};
 use super::{PerfMap, Profile};
 use crate::blocks::{BlockId, Form};
-use crate::frontend::GuestBlock;
+use crate::frontend::{GuestBlock, Processor};
 use crate::rewrite::counter::parts;
 use crate::rewrite::{Base, ExitSite};
 use crate::translator::Translator;
@@ -95,8 +95,10 @@ impl Translator {
             map.block(block.host, block.len, linear, user, form, lstar);
         }
         if let (Some(profile), Some(counters)) = (&self.observers.profile, counters) {
-            let hidden = self.context.cpu.cpuid.hidden();
-            profile.add(Record::new(block.key, id, linear, guest, hidden, counters));
+            let processor = Processor::of(&self.context.cpu.cpuid);
+            profile.add(Record::new(
+                block.key, id, linear, guest, processor, counters,
+            ));
         }
     }
 

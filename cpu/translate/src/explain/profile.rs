@@ -10,13 +10,11 @@ use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use doppel_x86::HiddenInstructions;
-
 use super::dissect::Origin;
 use super::{Symbols, text};
 use crate::blocks::{BlockId, Key};
 use crate::engine::TranslateOptions;
-use crate::frontend::GuestBlock;
+use crate::frontend::{GuestBlock, Processor};
 use crate::rewrite::counter::parts;
 
 /// Records that outlive an emptying of the cache.
@@ -60,7 +58,7 @@ pub(crate) struct Record {
     /// Instructions of each part.
     parts: Vec<u64>,
     straddler_follows: bool,
-    hidden: HiddenInstructions,
+    processor: Processor,
     counters: Counters,
     /// Which exits were linked at the end, if it was still there.
     links: Vec<bool>,
@@ -72,7 +70,7 @@ impl Record {
         id: BlockId,
         linear: u64,
         guest: &GuestBlock,
-        hidden: HiddenInstructions,
+        processor: Processor,
         counters: Counters,
     ) -> Self {
         Record {
@@ -82,7 +80,7 @@ impl Record {
             bytes: guest.bytes.clone().into(),
             parts: parts(guest),
             straddler_follows: guest.straddler_follows,
-            hidden,
+            processor,
             counters,
             links: Vec::new(),
         }
@@ -121,7 +119,7 @@ impl Record {
             base: self.key.base,
             form: self.key.form,
             straddler_follows: self.straddler_follows,
-            hidden: self.hidden,
+            processor: self.processor,
         }
     }
 }

@@ -83,7 +83,7 @@ impl Sample<'_> {
             },
             form: Form::Normal,
             straddler_follows: false,
-            hidden: self.hidden,
+            processor: self.hidden.into(),
         };
         if rest.len() > room && origin.decode(&TranslateOptions::default()).is_none() {
             origin.bytes = origin.first_of(rest);

@@ -9,7 +9,6 @@ use super::operand::{
 };
 use super::register::{read_gpr, read_register, sign_extend, write_gpr, write_register};
 use super::{Flow, Handler, Step};
-use crate::cpuid::Vendor;
 use crate::{Bus, Cpu, Gpr, Rflags};
 
 pub(super) fn lookup(i: &Instruction) -> Option<Handler> {
@@ -60,13 +59,14 @@ fn mov(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     Ok(Flow::Next)
 }
 
-/// MOVSXD to 16 bits: AMD's processors load 32, of which they drop the upper half.
+/// MOVSXD to 16 bits: some processors load 32, of which they drop the upper half.
 fn movsxd_to_word(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
-    if i.op1_kind() != OpKind::Memory || cpu.cpuid.vendor() == Vendor::Intel {
+    if i.op1_kind() != OpKind::Memory {
         return movsx(cpu, bus, i);
     }
-    let at = linear(cpu, i, 4, false)?;
-    let v = load(cpu, bus, at, 4)?;
+    let size = cpu.cpuid.traits().movsxd_to_word_loads;
+    let at = linear(cpu, i, size, false)?;
+    let v = load(cpu, bus, at, size)?;
     write_register(cpu, i.op0_register(), v);
     Ok(Flow::Next)
 }

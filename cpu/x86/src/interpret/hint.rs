@@ -8,7 +8,6 @@ use iced_x86::{Code, Instruction, Mnemonic};
 
 use super::operand::linear;
 use super::{Flow, Handler, Step};
-use crate::cpuid::Vendor;
 use crate::{Bus, Cpu, Exception, Rflags};
 
 pub(super) fn lookup(i: &Instruction) -> Option<Handler> {
@@ -46,11 +45,11 @@ fn is_prefetch_of_register(i: &Instruction) -> bool {
     )
 }
 
-/// A no-op of Intel's processors.
+/// A no-op of some processors.
 fn no_prefetch(cpu: &mut Cpu, _: &mut dyn Bus, _: &Instruction) -> Step {
-    match cpu.cpuid.vendor() {
-        Vendor::Intel => Ok(Flow::Next),
-        Vendor::Amd => Err(Exception::UD),
+    match cpu.cpuid.traits().prefetch_of_register {
+        true => Ok(Flow::Next),
+        false => Err(Exception::UD),
     }
 }
 

@@ -11,7 +11,6 @@ use super::operand::{linear, linear_displaced, linear_in, load, segment_of, stor
 use super::register::{read_gpr, read_register, sign_extend};
 use super::vector::{self, Layout};
 use super::{Flow, Handler, Step};
-use crate::cpuid::Vendor;
 use crate::{Bus, Cpu, CpuMode, Exception, FpuArea, Gpr, Rflags};
 
 pub(super) fn lookup(i: &Instruction) -> Option<Handler> {
@@ -515,8 +514,8 @@ fn gather(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     let asked = mask;
     let (done, fault) = gather_elements(cpu, bus, i, &g, &mut mask, &mut data);
     let progress = mask != asked;
-    if fault.is_some() && masked_by_vector && cpu.cpuid.vendor() == Vendor::Amd {
-        // AMD's processors touch nothing but the elements before; Intel's all of both registers.
+    let keeps_rest = masked_by_vector && cpu.cpuid.traits().faulting_gather_keeps_rest;
+    if fault.is_some() && keeps_rest {
         let mut left = vector::read(&cpu.fpu, &layout, number(m));
         left[..done * g.element_size].fill(0);
         vector::write(&mut cpu.fpu, &layout, number(t), &data);

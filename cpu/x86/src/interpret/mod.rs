@@ -63,7 +63,6 @@ pub mod arithmetic_flags {
 }
 pub(crate) use native::HostUnit;
 
-use crate::cpuid::Vendor;
 use crate::{Activity, Bus, Cpu, CpuMode, Exception, Outcome, Rflags, exception};
 
 /// Where execution goes on after an instruction.
@@ -193,7 +192,6 @@ fn finish(
         Flow::Next => cpu.rip = next,
         Flow::Done => {}
         // An event that comes now finds RF set, so that the rest is no new hit of an instruction breakpoint.
-        // AMD's processors do not set it for a single step.
         Flow::Repeat if steps_without_rf(cpu) => {}
         Flow::Repeat => cpu.rflags |= Rflags::RF,
         Flow::Halt => {
@@ -243,7 +241,7 @@ fn single_steps(cpu: &Cpu, i: &Instruction) -> bool {
 }
 
 fn steps_without_rf(cpu: &Cpu) -> bool {
-    cpu.rflags.contains(Rflags::TF) && cpu.cpuid.vendor() == Vendor::Amd
+    cpu.rflags.contains(Rflags::TF) && !cpu.cpuid.traits().step_in_repetition_sets_rf
 }
 
 /// #DB, a fault, where an instruction breakpoint in DR0 to DR3 is enabled for RIP and RF does not skip it.

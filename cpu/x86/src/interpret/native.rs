@@ -21,7 +21,6 @@ use super::operand::{linear, linear_displaced, linear_unchecked};
 use super::snippet::{self, Aligned, Memory, Plan, Snippet};
 use super::vector::{self, Layout};
 use super::{Flow, Step, decode, masked};
-use crate::cpuid::Vendor;
 use crate::{Bus, Cpu, Cr4, Exception, FpuArea, Gpr, Rflags};
 
 /// Bytes of the largest memory operand.
@@ -134,9 +133,8 @@ impl Host {
             self.run_in_steps(cpu, i, &snippet)?;
             return self.commit(cpu, i, &snippet.plan, 0);
         };
-        let intel = cpu.cpuid.vendor() == Vendor::Intel;
-        if memory.write && i.mnemonic() == Mnemonic::Vcvtps2ph && intel {
-            // Its #XM comes before the faults of its store; AMD's processors have it the other way round.
+        let computes_first = cpu.cpuid.traits().vcvtps2ph_computes_before_store;
+        if memory.write && i.mnemonic() == Mnemonic::Vcvtps2ph && computes_first {
             let before = cpu.fpu.clone();
             self.run(cpu, &snippet)?;
             cpu.fpu = before;
@@ -145,7 +143,7 @@ impl Host {
             return self.execute_masked(cpu, bus, i, &snippet);
         }
         if let Some(before) = suppressible(cpu, &snippet.plan) {
-            if cpu.cpuid.vendor() == Vendor::Amd {
+            if cpu.cpuid.traits().suppressed_store_faults {
                 // Its faults come first, though it will not be made.
                 let at = self.memory_operand(cpu, i, &memory)?;
                 cpu.check_writable(at, memory.size, cpu.privilege())?;
@@ -179,9 +177,8 @@ impl Host {
         i: &Instruction,
         memory: &Memory,
     ) -> Result<u64, Exception> {
-        // Intel's processors do not check these for alignment (#AC).
         let unchecked = matches!(i.mnemonic(), Mnemonic::Vcvtph2ps | Mnemonic::Vcvtps2ph)
-            && cpu.cpuid.vendor() == Vendor::Intel;
+            && !cpu.cpuid.traits().half_precision_checked_for_alignment;
         let at = if unchecked {
             linear(cpu, i, 1, memory.write).and_then(|at| {
                 linear_displaced(cpu, i, memory.size as u64 - 1, 1, memory.write).map(|_| at)
@@ -416,7 +413,7 @@ fn settle_mxcsr(cpu: &mut Cpu, before: &FpuArea) -> Result<(), Exception> {
     })
 }
 
-/// Bytes of a memory operand that are loaded, at most: where those of SSE need not be aligned, AMD's processors show that they load half of some.
+/// Bytes of a memory operand that are loaded, at most: where those of SSE need not be aligned, a processor may show that it loads half of some.
 fn loaded(cpu: &Cpu, i: &Instruction) -> usize {
     use Mnemonic::*;
     let half = matches!(
@@ -436,7 +433,7 @@ fn loaded(cpu: &Cpu, i: &Instruction) -> usize {
             | Pslld
             | Psllq
     );
-    match half && cpu.cpuid.vendor() == Vendor::Amd {
+    match half && cpu.cpuid.traits().loads_needed_half_alone {
         true => 8,
         false => BOUNCE_SIZE,
     }
@@ -447,7 +444,7 @@ fn check_aligned(cpu: &Cpu, memory: &Memory, at: u64) -> Result<(), Exception> {
         Aligned::No => false,
         Aligned::Always => true,
         Aligned::UnlessMxcsr => cpu.fpu.mxcsr() & MXCSR_MM == 0,
-        Aligned::UnlessAmd => cpu.cpuid.vendor() != Vendor::Amd,
+        Aligned::AsVendor => cpu.cpuid.traits().sha_needs_alignment,
     };
     if needed && !at.is_multiple_of(memory.size as u64) {
         return Err(Exception::gp(0));

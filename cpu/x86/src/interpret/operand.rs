@@ -7,7 +7,6 @@ use doppel_memory::HostPtr;
 use iced_x86::{Instruction, OpKind, Register};
 
 use super::register::{mask, read_register, register_size, write_register};
-use crate::cpuid::Vendor;
 use crate::{Bus, Cpu, CpuMode, Cr0, Exception, Rflags, Seg, Segment};
 
 /// The offset that the memory operand names, truncated to the address size.
@@ -134,8 +133,7 @@ fn flat(cpu: &Cpu, linear: u64, size: usize, stack: bool) -> Result<u64, Excepti
     let last = linear.wrapping_add(size as u64).wrapping_sub(1);
     if cpu.canonical(linear) {
         let whole = cpu.canonical(last);
-        // AMD's processors look at all addresses before they look at the alignment.
-        if whole || cpu.cpuid.vendor() == Vendor::Intel {
+        if whole || cpu.cpuid.traits().alignment_before_last_address {
             check_alignment(cpu, linear, size)?;
         }
         if whole {
@@ -167,8 +165,8 @@ fn alignment_checked(cpu: &Cpu, linear: u64, size: usize) -> Result<(), Exceptio
         // Its environment and its state.
         28 | 108 => 4,
         14 | 94 => 2,
-        // AMD's processors check vectors too, those of 32 bytes as two of 16; Intel's do not.
-        16 | 32 if cpu.cpuid.vendor() == Vendor::Amd => 16,
+        // Those of 32 bytes are two of 16.
+        16 | 32 if cpu.cpuid.traits().vectors_checked_for_alignment => 16,
         // Larger operands have rules of their own.
         _ => 1,
     };

@@ -61,8 +61,8 @@ pub(super) enum Aligned {
     No,
     /// Unless MXCSR.MM is set (AMD).
     UnlessMxcsr,
-    /// On Intel's processors: AMD's execute them as if MXCSR.MM were set.
-    UnlessAmd,
+    /// On processors of which SHA needs it.
+    AsVendor,
     Always,
 }
 
@@ -224,7 +224,7 @@ fn alignment(i: &Instruction, unit: Unit, size: usize) -> Aligned {
         }
         Movups | Movupd | Movdqu | Lddqu | Pcmpistri | Pcmpistrm | Pcmpestri | Pcmpestrm
         | Pcmpestri64 | Pcmpestrm64 => Aligned::No,
-        _ if i.cpuid_features().contains(&CpuidFeature::SHA) => Aligned::UnlessAmd,
+        _ if i.cpuid_features().contains(&CpuidFeature::SHA) => Aligned::AsVendor,
         _ if matches!(unit, Unit::Sse | Unit::Mmx) && size == 16 => Aligned::UnlessMxcsr,
         _ => Aligned::No,
     }

@@ -13,7 +13,6 @@ use super::flags;
 use super::operand::{linear_in, load, segment_of, store};
 use super::register::{mask, read_gpr, write_gpr};
 use super::{Flow, Handler, Step};
-use crate::cpuid::Vendor;
 use crate::{Bus, Cpu, CpuMode, Exception, Gpr, Rflags, Seg};
 
 /// Units that a repeated instruction does in one step at most (a bulk copy counts as one).
@@ -129,9 +128,8 @@ fn repeat(
     };
     let before = cpu.rflags;
     let flow = repeat_batch(cpu, bus, shape, batch, one);
-    // Intel's processors set the flags when the repetition is done: a fault in the middle finds those from before. AMD's set them with each comparison.
     let done = matches!(flow, Ok(Flow::Next));
-    if !done && cpu.cpuid.vendor() == Vendor::Intel {
+    if !done && cpu.cpuid.traits().repetition_sets_flags_at_end {
         cpu.rflags = before;
     }
     flow

@@ -1,0 +1,198 @@
+//! How the pages of a shadow follow the guest's page tables: what a page may be mapped with, which are mapped, and what is taken from them again.
+
+use doppel_memory::{
+    AccessKind, Leaf, PAGE_MASK, PAGE_SIZE, Paging, REGION_PAGES, REGION_SHIFT, Survey, probe,
+};
+use doppel_x86::Cpu;
+
+use super::{Claim, Direct, MAPPINGS, MOST_TURNS};
+use crate::hazard::{self, Verdict};
+use crate::shadow::{Entry, Revoked};
+use crate::space::Space;
+
+/// Pages before the faulting one that are mapped along with it.
+const PAGES_BEFORE: usize = 16;
+/// Pages of code, before the faulting one and from it on, that are looked through along with it: to look through one that is then not executed takes
+/// longer than a stop for one that is.
+const CODE_AROUND: (usize, usize) = (2, 8);
+
+impl Direct {
+    /// How a page is to be mapped at an address, for this access and others like it.
+    pub(super) fn entry_at(
+        &mut self,
+        cpu: &mut Cpu,
+        root: u64,
+        linear: u64,
+        leaf: &Leaf,
+        kind: AccessKind,
+    ) -> Entry {
+        let entry = self.entry_for(cpu, linear, leaf, kind);
+        self.beside_others(cpu, root, linear, entry)
+    }
+
+    /// The same, whatever is mapped beside it.
+    fn entry_for(&mut self, cpu: &mut Cpu, linear: u64, leaf: &Leaf, kind: AccessKind) -> Entry {
+        let entry = Entry::new(leaf.gpa);
+        let asked = kind == AccessKind::Execute;
+        if leaf.execute && (asked || !leaf.writable) {
+            return match self.verdict(cpu, leaf.gpa) {
+                Verdict::Harmless => entry.execute(true),
+                Verdict::Early if !self.begins_sensitive(cpu, linear, leaf.gpa) => {
+                    entry.execute(true)
+                }
+                Verdict::Early | Verdict::Sensitive => entry.sensitive(),
+            };
+        }
+        let tracker = cpu.ram.tracker();
+        let write = leaf.write && tracker.may_write(leaf.gpa, &cpu.peer);
+        if write {
+            tracker.mark_dirty(leaf.gpa);
+        }
+        entry.write(write)
+    }
+
+    /// The same, without permission to execute where a sensitive instruction lies across the border to a page beside it.
+    fn beside_others(&self, cpu: &Cpu, root: u64, linear: u64, entry: Entry) -> Entry {
+        let Some(space) = self.spaces.get(&root).filter(|_| entry.may_execute()) else {
+            return entry;
+        };
+        let before = space.shadow.get(linear.wrapping_sub(PAGE_SIZE));
+        let after = space.shadow.get(linear + PAGE_SIZE);
+        let across = |first: u64, second: u64| self.is_sensitive_across(cpu, first, second);
+        let sensitive = before.may_execute() && across(before.gpa(), entry.gpa())
+            || after.may_execute() && across(entry.gpa(), after.gpa());
+        match sensitive {
+            true => entry.execute(false).sensitive(),
+            false => entry,
+        }
+    }
+
+    /// Whether the code at the beginning of a page is a sensitive instruction, as the page before tells; it is where there is none.
+    fn begins_sensitive(&self, cpu: &Cpu, linear: u64, gpa: u64) -> bool {
+        let before = probe(&cpu.ram, &cpu.paging(), linear.wrapping_sub(PAGE_SIZE));
+        before.is_none_or(|t| self.is_sensitive_across(cpu, t.gpa & !PAGE_MASK, gpa))
+    }
+
+    fn is_sensitive_across(&self, cpu: &Cpu, first: u64, second: u64) -> bool {
+        let (mut end, mut beginning) = ([0; hazard::AROUND.0], [0; hazard::AROUND.1]);
+        let end_at = first + PAGE_SIZE - end.len() as u64;
+        let (Some(a), Some(b)) = (cpu.ram.ptr(end_at), cpu.ram.ptr(second)) else {
+            return true;
+        };
+        a.read(&mut end);
+        b.read(&mut beginning);
+        hazard::is_sensitive_across(&end, &beginning, self.hazards)
+    }
+
+    /// Claims a page as code and looks for sensitive instructions in it, once.
+    fn verdict(&mut self, cpu: &mut Cpu, gpa: u64) -> Verdict {
+        if let Some(claim) = self.claims.get(&gpa) {
+            return claim.verdict;
+        }
+        if self.turns.get(&gpa).is_some_and(|n| *n > MOST_TURNS) {
+            return Verdict::Sensitive;
+        }
+        self.explored += u64::from(!cpu.ram.tracker().has_code(gpa));
+        cpu.ram.tracker().claim_code(gpa, &cpu.peer);
+        cpu.give_up_writing_to(gpa);
+        let asked = cpu.ram.tracker().protect(gpa, &cpu.peer);
+        cpu.wait_for_peers(asked);
+        let mut page = [0; PAGE_SIZE as usize];
+        if let Some(p) = cpu.ram.ptr(gpa) {
+            p.read(&mut page);
+        }
+        let verdict = hazard::verdict(&page, self.hazards);
+        let life = self.life;
+        let claim = Claim { verdict, life };
+        self.claims.insert(gpa, claim);
+        self.follow_given_up(cpu);
+        verdict
+    }
+
+    pub(super) fn map(&mut self, cpu: &Cpu, root: u64, linear: u64, entry: Entry) {
+        let Some(offset) = cpu.ram.file_offset(entry.gpa()) else {
+            return;
+        };
+        let page = entry.gpa() / PAGE_SIZE;
+        if let Some(word) = self.mapped.get_mut((page / 64) as usize) {
+            *word |= 1 << (page % 64);
+        }
+        self.counts.pages_mapped += 1;
+        if let Some(space) = self.spaces.get_mut(&root) {
+            let old = space.shadow.get(linear);
+            space.shadow.set(linear, entry);
+            if old.is_mapped() && old.gpa() == entry.gpa() {
+                space.changes.protect(linear, entry);
+            } else {
+                space.changes.map(linear, offset, entry);
+            }
+        }
+    }
+
+    /// Maps pages around one that was missing, as far as the guest's processor could have them in its TLB already.
+    pub(super) fn map_neighbours(
+        &mut self,
+        cpu: &mut Cpu,
+        root: u64,
+        linear: u64,
+        paging: &Paging,
+    ) {
+        let ram = cpu.ram.clone();
+        let survey = Survey::of(&ram, paging, linear);
+        let start = linear >> REGION_SHIFT << REGION_SHIFT;
+        let here = (linear / PAGE_SIZE) as usize % REGION_PAGES;
+        let limit = self.changes(root) + self.ambition;
+        self.ambition = (2 * self.ambition).min(MAPPINGS.1);
+        let after = here + 1..REGION_PAGES;
+        let before = here.saturating_sub(PAGES_BEFORE)..here;
+        for n in after.chain(before) {
+            let at = start + n as u64 * PAGE_SIZE;
+            if self.changes(root) >= limit {
+                return;
+            }
+            let Some(leaf) = survey.page(n) else { continue };
+            let mapped = self
+                .space(root)
+                .is_none_or(|s| s.shadow.get(at).is_mapped());
+            if mapped || !self.host.can_map(at) || !ram.is_ram(leaf.gpa) {
+                continue;
+            }
+            let near = n + CODE_AROUND.0 >= here && n < here + CODE_AROUND.1;
+            let code = leaf.execute && !leaf.writable;
+            if code && !near && !self.claims.contains_key(&leaf.gpa) {
+                continue;
+            }
+            let entry = self.entry_at(cpu, root, at, &leaf, AccessKind::Read);
+            self.map(cpu, root, at, entry);
+        }
+    }
+
+    fn changes(&self, root: u64) -> usize {
+        self.spaces.get(&root).map_or(0, |s| s.changes.list().len())
+    }
+
+    /// Takes permission to write from the shadows as it was taken from the TLBs.
+    pub(super) fn follow_given_up(&mut self, cpu: &mut Cpu) {
+        if cpu.given_up.is_empty() {
+            return;
+        }
+        let given_up = cpu.given_up.take();
+        if given_up.all {
+            self.spaces.values_mut().for_each(Space::empty);
+        }
+        for page in given_up.pages {
+            self.revoke(page, Revoked::Write);
+        }
+    }
+
+    pub(super) fn revoke(&mut self, gpa: u64, what: Revoked) {
+        let page = gpa / PAGE_SIZE;
+        let word = self.mapped.get((page / 64) as usize).copied();
+        if word.is_none_or(|w| w >> (page % 64) & 1 == 0) {
+            return;
+        }
+        for space in self.spaces.values_mut() {
+            space.shadow.revoke(gpa, what, &mut space.changes);
+        }
+    }
+}
