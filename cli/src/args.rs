@@ -315,6 +315,7 @@ impl FromStr for Serial {
 mod tests {
     use super::*;
     use clap::CommandFactory;
+    use doppel_machine::MachineConfig;
 
     fn run(arguments: &str) -> Result<Run, clap::Error> {
         let words = ["doppel", "run"]
@@ -335,7 +336,7 @@ mod tests {
     fn everything_has_a_default() {
         let run = run("").unwrap();
         assert_eq!(run.engine, EngineChoice::Auto);
-        assert_eq!((run.cpus, run.memory), (1, 1 << 30));
+        assert_eq!((run.cpus, run.memory), (1, MachineConfig::MEMORY));
         assert_eq!((run.memory_backing, run.driver_domain.len()), (None, 0));
         assert_eq!(run.serial(), Serial::Stdio);
         assert!(run.kernel.is_none() && !run.no_reboot && !run.debug_exit);

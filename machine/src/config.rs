@@ -61,13 +61,16 @@ pub struct MachineConfig {
 }
 
 impl MachineConfig {
-    /// A machine of one vCPU and 512 MiB that boots `kernel`, with nobody at its serial port.
+    /// Bytes of memory that a machine has unless told otherwise, on the command line too. With 512 MiB Linux would leave transparent huge pages off.
+    pub const MEMORY: u64 = 1 << 30;
+
+    /// A machine of one vCPU and [`MachineConfig::MEMORY`] that boots `kernel`, with nobody at its serial port.
     pub fn new(kernel: impl Into<KernelSource>) -> Self {
         MachineConfig {
             engine: EngineChoice::Auto,
             cpus: 1,
             cpu: CpuChoice::default(),
-            memory: 512 << 20,
+            memory: Self::MEMORY,
             memory_backing: None,
             memory_ahead: true,
             kernel: kernel.into(),

@@ -28,6 +28,7 @@ mod cpu_bus;
 mod death;
 mod doorbell;
 mod engine;
+#[cfg(feature = "testing")]
 pub mod hostile;
 mod instance;
 mod layout;

@@ -20,7 +20,7 @@ mod console;
 mod device;
 mod frontend;
 mod fs;
-#[doc(hidden)]
+#[cfg(feature = "testing")]
 pub mod hostile;
 mod interrupt;
 mod locks;
@@ -33,7 +33,7 @@ mod pci_interrupt;
 mod pool;
 mod queue;
 mod rng;
-#[doc(hidden)]
+#[cfg(feature = "testing")]
 pub mod testing;
 mod vsock;
 mod worker;

@@ -25,7 +25,9 @@ use crate::device::copy_config;
 use crate::worker::{Stop, Worker};
 use crate::{Activation, Broken, DeviceState, Queue, VirtioDevice, wait_readable_for};
 use muxer::Muxer;
-pub(crate) use packet::{HEADER_LEN, HOST, Header, STREAM};
+pub(crate) use packet::{HEADER_LEN, Header};
+#[cfg(feature = "testing")]
+pub(crate) use packet::{HOST, STREAM};
 pub use socket::VsockSocket;
 
 const RX: u16 = 0;
