@@ -50,6 +50,7 @@ const FEATURES: &[(CpuidFeature, u32, u32, Reg, u32)] = &[
     (CpuidFeature::AVX512BW, 7, 0, Reg::B, 30),
     (CpuidFeature::AVX512VL, 7, 0, Reg::B, 31),
     (CpuidFeature::AVX512_VBMI, 7, 0, Reg::C, 1),
+    (CpuidFeature::PKU, 7, 0, Reg::C, 3),
     (CpuidFeature::AVX512_VBMI2, 7, 0, Reg::C, 6),
     (CpuidFeature::GFNI, 7, 0, Reg::C, 8),
     (CpuidFeature::VAES, 7, 0, Reg::C, 9),

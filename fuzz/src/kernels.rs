@@ -1,7 +1,9 @@
 //! `cargo xtask fuzz kernels`: generated kernels.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Args;
@@ -105,7 +107,7 @@ impl Kernels {
         let summary = campaign::run(rig, &plan)?;
         show(rig, &summary);
         if let Some(file) = &self.coverage {
-            let report = summary.coverage.report(rig.cpu());
+            let report = summary.coverage.report(rig.cpu()?);
             std::fs::write(file, report).with_context(|| format!("writing {}", file.display()))?;
         }
         Ok(match summary.failures.len() {
@@ -128,18 +130,23 @@ fn show(rig: &Rig, summary: &Summary) {
         summary.records,
         summary.failures.len()
     );
+    for (name, kernels) in &summary.with {
+        println!("{kernels} of them have {name}");
+    }
     println!("engine                           runs    instructions   processor seconds");
     if rig.kvm_runs + rig.kvm_refused > 0 {
         let (runs, refused) = (rig.kvm_runs, rig.kvm_refused);
         println!("{:28} {runs:8} runs, and {refused} that it refused", "kvm");
     }
+    let mut engines = BTreeMap::<_, (u64, u64, Duration)>::new();
     for runner in rig.runners() {
-        println!(
-            "{:28} {:8} {:15} {:19.1}",
-            runner.name,
-            runner.runs,
-            runner.instructions,
-            runner.spent.as_secs_f64()
-        );
+        let sums = engines.entry(runner.name).or_default();
+        sums.0 += runner.runs;
+        sums.1 += runner.instructions;
+        sums.2 += runner.spent;
+    }
+    for (name, (runs, instructions, spent)) in engines {
+        let seconds = spent.as_secs_f64();
+        println!("{name:28} {runs:8} {instructions:15} {seconds:19.1}");
     }
 }

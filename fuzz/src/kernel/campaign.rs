@@ -5,17 +5,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use doppel_x86::{Cpu, CpuidModel};
+use doppel_x86::{Cpu, CpuFeatures, CpuidModel};
 use iced_x86::{Decoder, DecoderOptions, Formatter, Instruction, IntelFormatter, Register};
 
-use super::case::{Case, Kept};
+use super::case::{BY_REQUEST, Case, Kept};
 use super::compare::{comparable, differences};
 use super::coverage::Coverage;
 use super::image::{Image, Supervisors, places};
 use super::kvm_unsafe::KvmRunner;
-use super::layout::{CURSOR, STUBS};
+use super::layout::is_supervisors;
 use super::machine::{Ending, Final, Kind, Runner};
-use super::trace::Tracer;
+use super::trace::{Trace, Tracer};
+use super::write::Offered;
 use crate::limits::Limits;
 use crate::rig::variants;
 
@@ -45,6 +46,8 @@ pub struct Failure {
 #[derive(Default)]
 pub struct Summary {
     pub cases: u64,
+    /// Of them with what only some kernels have, by name.
+    pub with: BTreeMap<&'static str, u64>,
     /// Cases that did not end.
     pub endless: u64,
     /// Exceptions, interrupts and system calls that the kernels noted.
@@ -71,18 +74,19 @@ pub enum Verdict {
     NotCompared,
 }
 
-/// Engines by name; they are made when they are first needed.
+/// Engines by name and by what their processor has by request; they are made when they are first needed.
 pub struct Rig {
     supervisors: Supervisors,
-    tracer: Tracer,
-    model: Arc<CpuidModel>,
+    /// Their processors have by request what these bits say.
+    tracers: BTreeMap<u8, Tracer>,
+    model: CpuidModel,
     kinds: Vec<(&'static str, Kind)>,
-    runners: BTreeMap<&'static str, Runner>,
+    runners: BTreeMap<(&'static str, u8), Runner>,
     kvm: Option<KvmRunner>,
     /// Cases that KVM ran to their end, and those in which it met with what it cannot do.
     pub kvm_runs: u64,
     pub kvm_refused: u64,
-    physical_bits: u32,
+    offered: Offered,
     /// Engines that this host has not, which was said.
     missing: Vec<&'static str>,
 }
@@ -121,11 +125,12 @@ pub fn names() -> Vec<&'static str> {
 impl Rig {
     /// No engine yet.
     pub fn new() -> Result<Self> {
-        let model = Arc::new(CpuidModel::host(1));
-        Ok(Rig {
+        let model = CpuidModel::host(1);
+        let offered = offered(&model);
+        let mut rig = Rig {
             supervisors: Supervisors::new()?,
-            tracer: Tracer::new(&model)?,
-            physical_bits: model.physical_bits(),
+            tracers: BTreeMap::new(),
+            offered,
             model,
             kinds: kinds(),
             runners: BTreeMap::new(),
@@ -133,17 +138,37 @@ impl Rig {
             kvm_runs: 0,
             kvm_refused: 0,
             missing: Vec::new(),
-        })
+        };
+        rig.tracer(offered.features)?;
+        Ok(rig)
+    }
+
+    fn model(&self, features: CpuFeatures) -> Result<Arc<CpuidModel>> {
+        Ok(Arc::new(self.model.clone().requesting(features)?))
+    }
+
+    fn tracer(&mut self, features: CpuFeatures) -> Result<&mut Tracer> {
+        if !self.tracers.contains_key(&features.bits()) {
+            let tracer = Tracer::new(&self.model(features)?)?;
+            self.tracers.insert(features.bits(), tracer);
+        }
+        let found = self.tracers.get_mut(&features.bits());
+        found.context("a tracer")
+    }
+
+    fn trace(&mut self, case: &Case, image: &Image) -> Result<Trace> {
+        let tracer = self.tracer(case.traits.features)?;
+        Ok(tracer.run(image, &case.dma))
     }
 
     /// The case of a number.
     pub fn case(&self, seed: u64, number: u64) -> Result<Case> {
-        Case::random(&self.supervisors, seed, number, self.physical_bits)
+        Case::random(&self.supervisors, seed, number, self.offered)
     }
 
     /// The case of these words (see [`Case::of_words`]).
     pub fn case_of_words(&self, kernel: u64, steps: &[u64]) -> Result<Case> {
-        Case::of_words(&self.supervisors, kernel, steps, self.physical_bits)
+        Case::of_words(&self.supervisors, kernel, steps, self.offered)
     }
 
     /// What has run: engine, cases, instructions where they are counted, processor time.
@@ -151,16 +176,17 @@ impl Rig {
         self.runners.values()
     }
 
-    fn runner(&mut self, name: &str) -> Result<Option<&mut Runner>> {
+    fn runner(&mut self, name: &str, features: CpuFeatures) -> Result<Option<&mut Runner>> {
         let found = self.kinds.iter().find(|(n, _)| *n == name);
         let (name, kind) = *found.with_context(|| format!("there is no engine {name}"))?;
         if self.missing.contains(&name) {
             return Ok(None);
         }
-        if !self.runners.contains_key(name) {
-            match Runner::new(name, kind, &self.model) {
+        let key = (name, features.bits());
+        if !self.runners.contains_key(&key) {
+            match Runner::new(name, kind, &self.model(features)?) {
                 Ok(runner) => {
-                    self.runners.insert(name, runner);
+                    self.runners.insert(key, runner);
                 }
                 Err(e) if name == DIRECT => {
                     eprintln!("SKIPPED: this host has no direct execution: {e:#}");
@@ -169,7 +195,7 @@ impl Rig {
                 Err(e) => return Err(e),
             }
         }
-        Ok(self.runners.get_mut(name))
+        Ok(self.runners.get_mut(&key))
     }
 
     /// Runs a case on the interpreter and on an engine.
@@ -177,7 +203,9 @@ impl Rig {
         let Some(image) = case.image() else {
             return Ok(Verdict::NotCompared);
         };
-        let oracle = self.runner(ORACLE)?.context("an interpreter")?;
+        let oracle = self
+            .runner(ORACLE, case.traits.features)?
+            .context("an interpreter")?;
         let expected = oracle.run(&image, &case.dma, None);
         match comparable(&expected) {
             true => self.check_against(case, &image, &expected, engine),
@@ -193,10 +221,13 @@ impl Rig {
         expected: &Final,
         engine: &str,
     ) -> Result<Verdict> {
+        if engine == KVM && !case.traits.features.is_empty() {
+            return Ok(Verdict::NotCompared);
+        }
         if engine == KVM {
             return self.check_against_kvm(case, image, expected);
         }
-        let Some(runner) = self.runner(engine)? else {
+        let Some(runner) = self.runner(engine, case.traits.features)? else {
             return Ok(Verdict::NotCompared);
         };
         if case.flags && !runner.exact_flags {
@@ -209,7 +240,7 @@ impl Rig {
             }
             let found = differences(&last, expected, case.flags);
             if !found.is_empty() {
-                let trace = self.tracer.run(image, &case.dma);
+                let trace = self.trace(case, image)?;
                 let known = engine == DIRECT && trace.reached.user_asks_the_host();
                 let why = known.then(|| "user code asks the host".to_owned());
                 return Ok(judged(found, why.or_else(|| trace.why_unspecified())));
@@ -225,7 +256,7 @@ impl Rig {
         expected: &Final,
     ) -> Result<Verdict> {
         if self.kvm.is_none() && !self.missing.contains(&KVM) {
-            match KvmRunner::new(&self.model) {
+            match KvmRunner::new(&Arc::new(self.model.clone())) {
                 Ok(runner) => self.kvm = Some(runner),
                 Err(e) => {
                     eprintln!("SKIPPED: this host has no KVM that serves here: {e:#}");
@@ -247,7 +278,7 @@ impl Rig {
         if found.is_empty() {
             return Ok(Verdict::Same);
         }
-        let trace = self.tracer.run(image, &case.dma);
+        let trace = self.trace(case, image)?;
         Ok(judged(found, trace.why_unspecified()))
     }
 
@@ -271,19 +302,20 @@ impl Rig {
     }
 
     /// Why the manual does not say what comes out of a case, unless it does.
-    pub fn why_unspecified(&mut self, case: &Case) -> Option<String> {
-        match case.image() {
-            Some(image) => self.tracer.run(&image, &case.dma).why_unspecified(),
+    pub fn why_unspecified(&mut self, case: &Case) -> Result<Option<String>> {
+        Ok(match case.image() {
+            Some(image) => self.trace(case, &image)?.why_unspecified(),
             None => Some("its code does not fit".to_owned()),
-        }
+        })
     }
 
     /// Every instruction of a case on the interpreter but the supervisor's own, each with the registers that the one before changed.
     pub fn steps(&mut self, case: &Case) -> Result<String> {
         let image = case.image().context("the case has no image")?;
         let (mut text, mut before) = (String::new(), [0; 16]);
-        self.tracer.watched(&image, &case.dma, &mut |cpu, i| {
-            if i.is_some_and(|i| (STUBS..CURSOR).contains(&i.ip())) {
+        let tracer = self.tracer(case.traits.features)?;
+        tracer.watched(&image, &case.dma, &mut |cpu, i| {
+            if i.is_some_and(|i| is_supervisors(i.ip())) {
                 return;
             }
             for (n, (old, new)) in before.iter().zip(cpu.gpr).enumerate() {
@@ -299,9 +331,19 @@ impl Rig {
         Ok(text)
     }
 
-    /// A CPU as the kernels have.
-    pub fn cpu(&self) -> &Cpu {
-        self.tracer.cpu()
+    /// A CPU with everything that some kernel has.
+    pub fn cpu(&mut self) -> Result<&Cpu> {
+        Ok(self.tracer(self.offered.features)?.cpu())
+    }
+}
+
+/// What this host lets guests have.
+fn offered(model: &CpuidModel) -> Offered {
+    let features = BY_REQUEST.map(|(feature, _)| feature);
+    let is_offered = |f: &CpuFeatures| model.clone().requesting(*f).is_ok();
+    Offered {
+        physical_bits: model.physical_bits(),
+        features: features.into_iter().filter(is_offered).collect(),
     }
 }
 
@@ -354,7 +396,12 @@ fn run_case(
         return Ok(());
     };
     summary.cases += 1;
-    let oracle = rig.runner(ORACLE)?.context("an interpreter")?;
+    for name in case.traits.names() {
+        *summary.with.entry(name).or_default() += 1;
+    }
+    let oracle = rig
+        .runner(ORACLE, case.traits.features)?
+        .context("an interpreter")?;
     let expected = oracle.run(&image, &case.dma, None);
     if plan.announce {
         let records = super::compare::records(&expected.ram);
@@ -368,9 +415,10 @@ fn run_case(
         return Ok(());
     }
     summary.records += super::compare::records(&expected.ram);
-    let reached = plan
-        .coverage
-        .then(|| rig.tracer.run(&image, &case.dma).reached);
+    let reached = match plan.coverage {
+        true => Some(rig.trace(&case, &image)?.reached),
+        false => None,
+    };
     for engine in rig.engines(plan, &case, number) {
         if plan.announce {
             eprintln!("  {engine}");

@@ -1,11 +1,12 @@
 //! One case: a kernel that a seed and a number decide, of which parts can be left out.
 
 use anyhow::{Context as _, Result, bail};
+use doppel_x86::CpuFeatures;
 
 use super::image::{self, Image, Supervisors};
 use super::layout::*;
 use super::steps::Step;
-use super::write::{Paging, Traits};
+use super::write::{Levels, Offered, Paging, Traits};
 use crate::random::Random;
 
 /// RFLAGS but for the arithmetic flags.
@@ -32,13 +33,21 @@ pub struct Kept {
     pub items: Vec<(usize, usize)>,
 }
 
+/// Of what a processor has by request, and how many in a hundred kernels use it.
+pub const BY_REQUEST: [(CpuFeatures, u64); 2] = [(CpuFeatures::PKU, 25), (CpuFeatures::LA57, 25)];
+
+fn features(r: &mut Random) -> CpuFeatures {
+    let drawn = BY_REQUEST.iter().filter(|(_, percent)| r.percent(*percent));
+    drawn.map(|(feature, _)| *feature).collect()
+}
+
 impl Case {
     /// The case of a number.
     pub fn random(
         supervisors: &Supervisors,
         seed: u64,
         number: u64,
-        physical_bits: u32,
+        offered: Offered,
     ) -> Result<Self> {
         // Each step its own, so that what one draws does not decide the others.
         let step = |n| Random::of(seed, number, 3 + n);
@@ -47,7 +56,7 @@ impl Case {
             &mut Random::of(seed, number, 2),
             None,
             step,
-            physical_bits,
+            offered,
         )
     }
 
@@ -56,14 +65,14 @@ impl Case {
         supervisors: &Supervisors,
         kernel: u64,
         steps: &[u64],
-        physical_bits: u32,
+        offered: Offered,
     ) -> Result<Self> {
         Self::build(
             supervisors,
             &mut Random::of(kernel, 0, 2),
             Some(steps.len() as u64),
             |n| Random::of(steps[n as usize], 0, 3),
-            physical_bits,
+            offered,
         )
     }
 
@@ -72,7 +81,7 @@ impl Case {
         r: &mut Random,
         count: Option<u64>,
         step: impl Fn(u64) -> Random,
-        physical_bits: u32,
+        offered: Offered,
     ) -> Result<Self> {
         let paging = match r.below(10) {
             0..7 => Paging::Long,
@@ -81,11 +90,20 @@ impl Case {
             _ => Paging::Pae,
         };
         let long = paging == Paging::Long;
+        let features = features(r) & offered.features;
+        let five = long && features.contains(CpuFeatures::LA57);
+        let levels = match r.below(6) {
+            0..3 if five => Levels::Five,
+            3..5 if five => Levels::Both,
+            _ => Levels::Four,
+        };
         let traits = Traits {
             paging,
-            pcids: long && r.percent(30),
+            pcids: long && levels != Levels::Both && r.percent(30),
             globals: long && r.percent(30),
-            physical_bits,
+            physical_bits: offered.physical_bits,
+            features,
+            levels,
         };
         let base = image::base(supervisors, r, traits);
         let drawn = 2 + r.below(36);
@@ -235,11 +253,16 @@ mod tests {
         assert_eq!(Kept::parse("2,7", "3.1").unwrap(), least);
     }
 
+    const EVERYTHING: Offered = Offered {
+        physical_bits: 48,
+        features: CpuFeatures::all(),
+    };
+
     #[test]
     fn a_case_is_a_function_of_seed_and_number() {
         let supervisors = Supervisors::new().unwrap();
         for number in 0..20 {
-            let [a, b] = [0, 1].map(|_| Case::random(&supervisors, 5, number, 48).unwrap());
+            let [a, b] = [0, 1].map(|_| Case::random(&supervisors, 5, number, EVERYTHING).unwrap());
             assert_eq!(a.image().unwrap().0, b.image().unwrap().0);
             assert_eq!(a.schedule, b.schedule);
         }

@@ -146,7 +146,7 @@ fn memory(found: &mut Vec<String>, a: &[u8], b: &[u8], flags: bool) {
 
 /// Whether page tables are there.
 pub fn is_table(at: u64) -> bool {
-    (PML4..GDT).contains(&at)
+    TABLES.contains(&at)
 }
 
 /// An entry in which the engine has set A or D too. A processor may do so for an access that it then does not make (Intel SDM

@@ -1,10 +1,11 @@
 //! RAM of a generated kernel before it runs: tables, supervisor, steps, routines, data.
 
 use anyhow::Result;
+use doppel_x86::CpuFeatures;
 
 use super::layout::*;
 use super::steps::Step;
-use super::write::{Mode, Paging, Traits, Writer};
+use super::write::{Levels, Mode, Paging, Traits, Writer};
 use super::{protected, supervisor, supervisor32};
 use crate::random::Random;
 
@@ -57,11 +58,11 @@ impl Supervisors {
 
 fn supervised(paging: Paging) -> Result<Vec<u8>> {
     let mut image = Image(vec![0; RAM as usize]);
-    for (from, to) in [(0, PML4), (0x2_0000, LOG), (USER_CODE, RAM)] {
+    for (from, to) in [(0, PML4), (0x2_3000, LOG), (USER_CODE, RAM)] {
         image.0[from as usize..to as usize].fill(0xcc);
     }
     if paging == Paging::Off {
-        image.0[PML4 as usize..GDT as usize].fill(0xcc);
+        image.0[TABLES.start as usize..TABLES.end as usize].fill(0xcc);
     }
     let pieces = match paging {
         Paging::Long => supervisor::pieces()?,
@@ -78,63 +79,68 @@ pub fn base(supervisors: &Supervisors, r: &mut Random, traits: Traits) -> Image 
     let mut image = Image(supervisors.ram(traits.paging));
     image.bytes(KERNEL_PAD, &[0xcd, END_STEP]);
     image.bytes(USER_PAD, &[0xcd, END_STEP]);
+    let mut w = Writer {
+        r,
+        traits,
+        mode: match traits.paging {
+            Paging::Long => Mode::Bits64,
+            _ => Mode::Bits32,
+        },
+        cpl: 0,
+        v86: false,
+    };
     match traits.paging {
         Paging::Long => {
-            identity(&mut image);
+            identity(&mut image, &mut w);
             for n in 0..2 {
-                experiments(&mut image, r, traits, n);
+                experiments(&mut image, &mut w, n);
             }
-            descriptors(&mut image, r);
-            gates(&mut image, r);
-            task_state(&mut image, r);
+            descriptors(&mut image, &mut w);
+            gates(&mut image, &mut w);
+            task_state(&mut image, w.r);
         }
-        paging => {
-            let mut w = Writer {
-                r,
-                traits,
-                mode: Mode::Bits32,
-                cpl: 0,
-                v86: false,
-            };
-            protected::fill(&mut image, &mut w, paging);
-        }
+        paging => protected::fill(&mut image, &mut w, paging),
     }
-    data(&mut image, r);
-    routines(&mut image, r);
-    variables(&mut image, r, traits);
+    data(&mut image, w.r);
+    routines(&mut image, w.r);
+    variables(&mut image, &mut w);
     image
 }
 
-fn identity(image: &mut Image) {
+fn identity(image: &mut Image, w: &mut Writer) {
     for root in [PML4, PML4_B] {
         image.put(root, PDPT | 7);
+        for entry in [0, 511] {
+            image.put(root + TO_PML5 + 8 * entry, root | 7);
+        }
     }
     image.put(PDPT, PD | 7);
     // The experiments' alias below 4 GiB.
     image.put(PDPT + 8, X_TABLES[0][1] | 7);
     image.put(PD, PT | 7);
     for page in 0..RAM >> 12 {
-        let at = page << 12;
-        let user = if (USER_CODE..SPARE).contains(&at) {
-            4
-        } else {
-            0
-        };
-        image.put(PT + 8 * page, at | 3 | user);
+        let entry = w.own_entry(page << 12);
+        image.put(PT + 8 * page, entry);
     }
 }
 
-fn experiments(image: &mut Image, r: &mut Random, traits: Traits, n: usize) {
-    let mut w = Writer {
-        r,
-        traits,
-        mode: Mode::Bits64,
-        cpl: 0,
-        v86: false,
-    };
+/// Where the experiments are in a root of five levels, and in the tables below it that only these have.
+pub const X_ENTRIES_5: [u64; 3] = [1, 255, 256];
+const X_ENTRIES_4: [u64; 3] = [0, 1, 511];
+
+fn experiments(image: &mut Image, w: &mut Writer, n: usize) {
     let [pdpt, pd, pt] = X_TABLES[n];
+    let root = [PML4, PML4_B][n];
     for entry in [1, 255, 256] {
-        image.put([PML4, PML4_B][n] + 8 * entry, pdpt | 7);
+        image.put(root + 8 * entry, pdpt | 7);
+    }
+    if w.traits.levels != Levels::Four {
+        for entry in X_ENTRIES_5 {
+            image.put(root + TO_PML5 + 8 * entry, w.table_entry(X_PML4[n]));
+        }
+        for entry in X_ENTRIES_4 {
+            image.put(X_PML4[n] + 8 * entry, w.table_entry(pdpt));
+        }
     }
     for last in [0, 511] {
         image.put(pdpt + 8 * last, w.table_entry(pd));
@@ -180,15 +186,10 @@ pub fn random_descriptor(r: &mut Random) -> u64 {
         | (base >> 24) << 56
 }
 
-fn call_gate(r: &mut Random) -> (u64, u64) {
-    let target = *r.pick(&[
-        KERNEL_PAD,
-        KERNEL_PAD,
-        KERNEL_PAD,
-        USER_PAD,
-        1 << 47,
-        KERNEL_CODE,
-    ]);
+fn call_gate(w: &mut Writer) -> (u64, u64) {
+    let (high, beyond) = (w.wide(KERNEL_PAD), w.beyond());
+    let r = &mut *w.r;
+    let target = *r.pick(&[high, KERNEL_PAD, KERNEL_PAD, USER_PAD, beyond, KERNEL_CODE]);
     let selector = u64::from(*r.pick(&[K64, K64, K64, K64 | 3, U64, K32, KDS, 0, 0x90]));
     let kind = *r.pick(&[0xcu64, 0xc, 0xc, 0xc, 0xc, 0x4, 0xe]);
     let dpl = *r.pick(&[3u64, 3, 3, 0, 1]) << 5;
@@ -200,7 +201,7 @@ fn call_gate(r: &mut Random) -> (u64, u64) {
     (low, target >> 32 | u64::from(r.percent(4)) << 40)
 }
 
-fn descriptors(image: &mut Image, r: &mut Random) {
+fn descriptors(image: &mut Image, w: &mut Writer) {
     let flat = |attributes: u64| 0x000f_0000_0000_ffff | attributes << 40;
     let system = |base: u64, limit: u64, kind: u64| {
         limit & 0xffff | base << 16 | kind << 40 | (limit >> 16) << 48
@@ -225,15 +226,15 @@ fn descriptors(image: &mut Image, r: &mut Random) {
         image.put(GDT + u64::from(selector & !7), descriptor);
     }
     for selector in RANDOM_DESCRIPTORS.step_by(8) {
-        image.put(GDT + u64::from(selector), random_descriptor(r));
+        image.put(GDT + u64::from(selector), random_descriptor(w.r));
     }
     for selector in CALL_GATES.step_by(16) {
-        let (low, high) = call_gate(r);
+        let (low, high) = call_gate(w);
         image.put(GDT + u64::from(selector), low);
         image.put(GDT + u64::from(selector) + 8, high);
     }
     for entry in 0..32 {
-        image.put(LDT + 8 * entry, random_descriptor(r));
+        image.put(LDT + 8 * entry, random_descriptor(w.r));
     }
 }
 
@@ -257,10 +258,12 @@ fn put_gate(image: &mut Image, vector: u64, g: &Gate) {
     image.put(IDT + 16 * vector + 8, g.offset >> 32);
 }
 
-fn gates(image: &mut Image, r: &mut Random) {
+fn gates(image: &mut Image, w: &mut Writer) {
     for vector in 0..256u64 {
         let software = matches!(vector, 3 | 4 | 0x80..0x90);
         let wild = RANDOM_GATES.contains(&(vector as u8));
+        let (stub, beyond) = (w.wide(STUBS + 16 * vector), w.beyond());
+        let r = &mut *w.r;
         let mut gate = Gate {
             offset: STUBS + 16 * vector,
             selector: K64,
@@ -278,9 +281,8 @@ fn gates(image: &mut Image, r: &mut Random) {
             gate.dpl = *r.pick(&[3, 3, 0, 1]);
             gate.present = r.percent(85);
             gate.selector = *r.pick(&[K64, K64, K64 | 3, U64, K32, KDS, 0, 0x98, 0x4]);
-            if r.percent(8) {
-                gate.offset = 1 << 47;
-            }
+            // Of other vectors, four levels must suffice to get to the next step.
+            gate.offset = if r.percent(8) { beyond } else { stub };
         }
         put_gate(image, vector, &gate);
     }
@@ -353,7 +355,9 @@ fn routines(image: &mut Image, r: &mut Random) {
     }
 }
 
-fn variables(image: &mut Image, r: &mut Random, traits: Traits) {
+fn variables(image: &mut Image, w: &mut Writer) {
+    let (traits, rights) = (w.traits, w.rights());
+    let r = &mut *w.r;
     image.put(LOG_NEXT, LOG);
     image.put(FIXES_LEFT, r.below(12));
     image.put(FLAG_MASK, !0);
@@ -379,7 +383,18 @@ fn variables(image: &mut Image, r: &mut Random, traits: Traits) {
         // Large pages, where there are any, and no PAE.
         _ => cr4 = cr4 & !0x20 | u64::from(r.percent(80)) << 4,
     }
+    cr4 |= u64::from(traits.has_keys() && r.percent(90)) << 22;
+    let five = match (traits.levels, traits.paging) {
+        (Levels::Four, Paging::Long) => false,
+        (Levels::Five, _) => true,
+        // Without long mode it means nothing.
+        _ => traits.features.contains(CpuFeatures::LA57) && r.percent(50),
+    };
+    cr4 |= u64::from(five) << 12;
     image.put(BASE_CR4, cr4);
+    if traits.has_keys() {
+        image.put(BASE_PKRU, rights.into());
+    }
     let long = if traits.paging == Paging::Long {
         0x500
     } else {
@@ -472,4 +487,23 @@ fn put_step(image: &mut Image, n: u64, step: &Step, at: u64) -> Option<()> {
     image.put(d + step::CR3, c.cr3);
     image.put(d + step::RESTORES, c.restores);
     Some(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_supervisors_pieces_do_not_overlap() {
+        let long = supervisor::pieces().unwrap();
+        let narrow = [Paging::Off, Paging::Bits32, Paging::Pae].map(supervisor32::pieces);
+        let all = narrow.into_iter().map(Result::unwrap).chain([long]);
+        for mut pieces in all {
+            pieces.sort_by_key(|(at, _)| *at);
+            for pair in pieces.windows(2) {
+                let end = pair[0].0 + pair[0].1.len() as u64;
+                assert!(end <= pair[1].0, "{:x} ends at {end:x}", pair[0].0);
+            }
+        }
+    }
 }

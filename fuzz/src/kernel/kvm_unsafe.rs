@@ -225,7 +225,7 @@ impl KvmRunner {
 /// Where page tables differ in nothing but A, A is as expected: KVM sets it when a walk has come to its end, and processors on the way.
 fn take_over_accessed(ram: &mut [u8], expected: &[u8]) {
     const A: u8 = 1 << 5;
-    for at in PML4 as usize..GDT as usize {
+    for at in TABLES.start as usize..TABLES.end as usize {
         if ram[at] ^ expected[at] == A {
             ram[at] = expected[at];
         }

@@ -5,20 +5,21 @@
 /// Bytes of RAM.
 pub const RAM: u64 = 2 << 20;
 
+/// All page tables.
+pub const TABLES: std::ops::Range<u64> = PML4..0x1_0000;
 /// Page tables of the identity map.
 pub const PML4: u64 = 0x1000;
-pub const PDPT: u64 = 0x2000;
-pub const PD: u64 = 0x3000;
-pub const PT: u64 = 0x4000;
-/// Tables of the experiments, of which there are two sets, one for each address space.
-pub const X_TABLES: [[u64; 3]; 2] = [[0x5000, 0x6000, 0x7000], [0x9000, 0xa000, 0xb000]];
 /// The root of the second address space.
-pub const PML4_B: u64 = 0x8000;
-pub const GDT: u64 = 0xc000;
-pub const LDT: u64 = 0xd000;
-/// The TSS, with an I/O permission map of all ports.
-pub const TSS: u64 = 0xe000;
-pub const TSS_LIMIT: u64 = 0x68 + 0x2000;
+pub const PML4_B: u64 = 0x2000;
+/// From either root to that of five levels.
+pub const TO_PML5: u64 = 0x2000;
+pub const PDPT: u64 = 0x5000;
+pub const PD: u64 = 0x6000;
+pub const PT: u64 = 0x7000;
+/// Tables of the experiments, of which there are two sets, one for each address space.
+pub const X_TABLES: [[u64; 3]; 2] = [[0x8000, 0x9000, 0xa000], [0xb000, 0xc000, 0xd000]];
+/// What is above them with five levels.
+pub const X_PML4: [u64; 2] = [0xe000, 0xf000];
 pub const IDT: u64 = 0x1_1000;
 /// Task state segments of kernels without long mode.
 pub const TASK_STATES: u64 = 0x1_2000;
@@ -30,6 +31,9 @@ pub const SUPERVISOR: u64 = 0x1_4000;
 pub const SYSCALL_ENTRY: u64 = SUPERVISOR + 0x800;
 pub const SYSENTER_ENTRY: u64 = SUPERVISOR + 0x900;
 pub const DISPATCH: u64 = SUPERVISOR + 0xa00;
+/// A routine that changes the number of levels: its 64-bit and its 32-bit part.
+pub const CHANGE_LEVELS: u64 = SUPERVISOR + 0xd00;
+pub const CHANGE_LEVELS_32: u64 = SUPERVISOR + 0xd40;
 pub const DOUBLE_FAULT_TASK_CODE: u64 = SUPERVISOR + 0xe80;
 /// HLT: the kernel is done.
 pub const FINISH: u64 = SUPERVISOR + 0xf00;
@@ -43,6 +47,7 @@ pub const BASE_CR0: u64 = 0x1_5028;
 pub const BASE_CR4: u64 = 0x1_5030;
 pub const SCRATCH: u64 = 0x1_5038;
 pub const BASE_EFER: u64 = 0x1_5040;
+pub const BASE_PKRU: u64 = 0x1_5048;
 /// What the handler of a vector does, a word for each; those from 0x100 on are the entries of SYSCALL and SYSENTER.
 pub const ACTIONS: u64 = 0x1_6000;
 /// [`STEP_SIZE`] bytes for each step.
@@ -53,6 +58,11 @@ pub const MOST_STEPS: u64 = 64;
 pub const SCHEDULE: u64 = 0x1_c000;
 /// Entries that a handler of page faults puts into the page tables.
 pub const GOOD_ENTRIES: u64 = 0x1_d000;
+pub const GDT: u64 = 0x1_e000;
+pub const LDT: u64 = 0x1_f000;
+/// The TSS, with an I/O permission map of all ports.
+pub const TSS: u64 = 0x2_0000;
+pub const TSS_LIMIT: u64 = 0x68 + 0x2000;
 pub const KERNEL_STACK: u64 = 0x2_8000;
 /// SYSCALL's and SYSENTER's stack.
 pub const CALL_STACK: u64 = 0x2_4000;
@@ -90,6 +100,19 @@ pub const ALIASES: [u64; 4] = [
     0x7fff_ffe0_0000,
     0xffff_8000_0000_0000,
 ];
+/// The same and others on a processor with five levels: an ordinary one, the last before the canonical addresses end, the first after
+/// they begin again.
+pub const WIDE_ALIASES: [u64; 7] = [
+    ALIASES[0],
+    ALIASES[1],
+    ALIASES[2],
+    ALIASES[3],
+    (1 << 48) + ALIASES[0],
+    0x00ff_ffff_ffe0_0000,
+    0xff00_0000_0000_0000,
+];
+/// With five levels the identity map is here, too.
+pub const WIDE: u64 = 0xffff_0000_0000_0000;
 /// Large pages of the experiments: of 2 MiB from here on, and of 1 GiB.
 pub const LARGE: u64 = ALIASES[0] + (1 << 21);
 pub const HUGE: u64 = ALIASES[0] + (1 << 30);
@@ -143,6 +166,11 @@ pub const SHORT_DESCRIPTORS: [(u16, u64); 9] = [
 
 const fn short(base: u64, limit: u64, attributes: u64) -> u64 {
     limit & 0xffff | (base & 0xff_ffff) << 16 | attributes << 40 | (limit >> 16) << 48
+}
+
+/// Whether an instruction is the supervisor's, by either map.
+pub fn is_supervisors(rip: u64) -> bool {
+    (STUBS..CURSOR).contains(&(rip & !WIDE))
 }
 
 /// INT with this vector ends a step.

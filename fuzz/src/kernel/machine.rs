@@ -324,7 +324,7 @@ pub fn load(ram: &GuestRam, image: &Image) {
 
 /// True where the kernel has come to its end.
 pub fn is_finished(cpu: &Cpu) -> bool {
-    cpu.rip == FINISH + 2 && cpu.cpl == 0
+    cpu.rip & !WIDE == FINISH + 2 && cpu.cpl == 0
 }
 
 /// Wakes a halted CPU, if anything can.
@@ -398,7 +398,9 @@ fn reset_long(cpu: &mut Cpu, image: &Image) {
     cpu.cr0 = Cr0::from_bits_truncate(image.word(BASE_CR0));
     cpu.cr4 = Cr4::from_bits_truncate(image.word(BASE_CR4));
     cpu.efer = Efer::from_bits_truncate(image.word(BASE_EFER));
-    (cpu.cr2, cpu.cr3) = (0, PML4);
+    let levels_5 = cpu.efer.contains(Efer::LMA) && cpu.cr4.contains(Cr4::LA57);
+    (cpu.cr2, cpu.cr3) = (0, PML4 + if levels_5 { TO_PML5 } else { 0 });
+    cpu.pkru = image.word(BASE_PKRU) as u32;
     cpu.xcr0 = cpu.cpuid.xcr0();
     cpu.dr = [0, 0, 0, 0, 0, 0, 0xffff_0ff0, 0x400];
     cpu.cpl = 0;
@@ -456,6 +458,7 @@ pub fn registers(cpu: &Cpu) -> Vec<(&'static str, u64)> {
         ("cr4", cpu.cr4.bits()),
         ("efer", cpu.efer.bits()),
         ("xcr0", cpu.xcr0),
+        ("pkru", cpu.pkru.into()),
         ("dr0", cpu.dr[0]),
         ("dr1", cpu.dr[1]),
         ("dr6", cpu.dr[6]),
@@ -480,16 +483,22 @@ mod tests {
     use super::super::case::Case;
     use super::super::compare::differences;
     use super::super::image::Supervisors;
+    use super::super::write::Offered;
     use super::*;
+    use doppel_x86::CpuFeatures;
 
     #[test]
     fn a_kernel_that_is_changed_ends_otherwise() {
         let model = Arc::new(CpuidModel::host(1));
         let mut runner = Runner::new("interpret", Kind::Interpret { quick: true }, &model).unwrap();
         let supervisors = Supervisors::new().unwrap();
+        let offered = Offered {
+            physical_bits: model.physical_bits(),
+            features: CpuFeatures::empty(),
+        };
         let mut compared = 0;
         for number in 0..10 {
-            let case = Case::random(&supervisors, 3, number, model.physical_bits()).unwrap();
+            let case = Case::random(&supervisors, 3, number, offered).unwrap();
             let image = case.image().unwrap();
             let expected = runner.run(&image, &case.dma, None);
             let records = super::super::compare::records(&expected.ram);

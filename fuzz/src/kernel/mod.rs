@@ -10,7 +10,7 @@
 //! Cost: a case takes about a millisecond on each engine, half of it to compare RAM.
 //!
 //! Reading order: [`layout`], [`supervisor`], [`steps`], [`write`] and the files of items ([`ordinary`], [`transfer`],
-//! [`system`], [`narrow`], [`short`], [`encoded`], [`protected`]), [`image`], [`case`], [`machine`], [`trace`], [`stale`], [`compare`], [`campaign`], [`coverage`].
+//! [`system`], [`narrow`], [`short`], [`encoded`], [`protected`], [`keys`]), [`image`], [`case`], [`machine`], [`trace`], [`stale`], [`compare`], [`campaign`], [`coverage`].
 
 pub mod campaign;
 pub mod case;
@@ -18,6 +18,7 @@ pub mod compare;
 pub mod coverage;
 pub mod encoded;
 pub mod image;
+pub mod keys;
 pub mod kvm_unsafe;
 pub mod layout;
 pub mod machine;

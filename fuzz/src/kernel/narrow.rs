@@ -4,7 +4,7 @@ use iced_x86::code_asm::registers::*;
 use iced_x86::code_asm::{CodeAssembler, byte_ptr, dword_ptr, fword_ptr, word_ptr};
 
 use super::layout::*;
-use super::write::{Assembled, Writer};
+use super::write::{Assembled, Levels, Writer};
 
 fn access(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
     let base = w.register32();
@@ -333,7 +333,7 @@ pub fn control_registers(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
             a.mov(cr0, eax)
         }
         1 => {
-            let bit = 1i32 << *w.r.pick(&[2u32, 3, 7, 8, 9, 11, 20, 21]);
+            let bit = 1i32 << *w.r.pick(&[2u32, 3, 7, 8, 9, 11, 12, 20, 21, 22]);
             a.mov(eax, cr4)?;
             a.xor(eax, bit)?;
             a.mov(cr4, eax)
@@ -341,6 +341,12 @@ pub fn control_registers(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
         2 => {
             let root = w.root();
             a.mov(eax, root as u32)?;
+            if w.traits.levels != Levels::Four {
+                // As `supervisor::load_root`.
+                a.mov(ecx, cr4)?;
+                a.and(ecx, 1 << 12)?;
+                a.lea(eax, dword_ptr(eax + ecx * 2))?;
+            }
             a.mov(cr3, eax)
         }
         3 => {

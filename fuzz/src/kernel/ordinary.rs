@@ -373,7 +373,7 @@ pub fn extended_state(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
     };
     a.fninit()?;
     a.mov(rbx, at)?;
-    a.mov(eax, w.r.bits() as u32 & 0xe7)?;
+    a.mov(eax, w.r.bits() as u32 & 0x2e7)?;
     a.xor(edx, edx)?;
     let area = zmmword_ptr(rbx);
     match w.r.below(12) {

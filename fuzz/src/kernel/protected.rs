@@ -29,19 +29,10 @@ fn dword(image: &mut Image, at: u64, v: u64) {
     image.bytes(at, &(v as u32).to_le_bytes());
 }
 
-/// The identity map's user bit.
-fn user(at: u64) -> u64 {
-    if (USER_CODE..SPARE).contains(&at) {
-        4
-    } else {
-        0
-    }
-}
-
 fn tables32(image: &mut Image, w: &mut Writer) {
     for page in 0..1024 {
-        let at = page << 12;
-        dword(image, PT + 4 * page, at | 3 | user(at));
+        let own = w.own_entry(page << 12);
+        dword(image, PT + 4 * page, own);
         let entry = w.entry() & 0xffff_ffff & !0x180;
         let good = w.good_entry();
         dword(image, GOOD_ENTRIES + 4 * page, good);
@@ -62,8 +53,8 @@ fn tables32(image: &mut Image, w: &mut Writer) {
 
 fn tables_pae(image: &mut Image, w: &mut Writer) {
     for page in 0..512 {
-        let at = page << 12;
-        image.put(PT + 8 * page, at | 3 | user(at));
+        let own = w.own_entry(page << 12);
+        image.put(PT + 8 * page, own);
         let good = w.good_entry();
         image.put(GOOD_ENTRIES + 8 * page, good);
         for tables in X_TABLES {

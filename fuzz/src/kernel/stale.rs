@@ -11,7 +11,7 @@ use doppel_memory::{GuestRam, PAGE_SIZE, Paging, PagingMode};
 use doppel_x86::{Cpu, Cr0, Cr4};
 use iced_x86::{Code, Instruction, Mnemonic, Register};
 
-use super::layout::{GDT, PML4};
+use super::layout::TABLES;
 
 const PRESENT: u64 = 1;
 const ACCESSED: u64 = 1 << 5;
@@ -73,7 +73,7 @@ pub struct Step {
 impl StaleEntries {
     /// Of tables that were never changed.
     pub fn new(cpu: &Cpu) -> Self {
-        let mut tables = vec![0; (GDT - PML4) as usize];
+        let mut tables = vec![0; (TABLES.end - TABLES.start) as usize];
         read(&cpu.ram, &mut tables);
         StaleEntries {
             now: tables.clone(),
@@ -181,7 +181,7 @@ impl StaleEntries {
         };
         let pairs = self.tables.chunks(size).zip(self.now.chunks(size));
         for (n, (old, new)) in pairs.enumerate().filter(|(_, (old, new))| old != new) {
-            let at = PML4 + (n * size) as u64;
+            let at = TABLES.start + (n * size) as u64;
             note(&mut self.changed, at, entry(old), entry(new), global);
         }
         std::mem::swap(&mut self.tables, &mut self.now);
@@ -214,7 +214,7 @@ fn note(changed: &mut BTreeMap<u64, Changed>, at: u64, old: u64, new: u64, globa
 
 fn read(ram: &GuestRam, tables: &mut [u8]) {
     let pages = tables.chunks_mut(PAGE_SIZE as usize);
-    for (at, page) in (PML4..GDT).step_by(PAGE_SIZE as usize).zip(pages) {
+    for (at, page) in TABLES.step_by(PAGE_SIZE as usize).zip(pages) {
         if let Some(from) = ram.ptr(at) {
             from.read(page);
         }

@@ -5,8 +5,8 @@ use iced_x86::code_asm::CodeAssembler;
 
 use super::image::V86;
 use super::layout::*;
-use super::write::{Assembled, Mode, Paging, Traits, Writer};
-use super::{encoded, narrow, ordinary, protected, short, system, transfer};
+use super::write::{Assembled, Levels, Mode, Paging, Traits, Writer};
+use super::{encoded, keys, narrow, ordinary, protected, short, system, transfer};
 use crate::random::Random;
 
 /// Some instructions that do not depend on where they are.
@@ -156,6 +156,32 @@ const PROTECTED_KERNEL: &[Kind] = &[
     ("interrupts", 9, narrow::interrupts),
 ];
 
+/// For processors with protection keys, and for kernels whose levels change.
+const KEYS: &[Kind] = &[("protection keys", 16, keys::change_rights)];
+const LEVELS: &[Kind] = &[("change the levels", 12, system::change_levels)];
+
+/// The kinds of items for a step.
+fn kinds(context: &Context, traits: Traits) -> Vec<&'static [Kind]> {
+    let long = traits.paging == Paging::Long;
+    let mut kinds: Vec<&'static [Kind]> = match (context.mode, context.cpl) {
+        (Mode::Bits16, _) if !long => vec![NARROW, SHORT, PROTECTED],
+        (Mode::Bits16, _) => vec![NARROW, SHORT],
+        (_, 0) if !long => vec![NARROW, NARROW_KERNEL, PROTECTED, PROTECTED_KERNEL],
+        _ if !long => vec![NARROW, PROTECTED],
+        (Mode::Bits64, 0) => vec![EVERYWHERE, KERNEL],
+        (Mode::Bits64, _) => vec![EVERYWHERE],
+        (_, 0) => vec![NARROW, NARROW_KERNEL],
+        _ => vec![NARROW],
+    };
+    if traits.has_keys() {
+        kinds.push(KEYS);
+    }
+    if traits.levels == Levels::Both && (context.mode, context.cpl) == (Mode::Bits64, 0) {
+        kinds.push(LEVELS);
+    }
+    kinds
+}
+
 fn weighted<'a, T>(r: &mut Random, from: &[&'a [T]], weight: fn(&T) -> u64) -> &'a T {
     let all = || from.iter().copied().flatten();
     let mut left = r.below(all().map(weight).sum());
@@ -230,20 +256,10 @@ impl Step {
     /// A random one.
     pub fn random(r: &mut Random, traits: Traits) -> Result<Self> {
         let context = context(r, traits);
+        let kinds = kinds(&context, traits);
         let mut items = Vec::new();
         for _ in 0..1 + r.below(8) {
-            let long = traits.paging == Paging::Long;
-            let kinds: &[&'static [Kind]] = match (context.mode, context.cpl) {
-                (Mode::Bits16, _) if !long => &[NARROW, SHORT, PROTECTED],
-                (Mode::Bits16, _) => &[NARROW, SHORT],
-                (_, 0) if !long => &[NARROW, NARROW_KERNEL, PROTECTED, PROTECTED_KERNEL],
-                _ if !long => &[NARROW, PROTECTED],
-                (Mode::Bits64, 0) => &[EVERYWHERE, KERNEL],
-                (Mode::Bits64, _) => &[EVERYWHERE],
-                (_, 0) => &[NARROW, NARROW_KERNEL],
-                _ => &[NARROW],
-            };
-            let (name, _, make) = weighted(r, kinds, |k| k.1);
+            let (name, _, make) = weighted(r, &kinds, |k| k.1);
             let mut w = Writer {
                 r: &mut *r,
                 traits,

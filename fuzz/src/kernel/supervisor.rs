@@ -29,10 +29,13 @@ pub fn pieces() -> Result<Vec<(u64, Vec<u8>)>> {
         (SYSCALL_ENTRY, |a| call_entry(a, 0x100)),
         (SYSENTER_ENTRY, |a| call_entry(a, 0x101)),
         (DISPATCH, dispatch),
+        (CHANGE_LEVELS, change_levels),
         (FINISH, finish),
     ] {
         pieces.push((at, assemble(64, at, code)?));
     }
+    let narrow = assemble(32, CHANGE_LEVELS_32, change_levels32)?;
+    pieces.push((CHANGE_LEVELS_32, narrow));
     Ok(pieces)
 }
 
@@ -214,6 +217,72 @@ fn leave_call(a: &mut CodeAssembler) -> Assembled {
     a.mov(rsp, qword_ptr(rsp + 40))
 }
 
+/// CR4.LA57.
+const LA57: i32 = 1 << 12;
+const _: () = assert!(TO_PML5 == 2 * LA57 as u64);
+
+/// CR3 becomes RAX, the root of four levels, or the one of five where there are so many. RCX is lost.
+pub(super) fn load_root(a: &mut CodeAssembler) -> Assembled {
+    a.mov(rcx, cr4)?;
+    a.and(ecx, LA57)?;
+    a.lea(rax, qword_ptr(rax + rcx * 2))?;
+    a.mov(cr3, rax)
+}
+
+/// PKRU, where CR4.PKE is set in RAX.
+fn restore_keys(a: &mut CodeAssembler) -> Assembled {
+    let mut no_keys = a.create_label();
+    a.bt(eax, 22)?;
+    a.jnc(no_keys)?;
+    a.mov(eax, dword_ptr(BASE_PKRU))?;
+    a.xor(ecx, ecx)?;
+    a.xor(edx, edx)?;
+    a.wrpkru()?;
+    a.set_label(&mut no_keys)?;
+    a.nop()
+}
+
+/// Called by a step: long mode is left, CR4.LA57 changed, and long mode entered again with the other root. With PCIDs it faults.
+fn change_levels(a: &mut CodeAssembler) -> Assembled {
+    let mut back = a.create_label();
+    a.pushfq()?;
+    a.pop(r11)?;
+    a.push(2)?;
+    a.popfq()?;
+    a.mov(qword_ptr(SCRATCH), rsp)?;
+    a.mov(esp, CALL_STACK as u32)?;
+    a.push(i32::from(K32))?;
+    a.push(CHANGE_LEVELS_32 as i32)?;
+    a.lea(rdx, qword_ptr(back))?;
+    a.db(&[0x48, 0xcb])?;
+    a.set_label(&mut back)?;
+    a.mov(rsp, qword_ptr(SCRATCH))?;
+    a.push(r11)?;
+    a.popfq()?;
+    a.ret()
+}
+
+/// In 32-bit code, which alone may do without paging; it goes back to RDX.
+fn change_levels32(a: &mut CodeAssembler) -> Assembled {
+    const PG: u32 = 1 << 31;
+    a.mov(eax, cr0)?;
+    a.and(eax, !PG)?;
+    a.mov(cr0, eax)?;
+    a.mov(ecx, cr4)?;
+    a.xor(ecx, LA57)?;
+    a.mov(cr4, ecx)?;
+    a.and(ecx, LA57)?;
+    a.mov(eax, cr3)?;
+    a.lea(eax, dword_ptr(eax + ecx * 4 - TO_PML5 as i32))?;
+    a.mov(cr3, eax)?;
+    a.mov(eax, cr0)?;
+    a.or(eax, PG)?;
+    a.mov(cr0, eax)?;
+    a.push(i32::from(K64))?;
+    a.push(edx)?;
+    a.db(&[0xcb])
+}
+
 fn dispatch(a: &mut CodeAssembler) -> Assembled {
     let (mut no_registers, mut no_breakpoints, mut no_root) =
         (a.create_label(), a.create_label(), a.create_label());
@@ -228,11 +297,17 @@ fn dispatch(a: &mut CodeAssembler) -> Assembled {
     a.test(byte_ptr(rsi + step::RESTORES), 1)?;
     a.jz(no_registers)?;
     a.mov(eax, PML4 as u32)?;
-    a.mov(cr3, rax)?;
+    load_root(a)?;
     a.mov(rax, qword_ptr(BASE_CR0))?;
     a.mov(cr0, rax)?;
+    // All but LA57.
     a.mov(rax, qword_ptr(BASE_CR4))?;
+    a.mov(rcx, cr4)?;
+    a.xor(ecx, eax)?;
+    a.and(ecx, LA57)?;
+    a.xor(eax, ecx)?;
     a.mov(cr4, rax)?;
+    restore_keys(a)?;
     a.mov(ecx, 0xc000_0080u32)?;
     a.mov(eax, dword_ptr(BASE_EFER))?;
     a.xor(edx, edx)?;
@@ -246,7 +321,7 @@ fn dispatch(a: &mut CodeAssembler) -> Assembled {
     a.mov(rax, qword_ptr(rsi + step::CR3))?;
     a.test(rax, rax)?;
     a.jz(no_root)?;
-    a.mov(cr3, rax)?;
+    load_root(a)?;
     a.set_label(&mut no_root)?;
     a.mov(eax, dword_ptr(rsi + step::DATA))?;
     a.mov(ds, eax)?;

@@ -4,7 +4,8 @@ use iced_x86::code_asm::registers::*;
 use iced_x86::code_asm::{CodeAssembler, byte_ptr, fword_ptr, qword_ptr, word_ptr, xmmword_ptr};
 
 use super::layout::*;
-use super::write::{Assembled, Writer};
+use super::supervisor;
+use super::write::{Assembled, Levels, Writer};
 
 /// A word in RAM that is nobody's else.
 const OWN: u64 = KERNEL_DATA + 0x7800;
@@ -29,7 +30,7 @@ fn invalidate_all(a: &mut CodeAssembler) -> Assembled {
 fn flush(w: &mut Writer, a: &mut CodeAssembler, page: Option<u64>) -> Assembled {
     match (w.r.below(4), page) {
         (0, Some(page)) if !w.traits.pcids => {
-            for alias in ALIASES {
+            for alias in w.traits.aliases() {
                 a.mov(r8, alias + page * 0x1000)?;
                 a.invlpg(byte_ptr(r8))?;
             }
@@ -46,7 +47,9 @@ fn flush(w: &mut Writer, a: &mut CodeAssembler, page: Option<u64>) -> Assembled 
 
 /// A new entry of a page table, and the flush that it needs.
 pub fn change_mapping(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
-    let [pdpt, pd, pt] = X_TABLES[w.r.below(2) as usize];
+    let space = w.r.below(2) as usize;
+    let [pdpt, pd, pt] = X_TABLES[space];
+    let of_five = w.traits.levels != Levels::Four;
     let (at, entry, page) = match w.r.below(20) {
         0 => (
             pdpt + 8 * (1 + w.r.below(HUGE_PAGES)),
@@ -60,6 +63,11 @@ pub fn change_mapping(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
         ),
         2 => (pd, w.table_entry(pt), None),
         3 => (pdpt, w.table_entry(pd), None),
+        4 | 5 if of_five => {
+            let root = [PML4, PML4_B][space] + TO_PML5;
+            let at = root + 8 * w.r.pick(&super::image::X_ENTRIES_5);
+            (at, w.table_entry(X_PML4[space]), None)
+        }
         _ => {
             let page = w.page();
             let entry = match w.r.percent(40) {
@@ -74,7 +82,7 @@ pub fn change_mapping(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
     match (w.r.below(4), page) {
         (0, Some(_)) => {
             // One bit of what is there; of A and D a flag would tell.
-            let bit = *w.r.pick(&[0u32, 1, 2, 63]);
+            let bit = *w.r.pick(&[0u32, 1, 2, 63, 59, 61]);
             a.btc(qword_ptr(rcx), bit)?;
         }
         _ => a.mov(qword_ptr(rcx), rax)?,
@@ -85,7 +93,7 @@ pub fn change_mapping(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
 /// The same with an access before and after.
 pub fn remap_and_access(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
     let page = w.page();
-    let alias = *w.r.pick(&ALIASES);
+    let alias = *w.r.pick(w.traits.aliases());
     let tables = X_TABLES[w.r.below(2) as usize];
     let entry = w.good_entry() & !(w.r.bits() & 4);
     a.mov(rbx, alias + page * 0x1000 + 8 * w.r.below(512))?;
@@ -101,7 +109,7 @@ pub fn remap_and_access(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
 /// Calls a routine, maps another page in its place, and calls what is there then.
 pub fn remap_and_call(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
     let page = w.page();
-    let at = *w.r.pick(&ALIASES) + page * 0x1000 + 0x40 * w.r.below(63);
+    let at = *w.r.pick(w.traits.aliases()) + page * 0x1000 + 0x40 * w.r.below(63);
     a.mov(rbx, at)?;
     for _ in 0..2 + w.r.below(3) {
         a.call(rbx)?;
@@ -147,6 +155,14 @@ pub fn flushes(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
     }
 }
 
+/// CR3 becomes RAX.
+fn load_root(w: &Writer, a: &mut CodeAssembler) -> Assembled {
+    match w.traits.levels {
+        Levels::Four => a.mov(cr3, rax),
+        _ => supervisor::load_root(a),
+    }
+}
+
 fn root(w: &mut Writer) -> u64 {
     let root = w.root();
     match (w.traits.pcids, w.r.percent(92)) {
@@ -159,7 +175,7 @@ fn root(w: &mut Writer) -> u64 {
 pub fn switch_address_space(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
     let (root, at, rbx_at) = (root(w), w.pointer(), w.register());
     a.mov(rax, root)?;
-    a.mov(cr3, rax)?;
+    load_root(w, a)?;
     a.mov(rbx_at, at)?;
     a.mov(rax, qword_ptr(rbx_at))?;
     a.mov(rcx, cr3)
@@ -167,8 +183,8 @@ pub fn switch_address_space(w: &mut Writer, a: &mut CodeAssembler) -> Assembled 
 
 pub fn control_registers(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
     const CR0: [u32; 9] = [1, 2, 3, 4, 5, 16, 18, 29, 30];
-    const CR4: [u32; 18] = [
-        0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12, 16, 18, 20, 21, 22, 17,
+    const CR4: [u32; 19] = [
+        0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12, 16, 18, 20, 21, 22, 22, 17,
     ];
     match w.r.below(16) {
         0..4 => {
@@ -269,11 +285,11 @@ fn msr_value(w: &mut Writer, msr: u32) -> u64 {
             0x0020_0010_0000_0000,
             0x0023_0060_0000_0000,
         ]),
-        0xc000_0082 | 0xc000_0083 => SYSCALL_ENTRY,
+        0xc000_0082 | 0xc000_0083 => w.wide(SYSCALL_ENTRY),
         0xc000_0084 => 0x4_0700 ^ (w.r.bits() & 0xffff_ffff),
         0x174 => *w.r.pick(&[0x10, 0x10, 0x13, 0, 0x60]),
-        0x175 => CALL_STACK,
-        0x176 => SYSENTER_ENTRY,
+        0x175 => w.wide(CALL_STACK),
+        0x176 => w.wide(SYSENTER_ENTRY),
         0x277 => 0x0007_0406_0007_0406,
         _ => w.pointer(),
     }
@@ -289,6 +305,17 @@ pub fn model_specific_registers(w: &mut Writer, a: &mut CodeAssembler) -> Assemb
         a.wrmsr()?;
     }
     a.rdmsr()
+}
+
+/// Long mode is left and entered again with another number of levels.
+pub fn change_levels(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
+    let (before, after) = (w.pointer(), w.pointer());
+    a.mov(rbx, before)?;
+    a.mov(rax, qword_ptr(rbx))?;
+    a.mov(eax, CHANGE_LEVELS as u32)?;
+    a.call(rax)?;
+    a.mov(rbx, after)?;
+    a.mov(qword_ptr(rbx), rax)
 }
 
 pub fn bases(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
@@ -312,7 +339,7 @@ pub fn bases(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
             a.mov(rcx, qword_ptr(rbx))
         }
         3 => {
-            let v = w.r.bits() & 0xff;
+            let v = w.r.bits() & 0x2ff;
             a.mov(eax, v as u32)?;
             a.xor(edx, edx)?;
             a.xor(ecx, ecx)?;
@@ -369,26 +396,36 @@ pub fn debug_registers(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
     }
 }
 
+/// The base of a table: where the levels may change, one that they all reach.
+fn table(w: &mut Writer, at: u64) -> u64 {
+    match w.traits.levels {
+        Levels::Five => w.wide(at),
+        _ => at,
+    }
+}
+
 pub fn descriptor_tables(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
     a.mov(ebx, OWN as u32)?;
     match w.r.below(10) {
         0 | 1 => {
             let limit = *w.r.pick(&[0xfffu32, 0xfff, 0x7f, 0x107, 0xffff, 0x6b]);
-            a.mov(rax, GDT)?;
+            let at = table(w, GDT);
+            a.mov(rax, at)?;
             a.mov(word_ptr(rbx), i32::from(limit as i16))?;
             a.mov(qword_ptr(rbx + 2), rax)?;
             a.lgdt(fword_ptr(rbx))
         }
         2 | 3 => {
             let limit = *w.r.pick(&[0xfffu32, 0xfff, 0x91f, 0x8ff]);
-            a.mov(rax, IDT)?;
+            let at = table(w, IDT);
+            a.mov(rax, at)?;
             a.mov(word_ptr(rbx), i32::from(limit as i16))?;
             a.mov(qword_ptr(rbx + 2), rax)?;
             a.lidt(fword_ptr(rbx))
         }
         4 => {
-            let at = w.pointer();
-            a.mov(rax, 1u64 << 47)?;
+            let (at, beyond) = (w.pointer(), w.beyond());
+            a.mov(rax, beyond)?;
             a.mov(qword_ptr(rbx + 2), rax)?;
             match w.r.percent(50) {
                 true => a.lgdt(fword_ptr(rbx)),
@@ -438,7 +475,7 @@ pub fn task_stacks(w: &mut Writer, a: &mut CodeAssembler) -> Assembled {
         }
     };
     let v = match w.r.percent(60) {
-        true => good,
+        true => w.wide(good),
         false => w.pointer(),
     };
     a.mov(rax, v)?;

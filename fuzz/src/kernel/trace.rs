@@ -11,7 +11,7 @@ use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Rfl
 
 use super::compare::is_table;
 use super::image::Image;
-use super::layout::{CURSOR, PD, PDPT, PML4, PML4_B, PT, RAM, STUBS};
+use super::layout::{PD, PDPT, PML4, PML4_B, PT, RAM, STUBS, TO_PML5, WIDE, is_supervisors};
 use super::machine::{self, KernelBus};
 use super::stale::{self, StaleEntries};
 
@@ -162,7 +162,9 @@ impl Tracer {
     fn identity_map(&self) -> Vec<u64> {
         /// Of one entry of 64 bits, or two of 32.
         const ACCESSED_AND_DIRTY: u64 = 0x60_0000_0060;
-        let upper = [PML4, PML4_B, PDPT, PD].into_iter();
+        let roots = [PML4, PML4_B];
+        let of_five = roots.map(|root| root + TO_PML5);
+        let upper = roots.into_iter().chain(of_five).chain([PDPT, PD]);
         let entries = upper.chain((PT..PT + PAGE_SIZE).step_by(8)).map(|at| {
             let entry = self.cpu.ram.load::<u64>(at);
             entry.unwrap_or(0) & !ACCESSED_AND_DIRTY
@@ -192,7 +194,7 @@ impl Tracer {
             let key = (place.0, place.1, i.code());
             *trace.reached.instructions.entry(key).or_default() += 1;
             // The supervisor's shifts leave flags to nobody.
-            let supervisor = (STUBS..CURSOR).contains(&i.ip());
+            let supervisor = is_supervisors(i.ip());
             let specified = supervisor || !is_unspecified(&i);
             // Whether its return address is written before.
             let lost_call = i.is_call_near_indirect() && raised.contains(&GENERAL_PROTECTION);
@@ -205,7 +207,7 @@ impl Tracer {
             }
         }
         let by = instruction.map_or("fetch".to_owned(), |i| format!("{:?}", i.mnemonic()));
-        let double = self.cpu.rip == STUBS + 16 * 8 && self.cpu.cpl == 0;
+        let double = self.cpu.rip & !WIDE == STUBS + 16 * 8 && self.cpu.cpl == 0;
         let shutdown = self.cpu.activity == Activity::Shutdown;
         for vector in raised.into_iter().chain(double.then_some(8)) {
             if shutdown {
@@ -241,7 +243,7 @@ impl Tracer {
 
     /// Whether its operand in memory, which it reads, has bytes of page tables.
     fn reads_tables(&self, i: &Instruction) -> bool {
-        if looks_at_nothing(i) || (STUBS..CURSOR).contains(&i.ip()) {
+        if looks_at_nothing(i) || is_supervisors(i.ip()) {
             return false;
         }
         let Some(n) = (0..i.op_count()).find(|n| i.op_kind(*n) == OpKind::Memory) else {
@@ -307,7 +309,7 @@ fn bits(cpu: &Cpu) -> u32 {
 }
 
 fn page_fault(code: u64) -> String {
-    let names = ["present", "write", "user", "reserved", "fetch"];
+    let names = ["present", "write", "user", "reserved", "fetch", "key"];
     let set = names.iter().enumerate().filter(|(n, _)| code >> n & 1 != 0);
     set.map(|(_, name)| *name).collect::<Vec<_>>().join(" ")
 }

@@ -10,9 +10,10 @@ impl Writer<'_> {
     /// An address that code may go to: most often one that ends the step.
     fn target(&mut self) -> u64 {
         match self.r.below(100) {
-            0..40 => USER_PAD,
-            40..70 => KERNEL_PAD,
-            70..80 => USER_PAD - USER_CODE,
+            0..40 => self.wide(USER_PAD),
+            40..70 => self.wide(KERNEL_PAD),
+            70..78 => USER_PAD - USER_CODE,
+            78..80 => self.beyond(),
             80..90 => self.routine(),
             _ => self.pointer(),
         }
@@ -21,14 +22,14 @@ impl Writer<'_> {
     /// A stack for where it goes to.
     fn other_stack(&mut self) -> u64 {
         match self.r.below(10) {
-            0..6 => USER_STACK - 0x100,
-            6..8 => STEP_STACK - 0x100,
+            0..6 => self.wide(USER_STACK - 0x100),
+            6..8 => self.wide(STEP_STACK - 0x100),
             _ => self.pointer(),
         }
     }
 
     /// A place for a far pointer.
-    fn own_data(&mut self) -> u64 {
+    pub fn own_data(&self) -> u64 {
         match self.cpl {
             3 => USER_DATA + 0x7000,
             _ => KERNEL_DATA + 0x7000,

@@ -5,6 +5,8 @@ use iced_x86::IcedError;
 use iced_x86::code_asm::registers::*;
 use iced_x86::code_asm::{AsmRegister32, AsmRegister64, CodeAssembler};
 
+use doppel_x86::CpuFeatures;
+
 use super::layout::*;
 use crate::random::Random;
 
@@ -21,6 +23,23 @@ pub enum Paging {
     Pae,
 }
 
+/// Levels of the page tables of long mode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Levels {
+    Four,
+    Five,
+    /// Steps change them.
+    Both,
+}
+
+/// What the host lets a guest's processor have.
+#[derive(Clone, Copy, Debug)]
+pub struct Offered {
+    /// Bits of a physical address.
+    pub physical_bits: u32,
+    pub features: CpuFeatures,
+}
+
 /// What holds for a whole case.
 #[derive(Clone, Copy, Debug)]
 pub struct Traits {
@@ -31,6 +50,36 @@ pub struct Traits {
     pub globals: bool,
     /// Bits of a physical address.
     pub physical_bits: u32,
+    /// What the processor has by request.
+    pub features: CpuFeatures,
+    pub levels: Levels,
+}
+
+impl Traits {
+    /// Protection keys.
+    pub fn has_keys(&self) -> bool {
+        self.features.contains(CpuFeatures::PKU)
+    }
+
+    /// What only some kernels have.
+    pub fn names(&self) -> impl Iterator<Item = &'static str> {
+        let all = [
+            ("protection keys", self.has_keys()),
+            ("5 levels", self.levels == Levels::Five),
+            ("4 and 5 levels", self.levels == Levels::Both),
+        ];
+        all.into_iter()
+            .filter(|(_, has)| *has)
+            .map(|(name, _)| name)
+    }
+
+    /// Where the experiments' first page is.
+    pub fn aliases(&self) -> &'static [u64] {
+        match self.levels {
+            Levels::Four => &ALIASES,
+            _ => &WIDE_ALIASES,
+        }
+    }
 }
 
 /// The code size of a step.
@@ -114,7 +163,7 @@ impl Writer<'_> {
         *self.r.pick(&COUNTERS)
     }
 
-    /// The root of an address space. A page that is global is to be the same in all: there is one then.
+    /// The root of an address space of four levels. A page that is global is to be the same in all: there is one then.
     pub fn root(&mut self) -> u64 {
         match self.traits.globals {
             true => PML4,
@@ -153,7 +202,7 @@ impl Writer<'_> {
 
     fn alias(&mut self) -> u64 {
         match (self.mode, self.traits.paging) {
-            (Mode::Bits64, _) => *self.r.pick(&ALIASES),
+            (Mode::Bits64, _) => *self.r.pick(self.traits.aliases()),
             (_, Paging::Off) => SPARE,
             _ => ALIASES[1],
         }
@@ -188,15 +237,61 @@ impl Writer<'_> {
             false => (HUGE, HUGE_PAGES, 30),
         };
         let page = self.r.below(pages) << shift;
+        let base = match self.traits.levels != Levels::Four && self.r.percent(30) {
+            true => base + (1 << 48),
+            false => base,
+        };
         base + page + SPARE + self.r.below(SPARE_PAGES - 1) * 0x1000 + self.offset()
     }
 
     /// Near the ends of the canonical addresses, or of all.
     fn edge(&mut self) -> u64 {
-        let at = *self
-            .r
-            .pick(&[1u64 << 47, 0xffff_8000_0000_0000, 0, 1 << 32]);
+        const EDGES: [u64; 6] = [
+            1 << 47,
+            0xffff_8000_0000_0000,
+            0,
+            1 << 32,
+            1 << 56,
+            0xff00_0000_0000_0000,
+        ];
+        let at = *self.r.pick(&EDGES);
         at.wrapping_sub(16).wrapping_add(self.r.below(32))
+    }
+
+    /// An address of the identity map, at times as only five levels have it.
+    pub fn wide(&mut self, at: u64) -> u64 {
+        match self.traits.levels != Levels::Four && self.r.percent(30) {
+            true => at | WIDE,
+            false => at,
+        }
+    }
+
+    /// One that is not canonical, or would not be with fewer levels.
+    pub fn beyond(&mut self) -> u64 {
+        match self.traits.levels {
+            Levels::Four => 1 << 47,
+            _ => *self.r.pick(&[1 << 47, 1 << 48, 1 << 56, !(1 << 56)]),
+        }
+    }
+
+    /// Where a page table entry has its protection key; most of a kernel's without keys are 0.
+    fn key(&mut self) -> u64 {
+        match self.traits.has_keys() && self.traits.paging == Paging::Long && self.r.percent(60) {
+            true => self.r.below(16) << 59,
+            false => 0,
+        }
+    }
+
+    /// Rights for PKRU, which most often let key 0 alone.
+    pub fn rights(&mut self) -> u32 {
+        let rights = match self.r.below(4) {
+            0 => 0,
+            1 => self.r.bits() & self.r.bits(),
+            2 => (1 + self.r.below(3)) << (2 * self.r.below(16)),
+            _ => self.r.bits(),
+        };
+        let of_key_0 = if self.r.percent(90) { 3 } else { 0 };
+        rights as u32 & !of_key_0
     }
 
     /// The address of a routine in the experiments' pages or in RAM.
@@ -205,8 +300,14 @@ impl Writer<'_> {
             true => 63,
             false => self.r.below(64),
         };
+        // What a CALL to no address leaves is open, and four levels have few.
+        let narrow = self.traits.levels == Levels::Both && self.r.percent(85);
+        let alias = match narrow && self.mode == Mode::Bits64 {
+            true => *self.r.pick(&ALIASES),
+            false => self.alias(),
+        };
         match self.r.percent(85) || self.mode != Mode::Bits64 {
-            true => self.alias() + self.page() * 0x1000 + slot * 0x40,
+            true => alias + self.page() * 0x1000 + slot * 0x40,
             false => SPARE + self.r.below(ROUTINE_PAGES) * 0x1000 + slot * 0x40,
         }
     }
@@ -253,7 +354,7 @@ impl Writer<'_> {
 
     /// An entry of a page that can be used.
     pub fn good_entry(&mut self) -> u64 {
-        (SPARE + self.r.below(SPARE_PAGES) * 0x1000) | 7
+        (SPARE + self.r.below(SPARE_PAGES) * 0x1000) | 7 | self.key()
     }
 
     /// An entry of a large page of `1 << shift` bytes.
@@ -267,6 +368,15 @@ impl Writer<'_> {
             false => 0,
         };
         page | self.entry_bits() | 0x80 | reserved | u64::from(self.r.percent(10)) << 12
+    }
+
+    /// The identity map's entry of a page.
+    pub fn own_entry(&mut self, at: u64) -> u64 {
+        let is_users = (USER_CODE..SPARE).contains(&at);
+        let has_key = (USER_DATA..USER_DATA + 0x7000).contains(&at);
+        let user = if is_users { 4 } else { 0 };
+        let key = if has_key { self.key() } else { 0 };
+        at | 3 | user | key
     }
 
     /// An entry that leads to a table.

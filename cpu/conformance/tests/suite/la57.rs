@@ -1,8 +1,9 @@
 //! 5-level paging: what CR4.LA57 makes canonical, and what the processor takes for later use without it.
 
 use doppel_conformance::machine::stop;
+use doppel_conformance::paging::{P, RW};
 use doppel_conformance::*;
-use doppel_x86::{CpuChoice, Cr4, Gpr};
+use doppel_x86::{CpuChoice, CpuFeatures, Cr4, Gpr, Vendor};
 use iced_x86::code_asm::*;
 
 /// Its first and second entries, and the last, lead to the tables of 4-level paging.
@@ -195,5 +196,157 @@ fn only_a_processor_with_la57_shows_it() {
     each_engine_with_la57(|m| {
         assert_eq!(m.cpu().cpuid(7, 0).ecx >> 16 & 1, 1);
         assert_eq!(m.cpu().cpuid(0x8000_0008, 0).eax >> 8, 57);
+    });
+}
+
+/// The same on processors of either maker.
+fn each_engine_and_vendor_with_la57(test: impl Fn(&mut Machine)) {
+    for vendor in [b"GenuineIntel", b"AuthenticAMD"] {
+        println!("{}", String::from_utf8_lossy(vendor));
+        let model = Machine::model_of_vendor(vendor);
+        let model = model.requesting(CpuFeatures::LA57).unwrap();
+        each_engine_with(&model.into(), |m| {
+            for entry in [0, 1, 511] {
+                m.put(PML5 + 8 * entry, PML4 | 7);
+            }
+            test(m);
+        });
+    }
+}
+
+/// Addresses that a return may lead to, and whether four and five levels reach them. The last ones lead to no page.
+const TARGETS: [(u64, bool, bool); 5] = [
+    (USER_CODE, true, true),
+    (USER_CODE + ALIAS, false, true),
+    (USER_CODE.wrapping_sub(ALIAS), false, true),
+    (END, false, false),
+    (!END, false, false),
+];
+
+/// Returns from the kernel to a place where user code would end, by this. What the handlers noted; faults end the guest.
+fn returned(
+    m: &mut Machine,
+    on: bool,
+    target: u64,
+    code: impl Fn(&mut CodeAssembler, u64) -> Result<(), iced_x86::IcedError>,
+) -> Option<Record> {
+    m.forget();
+    m.to_kernel();
+    m.cpu_mut().msr.star = 0x0023_0010 << 32;
+    switch(m, on);
+    m.place(64, USER_CODE, stop);
+    m.action(13, Action::Stop);
+    m.place(64, CODE, |a: &mut CodeAssembler| code(a, target));
+    m.go(CODE);
+    m.run();
+    let records = m.records();
+    assert!(records.len() < 2, "{target:x}, LA57 {on}: {records:x?}");
+    records.first().copied()
+}
+
+#[test]
+fn a_return_by_sysret_is_checked_for_the_levels_in_use() {
+    each_engine_and_vendor_with_la57(|m| {
+        let intel = m.cpu().cpuid.vendor() == Vendor::Intel;
+        for _ in 0..2 {
+            for on in [true, false] {
+                for (target, four, five) in TARGETS {
+                    let fault = returned(m, on, target, |a, target| {
+                        a.mov(rcx, target)?;
+                        a.mov(r11, 0x202u64)?;
+                        a.sysretq()
+                    });
+                    let fine = if on { five } else { four };
+                    println!("{target:x}, LA57 {on}: {fault:x?}");
+                    assert_eq!(fault.is_none(), fine);
+                    if let Some(fault) = fault {
+                        assert_eq!((fault.vector, fault.error), (13, 0));
+                        // AMD's is in user mode already when it faults.
+                        let kernels = fault.cs == KERNEL_CS;
+                        assert_eq!((kernels, fault.rip == target), (intel, !intel));
+                    }
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn a_return_by_iret_is_checked_for_the_levels_in_use() {
+    each_engine_with_la57(|m| {
+        for _ in 0..2 {
+            for on in [true, false] {
+                for (target, four, five) in TARGETS {
+                    let fault = returned(m, on, target, |a, target| {
+                        a.push(USER_DS as i32)?;
+                        a.mov(rax, USER_STACK + ALIAS)?;
+                        a.push(rax)?;
+                        a.push(0x202)?;
+                        a.push(USER_CS as i32)?;
+                        a.mov(rax, target)?;
+                        a.push(rax)?;
+                        a.iretq()
+                    });
+                    let fine = if on { five } else { four };
+                    println!("{target:x}, LA57 {on}: {fault:x?}");
+                    assert_eq!(fault.is_none(), fine);
+                    if let Some(fault) = fault {
+                        assert_eq!((fault.vector, fault.error, fault.cs), (13, 0, KERNEL_CS));
+                    }
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn invpcid_takes_57_bits_and_reaches_pages_beyond_47() {
+    each_engine_with_la57(|m| {
+        for (at, fine) in [
+            (X, true),
+            (X + ALIAS, true),
+            (X.wrapping_sub(ALIAS), true),
+            (END - 1, true),
+            (END, false),
+            (!END, false),
+        ] {
+            for on in [true, false] {
+                m.forget();
+                m.to_kernel();
+                switch(m, on);
+                m.put(SPARE, 0x11u64);
+                m.put(SPARE + 0x1000, 0x22u64);
+                m.map(0, SPARE, P | RW);
+                m.put(DATA + 0x40, 0u64);
+                m.put(DATA + 0x48, at);
+                m.set_reg(Gpr::Rbp, 0);
+                // With four levels, the page where these have it.
+                let page = if on && at != END - 1 && fine { at } else { X };
+                let code = move |a: &mut CodeAssembler| {
+                    a.mov(rbx, page)?;
+                    a.mov(rcx, qword_ptr(rbx))?;
+                    a.mov(rax, (SPARE + 0x1000) | P | RW)?;
+                    a.mov(qword_ptr(X_PT), rax)?;
+                    a.xor(eax, eax)?;
+                    a.mov(edx, (DATA + 0x40) as u32)
+                };
+                println!("{at:x}, LA57 {on}");
+                let invalidate = |a: &mut CodeAssembler| a.invpcid(rax, xmmword_ptr(rdx));
+                if !fine {
+                    let r = m.faults(code, invalidate);
+                    assert_eq!((r.vector, r.error), (13, 0));
+                    continue;
+                }
+                m.run_code(|a| {
+                    code(a)?;
+                    invalidate(a)?;
+                    a.mov(rbp, qword_ptr(rbx))
+                });
+                assert!(m.records().is_empty(), "{:x?}", m.records());
+                if page == at {
+                    assert_eq!((m.reg(Gpr::Rcx), m.reg(Gpr::Rbp)), (0x11, 0x22));
+                }
+            }
+        }
     });
 }
