@@ -9,6 +9,12 @@ use doppel_fuzz::state::State;
 /// What was wrong, seed, case, code.
 const PROGRAMS: &[(&str, u64, u64, &str)] = &[
     (
+        "a dot product with an inexact product, which traps, and an exact one that is flushed to zero",
+        72000,
+        1021748,
+        "c4c36940a1b20f2010d50f0b",
+    ),
+    (
         "a CALL to where no code can be, which pushes onto the operand that names its target",
         64000,
         4005024,

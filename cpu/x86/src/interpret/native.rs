@@ -332,9 +332,12 @@ impl Host {
     /// The flags that the multiplications of a dot product raise: each alone, with nothing added to it.
     fn flags_of_products(&mut self, cpu: &mut Cpu, i: &Instruction, before: &FpuArea) -> u32 {
         let mut flags = 0;
-        let of_exact = match before.mxcsr() & MXCSR_UM {
-            0 => MXCSR_PE,
-            _ => MXCSR_PE | MXCSR_UE,
+        let set = |bit| before.mxcsr() & bit != 0;
+        let of_exact = match (set(MXCSR_UM), set(MXCSR_FTZ)) {
+            (false, _) => MXCSR_PE,
+            (true, false) => MXCSR_PE | MXCSR_UE,
+            // It is flushed indeed, exact or not.
+            (true, true) => 0,
         };
         for n in (4..8).filter(|n| i.immediate8() >> n & 1 != 0) {
             let mut one = *i;
