@@ -202,12 +202,12 @@ impl CpuidModel {
         Some(self)
     }
 
-    /// True where performance counters are offered, which AMD's processors have without telling.
+    /// True where performance counters are offered.
     pub fn has_counters(&self) -> bool {
         self.counters
     }
 
-    /// The same with performance counters: Intel's tell of themselves in leaf 0xA.
+    /// The same with performance counters: Intel's tell of themselves in leaf 0xA, AMD's of those beyond the four that all have.
     pub(crate) fn with_counters(mut self) -> Self {
         const VERSION: u32 = 2;
         const EVENTS: u32 = 7;
@@ -223,6 +223,8 @@ impl CpuidModel {
                 edx: fixed | pmu::WIDTH << 5,
             };
             self.insert(0xa, 0, leaf);
+        } else if let Some(features) = self.leaf_mut(EXTENDED_BASE + 1, 0) {
+            features.ecx |= feature::EXTENDED_ECX_CORE_COUNTERS;
         }
         self
     }

@@ -1,4 +1,5 @@
-//! Performance counters, on a processor that was asked to have them: Intel's architectural performance monitoring (version 2), or AMD's four counters.
+//! Performance counters, on a processor that was asked to have them: Intel's architectural performance monitoring (version 2), or AMD's six core counters, of which the first
+//! four have their registers of old too.
 //!
 //! Problem: translated code, and code that the host's processor executes itself, does not know how many instructions it has executed, nor when it came from user code to the kernel.
 //! Idea: what is exact without that costs nothing. Cycles are the TSC's while an engine runs the CPU, brought up to date when somebody asks ([`Cpu::sync_counters`]). While some counter counts
@@ -7,7 +8,7 @@
 //! An overflow of cycles comes when an engine next looks, at the latest by an alarm that the machine sets ([`Bus::set_counter_alarm`]); one of instructions after ten more at most.
 //! Cost: a look at a flag per run of an engine and per interpreted instruction, nothing in translated code.
 //!
-//! Sources: Intel SDM vol. 3B, chapter 21 (performance monitoring), vol. 2B (RDPMC); AMD APM vol. 2, 13.2; AMD PPR (events 0x76 and 0xC0).
+//! Sources: Intel SDM vol. 3B, chapter 21 (performance monitoring), vol. 2B (RDPMC); AMD APM vol. 2, 13.2 (the core counters: 13.2.2); AMD PPR (events 0x76 and 0xC0).
 
 use crate::vendor::Vendor;
 use crate::{Bus, Cpu, Cr0, Cr4, Exception, Gpr, arch_host};
@@ -15,9 +16,13 @@ use crate::{Bus, Cpu, Cr0, Cr4, Exception, Gpr, arch_host};
 /// Bits of a counter.
 pub(crate) const WIDTH: u32 = 48;
 const MASK: u64 = (1 << WIDTH) - 1;
-/// Counters that can be told what to count, and Intel's that each count one thing.
+/// Intel's counters that can be told what to count, and those that each count one thing.
 pub(crate) const GENERAL: usize = 4;
 pub(crate) const FIXED: usize = 3;
+/// AMD's.
+const CORE: usize = 6;
+/// Where the fixed ones are.
+const FIRST_FIXED: usize = CORE;
 
 /// What a counter counts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -67,7 +72,7 @@ impl Counter {
 
 /// The bit of a counter in Intel's global registers.
 fn global_bit(n: usize) -> u64 {
-    match n.checked_sub(GENERAL) {
+    match n.checked_sub(FIRST_FIXED) {
         None => 1 << n,
         Some(fixed) => 1 << (32 + fixed),
     }
@@ -108,8 +113,8 @@ fn chosen(vendor: Vendor, select: u64) -> Event {
 #[derive(Clone, Debug)]
 pub struct Pmu {
     /// The general ones, then Intel's fixed ones.
-    counters: [Counter; GENERAL + FIXED],
-    select: [u64; GENERAL],
+    counters: [Counter; FIRST_FIXED + FIXED],
+    select: [u64; CORE],
     fixed_control: u64,
     global_control: u64,
     status: u64,
@@ -139,7 +144,7 @@ impl Default for Pmu {
     fn default() -> Self {
         Pmu {
             counters: Default::default(),
-            select: [0; GENERAL],
+            select: [0; CORE],
             fixed_control: 0,
             global_control: 0,
             status: 0,
@@ -204,7 +209,7 @@ impl Pmu {
         let intel = vendor == Vendor::Intel;
         let global = self.global_control;
         let on = |n: usize| !intel || global & global_bit(n) != 0;
-        for n in 0..GENERAL {
+        for n in 0..CORE {
             let select = self.select[n];
             self.counters[n] = Counter {
                 value: self.counters[n].value,
@@ -218,7 +223,7 @@ impl Pmu {
             .into_iter()
             .enumerate()
         {
-            let n = GENERAL + fixed;
+            let n = FIRST_FIXED + fixed;
             let control = self.fixed_control >> (4 * fixed);
             self.counters[n] = Counter {
                 value: self.counters[n].value,
@@ -265,13 +270,17 @@ fn register(cpu: &Cpu, msr: u32) -> Option<Register> {
     let found = match (cpu.cpuid.vendor(), msr) {
         (Vendor::Intel, 0xc1..=0xc4) => Counter(at(0xc1)),
         (Vendor::Intel, 0x186..=0x189) => Select(at(0x186)),
-        (Vendor::Intel, 0x309..=0x30b) => Counter(GENERAL + at(0x309)),
+        (Vendor::Intel, 0x309..=0x30b) => Counter(FIRST_FIXED + at(0x309)),
         (Vendor::Intel, 0x38d) => FixedControl,
         (Vendor::Intel, 0x38e) => GlobalStatus,
         (Vendor::Intel, 0x38f) => GlobalControl,
         (Vendor::Intel, 0x390) => ClearStatus,
         (Vendor::Amd, 0xc001_0000..=0xc001_0003) => Select(at(0xc001_0000)),
         (Vendor::Amd, 0xc001_0004..=0xc001_0007) => Counter(at(0xc001_0004)),
+        (Vendor::Amd, 0xc001_0200..=0xc001_020b) => match (at(0xc001_0200) / 2, msr & 1) {
+            (n, 0) => Select(n),
+            (n, _) => Counter(n),
+        },
         _ => return None,
     };
     cpu.cpuid.has_counters().then_some(found)
@@ -302,7 +311,7 @@ pub(crate) fn write_msr(cpu: &mut Cpu, msr: u32, v: u64) -> Option<()> {
     let pmu = &mut cpu.pmu;
     match register {
         // The upper half cannot be written: it is the sign.
-        Register::Counter(n) if intel && n < GENERAL => {
+        Register::Counter(n) if intel && n < FIRST_FIXED => {
             pmu.counters[n].value = v as i32 as u64 & MASK;
         }
         Register::Counter(n) => pmu.counters[n].value = v & MASK,
@@ -325,10 +334,12 @@ pub(crate) fn rdpmc(cpu: &mut Cpu) -> Result<(), Exception> {
     let open = cpu.cr4.contains(Cr4::PCE) || cpu.cpl == 0 || !cpu.cr0.contains(Cr0::PE);
     let n = cpu.reg(Gpr::Rcx) as u32;
     let intel = cpu.cpuid.vendor() == Vendor::Intel;
-    let (n, first, most) = match intel && n & FIXED_COUNTER != 0 {
-        true => ((n & !FIXED_COUNTER) as usize, GENERAL, FIXED),
-        false => (n as usize, 0, GENERAL),
+    let (n, first, most) = match intel {
+        true if n & FIXED_COUNTER != 0 => (n & !FIXED_COUNTER, FIRST_FIXED, FIXED),
+        true => (n, 0, GENERAL),
+        false => (n, 0, CORE),
     };
+    let n = n as usize;
     if !open || !cpu.cpuid.has_counters() || n >= most {
         return Err(Exception::gp(0));
     }

@@ -24,16 +24,23 @@ const FIXED_CONTROL: u32 = 0x38d;
 const GLOBAL_STATUS: u32 = 0x38e;
 const GLOBAL_CONTROL: u32 = 0x38f;
 const CLEAR_STATUS: u32 = 0x390;
+/// CPUID 8000_0001, ECX: AMD's core counters.
+const CORE_COUNTERS: u32 = 1 << 23;
 
 fn with_counters(vendor: &[u8; 12]) -> Arc<CpuidModel> {
     let model = Machine::model_of_vendor(vendor);
     Arc::new(model.requesting(CpuFeatures::PMU).unwrap())
 }
 
-/// On every engine, as a processor of each maker.
+/// On every engine, as a processor of each maker, by each of its sets of registers.
 fn each_engine_with_counters(test: impl Fn(&mut Machine, Maker)) {
-    for (vendor, maker) in [(b"AuthenticAMD", AMD), (b"GenuineIntel", INTEL)] {
-        println!("as {}", vendor.escape_ascii());
+    let sets = [
+        (b"AuthenticAMD", AMD),
+        (b"AuthenticAMD", AMD_CORE),
+        (b"GenuineIntel", INTEL),
+    ];
+    for (vendor, maker) in sets {
+        println!("as {}, {:x}", vendor.escape_ascii(), maker.counter);
         each_engine_with(&with_counters(vendor), |m| test(m, maker));
     }
 }
@@ -44,6 +51,9 @@ struct Maker {
     vendor: Vendor,
     select: u32,
     counter: u32,
+    /// From one to the next.
+    stride: u32,
+    counters: u32,
     cycles: u64,
     instructions: u64,
 }
@@ -52,13 +62,25 @@ const AMD: Maker = Maker {
     vendor: Vendor::Amd,
     select: 0xc001_0000,
     counter: 0xc001_0004,
+    stride: 1,
+    counters: 4,
     cycles: 0x76,
     instructions: 0xc0,
+};
+/// The core counters, of which the first four are those.
+const AMD_CORE: Maker = Maker {
+    select: 0xc001_0200,
+    counter: 0xc001_0201,
+    stride: 2,
+    counters: 6,
+    ..AMD
 };
 const INTEL: Maker = Maker {
     vendor: Vendor::Intel,
     select: 0x186,
     counter: 0xc1,
+    stride: 1,
+    counters: 4,
     cycles: 0x3c,
     instructions: 0xc0,
 };
@@ -88,14 +110,22 @@ impl Maker {
         self.vendor == Vendor::Intel
     }
 
+    fn select(self, n: u32) -> u32 {
+        self.select + self.stride * n
+    }
+
+    fn counter(self, n: u32) -> u32 {
+        self.counter + self.stride * n
+    }
+
     /// Sets a counter to a value and lets it count from then on: its last instruction is the WRMSR that does.
     fn begin(self, a: &mut CodeAssembler, n: u32, from: u64, select: u64) -> Emitted {
-        wrmsr(a, self.counter + n, from)?;
+        wrmsr(a, self.counter(n), from)?;
         let last = if self.is_intel() { ENABLE } else { 0 };
-        wrmsr(a, self.select + n, select | last)?;
+        wrmsr(a, self.select(n), select | last)?;
         match self.is_intel() {
             true => wrmsr(a, GLOBAL_CONTROL, 0xf),
-            false => wrmsr(a, self.select + n, select | ENABLE),
+            false => wrmsr(a, self.select(n), select | ENABLE),
         }
     }
 
@@ -103,7 +133,7 @@ impl Maker {
         if self.is_intel() {
             wrmsr(a, GLOBAL_CONTROL, 0)?;
         }
-        (0..4).try_for_each(|n| wrmsr(a, self.select + n, 0))
+        (0..self.counters).try_for_each(|n| wrmsr(a, self.select(n), 0))
     }
 }
 
@@ -111,7 +141,7 @@ impl Maker {
 fn value(m: &mut Machine, maker: Maker, n: u32) -> u64 {
     m.to_kernel();
     m.run_code(|a| {
-        a.mov(ecx, maker.counter + n)?;
+        a.mov(ecx, maker.counter(n))?;
         a.rdmsr()?;
         a.shl(rdx, 32)?;
         a.or(rax, rdx)?;
@@ -133,7 +163,9 @@ fn turns(a: &mut CodeAssembler, n: u32) -> Emitted {
 fn without_the_request_there_are_none() {
     each_engine_and_vendor(|m| {
         assert_eq!(m.cpu().cpuid(0xa, 0).eax, 0);
-        for msr in [AMD.select, AMD.counter, INTEL.select, GLOBAL_CONTROL] {
+        assert_eq!(m.cpu().cpuid(0x8000_0001, 0).ecx & CORE_COUNTERS, 0);
+        let of_amd = [AMD, AMD_CORE].map(|set| [set.select, set.counter]);
+        for msr in [&of_amd.concat()[..], &[INTEL.select, GLOBAL_CONTROL]].concat() {
             m.forget();
             m.to_kernel();
             let r = m.faults(|a| a.mov(ecx, msr), |a| a.rdmsr());
@@ -147,8 +179,10 @@ fn without_the_request_there_are_none() {
 }
 
 #[test]
-fn cpuid_tells_of_intels() {
+fn cpuid_tells_of_them() {
     each_engine_with_counters(|m, maker| {
+        let core = m.cpu().cpuid(0x8000_0001, 0).ecx & CORE_COUNTERS;
+        assert_eq!(core == 0, maker.is_intel());
         let leaf = m.cpu().cpuid(0xa, 0);
         match maker.is_intel() {
             // Version 2, four of 48 bits, seven events of which three can be counted; three fixed ones of 48 bits.
@@ -300,7 +334,8 @@ fn cycles_of_user_code_alone_leave_out_the_kernels() {
 #[test]
 fn an_overflow_of_instructions_interrupts_soon() {
     each_engine_with_counters(|m, maker| {
-        for (n, interrupts) in [(0, true), (3, true), (1, false)] {
+        let last = maker.counters - 1;
+        for (n, interrupts) in [(0, true), (3, true), (last, true), (1, false)] {
             m.forget();
             m.to_kernel();
             let select = maker.instructions | BOTH | if interrupts { INTERRUPT } else { 0 };
@@ -405,8 +440,11 @@ fn rdpmc_is_the_kernels_unless_it_says_otherwise_and_wants_a_counter() {
         let fixed = [0x4000_0000u32, 0x4000_0003];
         for user in [false, true] {
             for open in [false, true] {
-                for n in [0u32, 3, 4, fixed[0], fixed[1], 0x8000_0000] {
-                    let there = n < 4 || maker.is_intel() && n == fixed[0];
+                for n in [0u32, 3, 4, 5, 6, fixed[0], fixed[1], 0x8000_0000] {
+                    let there = match maker.is_intel() {
+                        true => n < 4 || n == fixed[0],
+                        false => n < 6,
+                    };
                     m.forget();
                     m.to_kernel();
                     if user {
@@ -443,7 +481,7 @@ fn registers_take_what_they_have() {
     each_engine_with_counters(|m, maker| {
         let both = [
             (maker.counter, 0x1234, Some(0x1234)),
-            (maker.select + 3, 0x1_00c0, Some(0x1_00c0)),
+            (maker.select(3), 0x1_00c0, Some(0x1_00c0)),
         ];
         let intel = [
             (0x18a, 0, None),
@@ -462,6 +500,9 @@ fn registers_take_what_they_have() {
         ];
         let amd = [
             (0xc001_0008, 0, None),
+            (0xc001_01ff, 0, None),
+            (0xc001_020b, 0x1234, Some(0x1234)),
+            (0xc001_020c, 0, None),
             (maker.counter, u64::MAX, Some(MASK)),
             (maker.select, 1 << 21 | 1 << 19 | 0xc0, Some(0xc0)),
         ];
@@ -483,5 +524,34 @@ fn registers_take_what_they_have() {
                 assert_eq!(m.reg(Gpr::R12), *reads, "{msr:x} {v:x}");
             }
         }
+    });
+}
+
+#[test]
+fn the_first_four_core_counters_have_two_sets_of_registers() {
+    each_engine_with(&with_counters(b"AuthenticAMD"), |m| {
+        for (n, from, to) in (0..4).flat_map(|n| [(n, AMD, AMD_CORE), (n, AMD_CORE, AMD)]) {
+            let (v, select) = (0x1000 + u64::from(n), 0x1_0076 + u64::from(to.stride));
+            m.to_kernel();
+            m.run_code(|a| {
+                wrmsr(a, from.counter(n), v)?;
+                wrmsr(a, from.select(n), select)?;
+                a.mov(ecx, to.select(n))?;
+                a.rdmsr()?;
+                a.mov(r13, rax)
+            });
+            let selected = m.reg(Gpr::R13);
+            assert_eq!((value(m, to, n), selected), (v, select), "{n}");
+        }
+        assert!(m.vectors().is_empty());
+        // What is set up by the one counts and is read by the other.
+        m.run_code(|a| {
+            AMD.begin(a, 2, 0, AMD.instructions | BOTH)?;
+            turns(a, 100)?;
+            AMD_CORE.end(a)
+        });
+        let counted = value(m, AMD_CORE, 2);
+        assert!((200..240).contains(&counted), "{counted}");
+        assert_eq!(value(m, AMD, 2), counted, "it was ended");
     });
 }

@@ -70,6 +70,8 @@ pub const EXTENDED_ECX: Word = Word {
 /// AMD: CMP_LEGACY where there are several CPUs, TOPOEXT.
 pub const EXTENDED_ECX_CMP_LEGACY: u32 = bits(&[1]);
 pub const EXTENDED_ECX_TOPOEXT: u32 = bits(&[22]);
+/// AMD: PerfCtrExtCore, on request alone.
+pub const EXTENDED_ECX_CORE_COUNTERS: u32 = bits(&[23]);
 /// AMD repeats leaf 1's EDX here.
 pub const EXTENDED_EDX_REPEATED: u32 =
     bits(&[0, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 14, 15, 16, 17, 23, 24]);
