@@ -130,12 +130,12 @@ impl PageSet {
         self.0.get(word) & bit != 0
     }
 
-    fn insert(&self, gpa: u64) {
+    pub fn insert(&self, gpa: u64) {
         let (word, bit) = bit_of(gpa);
         self.0.add(word, bit);
     }
 
-    fn remove(&self, gpa: u64) {
+    pub fn remove(&self, gpa: u64) {
         let (word, bit) = bit_of(gpa);
         self.0.remove(word, bit);
     }

@@ -13,21 +13,21 @@
 use std::io;
 use std::ops::Range;
 
+use crate::track::PageSet;
 use crate::window_unsafe::View;
 use crate::{GuestRam, HOLE_START, PAGE_MASK, PAGE_SIZE, PageTracker, Peer};
 
 /// What 32 bits name.
 const LENGTH: u64 = 1 << 32;
-/// Pages that are opened at a time.
-const RUN: u64 = 64;
+/// Bytes that are opened at a time.
+const RUN: u64 = 64 * PAGE_SIZE;
 
 /// The RAM below 4 GiB as a CPU sees it that runs without paging.
 #[derive(Debug)]
 pub struct Window {
     view: View,
     ram: Vec<Range<u64>>,
-    /// A bit a page.
-    open: Vec<u64>,
+    open: PageSet,
 }
 
 impl Window {
@@ -46,10 +46,11 @@ impl Window {
             // Low RAM comes first in the file, with the window of VGA.
             view.map(file, piece.clone(), piece.start)?;
         }
-        let end = pieces.last().map_or(0, |piece| piece.end);
-        let open = vec![0; (end / PAGE_SIZE).div_ceil(RUN) as usize];
-        let ram = pieces;
-        Ok(Some(Window { view, ram, open }))
+        Ok(Some(Window {
+            view,
+            ram: pieces,
+            open: PageSet::new(LENGTH / PAGE_SIZE),
+        }))
     }
 
     /// Host address of physical address 0.
@@ -65,45 +66,46 @@ impl Window {
 
     /// Opens the page and those around it that `by` may write to; false where that page is none of them.
     pub fn open(&mut self, gpa: u64, tracker: &PageTracker, by: &Peer) -> bool {
-        let may = |page| self.is_ram(page) && !self.is_open(page) && tracker.may_write(page, by);
-        if !may(gpa) {
-            return self.is_open(gpa);
+        if !self.may_open(gpa, tracker, by) {
+            return self.open.contains(gpa);
         }
-        let first = gpa / PAGE_SIZE / RUN * RUN;
-        let pages = (0..RUN).map(|n| (n, (first + n) * PAGE_SIZE));
-        let mut opened = 0_u64;
-        for (n, page) in pages.filter(|(_, page)| may(*page)) {
-            tracker.mark_dirty(page);
-            opened |= 1 << n;
-        }
-        let mut rest = opened;
-        while rest != 0 {
-            let from = rest.trailing_zeros();
-            let len = (rest >> from).trailing_ones();
-            let at = (first + u64::from(from)) * PAGE_SIZE;
-            if !self.view.protect(at, u64::from(len) * PAGE_SIZE, true) {
-                // The host is out of mappings: these pages stay closed.
-                opened &= !(run_of_ones(len) << from);
+        let mut page = gpa / RUN * RUN;
+        let end = page + RUN;
+        while page < end {
+            let from = page;
+            while page < end && self.may_open(page, tracker, by) {
+                page += PAGE_SIZE;
             }
-            rest &= !(run_of_ones(len) << from);
+            self.open_run(from..page, tracker);
+            page += PAGE_SIZE;
         }
-        if let Some(word) = self.open.get_mut((first / RUN) as usize) {
-            *word |= opened;
+        self.open.contains(gpa)
+    }
+
+    fn may_open(&self, gpa: u64, tracker: &PageTracker, by: &Peer) -> bool {
+        self.is_ram(gpa) && !self.open.contains(gpa) && tracker.may_write(gpa, by)
+    }
+
+    fn open_run(&mut self, run: Range<u64>, tracker: &PageTracker) {
+        let len = run.end - run.start;
+        // A host that is out of mappings leaves them closed.
+        if len > 0 && self.view.protect(run.start, len, true) {
+            tracker.mark_range_dirty(run.start, len);
+            run.step_by(PAGE_SIZE as usize)
+                .for_each(|page| self.open.insert(page));
         }
-        self.is_open(gpa)
     }
 
     /// Closes a page.
     pub fn close(&mut self, gpa: u64) {
-        if !self.is_open(gpa) {
+        if !self.open.contains(gpa) {
             return;
         }
-        if !self.view.protect(gpa & !PAGE_MASK, PAGE_SIZE, false) {
+        match self.view.protect(gpa & !PAGE_MASK, PAGE_SIZE, false) {
+            true => self.open.remove(gpa),
             // The host is out of mappings; this takes none.
-            return self.close_all();
+            false => self.close_all(),
         }
-        let page = gpa / PAGE_SIZE;
-        self.open[(page / RUN) as usize] &= !(1 << (page % RUN));
     }
 
     /// Closes all pages.
@@ -112,22 +114,12 @@ impl Window {
             self.view
                 .protect(piece.start, piece.end - piece.start, false);
         }
-        self.open.fill(0);
+        self.open = PageSet::new(LENGTH / PAGE_SIZE);
     }
 
     fn is_ram(&self, gpa: u64) -> bool {
         self.ram.iter().any(|piece| piece.contains(&gpa))
     }
-
-    fn is_open(&self, gpa: u64) -> bool {
-        let page = gpa / PAGE_SIZE;
-        let word = self.open.get((page / RUN) as usize);
-        word.is_some_and(|word| word >> (page % RUN) & 1 != 0)
-    }
-}
-
-fn run_of_ones(len: u32) -> u64 {
-    u64::MAX >> (64 - len)
 }
 
 #[cfg(test)]

@@ -36,7 +36,8 @@ pub(crate) struct Counts {
     pub fused: u64,
     pub state_moves: u64,
     pub kicks: u64,
-    /// Runs of pages opened in a window, and accesses that it turned away otherwise.
+    /// Windows made; runs of pages opened in them, and accesses that it turned away otherwise.
+    pub windows: u64,
     pub window_opened: u64,
     pub window_faults: u64,
     pub untranslatable: u64,
@@ -82,6 +83,7 @@ impl Translator {
             ("exits_memory_access", c.exit_access),
             ("exits_fault", c.exit_fault),
             ("exits_kick", c.kicks),
+            ("windows", c.windows),
             ("window_runs_opened", c.window_opened),
             ("window_faults", c.window_faults),
             ("untranslatable_instructions", c.untranslatable),

@@ -34,7 +34,6 @@ use crate::spaces::Spaces;
 use crate::stats::Counts;
 use crate::thunk::{EXIT_ACCESS, EXIT_FAULT, EXIT_INDIRECT, Thunks};
 use crate::user_return::DescriptorPage;
-use crate::window::WindowUse;
 
 /// What [`crate::Translate`] owns; generated code calls back into it.
 pub(crate) struct Translator {
@@ -62,7 +61,6 @@ pub(crate) struct Translator {
     /// That of the blocks in the kernel's jump caches, and in that of user code outside of 64-bit mode.
     pub kernel_mode: Mode,
     pub user_mode: Mode,
-    pub window_use: WindowUse,
     pub counts: Counts,
     recent: Recent,
     pub observers: Observers,
@@ -144,7 +142,6 @@ impl Translator {
             mode: Mode::LONG,
             kernel_mode: Mode::LONG,
             user_mode: Mode::FLAT,
-            window_use: WindowUse::default(),
             counts: Counts::default(),
             recent: Recent::default(),
             observers: Observers::default(),
@@ -262,10 +259,7 @@ impl Translator {
         let cpu = &mut self.context.cpu;
         match left {
             Left::Interpret => self.step(bus),
-            Left::Raise(e) => {
-                let rip = cpu.rip;
-                let _: Outcome = exception::raise(cpu, bus, e, rip);
-            }
+            Left::Raise(e) => self.raise(e, bus),
             Left::Called | Left::Declined => {}
             Left::Writes(page) => cpu.code_writes.push((page, PAGE_SIZE as u32)),
         }
@@ -286,6 +280,13 @@ impl Translator {
         self.code.put_back();
         // The outcome shows in `activity`, which the loop looks at.
         let _: Outcome = interpret::step(&mut self.context.cpu, bus);
+    }
+
+    /// Raises a fault of the instruction at RIP. As after a step, the outcome shows in `activity`.
+    fn raise(&mut self, e: Exception, bus: &mut dyn Bus) {
+        let cpu = &mut self.context.cpu;
+        let rip = cpu.rip;
+        let _: Outcome = exception::raise(cpu, bus, e, rip);
     }
 
     /// Runs translated code from its host address on, until it leaves.
@@ -401,9 +402,7 @@ impl Translator {
         self.context.cpu.rip = self.rip_in(branch.block, branch.offset().into());
         let rsp = &mut self.context.cpu.gpr[Gpr::Rsp as usize];
         *rsp = rsp.wrapping_sub(branch.moves_rsp() as u64);
-        let cpu = &mut self.context.cpu;
-        let rip = cpu.rip;
-        let _: Outcome = exception::raise(cpu, bus, Exception::gp(0), rip);
+        self.raise(Exception::gp(0), bus);
     }
 
     fn set_flags(&mut self, place: FlagPlace) {

@@ -14,17 +14,10 @@ use doppel_x86::Cr0;
 use crate::narrow::{Mode, Width};
 use crate::translator::Translator;
 
-/// How often the CPU's window was made, and how often it was of no use.
-#[derive(Default)]
-pub(crate) struct WindowUse {
-    made: u32,
-    faults: u32,
-}
-
 /// A guest that turns paging on and off all the time pays for so many.
-const MOST_MADE: u32 = 64;
+const MOST_MADE: u64 = 64;
 /// Some milliseconds' worth.
-const MOST_FAULTS: u32 = 2000;
+const MOST_FAULTS: u64 = 2000;
 
 impl Translator {
     /// The mode with the window, where code of this mode may use one.
@@ -42,10 +35,10 @@ impl Translator {
 
     fn has_window(&mut self) -> bool {
         let cpu = &mut self.context.cpu;
-        if self.window_use.faults >= MOST_FAULTS {
+        if self.counts.window_faults >= MOST_FAULTS {
             cpu.window = None;
-        } else if cpu.window.is_none() && self.window_use.made < MOST_MADE {
-            self.window_use.made += 1;
+        } else if cpu.window.is_none() && self.counts.windows < MOST_MADE {
+            self.counts.windows += 1;
             // A host without room for it does without.
             cpu.window = Window::new(&cpu.ram).unwrap_or_default();
             let base = cpu.window.as_ref().map_or(0, Window::base);
@@ -68,7 +61,6 @@ impl Translator {
             self.counts.window_opened += 1;
         } else {
             self.counts.window_faults += 1;
-            self.window_use.faults += 1;
         }
     }
 }

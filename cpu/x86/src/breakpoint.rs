@@ -41,18 +41,17 @@ impl Cpu {
     /// True while some instruction would raise #DB: code then has to be interpreted.
     #[inline]
     pub fn has_instruction_breakpoints(&self) -> bool {
-        self.dr[7] & ENABLES != 0
-            && self
-                .breakpoints()
-                .any(|(_, kind, ..)| kind == Kind::Execute)
+        self.has_breakpoints(|kind| kind == Kind::Execute)
     }
 
     /// True while accesses to some memory have to be looked at one by one.
     pub fn has_data_breakpoints(&self) -> bool {
-        self.dr[7] & ENABLES != 0
-            && self
-                .breakpoints()
-                .any(|(_, kind, ..)| matches!(kind, Kind::Write | Kind::Access))
+        self.has_breakpoints(|kind| matches!(kind, Kind::Write | Kind::Access))
+    }
+
+    #[inline]
+    fn has_breakpoints(&self, of: impl Fn(Kind) -> bool) -> bool {
+        self.dr[7] & ENABLES != 0 && self.breakpoints().any(|(_, kind, ..)| of(kind))
     }
 
     /// True where accesses to the page of this linear address have to be looked at one by one.

@@ -158,46 +158,49 @@ impl Work<'_> {
 
     /// Where the instruction's own memory access finds its bytes: a register and a displacement. The flags may be destroyed.
     pub(super) fn operand(&mut self, i: &GuestInstruction, size: u8, write: bool) -> (Reg, i32) {
-        let mixed = self.s.mode.window && !self.through_window(i);
-        let shares = self.s.options.share_checks && !mixed;
+        let window = self.through_window(i);
+        let shares = self.s.options.share_checks && window == self.s.mode.window;
         let reference = i.reference.filter(|_| shares);
         let known = reference.and_then(|r| self.known(&r).or_else(|| self.recall(&r)));
         if let Some(known) = known {
             self.out.shared += 1;
             return known;
         }
-        if self.through_window(i) {
-            return self.in_window(i, size, write);
+        if !window {
+            self.before_check(i);
         }
-        self.before_check(i);
         let normal = reference.filter(|_| self.s.form == Form::Normal);
-        let hold = normal.and_then(|r| self.plan_hold(&r));
+        // To come back to a base is as dear as to work it out anew where there is no check.
+        let hold = normal.filter(|_| !window).and_then(|r| self.plan_hold(&r));
         let plan = normal.and_then(|r| {
             let rest = &self.block.instructions[self.at..];
             let held = self.pinned_stretch().or(hold.map(|plan| plan.stretch));
             Some((r, held.or_else(|| share::plan(rest))?))
         });
-        let Some((r, stretch)) = plan else {
-            self.own_address(i, 0, (size, write));
-            self.check(i, size.into(), write);
-            return (S0, 0);
-        };
-        let from = r.disp - stretch.low;
+        let from = plan.map_or(0, |(r, stretch)| r.disp - stretch.low);
         self.own_address(i, -from, (size, write));
-        let part = Part {
-            from: from as u16,
-            size,
-            write,
-            repeats: false,
-        };
-        let held = self.pinned_stretch().is_some() || hold.is_some();
-        let size = (stretch.high - stretch.low) as u16;
-        self.check_stretch(i, size, stretch.write, part, held);
-        let run = Run::new(&r, stretch);
-        self.run = Some(run);
-        self.begin_pin(run);
-        if let Some(plan) = hold {
-            self.begin_hold(run, plan);
+        match plan {
+            _ if window => self.enter_window(),
+            None => self.check(i, size.into(), write),
+            Some((_, stretch)) => {
+                let part = Part {
+                    from: from as u16,
+                    size,
+                    write,
+                    repeats: false,
+                };
+                let held = self.pinned_stretch().is_some() || hold.is_some();
+                let size = (stretch.high - stretch.low) as u16;
+                self.check_stretch(i, size, stretch.write, part, held);
+            }
+        }
+        if let Some((r, stretch)) = plan {
+            let run = Run::new(&r, stretch);
+            self.run = Some(run);
+            self.begin_pin(run);
+            if let Some(plan) = hold {
+                self.begin_hold(run, plan);
+            }
         }
         (S0, from as i32)
     }

@@ -102,9 +102,7 @@ impl Work<'_> {
         base: Reg,
         disp: i32,
     ) {
-        let high = (0..own.op_count())
-            .any(|op| own.op_kind(op) == OpKind::Register && is_high_byte(own.op_register(op)));
-        if !high || base < 8 {
+        if !names_high_byte(own) || base < 8 {
             self.emit_with_operand(i, own, register, base, disp);
             return;
         }
@@ -206,7 +204,12 @@ impl Work<'_> {
     }
 }
 
-pub(super) fn is_high_byte(r: Register) -> bool {
+/// True where a register operand is AH, BH, CH or DH.
+pub(super) fn names_high_byte(i: &Instruction) -> bool {
+    (0..i.op_count()).any(|op| i.op_kind(op) == OpKind::Register && is_high_byte(i.op_register(op)))
+}
+
+fn is_high_byte(r: Register) -> bool {
     matches!(r, Register::AH | Register::BH | Register::CH | Register::DH)
 }
 

@@ -1,7 +1,6 @@
 //! Accesses through a window instead of a TLB check (see `crate::window`).
 
-use super::memory::is_high_byte;
-use super::share::Run;
+use super::memory::names_high_byte;
 use super::*;
 use doppel_memory::Window;
 
@@ -27,22 +26,13 @@ impl Work<'_> {
         };
         let based = matches!(d.memory_segment(), Register::FS | Register::GS);
         // RBP stands in for a base that cannot be named beside AH to BH.
-        let high = (0..d.op_count())
-            .any(|op| d.op_kind(op) == OpKind::Register && is_high_byte(d.op_register(op)));
-        !explicit || !based && !high
+        !explicit || !based && !names_high_byte(d)
     }
 
-    /// Where the access finds its bytes in the window, and those that follow off the same base.
-    pub(super) fn in_window(&mut self, i: &GuestInstruction, size: u8, write: bool) -> (Reg, i32) {
-        let shares = self.s.options.share_checks;
-        let plan = i.reference.filter(|_| shares).and_then(|r| {
-            let rest = &self.block.instructions[self.at..];
-            let stretch = self.pinned_stretch().or_else(|| share::plan(rest))?;
-            Some((r, stretch))
-        });
+    /// S0 (linear) becomes an address in the window.
+    pub(super) fn enter_window(&mut self) {
         self.run = None;
-        let from = plan.map_or(0, |(r, stretch)| r.disp - stretch.low);
-        self.own_address(i, -from, (size, write));
+        self.out.windowed += 1;
         match self.place {
             // No flag changes.
             FlagPlace::Registers => {
@@ -52,12 +42,5 @@ impl Work<'_> {
             }
             FlagPlace::Saved => self.asm().add_gs(S0, ctx::WINDOW),
         }
-        self.out.windowed += 1;
-        if let Some((r, stretch)) = plan {
-            let run = Run::new(&r, stretch);
-            self.run = Some(run);
-            self.begin_pin(run);
-        }
-        (S0, from as i32)
     }
 }
