@@ -119,8 +119,9 @@ impl CpuBus {
         }
     }
 
-    /// Looks whether the guest has ended the interrupt meanwhile; from now on it has to tell.
-    fn settle_end(&mut self) {
+    /// Sees whether the guest has ended the interrupt meanwhile; from now on it has to tell. What that lets through is the
+    /// caller's where it `looks` at the requests next.
+    fn settle_end(&mut self, looks: bool) {
         if !std::mem::take(&mut self.end_lent) {
             return;
         }
@@ -131,12 +132,12 @@ impl CpuBus {
             let told = flags & !PV_EOI_PENDING;
             self.ram.write_from_device(word, &told.to_le_bytes());
         }
-        self.apic.return_end(over);
+        self.apic.return_end(over, looks);
     }
 
     fn settle_end_for(&mut self, gpa: u64) {
         if self.end_lent && self.apic_offset(gpa).is_some() {
-            self.settle_end();
+            self.settle_end(false);
         }
     }
 
@@ -179,13 +180,13 @@ impl Bus for CpuBus {
 
     fn apic_msr_read(&mut self, msr: u32) -> Option<u64> {
         self.exits.apic_msr += 1;
-        self.settle_end();
+        self.settle_end(false);
         self.timed(|b| b.apic.read_msr(msr))
     }
 
     fn apic_msr_write(&mut self, msr: u32, value: u64, tsc_now: u64) -> Option<()> {
         self.exits.apic_msr += 1;
-        self.settle_end();
+        self.settle_end(false);
         self.timed(|b| b.apic.write_msr(msr, value, tsc_now))
     }
 
@@ -199,7 +200,7 @@ impl Bus for CpuBus {
 
     fn interrupt_pending(&mut self) -> bool {
         if self.end_lent && self.apic.requests().contains(Requests::END) {
-            self.settle_end();
+            self.settle_end(true);
         }
         let maskable = Requests::INTERRUPT | Requests::EXTERNAL;
         self.apic.requests().intersects(maskable)
@@ -212,7 +213,7 @@ impl Bus for CpuBus {
         if attention.was_stopped() {
             self.clock_pages.tell_of_stop();
         }
-        self.settle_end();
+        self.settle_end(true);
         let vector = match self.timed(|b| b.apic.acknowledge())? {
             Acknowledged::Vector(vector) => {
                 self.lend_end();
@@ -235,7 +236,7 @@ impl Bus for CpuBus {
     }
 
     fn set_pv_eoi(&mut self, word: Option<u64>) {
-        self.settle_end();
+        self.settle_end(false);
         self.pv_eoi = word;
     }
 

@@ -11,8 +11,8 @@ pub struct RunDelay {
 }
 
 impl RunDelay {
-    /// How often it is worth a system call.
-    const INTERVAL: Duration = Duration::from_millis(4);
+    /// How often it is worth reading a file: seldomer than the guest's timer ticks.
+    const INTERVAL: Duration = Duration::from_millis(20);
 
     /// Of the calling thread. A host without such accounts tells nothing.
     pub fn of_this_thread() -> Self {

@@ -376,6 +376,13 @@ impl UserCode for Direct {
             self.pin.tick();
             self.counts.found[usize::from(translated)] += 1;
         }
+        if self
+            .spaces
+            .get(&root(cpu))
+            .is_some_and(|s| s.account.is_direct())
+        {
+            return false;
+        }
         let look = self.look(cpu, entries, reminded);
         let promising = self.scout.promising(&self.times, look);
         if promising && eligible(cpu) && self.open(root(cpu)) {

@@ -4,7 +4,8 @@
 //! its instructions. Signals are therefore taken on an alternate stack, and with SS_AUTODISARM, without which the kernel would look at
 //! the guest's RSP to decide whether it is on that stack already. A fault inside the code cache makes the handler
 //! note where, and continue in the exit thunk; a fault anywhere else goes to whoever handled it before. All other signals are blocked on
-//! the thread while it runs guest code.
+//! the thread from the first time that it runs guest code, and its GS base stays, since an engine is left for each interrupt and these are
+//! system calls. (A process's first thread gets its mask back each time: it may be the only one that a signal could end.)
 
 use std::cell::Cell;
 use std::ops::Range;
@@ -24,13 +25,14 @@ struct Running {
 
 thread_local! {
     static RUNNING: Cell<Option<Running>> = const { Cell::new(None) };
+    static GS_BASE: Cell<*mut Context> = const { Cell::new(std::ptr::null_mut()) };
+    static SIGNALS_BLOCKED: Cell<bool> = const { Cell::new(false) };
     static SIGNAL_STACK: SignalStack = SignalStack::install();
 }
 
 /// While it lives, this thread may run translated code of one engine.
 pub(crate) struct ThreadSetup {
-    old_gs: u64,
-    old_mask: libc::sigset_t,
+    old_mask: Option<libc::sigset_t>,
 }
 
 const SIGNALS: [i32; 5] = [
@@ -42,7 +44,6 @@ const SIGNALS: [i32; 5] = [
 ];
 const SS_AUTODISARM: i32 = 1 << 31;
 const ARCH_SET_GS: i32 = 0x1001;
-const ARCH_GET_GS: i32 = 0x1004;
 
 impl ThreadSetup {
     pub fn new(context: &ContextBox, code: Range<u64>, exit_thunk: u64) -> Self {
@@ -53,21 +54,39 @@ impl ThreadSetup {
             exit_thunk,
         }));
         SIGNAL_STACK.with(|_| ());
-        // SAFETY: the signal sets are valid for the calls; GS is not used by Rust or libc code, and drop puts the old base back.
-        unsafe {
-            let mut mask: libc::sigset_t = std::mem::zeroed();
-            let mut old_mask: libc::sigset_t = std::mem::zeroed();
-            libc::sigfillset(&mut mask);
-            // SIGSYS tells of a system call that is refused, and the kernel kills without a word who blocks it.
-            for s in SIGNALS.into_iter().chain([libc::SIGSYS]) {
-                libc::sigdelset(&mut mask, s);
+        if GS_BASE.replace(context.as_ptr()) != context.as_ptr() {
+            // SAFETY: GS is used by nothing but translated code, neither by Rust nor by libc, and translated code of another engine sets
+            // it anew. A base that outlives its context is an address that nobody uses.
+            unsafe {
+                libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, context.as_ptr());
             }
-            libc::pthread_sigmask(libc::SIG_SETMASK, &mask, &mut old_mask);
-            let mut old_gs = 0u64;
-            libc::syscall(libc::SYS_arch_prctl, ARCH_GET_GS, &mut old_gs);
-            libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, context.as_ptr());
-            ThreadSetup { old_gs, old_mask }
         }
+        let old_mask = match SIGNALS_BLOCKED.get() {
+            true => None,
+            false => {
+                // SAFETY: they only tell numbers.
+                let first = unsafe { libc::gettid() == libc::getpid() };
+                SIGNALS_BLOCKED.set(!first);
+                Some(block_signals()).filter(|_| first)
+            }
+        };
+        ThreadSetup { old_mask }
+    }
+}
+
+/// Blocks all signals on this thread but those of faults; what it blocked before.
+fn block_signals() -> libc::sigset_t {
+    // SAFETY: the signal sets are valid for the calls.
+    unsafe {
+        let mut mask: libc::sigset_t = std::mem::zeroed();
+        let mut old_mask: libc::sigset_t = std::mem::zeroed();
+        libc::sigfillset(&mut mask);
+        // SIGSYS tells of a system call that is refused, and the kernel kills without a word who blocks it.
+        for s in SIGNALS.into_iter().chain([libc::SIGSYS]) {
+            libc::sigdelset(&mut mask, s);
+        }
+        libc::pthread_sigmask(libc::SIG_SETMASK, &mask, &mut old_mask);
+        old_mask
     }
 }
 
@@ -116,10 +135,11 @@ impl Drop for SignalStack {
 impl Drop for ThreadSetup {
     fn drop(&mut self) {
         RUNNING.set(None);
-        // SAFETY: puts back what `new` found.
-        unsafe {
-            libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, self.old_gs);
-            libc::pthread_sigmask(libc::SIG_SETMASK, &self.old_mask, std::ptr::null_mut());
+        if let Some(old_mask) = &self.old_mask {
+            // SAFETY: puts back what `new` found.
+            unsafe {
+                libc::pthread_sigmask(libc::SIG_SETMASK, old_mask, std::ptr::null_mut());
+            }
         }
     }
 }

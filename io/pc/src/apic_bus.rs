@@ -57,6 +57,15 @@ impl Slot {
 
     /// Calls into the local APIC, then lets the alarm and the vCPU follow.
     fn with<R>(&self, f: impl FnOnce(&mut LocalApic, Nanos) -> R) -> R {
+        let (result, new) = self.change(f);
+        if new {
+            (self.kick)();
+        }
+        result
+    }
+
+    /// The same but for the kick: whether the vCPU has something new to look at.
+    fn change<R>(&self, f: impl FnOnce(&mut LocalApic, Nanos) -> R) -> (R, bool) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let result = f(&mut state.apic, self.clock.now());
         let deadline = state.apic.next_deadline();
@@ -68,11 +77,7 @@ impl Slot {
             .store(state.apic.page().unwrap_or(NO_PAGE), Ordering::Relaxed);
         let new = state.apic.requests().bits();
         let old = self.requests.swap(new, Ordering::SeqCst);
-        drop(state);
-        if new & !old != 0 {
-            (self.kick)();
-        }
-        result
+        (result, new & !old != 0)
     }
 }
 
@@ -280,9 +285,12 @@ impl CpuApic {
         self.slot.with(|apic, _| apic.lend_end())
     }
 
-    /// See [`LocalApic::return_end`].
-    pub fn return_end(&self, over: bool) {
-        self.slot.with(|apic, _| apic.return_end(over));
+    /// See [`LocalApic::return_end`]. The processor is kicked unless it `looks` at the requests next anyway.
+    pub fn return_end(&self, over: bool, looks: bool) {
+        let ((), new) = self.slot.change(|apic, _| apic.return_end(over));
+        if new && !looks {
+            (self.slot.kick)();
+        }
     }
 
     /// See [`LocalApic::overflow`].
@@ -455,7 +463,9 @@ mod tests {
             b.send_to(1, 0, 0x41);
             assert_eq!(a.requests(), Requests::END);
             assert_eq!(rig.kicks.load(Ordering::SeqCst), kicks + 1);
-            a.return_end(over);
+            a.return_end(over, false);
+            let let_through = usize::from(over);
+            assert_eq!(rig.kicks.load(Ordering::SeqCst), kicks + 1 + let_through);
             if !over {
                 assert!(
                     a.requests().is_empty(),
@@ -465,9 +475,22 @@ mod tests {
             }
             assert_eq!(a.acknowledge(), Some(Acknowledged::Vector(0x41)));
             a.write(0xb0, 4, 0);
-            a.return_end(true);
         }
         assert!(!a.lend_end(), "nothing is in service");
+    }
+
+    #[test]
+    fn who_looks_next_anyway_is_not_kicked_for_what_the_end_of_an_interrupt_lets_through() {
+        let rig = rig(2);
+        let (a, b) = (&rig.cpus[0], &rig.cpus[1]);
+        b.send_to(1, 0, 0x51);
+        assert_eq!(a.acknowledge(), Some(Acknowledged::Vector(0x51)));
+        assert!(a.lend_end());
+        b.send_to(1, 0, 0x41);
+        let kicks = rig.kicks.load(Ordering::SeqCst);
+        a.return_end(true, true);
+        assert_eq!(rig.kicks.load(Ordering::SeqCst), kicks);
+        assert_eq!(a.requests(), Requests::INTERRUPT);
     }
 
     #[test]
