@@ -19,6 +19,7 @@ use doppel_virtio::{
     VirtioPci, Vsock, VsockCounters, VsockSocket,
 };
 
+use crate::acpi;
 use crate::config::MachineConfig;
 use crate::layout;
 use crate::machine::MachineError;
@@ -88,7 +89,8 @@ impl DeviceConfig {
                 serial,
                 at_once,
             } => {
-                let disk = Blk::new(backend.clone(), serial, cpus).at_once(*at_once);
+                let queues = acpi::possible_cpus(cpus);
+                let disk = Blk::new(backend.clone(), serial, queues).at_once(*at_once);
                 counters.disks.push(disk.counters());
                 Box::new(disk)
             }

@@ -32,6 +32,8 @@ pub fn fadt(facs: u32, dsdt: u32) -> FADT {
         .flag(Flags::ProcC1)
         .flag(Flags::SlpButton)
         .flag(Flags::ResetRegSup);
+    // From 6.3 on a processor that is not enabled has to be marked as one that can be, and memtest86+ starts those.
+    t.fadt_minor_version = 2;
     t.sci_int = u16::from(layout::SCI).into();
     t.smi_cmd = u32::from(layout::SMI_COMMAND).into();
     t.acpi_enable = layout::SMI_ACPI_ENABLE;
@@ -63,18 +65,20 @@ pub fn fadt(facs: u32, dsdt: u32) -> FADT {
 const FIRST_X2APIC_ID: u32 = 255;
 const PCAT_COMPAT: u32 = 1;
 const CPU_ENABLED: u32 = 1;
+const CPU_ABSENT: u32 = 0;
 const ISA_BUS: u8 = 0;
 /// Interrupt flags of an override: as the bus has it (ISA: high, edge), and active high with level trigger.
 const BUS_DEFAULT: u16 = 0;
 const HIGH_LEVEL: u16 = 0b1101;
 
-/// Multiple APIC description table.
+/// Multiple APIC description table, revision 4 (ACPI 6.2): for `cpus` processors, and places for more up to [`super::possible_cpus`].
 pub fn madt(cpus: u32) -> Sdt {
-    let mut t = Sdt::new(*b"APIC", 36, 5, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    let mut t = Sdt::new(*b"APIC", 36, 4, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     t.append(layout::LOCAL_APIC as u32);
     t.append(PCAT_COMPAT);
-    for id in 0..cpus {
-        t.append_slice(&cpu_entry(id));
+    for id in 0..super::possible_cpus(cpus) {
+        let flags = if id < cpus { CPU_ENABLED } else { CPU_ABSENT };
+        t.append_slice(&cpu_entry(id, flags));
     }
     let io_apic = (layout::IO_APIC as u32).to_le_bytes();
     t.append_slice(&[1, 12, layout::IO_APIC_ID, 0]);
@@ -94,7 +98,7 @@ pub fn madt(cpus: u32) -> Sdt {
     t
 }
 
-fn cpu_entry(id: u32) -> Vec<u8> {
+fn cpu_entry(id: u32, flags: u32) -> Vec<u8> {
     let [low, ..] = id.to_le_bytes();
     let (head, tail) = if id < FIRST_X2APIC_ID {
         (vec![0, 8, low, low], vec![])
@@ -103,7 +107,7 @@ fn cpu_entry(id: u32) -> Vec<u8> {
         head.extend(id.to_le_bytes());
         (head, id.to_le_bytes().to_vec())
     };
-    [head, CPU_ENABLED.to_le_bytes().to_vec(), tail].concat()
+    [head, flags.to_le_bytes().to_vec(), tail].concat()
 }
 
 fn source_override(irq: u8, gsi: u32, flags: u16) -> Vec<u8> {
