@@ -33,6 +33,7 @@ pub(crate) const CC_E: u8 = 4;
 pub(crate) const CC_A: u8 = 7;
 pub(crate) const CC_S: u8 = 8;
 pub(crate) const CC_AE: u8 = 3;
+pub(crate) const CC_B: u8 = 2;
 pub(crate) const CC_G: u8 = 15;
 
 /// `[base + index * scale + disp]`; base and index may be missing.

@@ -46,6 +46,9 @@ pub(crate) struct Context {
     pub pinned: u64,
     /// Host addresses that a block comes back to (see `rewrite::hold`).
     pub held: [u64; HELD_SLOTS],
+    /// Where the code cache begins, negated, and its bytes.
+    pub code_before: u64,
+    pub code_len: u64,
     /// Linear address of the guest page that executes, for position-independent blocks.
     pub page_base: u64,
     /// Loaded through at each back edge; a kick makes it point where no memory is.
@@ -126,6 +129,8 @@ displacement! {
     SPILL = spill;
     PINNED = pinned;
     HELD = held;
+    CODE_BEFORE = code_before;
+    CODE_LEN = code_len;
     PAGE_BASE = page_base;
     POLL = poll;
     JUMP_MASK = jump_mask;

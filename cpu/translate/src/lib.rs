@@ -43,6 +43,7 @@ mod thunk;
 mod translator;
 mod user_return;
 mod window;
+mod x87_pointers;
 
 pub use engine::{Switch, Translate, TranslateError, TranslateOptions, supported};
 pub use shared::SharedCode;

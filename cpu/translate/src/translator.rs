@@ -119,6 +119,8 @@ impl Translator {
             cache.set_base(base);
         }
         t.context.code_map.set_base(base);
+        t.context.code_before = base.wrapping_neg();
+        t.context.code_len = t.range.end - base;
         t.code.put_back();
         Ok(t)
     }
@@ -309,6 +311,7 @@ impl Translator {
 
     /// Brings the CPU's state up to date after translated code was left, and does what it was left for.
     fn left(&mut self, bus: &mut dyn Bus) {
+        self.settle_x87_pointers();
         match self.context.exit {
             EXIT_INDIRECT => {
                 self.counts.exit_indirect += 1;
@@ -415,7 +418,7 @@ impl Translator {
         ctx.cpu.rflags = Rflags::from_bits_retain(others | arithmetic);
     }
 
-    fn rip_in(&self, block: BlockId, offset: i64) -> u64 {
+    pub fn rip_in(&self, block: BlockId, offset: i64) -> u64 {
         let page = match self.code.blocks.base(block) {
             Base::Fixed(page) => page,
             Base::Dynamic => self.context.page_base,

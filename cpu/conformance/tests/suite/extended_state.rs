@@ -462,3 +462,57 @@ fn mxcsr_and_control_words_are_the_guests() {
         assert_eq!(m.data(1) & 0xffff, 0x7f);
     });
 }
+
+#[test]
+fn a_program_finds_its_own_addresses_behind_an_x87_exception() {
+    const ZERO: u64 = USER_DATA + 8;
+    const AREA: u64 = USER_DATA + 0x1000;
+    let forms: [(Emit, bool); 6] = [
+        (|a| a.fxsave64(ptr(AREA)), false),
+        (|a| a.fxsave(ptr(AREA)), false),
+        (|a| a.xsave64(ptr(AREA)), true),
+        (|a| a.xsave(ptr(AREA)), true),
+        (|a| a.xsavec64(ptr(AREA)), true),
+        (|a| a.xsaveopt64(ptr(AREA)), true),
+    ];
+    each_engine(|m| {
+        let xsave = enable_xsave(m);
+        for (n, (save, needs_xsave)) in forms.into_iter().enumerate() {
+            if needs_xsave && !xsave {
+                continue;
+            }
+            for user in [false, true] {
+                println!("form {n}, user {user}");
+                m.put_bytes(AREA, &[0; 0x1000]);
+                m.put(ZERO, 0u64);
+                let code = |a: &mut CodeAssembler| {
+                    let mut raises = a.create_label();
+                    a.lea(r13, ptr(raises))?;
+                    a.fninit()?;
+                    // Nothing is masked.
+                    a.mov(word_ptr(USER_DATA), 0x340)?;
+                    a.fldcw(word_ptr(USER_DATA))?;
+                    a.fld1()?;
+                    a.set_label(&mut raises)?;
+                    a.fdiv(qword_ptr(ZERO))?;
+                    a.mov(eax, -1)?;
+                    a.mov(edx, -1)?;
+                    save(a)?;
+                    a.fninit()
+                };
+                m.to_kernel();
+                match user {
+                    true => m.run_user(code),
+                    false => m.run_code(code),
+                }
+                assert!(m.records().is_empty(), "{:?}", m.records());
+                assert_eq!(m.get(AREA + 8), m.reg(Gpr::R13));
+                assert!(
+                    [0, ZERO].contains(&m.get(AREA + 16)),
+                    "{:x}",
+                    m.get(AREA + 16)
+                );
+            }
+        }
+    });
+}

@@ -6,11 +6,14 @@
 //! Invariant: it asks for no component but those that the guest's XCR0 has, which the block's mode tells; an area whose header names
 //! others, which the host might have, is left to the interpreter, as is one that is not aligned. The area is as long as these components
 //! may take it, and all of it is checked before.
+//! A state with an address of the code cache in it is the interpreter's too.
 //! Cost: the check is for the whole area, so one at the end of a page whose neighbour is elsewhere in the host is interpreted.
 
 use doppel_x86::interpret::extended_area_size;
 
 use super::*;
+use crate::asm::CC_B;
+use crate::x87_pointers::FIP;
 
 /// The components that the guest's XCR0 has, and the bytes of their area.
 #[derive(Clone, Copy, Debug)]
@@ -93,8 +96,31 @@ impl Work<'_> {
         let a = self.asm();
         a.raw(&own);
         a.load(RAX, ctx::PINNED);
+        if write {
+            self.leave_if_of_host(i);
+        }
         self.out.state_moves += 1;
     }
+
+    /// Leaves to the interpreter where the saved FIP is an address of the code cache (see `x87_pointers`).
+    fn leave_if_of_host(&mut self, i: &GuestInstruction) {
+        let a = self.asm();
+        if is_wide(&i.decoded) {
+            a.load_mem(S1, S0, FIP as i32);
+            a.add_gs(S1, ctx::CODE_BEFORE);
+        } else {
+            a.load_mem32(S1, S0, FIP as i32);
+            a.add_gs32(S1, ctx::CODE_BEFORE);
+        }
+        a.cmp_gs(S1, ctx::CODE_LEN);
+        self.leave_if(CC_B, i);
+    }
+}
+
+/// The form with 64-bit FIP and FDP.
+fn is_wide(d: &Instruction) -> bool {
+    use iced_x86::Mnemonic::*;
+    matches!(d.mnemonic(), Xsave64 | Xsavec64 | Xrstor64)
 }
 
 /// The instruction with `[r10]` for its operand.
@@ -105,7 +131,6 @@ fn own_bytes(d: &Instruction) -> [u8; 4] {
         Xrstor | Xrstor64 => (0xae, 5),
         _ => (0xae, 4),
     };
-    let wide = matches!(d.mnemonic(), Xsave64 | Xsavec64 | Xrstor64);
-    let rex = 0x41 | u8::from(wide) << 3;
+    let rex = 0x41 | u8::from(is_wide(d)) << 3;
     [rex, 0x0f, opcode, extension << 3 | (S0 & 7)]
 }
