@@ -128,7 +128,7 @@ const DOORS: &[Door] = &[
         "doppel-virtio",
         (Some("net"), "hostile"),
         ("DOPPEL_NET_RINGS", "DOPPEL_NET_SEED"),
-        300_000,
+        30_000,
     ),
     test(
         "share",
