@@ -462,3 +462,32 @@ fn to_and_from_ports() {
         assert_eq!((f.vector, f.cr2, registers(m).0), (14, X, 3));
     });
 }
+
+/// (In compatibility mode; nobody specifies what becomes of the upper halves there, but the processor leaves alone what it has not used.)
+#[test]
+fn a_32_bit_repetition_that_faults_at_once_leaves_the_registers_alone() {
+    const UPPER: u64 = 0x5555_5555 << 32;
+    each_engine(|m| {
+        for (from, count, vector) in [(0xffff_fffd, 7, Some(13)), (USER_DATA, 0, None)] {
+            m.forget();
+            m.to_user32();
+            m.action(13, Action::Stop);
+            let before = (UPPER | count, UPPER | from, UPPER | USER_DATA);
+            for (r, v) in [
+                (Gpr::Rcx, before.0),
+                (Gpr::Rsi, before.1),
+                (Gpr::Rdi, before.2),
+            ] {
+                m.set_reg(r, v);
+            }
+            m.place(32, USER_CODE, |a: &mut CodeAssembler| {
+                a.rep().movsd()?;
+                a.int(0x81)
+            });
+            m.go(USER_CODE);
+            m.run();
+            assert_eq!(m.vectors().first().copied(), vector);
+            assert_eq!(registers(m), before);
+        }
+    });
+}

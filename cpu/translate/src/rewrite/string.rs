@@ -88,24 +88,24 @@ impl Work<'_> {
         if self.is_segmented() {
             return self.repeat_segmented(i, size, source);
         }
-        if i.narrow {
-            for r in [RCX, RSI, RDI] {
-                self.asm().mov32(r, r);
-            }
-        }
-        self.asm().test64(RCX, RCX);
-        let nothing = self.asm().jcc(CC_E);
         let again = self.r.asm.pos();
-        self.asm().store(NOW, RCX);
+        self.mov_word(S0, RCX);
+        self.asm().test64(S0, S0);
+        let nothing = self.asm().jcc(CC_E);
+        self.asm().store(NOW, S0);
         if source {
-            self.asm().mov(S0, RSI);
+            self.mov_word(S0, RSI);
             self.shorten(i, size, false);
             self.asm().store(SOURCE, S0);
         }
-        self.asm().mov(S0, RDI);
+        self.mov_word(S0, RDI);
         self.shorten(i, size, true);
         let narrow = self.is_narrow();
         let a = self.asm();
+        if narrow {
+            // Upper halves go with the first elements, and not before.
+            a.mov32(RCX, RCX);
+        }
         a.load(S1, NOW);
         a.sub64(RCX, S1);
         a.xchg(RCX, S1);
