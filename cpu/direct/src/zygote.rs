@@ -35,7 +35,7 @@ use crate::child::Child;
 use crate::exchange::Shared;
 use crate::frame::Template;
 use crate::process::{Called, Process, ended};
-use crate::signals::{HANDLED, SIGCHLD, SIGUSR1};
+use crate::signals::{HANDLED, HANDLED_MASK, SIGCHLD, SIGUSR1};
 use crate::{DirectError, elf, filter};
 
 /// Most children at a time.
@@ -51,6 +51,7 @@ const NEWBORN: u32 = 1;
 const CLOSE: u64 = 3;
 const MUNMAP: u64 = 11;
 const RT_SIGACTION: u64 = 13;
+const RT_SIGPROCMASK: u64 = 14;
 const CLONE: u64 = 56;
 const WAIT4: u64 = 61;
 const KILL: u64 = 62;
@@ -500,17 +501,20 @@ fn strip(zygote: &Process, stub_at: u64) -> Vec<Call> {
     ]
 }
 
-/// Makes the stub the handler of all that a trap can raise, on the alternate stack, all other signals blocked meanwhile.
+/// Makes the stub the handler of all that a trap can raise, on the alternate stack, all other signals blocked meanwhile; and blocks
+/// all but those from now on, whatever the thread that made the zygote did.
 fn handlers(zygote: &Process, stub: &Stub, stub_at: u64) -> Vec<Call> {
     const SIGINFO_ONSTACK_RESTORER: u64 = 4 | 0x0800_0000 | 0x0400_0000;
     const AUTODISARM: u64 = 1 << 31;
+    const SET_MASK: u64 = 2;
     let exchange_at = stub_at + STUB_SIZE;
     let scratch = exchange_at + INSTRUCTIONS as u64;
     let handler = stub_at + stub.handler;
     let size = EXCHANGE_SIZE - SIGNAL_STACK as u64;
     let action = [handler, SIGINFO_ONSTACK_RESTORER, handler, u64::MAX];
     let stack = [exchange_at + SIGNAL_STACK as u64, AUTODISARM, size];
-    for (n, word) in action.into_iter().chain(stack).enumerate() {
+    let words = action.into_iter().chain(stack).chain([!HANDLED_MASK]);
+    for (n, word) in words.enumerate() {
         zygote.exchange.store64(INSTRUCTIONS + 8 * n, word);
     }
     let mut calls: Vec<Call> = HANDLED
@@ -518,6 +522,7 @@ fn handlers(zygote: &Process, stub: &Stub, stub_at: u64) -> Vec<Call> {
         .map(|signal| [RT_SIGACTION, (*signal).into(), scratch, 0, 8, 0, 0])
         .collect();
     calls.push([SIGALTSTACK, scratch + 32, 0, 0, 0, 0, 0]);
+    calls.push([RT_SIGPROCMASK, SET_MASK, scratch + 56, 0, 8, 0, 0]);
     calls
 }
 
