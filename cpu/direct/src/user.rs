@@ -376,11 +376,8 @@ impl UserCode for Direct {
             self.pin.tick();
             self.counts.found[usize::from(translated)] += 1;
         }
-        if self
-            .spaces
-            .get(&root(cpu))
-            .is_some_and(|s| s.account.is_direct())
-        {
+        let space = self.spaces.get(&root(cpu));
+        if space.is_some_and(|s| s.account.is_direct()) {
             return false;
         }
         let look = self.look(cpu, entries, reminded);

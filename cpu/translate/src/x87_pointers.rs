@@ -10,23 +10,18 @@
 
 use crate::translator::Translator;
 
-/// Where FIP and FDP stand in a saved state.
-pub(crate) const FIP: usize = 8;
-const FDP: usize = 16;
-
 impl Translator {
     /// Makes addresses of the guest of those that translated code left in the x87 state.
     pub(crate) fn settle_x87_pointers(&mut self) {
-        let bytes = &self.context.cpu.fpu.bytes;
-        let fip = bytes[FIP..].first_chunk().copied().map(u64::from_le_bytes);
-        let Some(fip) = fip.filter(|fip| self.range.contains(fip)) else {
+        let fip = self.context.cpu.fpu.fip();
+        if !self.range.contains(&fip) {
             return;
-        };
+        }
         self.hold();
         let place = self.code.blocks.at_host(fip);
         let rip = place.map_or(0, |p| self.rip_in(p.block, i64::from(p.boundary.guest)));
-        let bytes = &mut self.context.cpu.fpu.bytes;
-        bytes[FIP..FDP].copy_from_slice(&rip.to_le_bytes());
-        bytes[FDP..FDP + 8].fill(0);
+        let fpu = &mut self.context.cpu.fpu;
+        fpu.set_fip(rip);
+        fpu.set_fdp(0);
     }
 }

@@ -264,6 +264,9 @@ pub struct FpuArea {
 impl FpuArea {
     /// Room for every component up to PKRU (AMX is not offered to guests).
     pub const SIZE: usize = 4096;
+    /// Where FIP and FDP stand, the addresses of the last x87 instruction and of its operand.
+    pub const FIP: usize = 8;
+    const FDP: usize = 16;
 
     /// The state after reset or FNINIT: FCW 0x37f, MXCSR 0x1f80, everything else in its initial state.
     pub fn reset() -> Self {
@@ -280,6 +283,22 @@ impl FpuArea {
             self.bytes[26],
             self.bytes[27],
         ])
+    }
+
+    /// FIP.
+    pub fn fip(&self) -> u64 {
+        let bytes = self.bytes[Self::FIP..].first_chunk();
+        bytes.copied().map_or(0, u64::from_le_bytes)
+    }
+
+    /// Sets FIP.
+    pub fn set_fip(&mut self, address: u64) {
+        self.bytes[Self::FIP..Self::FDP].copy_from_slice(&address.to_le_bytes());
+    }
+
+    /// Sets FDP.
+    pub fn set_fdp(&mut self, address: u64) {
+        self.bytes[Self::FDP..Self::FDP + 8].copy_from_slice(&address.to_le_bytes());
     }
 }
 

@@ -287,9 +287,10 @@ impl CpuApic {
 
     /// See [`LocalApic::return_end`]. The processor is kicked unless it `looks` at the requests next anyway.
     pub fn return_end(&self, over: bool, looks: bool) {
-        let ((), new) = self.slot.change(|apic, _| apic.return_end(over));
-        if new && !looks {
-            (self.slot.kick)();
+        let end = |apic: &mut LocalApic, _| apic.return_end(over);
+        match looks {
+            true => self.slot.change(end).0,
+            false => self.slot.with(end),
         }
     }
 

@@ -9,11 +9,11 @@
 //! A state with an address of the code cache in it is the interpreter's too.
 //! Cost: the check is for the whole area, so one at the end of a page whose neighbour is elsewhere in the host is interpreted.
 
+use doppel_x86::FpuArea;
 use doppel_x86::interpret::extended_area_size;
 
 use super::*;
 use crate::asm::CC_B;
-use crate::x87_pointers::FIP;
 
 /// The components that the guest's XCR0 has, and the bytes of their area.
 #[derive(Clone, Copy, Debug)]
@@ -104,12 +104,13 @@ impl Work<'_> {
 
     /// Leaves to the interpreter where the saved FIP is an address of the code cache (see `x87_pointers`).
     fn leave_if_of_host(&mut self, i: &GuestInstruction) {
+        const FIP: i32 = FpuArea::FIP as i32;
         let a = self.asm();
         if is_wide(&i.decoded) {
-            a.load_mem(S1, S0, FIP as i32);
+            a.load_mem(S1, S0, FIP);
             a.add_gs(S1, ctx::CODE_BEFORE);
         } else {
-            a.load_mem32(S1, S0, FIP as i32);
+            a.load_mem32(S1, S0, FIP);
             a.add_gs32(S1, ctx::CODE_BEFORE);
         }
         a.cmp_gs(S1, ctx::CODE_LEN);

@@ -484,9 +484,8 @@ fn load(cpu: &mut Cpu, bus: &mut dyn Bus, at: u64, out: &mut [u8]) -> Result<(),
 
 /// FIP and FDP: the guest's addresses, not those of the snippet.
 fn set_x87_pointers(cpu: &mut Cpu, i: &Instruction, at: u64) {
-    let rip = cpu.rip.to_le_bytes();
-    cpu.fpu.bytes[8..16].copy_from_slice(&rip);
+    cpu.fpu.set_fip(cpu.rip);
     if i.op_kinds().any(|k| k == OpKind::Memory) {
-        cpu.fpu.bytes[16..24].copy_from_slice(&at.to_le_bytes());
+        cpu.fpu.set_fdp(at);
     }
 }
