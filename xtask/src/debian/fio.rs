@@ -4,8 +4,9 @@ use super::lab::{Lab, Start, succeed};
 use super::ssh::Ssh;
 use super::{BOOT, QUIET, STEP, median};
 use anyhow::{Context, Result};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::{fs, io};
 
 /// Name, what fio is told, and which of its numbers counts.
 const ROWS: &[(&str, &str, Number)] = &[
@@ -120,9 +121,14 @@ pub fn compare(lab: &Lab, rounds: usize, monitors: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// A raw file that the host has in its cache.
-fn file(lab: &Lab) -> Result<std::path::PathBuf> {
+/// A raw file that the host has in its cache. Anew each time: an old file's cache may lie in small folios, as whoever had it before left
+/// them, and writes to those take the host a third longer.
+fn file(lab: &Lab) -> Result<PathBuf> {
     let path = lab.file("fio.raw");
+    match fs::remove_file(&path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e).context("fio.raw"),
+        _ => {}
+    }
     let mut prepare = Command::new("fio");
     prepare.arg(format!("--filename={}", path.display()));
     prepare.arg(format!("--size={SIZE}M"));
