@@ -30,6 +30,7 @@ pub(crate) enum Alu {
 /// Condition codes as in `jcc`.
 pub(crate) const CC_NE: u8 = 5;
 pub(crate) const CC_E: u8 = 4;
+pub(crate) const CC_BE: u8 = 6;
 pub(crate) const CC_A: u8 = 7;
 pub(crate) const CC_S: u8 = 8;
 pub(crate) const CC_AE: u8 = 3;
@@ -382,6 +383,11 @@ impl Asm {
     pub fn cmp_mem_imm32(&mut self, base: Reg, disp: i32, imm: i32) {
         self.mem([0x81], false, Alu::Cmp as u8, base, disp);
         self.imm32(imm);
+    }
+    /// `cmp reg, [base + disp]` of 2 bytes.
+    pub fn cmp_mem16(&mut self, reg: Reg, base: Reg, disp: i32) {
+        self.raw(&[0x66]);
+        self.mem([0x3b], false, reg, base, disp);
     }
     /// `add reg, gs:[disp]` of 4 bytes.
     pub fn add_gs32(&mut self, reg: Reg, disp: i32) {

@@ -28,7 +28,7 @@ pub(crate) struct ReturnSegments {
     /// Host addresses of the descriptors.
     pub code: u64,
     pub stack: u64,
-    /// The selector of the code segment; that of the stack is 8 less.
+    /// The selector of the code segment; that of the stack is 8 less of user code, 8 more of the kernel.
     pub cs: u64,
     pub gdt_base: u64,
     pub gdt_limit: u64,
@@ -108,10 +108,14 @@ pub(crate) struct Context {
     pub map_jumps: u64,
     /// How often the vector state was loaded.
     pub vector_loads: u64,
-    /// SYSRETs and IRETs to user code executed by translated code, and the latter alone.
+    /// SYSRETs and IRETs to user code executed by translated code.
     pub user_entries: u64,
-    pub interrupt_returns: u64,
-    pub returns: ReturnSegments,
+    /// IRETs executed by translated code, to user code and to the kernel.
+    pub interrupt_returns: [u64; 2],
+    /// Of user code and of the kernel.
+    pub returns: [ReturnSegments; 2],
+    /// Not 0 where an IRET to the kernel is left to the interpreter since nothing is known of its segments.
+    pub asks_return: u32,
     /// The last offset that may be read, and written, through each segment register (see `narrow`).
     pub segment_ends: [[i64; 6]; 2],
     pub jump_cache: [JumpCache; JUMP_CACHES],
@@ -163,11 +167,8 @@ displacement! {
     VECTOR_LOADS = vector_loads;
     USER_ENTRIES = user_entries;
     INTERRUPT_RETURNS = interrupt_returns;
-    RETURN_CODE = returns.code;
-    RETURN_STACK = returns.stack;
-    RETURN_CS = returns.cs;
-    RETURN_GDT_BASE = returns.gdt_base;
-    RETURN_GDT_LIMIT = returns.gdt_limit;
+    RETURNS = returns;
+    ASKS_RETURN = asks_return;
     GDTR_BASE = cpu.gdtr.base;
     GDTR_LIMIT = cpu.gdtr.limit;
     NMI_BLOCKED = cpu.nmi_blocked;
@@ -208,6 +209,23 @@ pub(crate) const fn gpr(n: u8) -> i32 {
 /// Displacement of the TLB of a privilege.
 pub(crate) const fn tlb(privilege: u8) -> i32 {
     TLB_AT + (size_of::<Tlb>() as i32) * privilege as i32
+}
+
+macro_rules! return_displacement {
+    ($($name:ident = $field:ident;)*) => { $(
+        /// Displacement of this of the segments of user code or of the kernel.
+        pub(crate) const fn $name(kernel: bool) -> i32 {
+            let which = size_of::<ReturnSegments>() * kernel as usize;
+            RETURNS + (which + offset_of!(ReturnSegments, $field)) as i32
+        }
+    )* };
+}
+return_displacement! {
+    return_code = code;
+    return_stack = stack;
+    return_cs = cs;
+    return_gdt_base = gdt_base;
+    return_gdt_limit = gdt_limit;
 }
 
 macro_rules! segment_displacement {

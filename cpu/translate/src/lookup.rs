@@ -513,7 +513,7 @@ impl Translator {
         if let Some(user_code) = &mut self.user_code {
             user_code.flushed(&self.context.cpu, &flushed);
         }
-        self.forget_user_return(&flushed);
+        self.forget_returns(&flushed);
         let lost = self.code_pages.flush(&flushed);
         if lost.user {
             self.forget_user_jumps();

@@ -95,7 +95,11 @@ impl Translator {
             ("second_jump_cache_hits", self.context.second_jumps),
             (
                 "interrupt_returns_translated",
-                self.context.interrupt_returns,
+                self.context.interrupt_returns[0],
+            ),
+            (
+                "interrupt_returns_to_kernel_translated",
+                self.context.interrupt_returns[1],
             ),
             ("code_pages_entered_as_neighbours", c.neighbours),
             ("code_pages_mapped_twice", c.pages_mapped_twice),

@@ -66,7 +66,7 @@ pub(crate) struct Translator {
     pub observers: Observers,
     /// Writes beside the code of pages: how many, and how many it takes until the code is thrown away.
     pub besides: FxHashMap<u64, (u32, u32)>,
-    pub descriptor_page: DescriptorPage,
+    pub descriptor_pages: [DescriptorPage; 2],
     /// Who executes user code that is left to it.
     pub user_code: Option<Box<dyn UserCode>>,
 }
@@ -148,7 +148,7 @@ impl Translator {
             recent: Recent::default(),
             observers: Observers::default(),
             besides: FxHashMap::default(),
-            descriptor_page: DescriptorPage::default(),
+            descriptor_pages: Default::default(),
             user_code: None,
         }
     }
@@ -338,9 +338,12 @@ impl Translator {
                     self.counts.exit_interpret += 1;
                     self.rebuild_flags(self.code.blocks.recipes().at_exit(n));
                     let kernel = self.context.cpu.cpl == 0;
+                    let asked = std::mem::take(&mut self.context.asks_return) != 0;
                     self.step(bus);
-                    if kernel && self.context.cpu.cpl == 3 {
-                        self.note_user_return();
+                    match self.context.cpu.cpl {
+                        3 if kernel => self.note_user_return(),
+                        0 if asked => self.note_kernel_return(),
+                        _ => {}
                     }
                 } else {
                     self.counts.exit_direct += 1;

@@ -8,8 +8,8 @@
 use std::collections::BTreeMap;
 
 use doppel_memory::{GuestRam, PAGE_SIZE, Paging, PagingMode};
-use doppel_x86::{Cpu, Cr0, Cr4};
-use iced_x86::{Code, Instruction, Mnemonic, Register};
+use doppel_x86::{Cpu, Cr0, Cr4, Gpr, Rflags};
+use iced_x86::{Code, Instruction, Mnemonic, OpAccess, Register};
 
 use super::layout::TABLES;
 
@@ -265,6 +265,35 @@ pub fn value(cpu: &Cpu, register: Register) -> Option<u64> {
         // Of a gather.
         false => None,
     }
+}
+
+/// Where an instruction reads, and how many bytes.
+pub fn read_by(cpu: &Cpu, i: &Instruction) -> Vec<(u64, u64)> {
+    use OpAccess::{CondRead, Read, ReadCondWrite, ReadWrite};
+    let mut info = iced_x86::InstructionInfoFactory::new();
+    let used = info.info(i).used_memory().iter();
+    let read = used.filter(|m| matches!(m.access(), Read | CondRead | ReadWrite | ReadCondWrite));
+    let spans = read.filter_map(|memory| {
+        let first = memory.virtual_address(0, |register, _, _| value(cpu, register))?;
+        let size = match memory.memory_size().size() as u64 {
+            // As much as the state to be loaded says.
+            0 => PAGE_SIZE,
+            size => size,
+        };
+        let repeats = i.has_rep_prefix() || i.has_repne_prefix();
+        let more = match repeats && i.is_string_instruction() {
+            true => cpu.reg(Gpr::Rcx).clamp(1, PAGE_SIZE / size) - 1,
+            false => 0,
+        };
+        let down = cpu.rflags.contains(Rflags::DF);
+        let from = if down {
+            first.wrapping_sub(more * size)
+        } else {
+            first
+        };
+        Some((from, (more + 1) * size))
+    });
+    spans.collect()
 }
 
 /// First and last bytes of what an instruction accesses.

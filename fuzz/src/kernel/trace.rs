@@ -241,20 +241,16 @@ impl Tracer {
         entry.is_some_and(|entry| entry & PRESENT != 0)
     }
 
-    /// Whether its operand in memory, which it reads, has bytes of page tables.
+    /// Whether what it reads has bytes of page tables.
     fn reads_tables(&self, i: &Instruction) -> bool {
         if looks_at_nothing(i) || is_supervisors(i.ip()) {
             return false;
         }
-        let Some(n) = (0..i.op_count()).find(|n| i.op_kind(*n) == OpKind::Memory) else {
-            return false;
-        };
-        let value = |register, _, _| stale::value(&self.cpu, register);
-        let Some(first) = i.virtual_address(n, 0, value) else {
-            return false;
-        };
-        let last = first.wrapping_add(i.memory_size().size().max(1) as u64 - 1);
-        self.is_entry(first) || self.is_entry(last)
+        let spans = stale::read_by(&self.cpu, i);
+        spans.into_iter().any(|(first, len)| {
+            let words = (0..len).step_by(8).chain([len - 1]);
+            { words }.any(|n| self.is_entry(first.wrapping_add(n)))
+        })
     }
 
     /// Whether the frames that ENTER copies have bytes of page tables.
@@ -324,17 +320,16 @@ fn selector(code: u64) -> String {
     format!("{table}{}", if code & 1 != 0 { " EXT" } else { "" })
 }
 
-/// It stores what it has, or only names an address, or looks at one bit that is neither accessed nor dirty, as the steps do that change an entry.
+/// It names an address only, or looks at one bit that is neither accessed nor dirty, as the steps do that change an entry.
 fn looks_at_nothing(i: &Instruction) -> bool {
-    use Mnemonic::{Bt, Btc, Btr, Bts, Invlpg, Lea, Mov, Nop};
+    use Mnemonic::{Bt, Btc, Btr, Bts, Invlpg};
     const ACCESSED: u8 = 5;
     const DIRTY: u8 = 6;
     match i.mnemonic() {
-        Mov => i.op0_kind() == OpKind::Memory,
         Bt | Btc | Btr | Bts if i.op1_kind() == OpKind::Immediate8 => {
             !matches!(i.immediate8() & 31, ACCESSED | DIRTY)
         }
-        Lea | Invlpg | Nop => true,
+        Invlpg => true,
         _ => false,
     }
 }

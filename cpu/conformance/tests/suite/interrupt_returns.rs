@@ -1,4 +1,4 @@
-//! IRETQ to user code that has been executed often: it is what it was the first time, and what changes meanwhile is seen.
+//! IRETQ to user code, or to the kernel, that has been executed often: it is what it was the first time, and what changes meanwhile is seen.
 
 use doppel_conformance::paging::{P, RW};
 use doppel_conformance::*;
@@ -241,5 +241,198 @@ fn popf_ignores_the_upper_half_of_what_it_pops() {
         };
         let r = m.faults(pop, |a| a.ud2());
         assert_eq!(r.rflags & !Rflags::RF.bits(), 0x46);
+    });
+}
+
+const AC: i32 = 1 << 18;
+/// Segments of the kernel that no gate leads to.
+const OTHER_CS: u64 = 0x50;
+const OTHER_DS: u64 = 0x58;
+
+/// Interrupts itself often, with this in SS.
+fn interrupts_itself(m: &mut Machine, stack: u64) {
+    m.to_kernel();
+    m.place(64, HANDLER, |a: &mut CodeAssembler| {
+        a.xor(qword_ptr(rsp + 16), CF | DF | ID | AC)?;
+        a.iretq()
+    });
+    m.gate(0x80, HANDLER, 0xe, 0, 0);
+    m.set_reg(Gpr::Rcx, OFTEN);
+    for r in [Gpr::Rbx, Gpr::R12, Gpr::R13] {
+        m.set_reg(r, 0);
+    }
+    m.run_code(|a| {
+        a.mov(edx, stack as i32)?;
+        a.mov(ss, edx)?;
+        let mut again = a.create_label();
+        a.set_label(&mut again)?;
+        a.xor(eax, eax)?;
+        a.int(0x80)?;
+        a.pushfq()?;
+        a.pop(rax)?;
+        a.and(eax, CF | ZF | DF | ID | AC)?;
+        a.add(rbx, rax)?;
+        a.mov(eax, ss)?;
+        a.add(r12, rax)?;
+        a.mov(eax, cs)?;
+        a.add(r13, rax)?;
+        a.dec(ecx)?;
+        a.jnz(again)
+    });
+}
+
+#[test]
+fn the_kernel_comes_back_with_its_flags_and_segments() {
+    each_engine(|m| {
+        for stack in [KERNEL_DS, 0, KERNEL_DS] {
+            interrupts_itself(m, stack);
+            let each = (CF | ZF) as u64;
+            let every_other = (DF | ID | AC) as u64;
+            let flags = OFTEN * each + OFTEN / 2 * every_other;
+            assert_eq!(m.reg(Gpr::Rbx), flags, "with SS {stack:#x}");
+            assert_eq!(m.reg(Gpr::R12), OFTEN * stack);
+            assert_eq!(m.reg(Gpr::R13), OFTEN * KERNEL_CS);
+            m.cpu_mut().rflags.remove(Rflags::AC | Rflags::DF);
+        }
+    });
+}
+
+/// As [`CHANGES`], with RSP at the frame.
+const KERNEL_CHANGES: &[(&str, Change, u64, u64)] = &[
+    (
+        "the code segment is not present",
+        |a| a.mov(byte_ptr(access_byte(OTHER_CS)), 0x1b),
+        11,
+        OTHER_CS,
+    ),
+    (
+        "the code segment is data",
+        |a| a.mov(byte_ptr(access_byte(OTHER_CS)), 0x93),
+        13,
+        OTHER_CS,
+    ),
+    (
+        "the code segment is of user code",
+        |a| a.mov(byte_ptr(access_byte(OTHER_CS)), 0xfb),
+        13,
+        OTHER_CS,
+    ),
+    (
+        "the stack segment cannot be written to",
+        |a| a.mov(byte_ptr(access_byte(OTHER_DS)), 0x91),
+        13,
+        OTHER_DS,
+    ),
+    (
+        "the stack segment is not present",
+        |a| a.mov(byte_ptr(access_byte(OTHER_DS)), 0x13),
+        12,
+        OTHER_DS,
+    ),
+    (
+        "the table is shorter",
+        |a| {
+            a.mov(word_ptr(DATA), OTHER_CS as i32 - 1)?;
+            a.mov(rax, GDT)?;
+            a.mov(qword_ptr(DATA + 2), rax)?;
+            a.lgdt(tword_ptr(DATA))
+        },
+        13,
+        OTHER_CS,
+    ),
+    (
+        "the selector of the code segment is null",
+        |a| a.mov(qword_ptr(rsp + 8), 0),
+        13,
+        0,
+    ),
+    (
+        "the selector of the stack segment is null with an RPL",
+        |a| a.mov(qword_ptr(rsp + 32), 3),
+        13,
+        0,
+    ),
+    (
+        "the address is not canonical",
+        |a| {
+            a.mov(rax, 1u64 << 47)?;
+            a.mov(qword_ptr(rsp), rax)
+        },
+        13,
+        0,
+    ),
+    (
+        "the address is not canonical in the upper half",
+        |a| {
+            a.mov(rax, !(1u64 << 47))?;
+            a.mov(qword_ptr(rsp), rax)
+        },
+        13,
+        0,
+    ),
+    (
+        "a nested task",
+        |a| {
+            a.pushfq()?;
+            a.or(dword_ptr(rsp), 1 << 14)?;
+            a.popfq()
+        },
+        13,
+        0,
+    ),
+    (
+        "a single step",
+        |a| a.or(dword_ptr(rsp + 16), 1 << 8),
+        1,
+        Record::NO_ERROR,
+    ),
+];
+
+#[test]
+fn what_changes_after_many_returns_to_the_kernel_is_seen() {
+    each_engine(|m| {
+        for (what, change, vector, error) in KERNEL_CHANGES {
+            println!("{what}");
+            let gdtr = m.cpu().gdtr;
+            for (selector, like) in [(OTHER_CS, KERNEL_CS), (OTHER_DS, KERNEL_DS)] {
+                m.put(GDT + selector, m.get(GDT + like));
+            }
+            m.action(1, Action::Stop);
+            m.forget();
+            m.to_kernel();
+            m.set_reg(Gpr::R12, OFTEN);
+            m.set_reg(Gpr::R15, 0);
+            m.set_reg(Gpr::Rsi, 0);
+            m.run_code(|a| {
+                let (mut again, mut back, mut next) =
+                    (a.create_label(), a.create_label(), a.create_label());
+                a.mov(edx, OTHER_DS as i32)?;
+                a.mov(ss, edx)?;
+                a.mov(rdi, rsp)?;
+                a.set_label(&mut again)?;
+                a.mov(eax, ss)?;
+                a.push(rax)?;
+                a.push(rdi)?;
+                a.pushfq()?;
+                a.push(OTHER_CS as i32)?;
+                a.lea(rax, ptr(next))?;
+                a.push(rax)?;
+                a.dec(r12)?;
+                a.jnz(back)?;
+                change(a)?;
+                a.set_label(&mut back)?;
+                a.iretq()?;
+                a.set_label(&mut next)?;
+                a.inc(rsi)?;
+                a.jmp(again)
+            });
+            let r = m.records()[0];
+            assert_eq!((r.vector, r.error), (*vector, *error), "{what}");
+            let came_back = OFTEN - u64::from(*vector != 1);
+            assert_eq!(m.reg(Gpr::Rsi), came_back, "{what}");
+            m.cpu_mut().gdtr = gdtr;
+            m.cpu_mut().rflags.remove(Rflags::NT);
+            m.cpu_mut().flush_tlb(true);
+        }
     });
 }

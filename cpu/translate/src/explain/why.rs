@@ -450,7 +450,9 @@ fn virtual_state(class: Class) -> &'static str {
         Class::SegmentBase { .. } => "the virtual base, where CR4.FSGSBASE is set",
         Class::Syscall => "into the virtual kernel at LSTAR",
         Class::Sysret => "back to virtual CPL 3",
-        Class::Iret => "back to virtual CPL 3, where frame, flags and descriptors are as usual",
+        Class::Iret => {
+            "back to user code or the kernel, where frame, flags and descriptors are as usual"
+        }
         Class::Pause => "the monitor is told of one in many, to give the host's processor away",
         Class::Serialize => "a fence will do: code is followed by other means",
         Class::DirectionFlag => "DF of the virtual RFLAGS",

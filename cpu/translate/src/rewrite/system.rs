@@ -14,8 +14,8 @@ const SYSRET_FLAGS: i32 = 0x3c_7fd7;
 const EFER_SCE: i32 = 1;
 const CR4_FSGSBASE: i32 = 1 << 16;
 pub(super) const CR4_TSD: i32 = 1 << 2;
-const CS: u8 = 1;
-const SS: u8 = 2;
+pub(super) const CS: u8 = 1;
+pub(super) const SS: u8 = 2;
 
 impl Work<'_> {
     pub(super) fn cli(&mut self, i: &GuestInstruction) {
@@ -321,10 +321,16 @@ impl Work<'_> {
             let a = self.asm();
             a.lea(S1, S0, step);
             a.store16(ctx::segment_selector(segment), S1);
-            a.store_imm64(ctx::segment_base(segment), 0);
-            a.store_imm32(ctx::segment_limit(segment), u32::MAX);
-            a.store_imm32(ctx::segment_attributes(segment), attributes);
+            self.flat_segment(segment, attributes);
         }
         self.asm().store_imm8(ctx::CPL, cpl);
+    }
+
+    /// A segment becomes a flat one, but for its selector.
+    pub(super) fn flat_segment(&mut self, segment: u8, attributes: u32) {
+        let a = self.asm();
+        a.store_imm64(ctx::segment_base(segment), 0);
+        a.store_imm32(ctx::segment_limit(segment), u32::MAX);
+        a.store_imm32(ctx::segment_attributes(segment), attributes);
     }
 }
