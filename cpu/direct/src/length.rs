@@ -128,12 +128,12 @@ const TWO: [Form; 256] = {
         NO_CODE,
     );
     t = each(t, &[0x05, 0x0b, 0x31, 0x33, 0x37, 0x77], 0);
-    t = each(t, &[0xa0, 0xa1, 0xa2, 0xa8, 0xa9], 0);
+    t = each(t, &[0xa0, 0xa1, 0xa8, 0xa9], 0);
     t[0x0d] = M;
     t[0x0e] = COMMON;
     t[0x0f] = M | IMM8 | COMMON;
     t = fill(t, 0x20, 0x23, M | REGISTER | NO_CODE);
-    t[0x34] = COMMON;
+    t = each(t, &[0x34, 0xa2], COMMON);
     t = each(t, &[0x70, 0xa4, 0xac, 0xc2, 0xc4, 0xc5, 0xc6], M | IMM8);
     t = each(t, &[0x71, 0x72, 0x73, 0xba], M | IMM8 | GROUP);
     t = each(t, &[0x78, 0x79], M | NO_CODE);
@@ -411,12 +411,14 @@ mod tests {
 
     #[test]
     fn common_ones_are_the_full_decoders() {
-        use Mnemonic::{Clzero, Femms, Mcommit, Monitorx, Mwaitx, Vmgexit};
+        use Mnemonic::{Clzero, Cpuid, Femms, Mcommit, Monitorx, Mwaitx, Vmgexit};
         use Mnemonic::{Lar, Lsl, Rdpkru, Rdpru, Rdtscp, Sgdt, Sidt, Sldt, Smsw, Str, Sysenter};
         use Mnemonic::{Serialize, Verr, Verw, Vmcall, Vmmcall, Wrpkru, Xgetbv};
         use Mnemonic::{Xabort, Xbegin, Xresldtrk, Xsusldtrk};
         let descriptors = [Lar, Lsl, Sysenter, Verr, Verw, Sgdt, Sidt, Sldt, Smsw, Str];
-        let others = [Vmcall, Vmmcall, Rdpkru, Wrpkru, Rdtscp, Rdpru, Xgetbv];
+        let others = [
+            Cpuid, Vmcall, Vmmcall, Rdpkru, Wrpkru, Rdtscp, Rdpru, Xgetbv,
+        ];
         let amd = [Clzero, Femms, Mcommit, Monitorx, Mwaitx, Vmgexit];
         let transactions = [Xbegin, Xabort, Xsusldtrk, Xresldtrk, Serialize];
         let common = [&descriptors[..], &others, &amd, &transactions].concat();
