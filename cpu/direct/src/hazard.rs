@@ -1,7 +1,7 @@
 //! Instructions that neither trap in user mode nor behave there as in the guest: what must not be executed directly.
 //!
 //! Popek and Goldberg's theorem wants every sensitive instruction to trap; on x86 some do not, and tell user code of the host. A page that holds one
-//! is not made executable. Two kinds of them:
+//! is not made executable. Three kinds of them:
 //!
 //! * *Telling* ones, which hardly occur by chance (RDPID, XSAVE …): an instruction may begin at any byte, so every byte of the
 //!   page counts as the beginning of one. An XSAVE does not tell where the code sets its mask right before, to components that host and guest both

@@ -2,7 +2,7 @@
 
 use doppel_conformance::paging::{P, RW};
 use doppel_conformance::*;
-use doppel_x86::{Gpr, Rflags};
+use doppel_x86::{Dtr, Gpr, Rflags};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
@@ -111,7 +111,45 @@ const fn access_byte(selector: u64) -> u64 {
 }
 
 /// What is made of the way back, the exception that comes of it, and its error code.
-const CHANGES: &[(&str, Change, u64, u64)] = &[
+type Case = (&'static str, Change, u64, u64);
+
+/// Whatever is returned to, with RSP at the frame.
+const CHANGES: &[Case] = &[
+    (
+        "the selector of the code segment is null",
+        |a| a.mov(qword_ptr(rsp + 8), 0),
+        13,
+        0,
+    ),
+    (
+        "the address is not canonical",
+        |a| {
+            a.mov(rax, 1u64 << 47)?;
+            a.mov(qword_ptr(rsp), rax)
+        },
+        13,
+        0,
+    ),
+    (
+        "a nested task",
+        |a| {
+            a.pushfq()?;
+            a.or(dword_ptr(rsp), 1 << 14)?;
+            a.popfq()
+        },
+        13,
+        0,
+    ),
+    (
+        "a single step",
+        |a| a.or(dword_ptr(rsp + 16), 1 << 8),
+        1,
+        Record::NO_ERROR,
+    ),
+];
+
+/// Of a return to user code.
+const USER_CHANGES: &[Case] = &[
     (
         "the code segment is not present",
         |a| a.mov(byte_ptr(access_byte(USER_CS)), 0x7b),
@@ -145,48 +183,41 @@ const CHANGES: &[(&str, Change, u64, u64)] = &[
         USER_CS & !3,
     ),
     (
-        "the selector of the code segment is null",
-        |a| a.mov(qword_ptr(rsp + 8), 0),
-        13,
-        0,
-    ),
-    (
         "the selector of the stack segment is null",
         |a| a.mov(qword_ptr(rsp + 32), 0),
         13,
         0,
     ),
-    (
-        "the address is not canonical",
-        |a| {
-            a.mov(rax, 1u64 << 47)?;
-            a.mov(qword_ptr(rsp), rax)
-        },
-        13,
-        0,
-    ),
-    (
-        "a nested task",
-        |a| {
-            a.pushfq()?;
-            a.or(dword_ptr(rsp), 1 << 14)?;
-            a.popfq()
-        },
-        13,
-        0,
-    ),
-    (
-        "a single step",
-        |a| a.or(dword_ptr(rsp + 16), 1 << 8),
-        1,
-        Record::NO_ERROR,
-    ),
 ];
+
+/// Before the returns, which R12 counts down and RSI counts.
+fn begin(m: &mut Machine) {
+    m.action(1, Action::Stop);
+    m.forget();
+    m.set_reg(Gpr::R12, OFTEN);
+    m.set_reg(Gpr::R15, 0);
+    m.set_reg(Gpr::Rsi, 0);
+}
+
+/// Whether the last of them, and none before, had that exception.
+fn judge(m: &Machine, (what, _, vector, error): &Case) {
+    let r = m.records()[0];
+    assert_eq!((r.vector, r.error), (*vector, *error), "{what}");
+    let came_back = OFTEN - u64::from(*vector != 1);
+    assert_eq!(m.reg(Gpr::Rsi), came_back, "{what}");
+}
+
+/// What changes may have left, but for descriptors.
+fn put_back(m: &mut Machine, gdtr: Dtr) {
+    m.cpu_mut().gdtr = gdtr;
+    m.cpu_mut().rflags.remove(Rflags::NT);
+    m.cpu_mut().flush_tlb(true);
+}
 
 #[test]
 fn what_changes_after_many_returns_is_seen() {
     each_engine(|m| {
-        for (what, change, vector, error) in CHANGES {
+        for case @ (what, change, ..) in CHANGES.iter().chain(USER_CHANGES) {
             println!("{what}");
             let table: Vec<u64> = (0..12).map(|n| m.get(GDT + 8 * n)).collect();
             let (page, gdtr) = (m.get(PT + 8 * (GDT >> 12)), m.cpu().gdtr);
@@ -203,11 +234,7 @@ fn what_changes_after_many_returns_is_seen() {
                 a.iretq()
             });
             m.gate(0x80, HANDLER, 0xe, 0, 3);
-            m.action(1, Action::Stop);
-            m.forget();
-            m.set_reg(Gpr::R12, OFTEN);
-            m.set_reg(Gpr::R15, 0);
-            m.set_reg(Gpr::Rsi, 0);
+            begin(m);
             m.run_user(|a| {
                 without_data_segments(a)?;
                 let mut again = a.create_label();
@@ -216,17 +243,12 @@ fn what_changes_after_many_returns_is_seen() {
                 a.inc(rsi)?;
                 a.jmp(again)
             });
-            let r = m.records()[0];
-            assert_eq!((r.vector, r.error), (*vector, *error), "{what}");
-            let came_back = OFTEN - u64::from(*vector != 1);
-            assert_eq!(m.reg(Gpr::Rsi), came_back, "{what}");
+            judge(m, case);
             for (n, descriptor) in table.iter().enumerate() {
                 m.put(GDT + 8 * n as u64, *descriptor);
             }
             m.put(PT + 8 * (GDT >> 12), page);
-            m.cpu_mut().gdtr = gdtr;
-            m.cpu_mut().rflags.remove(doppel_x86::Rflags::NT);
-            m.cpu_mut().flush_tlb(true);
+            put_back(m, gdtr);
         }
     });
 }
@@ -297,8 +319,8 @@ fn the_kernel_comes_back_with_its_flags_and_segments() {
     });
 }
 
-/// As [`CHANGES`], with RSP at the frame.
-const KERNEL_CHANGES: &[(&str, Change, u64, u64)] = &[
+/// Of a return to the kernel.
+const KERNEL_CHANGES: &[Case] = &[
     (
         "the code segment is not present",
         |a| a.mov(byte_ptr(access_byte(OTHER_CS)), 0x1b),
@@ -341,23 +363,8 @@ const KERNEL_CHANGES: &[(&str, Change, u64, u64)] = &[
         OTHER_CS,
     ),
     (
-        "the selector of the code segment is null",
-        |a| a.mov(qword_ptr(rsp + 8), 0),
-        13,
-        0,
-    ),
-    (
         "the selector of the stack segment is null with an RPL",
         |a| a.mov(qword_ptr(rsp + 32), 3),
-        13,
-        0,
-    ),
-    (
-        "the address is not canonical",
-        |a| {
-            a.mov(rax, 1u64 << 47)?;
-            a.mov(qword_ptr(rsp), rax)
-        },
         13,
         0,
     ),
@@ -370,39 +377,19 @@ const KERNEL_CHANGES: &[(&str, Change, u64, u64)] = &[
         13,
         0,
     ),
-    (
-        "a nested task",
-        |a| {
-            a.pushfq()?;
-            a.or(dword_ptr(rsp), 1 << 14)?;
-            a.popfq()
-        },
-        13,
-        0,
-    ),
-    (
-        "a single step",
-        |a| a.or(dword_ptr(rsp + 16), 1 << 8),
-        1,
-        Record::NO_ERROR,
-    ),
 ];
 
 #[test]
 fn what_changes_after_many_returns_to_the_kernel_is_seen() {
     each_engine(|m| {
-        for (what, change, vector, error) in KERNEL_CHANGES {
+        for case @ (what, change, ..) in CHANGES.iter().chain(KERNEL_CHANGES) {
             println!("{what}");
             let gdtr = m.cpu().gdtr;
             for (selector, like) in [(OTHER_CS, KERNEL_CS), (OTHER_DS, KERNEL_DS)] {
                 m.put(GDT + selector, m.get(GDT + like));
             }
-            m.action(1, Action::Stop);
-            m.forget();
             m.to_kernel();
-            m.set_reg(Gpr::R12, OFTEN);
-            m.set_reg(Gpr::R15, 0);
-            m.set_reg(Gpr::Rsi, 0);
+            begin(m);
             m.run_code(|a| {
                 let (mut again, mut back, mut next) =
                     (a.create_label(), a.create_label(), a.create_label());
@@ -426,13 +413,8 @@ fn what_changes_after_many_returns_to_the_kernel_is_seen() {
                 a.inc(rsi)?;
                 a.jmp(again)
             });
-            let r = m.records()[0];
-            assert_eq!((r.vector, r.error), (*vector, *error), "{what}");
-            let came_back = OFTEN - u64::from(*vector != 1);
-            assert_eq!(m.reg(Gpr::Rsi), came_back, "{what}");
-            m.cpu_mut().gdtr = gdtr;
-            m.cpu_mut().rflags.remove(Rflags::NT);
-            m.cpu_mut().flush_tlb(true);
+            judge(m, case);
+            put_back(m, gdtr);
         }
     });
 }
