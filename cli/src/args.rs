@@ -122,8 +122,9 @@ pub struct Run {
     /// Translate only the first N blocks and interpret the others, to find a bad translation by halving.
     #[arg(long, value_name = "N")]
     pub translate_limit: Option<u64>,
-    /// When the engine direct has the processor run user code: where that is faster, or always (for tests).
-    #[arg(long, value_name = "WHEN", default_value = "faster", value_parser = parse_direct)]
+    /// When the engine direct has the processor run user code: where that is faster, or always (for tests). With ",unpatched" pages of code in which
+    /// a CPUID stands are translated, always.
+    #[arg(long, value_name = "WHEN[,unpatched]", default_value = "faster", value_parser = parse_direct)]
     pub direct: DirectOptions,
     /// Bound of the translated code that is kept and of the records of it, with suffix K, M or G: from 256K to 1G.
     #[arg(long, value_name = "SIZE", default_value = "96M", value_parser = code_cache)]
@@ -280,11 +281,17 @@ fn parse_backing(text: &str) -> Result<Backing, String> {
 }
 
 fn parse_direct(text: &str) -> Result<DirectOptions, String> {
-    match text {
-        "faster" => Ok(DirectOptions::default()),
-        "always" => Ok(DirectOptions { always: true }),
-        _ => Err("write faster or always".to_owned()),
-    }
+    let (when, unpatched) = match text.split_once(',') {
+        None => (text, false),
+        Some((when, "unpatched")) => (when, true),
+        Some(_) => ("", false),
+    };
+    let always = match when {
+        "faster" => false,
+        "always" => true,
+        _ => return Err("write faster or always, and ,unpatched behind it if wanted".to_owned()),
+    };
+    Ok(DirectOptions { always, unpatched })
 }
 
 /// Where a serial port or a console leads.

@@ -399,7 +399,7 @@ impl Translated {
 
 fn direct(cpu: Box<Cpu>) -> Result<Translate> {
     let host = Arc::new(DirectHost::new(&cpu.ram)?);
-    let direct = Direct::new(host, &cpu, DirectOptions { always: true });
+    let direct = Direct::new(host, &cpu, DirectOptions::always());
     // Pages with sensitive code are translated.
     let options = TranslateOptions {
         entry_flags: true,

@@ -63,7 +63,7 @@ fn direct(mut cpu: Box<Cpu>, code: &SharedCode) -> Box<dyn Engine> {
         }
     };
     cpu.tsc_offset = 0;
-    let direct = Direct::new(host, &cpu, DirectOptions { always: true });
+    let direct = Direct::new(host, &cpu, DirectOptions::always());
     let options = TranslateOptions::default();
     match Translate::sharing(cpu, options, code, Observers::default()) {
         Ok(engine) => Box::new(engine.leaving_user_code_to(Box::new(direct))),

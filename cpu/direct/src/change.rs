@@ -1,6 +1,7 @@
 //! Changes of a child's mappings, and the system calls that make them.
 
 use crate::filter::RAM_FD;
+use crate::patched;
 
 const PAGE: u64 = 4096;
 const USER_END: u64 = 1 << 47;
@@ -9,6 +10,7 @@ const MPROTECT: u64 = 10;
 const MUNMAP: u64 = 11;
 const MAP_SHARED_FIXED: u64 = 0x11;
 const MAP_POPULATE: u64 = 0x8000;
+const EXECUTE_ONLY: u64 = 4;
 
 /// A change of a child's mappings. Addresses, offsets and lengths are in bytes and multiples of 4096; a length is not 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +29,13 @@ pub enum Change {
         execute: bool,
         /// Has the host enter the pages into its page tables now and not one by one when they are touched.
         populate: bool,
+    },
+    /// Maps a patched copy of a page of code, from this offset of the file of guest RAM, for execution alone: it cannot be read.
+    MapPatched {
+        /// Linear address.
+        at: u64,
+        /// Offset in the file.
+        offset: u64,
     },
     /// Unmaps what is mapped in a range.
     Unmap {
@@ -61,6 +70,7 @@ impl Change {
             Change::Map { at, len, .. }
             | Change::Unmap { at, len }
             | Change::Protect { at, len, .. } => (at, len),
+            Change::MapPatched { at, .. } => (at, PAGE),
         }
     }
 
@@ -71,6 +81,9 @@ impl Change {
         let fits = |at: u64, end: u64| at.checked_add(len).is_some_and(|e| e <= end);
         let in_ram = match *self {
             Change::Map { offset, .. } => pages(offset) && fits(offset, ram_size),
+            Change::MapPatched { offset, .. } => {
+                pages(offset) && patched::range(ram_size).contains(&offset)
+            }
             _ => true,
         };
         let apart = at >= reserved.end || at + len <= reserved.start;
@@ -90,6 +103,10 @@ impl Change {
                 let flags = MAP_SHARED_FIXED | if populate { MAP_POPULATE } else { 0 };
                 let protection = protection(write, execute);
                 [MMAP, at, len, protection, flags, RAM_FD.into(), offset]
+            }
+            Change::MapPatched { at, offset } => {
+                let fd = RAM_FD.into();
+                [MMAP, at, PAGE, EXECUTE_ONLY, MAP_SHARED_FIXED, fd, offset]
             }
             Change::Unmap { at, len } => [MUNMAP, at, len, 0, 0, 0, 0],
             Change::Protect {

@@ -50,6 +50,11 @@ impl Changes {
         });
     }
 
+    /// Maps a patched copy of a page of code, at this offset of its file.
+    pub fn map_patched(&mut self, linear: u64, offset: u64) {
+        self.0.push(Change::MapPatched { at: linear, offset });
+    }
+
     /// Unmaps a page.
     pub fn unmap(&mut self, linear: u64) {
         if let Some(Change::Unmap { at, len }) = self.0.last_mut()
@@ -124,6 +129,7 @@ mod tests {
                 Change::Map { len, .. }
                 | Change::Unmap { len, .. }
                 | Change::Protect { len, .. } => len / PAGE_SIZE,
+                Change::MapPatched { .. } => 1,
             })
             .collect();
         assert_eq!(lens, [2, 1, 1, 2, 2, 1]);

@@ -14,6 +14,9 @@ pub(crate) struct Counts {
     pub other_traps: u64,
     pub calls: u64,
     pub sensitive: u64,
+    /// Copies of pages of code that were patched, and reads of pages that are executed so.
+    pub patched: u64,
+    pub patched_reads: u64,
     pub gone: u64,
     pub pages_mapped: u64,
     pub revisions: u64,
@@ -44,6 +47,8 @@ impl Counts {
             ("user_interruptions_direct", c.found[0]),
             ("user_interruptions_translated", c.found[1]),
             ("direct_entries_sensitive_page", c.sensitive),
+            ("direct_pages_patched", c.patched),
+            ("direct_reads_of_patched_pages", c.patched_reads),
             ("direct_children_lost", c.gone),
             ("direct_pages_mapped", c.pages_mapped),
             ("direct_shadow_revisions", c.revisions),

@@ -53,6 +53,11 @@ const MAGIC1: u32 = 0x4650_5853;
 const MAGIC2: u32 = 0x4650_5845;
 const SS_AUTODISARM: u64 = 1 << 31;
 
+/// The protection keys' component of the XSAVE area, and what it is while user code runs: nothing but key 0 may be read or written, so that what is mapped to be
+/// executed alone, for which Linux takes another key, cannot be read. The guest's own is not here: a guest that has protection keys is translated.
+const PKRU: u32 = 9;
+const ONLY_KEY_0: u64 = 0x5555_5554;
+
 /// A component of the XSAVE area.
 #[derive(Clone, Copy, Debug)]
 struct Component {
@@ -76,6 +81,8 @@ pub(crate) struct Template {
     features: u64,
     mxcsr_mask: u32,
     components: Vec<Component>,
+    /// Where PKRU is in the area, on a host that has it.
+    pkru: Option<usize>,
 }
 
 /// Why a process stopped, from its frame.
@@ -127,6 +134,8 @@ impl Template {
         if magic != MAGIC1 || exchange.load32(fpstate + xstate_size) != MAGIC2 {
             return None;
         }
+        let pkru = (features >> PKRU & 1 != 0).then(|| cpuid_count(0xd, PKRU).ebx as usize);
+        let pkru = pkru.filter(|at| (EXTENDED..xstate_size - 7).contains(at));
         let features = features & XCR0_MASK;
         let mxcsr_mask = match exchange.load32(fpstate + MXCSR_MASK) {
             0 => 0xffbf,
@@ -142,6 +151,7 @@ impl Template {
             features,
             mxcsr_mask,
             components: components(features, xstate_size)?,
+            pkru,
         })
     }
 
@@ -187,8 +197,12 @@ impl Template {
         legacy[..SOFTWARE].copy_from_slice(&fpu.bytes[..SOFTWARE]);
         legacy[MXCSR..MXCSR + 4].copy_from_slice(&(fpu.mxcsr() & self.mxcsr_mask).to_le_bytes());
         legacy[SOFTWARE..LEGACY].copy_from_slice(&self.software);
-        legacy[XSTATE_BV..XSTATE_BV + 8].copy_from_slice(&in_use.to_le_bytes());
+        let keys = u64::from(self.pkru.is_some()) << PKRU;
+        legacy[XSTATE_BV..XSTATE_BV + 8].copy_from_slice(&(in_use | keys).to_le_bytes());
         exchange.write(at, &legacy);
+        if let Some(pkru) = self.pkru {
+            exchange.store64(at + pkru, ONLY_KEY_0);
+        }
         for c in self.components.iter().filter(|c| in_use & c.bit != 0) {
             exchange.write(at + c.offset, &fpu.bytes[c.offset..c.offset + c.size]);
         }

@@ -13,6 +13,7 @@
 //!   hardly any to one that is none.
 //! * CPUID is between the two: its two bytes stand by chance in 14 of the 5,059 pages of GCC's compiler proper, which comes by two of them all the time. It counts
 //!   unless decoding leads past it from everywhere (stops at sensitive pages in a build of 17 files of C, all of it direct, 12.6 : 5.7 million).
+//!   Where it was executed, it is taken out of a copy of the page (`patched`).
 //!
 //! Instructions of the host's that no guest is offered are looked for in the same way, whether this host has them or not: transactions (XBEGIN,
 //! XABORT, XSUSLDTRK, XRESLDTRK; XTEST says that there is none, and 38 of them are in the C library, in routines that are not chosen), AMX's LDTILECFG, STTILECFG and TILERELEASE (the rest of AMX traps in a process that has not asked for it), MOVDIRI,
@@ -35,6 +36,7 @@ use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKi
 
 use crate::hidden::{self, Where};
 use crate::length::{self, Kind, LONGEST, Length};
+use crate::patched::Code;
 
 /// Which of them count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,6 +90,21 @@ pub fn verdict(page: &[u8], hazards: Hazards) -> Verdict {
         Where::Beginning => Verdict::Early,
         Where::Inside => Verdict::Sensitive,
     }
+}
+
+/// The page with undefined instructions in place of CPUIDs that are known to stand at these bytes, where that makes it one that may be executed; and what it holds
+/// then.
+pub fn without_cpuid(page: &Code, known: &[u16], hazards: Hazards) -> Option<(Code, Verdict)> {
+    const CPUID: &[u8] = &[0x0f, 0xa2];
+    const UD2: &[u8] = &[0x0f, 0x0b];
+    let mut copy = *page;
+    for at in known.iter().map(|at| usize::from(*at)) {
+        if page.get(at..at + CPUID.len()) == Some(CPUID) {
+            copy[at..at + UD2.len()].copy_from_slice(UD2);
+        }
+    }
+    let verdict = verdict(&copy, hazards);
+    (copy != *page && verdict != Verdict::Sensitive).then_some((copy, verdict))
 }
 
 /// Bytes of a page that matter to [`is_sensitive_across`]: so many at its end, and at its beginning.

@@ -1,14 +1,15 @@
 //! What the vCPUs of a machine share: the zygote of their children, and what is known of the host.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
-use doppel_memory::{GuestRam, PAGE_SIZE};
+use doppel_memory::{GuestRam, PAGE_MASK, PAGE_SIZE};
 use doppel_x86::{CpuidModel, XCR0_PKRU, host_xcr0};
 
 use crate::hazard::Hazards;
+use crate::patched::{Code, PatchedPage, PatchedPages};
 use crate::prices::Prices;
 use crate::space::END_OF_USER;
-use crate::{Child, DirectError, Zygote};
+use crate::{Change, Child, DirectError, KickFlag, Stop, UserState, Zygote};
 
 /// Mappings that a process can have, unless the host says otherwise.
 const USUAL_MAPPINGS: usize = 65_530;
@@ -25,6 +26,8 @@ pub struct DirectHost {
     /// Below it the host maps nothing for an ordinary process.
     lowest: u64,
     prices: OnceLock<Prices>,
+    patched: Arc<PatchedPages>,
+    hides_code: OnceLock<bool>,
 }
 
 impl DirectHost {
@@ -33,6 +36,8 @@ impl DirectHost {
         let file = ram.file().ok_or(DirectError::NotShared)?;
         let zygote = Zygote::new(file, ram.size())?;
         Ok(DirectHost {
+            patched: Arc::new(PatchedPages::behind(file, ram.size())?),
+            hides_code: OnceLock::new(),
             zygote,
             most_mappings: most_mappings(),
             lowest: lowest(),
@@ -44,6 +49,35 @@ impl DirectHost {
     pub fn prices(&self) -> Prices {
         let measured = || Prices::measure(&self.zygote).unwrap_or(Prices::USUAL);
         *self.prices.get_or_init(measured)
+    }
+
+    /// A page that children execute in place of another, where this host has code that can be executed and not read, and there is room.
+    pub(crate) fn patched_page(&self, code: &Code) -> Option<PatchedPage> {
+        let hides = || self.hides_code().unwrap_or(false);
+        self.hides_code.get_or_init(hides).then_some(())?;
+        self.patched.page(code)
+    }
+
+    /// Has a child execute code that reads itself: whether that faults, for the protection key.
+    fn hides_code(&self) -> Option<bool> {
+        /// MOV AL, [RIP - 6], which is where it stands; UD2.
+        const READS_ITSELF: [u8; 8] = [0x8a, 0x05, 0xfa, 0xff, 0xff, 0xff, 0x0f, 0x0b];
+        const PROTECTION_KEY: u32 = 1 << 5;
+        let mut code: Code = [0; PAGE_SIZE as usize];
+        code[..READS_ITSELF.len()].copy_from_slice(&READS_ITSELF);
+        let page = self.patched.page(&code)?;
+        let mut child = self.spawn().ok()?;
+        let at = child.reserved().end;
+        let map = Change::MapPatched {
+            at,
+            offset: page.offset(),
+        };
+        let mut user = UserState::new(at);
+        let stop = child.run(&mut user, &[map], &KickFlag::new()).ok()?;
+        Some(matches!(
+            stop,
+            Stop::Trap { vector: 14, error, address } if error & PROTECTION_KEY != 0 && address & !PAGE_MASK == at
+        ))
     }
 
     /// A child with nothing mapped.

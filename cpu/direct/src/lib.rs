@@ -22,6 +22,7 @@ mod hidden;
 mod host;
 mod kick_unsafe;
 mod length;
+mod patched;
 mod pin;
 mod policy;
 mod prices;

@@ -26,6 +26,7 @@ impl Entry {
     const WRITE: u64 = 2;
     const EXECUTE: u64 = 4;
     const SENSITIVE: u64 = 8;
+    const PATCHED: u64 = 16;
 
     /// A guest physical page for reading.
     pub fn new(gpa: u64) -> Self {
@@ -39,7 +40,13 @@ impl Entry {
 
     /// With permission to execute, or without.
     pub fn execute(self, execute: bool) -> Self {
-        Entry(self.0 & !Self::EXECUTE | if execute { Self::EXECUTE } else { 0 })
+        let others = self.0 & !(Self::EXECUTE | Self::PATCHED);
+        Entry(others | if execute { Self::EXECUTE } else { 0 })
+    }
+
+    /// To be executed, but from a patched copy, and not to be read.
+    pub fn patched(self) -> Self {
+        Entry(self.0 | Self::EXECUTE | Self::PATCHED)
     }
 
     /// The guest may execute it, but the processor must not.
@@ -65,6 +72,11 @@ impl Entry {
     /// See [`Self::sensitive`].
     pub fn is_sensitive(self) -> bool {
         self.0 & Self::SENSITIVE != 0
+    }
+
+    /// See [`Self::patched`].
+    pub fn is_patched(self) -> bool {
+        self.0 & Self::PATCHED != 0
     }
 
     /// The guest physical page.
@@ -175,6 +187,12 @@ impl Shadow {
                 }
                 let linear = (number << REGION_SHIFT) + n as u64 * PAGE_SIZE;
                 match what {
+                    Revoked::Execute if entry.is_patched() => {
+                        *entry = Entry::NONE;
+                        region.used -= 1;
+                        self.pages -= 1;
+                        changes.unmap(linear);
+                    }
                     Revoked::Write if entry.may_write() => {
                         *entry = entry.write(false);
                         changes.protect(linear, *entry);
@@ -202,6 +220,7 @@ impl Shadow {
                 }
                 let linear = start + n as u64 * PAGE_SIZE;
                 let leaf = survey.page(n).filter(|l| l.gpa == entry.gpa());
+                let leaf = leaf.filter(|l| l.execute || !entry.is_patched());
                 if entry.may_write() {
                     revision.written += 1;
                     revision.kept += usize::from(leaf.is_some());

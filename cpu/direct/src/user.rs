@@ -18,7 +18,7 @@ mod shadow_paging;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use doppel_memory::AccessKind;
+use doppel_memory::{AccessKind, probe};
 use doppel_x86::{
     Cpu, CpuMode, Cr0, Cr4, EngineStats, Exception, Flushed, Kick, Left, Rflags, Seg, Segment,
     UserCode, host_tsc,
@@ -27,6 +27,7 @@ use rustc_hash::FxHashMap;
 
 use crate::counts::{Counts, nanoseconds};
 use crate::hazard::{Hazards, Verdict};
+use crate::patched::PatchedPage;
 use crate::pin::Pin;
 use crate::policy::{Account, Explorer, Look, Looks, Scout, Stretch, Times};
 use crate::prices::{self, Again};
@@ -44,10 +45,16 @@ const MAPPINGS: (usize, usize) = (16, 128);
 /// Times that a page changes between written and executed before it is executed no more.
 const MOST_TURNS: u32 = 20;
 
+/// Pages of which it is kept where CPUIDs were executed, and CPUIDs of a page.
+const MOST_ASKING: usize = 1024;
+
 /// A page that was claimed as code.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 struct Claim {
+    /// Of the page, or of its copy.
     verdict: Verdict,
+    /// A copy that is executed in its place.
+    patched: Option<PatchedPage>,
     /// The program that came to it first: [`Space::life`].
     life: u64,
 }
@@ -57,6 +64,18 @@ struct Claim {
 pub struct DirectOptions {
     /// Always, whether that is faster or not: for tests.
     pub always: bool,
+    /// Pages with a CPUID are not executed, even where a patched copy could be.
+    pub unpatched: bool,
+}
+
+impl DirectOptions {
+    /// Always, with all that direct execution has.
+    pub fn always() -> Self {
+        DirectOptions {
+            always: true,
+            unpatched: false,
+        }
+    }
 }
 
 /// Has the engine come by after a time: whoever keeps it calls the engine, as an interrupt does.
@@ -84,6 +103,8 @@ pub struct Direct {
     entries: u64,
     spaces: BTreeMap<u64, Space>,
     claims: FxHashMap<u64, Claim>,
+    /// Where in pages of code CPUIDs were executed, whether they are claimed yet or not.
+    asked_cpuid: FxHashMap<u64, Vec<u16>>,
     /// The program that runs, and how many there were.
     life: u64,
     lives: u64,
@@ -130,6 +151,7 @@ impl Direct {
             entries: 0,
             spaces: BTreeMap::new(),
             claims: FxHashMap::default(),
+            asked_cpuid: FxHashMap::default(),
             life: 0,
             lives: 0,
             turns: FxHashMap::default(),
@@ -512,7 +534,14 @@ impl UserCode for Direct {
         }
     }
 
+    fn asked_cpuid(&mut self, cpu: &Cpu, rip: u64) {
+        if let Some(at) = probe(&cpu.ram, &cpu.paging(), rip) {
+            self.note_cpuid(cpu, at.gpa);
+        }
+    }
+
     fn written(&mut self, cpu: &Cpu, page: u64) {
+        self.asked_cpuid.remove(&page);
         if self.claims.remove(&page).is_some() {
             cpu.ram.tracker().release_code(page, &cpu.peer);
             self.revoke(page, Revoked::Execute);

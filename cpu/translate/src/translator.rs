@@ -280,8 +280,16 @@ impl Translator {
     fn step(&mut self, bus: &mut dyn Bus) {
         self.link_from = None;
         self.code.put_back();
+        let cpu = &mut self.context.cpu;
+        let rip = cpu.rip;
+        cpu.asked_cpuid = false;
         // The outcome shows in `activity`, which the loop looks at.
-        let _: Outcome = interpret::step(&mut self.context.cpu, bus);
+        let _: Outcome = interpret::step(cpu, bus);
+        if cpu.asked_cpuid
+            && let Some(user_code) = &mut self.user_code
+        {
+            user_code.asked_cpuid(cpu, rip);
+        }
     }
 
     /// Raises a fault of the instruction at RIP. As after a step, the outcome shows in `activity`.

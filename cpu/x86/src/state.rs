@@ -445,6 +445,8 @@ pub struct Cpu {
     pub spaces: AddressSpaces,
     /// Permissions to write that were taken away since somebody last looked.
     pub given_up: GivenUp,
+    /// User code executed CPUID since somebody last looked.
+    pub asked_cpuid: bool,
     /// Physical memory as it is accessed without paging, where somebody accesses it that way.
     pub window: Option<Window>,
     pub ram: Arc<GuestRam>,
@@ -530,6 +532,7 @@ impl Cpu {
             flushed: Flushed::default(),
             spaces: AddressSpaces::default(),
             given_up: GivenUp::default(),
+            asked_cpuid: false,
             window: None,
             pmu: Pmu::default(),
             peer: ram.tracker().join(),

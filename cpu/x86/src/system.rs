@@ -443,6 +443,7 @@ fn wrmsr(cpu: &mut Cpu, bus: &mut dyn Bus) -> Result<(), Exception> {
 }
 
 fn cpuid(cpu: &mut Cpu) -> Result<(), Exception> {
+    cpu.asked_cpuid |= cpu.cpl == 3;
     let leaf = cpu.cpuid(cpu.reg(Gpr::Rax) as u32, ecx(cpu));
     cpu.gpr[Gpr::Rax as usize] = leaf.eax.into();
     cpu.gpr[Gpr::Rbx as usize] = leaf.ebx.into();

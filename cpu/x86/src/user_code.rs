@@ -47,6 +47,9 @@ pub trait UserCode: Send {
     /// Some of this page (guest physical) was written, or is about to be: what is executed of it has to be looked at anew.
     fn written(&mut self, cpu: &Cpu, page: u64);
 
+    /// The engine has executed a CPUID of user code, the instruction at this linear address.
+    fn asked_cpuid(&mut self, _cpu: &Cpu, _rip: u64) {}
+
     /// Makes a run come back, from any thread.
     fn kicker(&self) -> Arc<dyn Kick>;
 

@@ -181,7 +181,7 @@ fn engine(kind: Kind, mut cpu: Box<Cpu>) -> Result<Box<dyn Engine>> {
         Kind::Direct => {
             cpu.tsc_offset = 0;
             let host = Arc::new(DirectHost::new(&cpu.ram)?);
-            let direct = Direct::new(host, &cpu, DirectOptions { always: true });
+            let direct = Direct::new(host, &cpu, DirectOptions::always());
             let options = TranslateOptions {
                 entry_flags: true,
                 ..TranslateOptions::default()

@@ -59,6 +59,12 @@ fn busy_loops() -> Vec<(&'static str, u64)> {
             place!(2, "mov ecx, 200000", "4:", "paddd xmm0, xmm1", "vpxor ymm2, ymm2, ymm3", "vpaddq ymm3, ymm3, ymm4", "vpermilps ymm4, ymm4, 0x1b",
                 "vpsubb ymm15, ymm14, ymm15", "vpshufd ymm14, ymm15, 0x39", "pmulld xmm8, xmm9", "dec ecx", "jnz 4b", "ud2"),
         ),
+        // It reads the bytes of its own CPUID now and then; what CPUID says is the guest's business.
+        (
+            "beside a cpuid",
+            place!(4, "mov r8d, 4", "4:", "mov r9d, 100", "5:", "xor eax, eax", "xor ecx, ecx", "6:", "cpuid", "mov r11d, 500", "7:", "imul r10, r10, 77", "add r10, r11",
+                "dec r11d", "jnz 7b", "dec r9d", "jnz 5b", "xor r10, [rip + 6b]", "dec r8d", "jnz 4b", "xor eax, eax", "xor ebx, ebx", "xor ecx, ecx", "xor edx, edx", "ud2"),
+        ),
     ];
     if is_x86_feature_detected!("avx512bw") {
         let at = place!(3, "mov ecx, 100000", "4:", "vpaddd zmm16, zmm17, zmm16", "vprold zmm17, zmm16, 5", "vpcmpud k2, zmm16, zmm17, 1", "kxorq k1, k1, k2",

@@ -54,6 +54,10 @@ impl Direct {
             });
         }
         let old = self.space(root)?.shadow.get(linear);
+        if old.is_patched() && old.gpa() == leaf.gpa && kind == AccessKind::Read {
+            self.read_patched(leaf.gpa);
+            return Some(Left::Interpret);
+        }
         let entry = self.entry_at(cpu, root, linear, &leaf, kind);
         let sensitive = entry.is_sensitive() && kind == AccessKind::Execute;
         if old != entry || !old.is_mapped() {
@@ -106,6 +110,16 @@ impl Direct {
         if let Some(leaf) = leaf.filter(|l| ram.is_ram(l.gpa)) {
             let entry = self.entry_at(cpu, root, linear, &leaf, kind);
             self.map(cpu, root, linear, entry);
+        }
+    }
+
+    /// User code reads a page of which it executes a copy. A page that is read again and again is not executed any more.
+    fn read_patched(&mut self, gpa: u64) {
+        self.counts.patched_reads += 1;
+        let turns = self.turns.entry(gpa).or_default();
+        *turns += 1;
+        if *turns > MOST_TURNS {
+            self.give_up_patched(gpa);
         }
     }
 

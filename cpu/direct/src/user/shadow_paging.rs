@@ -5,8 +5,9 @@ use doppel_memory::{
 };
 use doppel_x86::Cpu;
 
-use super::{Claim, Direct, MAPPINGS, MOST_TURNS};
+use super::{Claim, Direct, MAPPINGS, MOST_ASKING, MOST_TURNS};
 use crate::hazard::{self, Verdict};
+use crate::patched::PatchedPage;
 use crate::shadow::{Entry, Revoked};
 use crate::space::Space;
 
@@ -35,12 +36,15 @@ impl Direct {
         let entry = Entry::new(leaf.gpa);
         let asked = kind == AccessKind::Execute;
         if leaf.execute && (asked || !leaf.writable) {
-            return match self.verdict(cpu, leaf.gpa) {
-                Verdict::Harmless => entry.execute(true),
-                Verdict::Early if !self.begins_sensitive(cpu, linear, leaf.gpa) => {
-                    entry.execute(true)
-                }
-                Verdict::Early | Verdict::Sensitive => entry.sensitive(),
+            let sensitive = match self.verdict(cpu, leaf.gpa) {
+                Verdict::Harmless => false,
+                Verdict::Early => self.begins_sensitive(cpu, linear, leaf.gpa),
+                Verdict::Sensitive => true,
+            };
+            return match sensitive {
+                true => entry.sensitive(),
+                false if self.patched(leaf.gpa).is_some() => entry.patched(),
+                false => entry.execute(true),
             };
         }
         let tracker = cpu.ram.tracker();
@@ -89,7 +93,7 @@ impl Direct {
         if let Some(claim) = self.claims.get(&gpa) {
             return claim.verdict;
         }
-        if self.turns.get(&gpa).is_some_and(|n| *n > MOST_TURNS) {
+        if self.has_turned_often(gpa) {
             return Verdict::Sensitive;
         }
         self.explored += u64::from(!cpu.ram.tracker().has_code(gpa));
@@ -97,16 +101,76 @@ impl Direct {
         cpu.give_up_writing_to(gpa);
         let asked = cpu.ram.tracker().protect(gpa, &cpu.peer);
         cpu.wait_for_peers(asked);
+        let (verdict, patched) = self.look_through(cpu, gpa);
+        let claim = Claim {
+            verdict,
+            patched,
+            life: self.life,
+        };
+        self.claims.insert(gpa, claim);
+        self.follow_given_up(cpu);
+        verdict
+    }
+
+    /// What a page that is claimed holds, or else a copy that can be executed in its place.
+    fn look_through(&mut self, cpu: &Cpu, gpa: u64) -> (Verdict, Option<PatchedPage>) {
         let mut page = [0; PAGE_SIZE as usize];
         if let Some(p) = cpu.ram.ptr(gpa) {
             p.read(&mut page);
         }
         let verdict = hazard::verdict(&page, self.hazards);
-        let life = self.life;
-        let claim = Claim { verdict, life };
-        self.claims.insert(gpa, claim);
-        self.follow_given_up(cpu);
-        verdict
+        let known = self.asked_cpuid.get(&gpa);
+        let known = known.filter(|_| verdict != Verdict::Harmless && !self.options.unpatched);
+        let without = known.and_then(|at| hazard::without_cpuid(&page, at, self.hazards));
+        let patched = without.and_then(|(copy, v)| Some((v, self.host.patched_page(&copy)?)));
+        match patched {
+            Some((verdict, patched)) => {
+                self.counts.patched += 1;
+                (verdict, Some(patched))
+            }
+            None => (verdict, None),
+        }
+    }
+
+    fn patched(&self, gpa: u64) -> Option<&PatchedPage> {
+        self.claims.get(&gpa)?.patched.as_ref()
+    }
+
+    fn has_turned_often(&self, gpa: u64) -> bool {
+        self.turns.get(&gpa).is_some_and(|n| *n > MOST_TURNS)
+    }
+
+    /// A CPUID was executed here: the page may be one that a patched copy serves for.
+    pub(super) fn note_cpuid(&mut self, cpu: &Cpu, at: u64) {
+        if !self.hazards.cpuid || self.options.unpatched {
+            return;
+        }
+        if self.asked_cpuid.len() >= MOST_ASKING {
+            self.asked_cpuid.clear();
+        }
+        let (page, offset) = (at & !PAGE_MASK, (at & PAGE_MASK) as u16);
+        let known = self.asked_cpuid.entry(page).or_default();
+        if known.contains(&offset) || known.len() >= MOST_ASKING {
+            return;
+        }
+        known.push(offset);
+        let claimed = self.claims.get(&page);
+        if claimed.is_none_or(|c| c.verdict == Verdict::Harmless) || self.has_turned_often(page) {
+            return;
+        }
+        let (verdict, patched) = self.look_through(cpu, page);
+        if let Some(claim) = self.claims.get_mut(&page).filter(|_| patched.is_some()) {
+            (claim.verdict, claim.patched) = (verdict, patched);
+            self.revoke(page, Revoked::Execute);
+        }
+    }
+
+    /// The copy is executed no more, and the page is not either.
+    pub(super) fn give_up_patched(&mut self, gpa: u64) {
+        if let Some(claim) = self.claims.get_mut(&gpa) {
+            (claim.verdict, claim.patched) = (Verdict::Sensitive, None);
+            self.revoke(gpa, Revoked::Execute);
+        }
     }
 
     pub(super) fn map(&mut self, cpu: &Cpu, root: u64, linear: u64, entry: Entry) {
@@ -118,13 +182,15 @@ impl Direct {
             *word |= 1 << (page % 64);
         }
         self.counts.pages_mapped += 1;
+        let patched = self.patched(entry.gpa()).map(PatchedPage::offset);
         if let Some(space) = self.spaces.get_mut(&root) {
             let old = space.shadow.get(linear);
             space.shadow.set(linear, entry);
-            if old.is_mapped() && old.gpa() == entry.gpa() {
-                space.changes.protect(linear, entry);
-            } else {
-                space.changes.map(linear, offset, entry);
+            let same = old.is_mapped() && old.gpa() == entry.gpa() && !old.is_patched();
+            match patched.filter(|_| entry.is_patched()) {
+                Some(offset) => space.changes.map_patched(linear, offset),
+                None if same => space.changes.protect(linear, entry),
+                None => space.changes.map(linear, offset, entry),
             }
         }
     }

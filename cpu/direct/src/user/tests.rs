@@ -6,6 +6,8 @@ use doppel_memory::{Backing, GuestRam, PAGE_MASK, PAGE_SIZE};
 use doppel_x86::{Efer, EmptyBus, flat_attributes, interpret};
 use iced_x86::code_asm::*;
 
+mod patched;
+
 const TABLE: u64 = 0x4000;
 const P: u64 = 0x21;
 const RW: u64 = 0x42;
@@ -98,7 +100,12 @@ impl Rig {
     }
 
     fn step(&mut self) {
+        let rip = self.cpu.rip;
+        self.cpu.asked_cpuid = false;
         let _ = interpret::step(&mut self.cpu, &mut EmptyBus);
+        if self.cpu.asked_cpuid {
+            self.direct.asked_cpuid(&self.cpu, rip);
+        }
         for (at, _) in std::mem::take(&mut self.cpu.code_writes) {
             self.direct.written(&self.cpu, at & !PAGE_MASK);
         }
@@ -142,8 +149,6 @@ fn begin(cpu: &mut Cpu) {
     cpu.rip = CODE;
 }
 
-const ALWAYS: DirectOptions = DirectOptions { always: true };
-
 /// Calls OTHER for ever.
 fn calls(a: &mut CodeAssembler) {
     let mut again = a.create_label();
@@ -166,7 +171,7 @@ fn reads(a: &mut CodeAssembler) {
 
 #[test]
 fn each_visit_to_sensitive_code_is_the_engines() {
-    let Some(mut rig) = Rig::new(ALWAYS, calls) else {
+    let Some(mut rig) = Rig::new(DirectOptions::always(), calls) else {
         return;
     };
     rig.put(OTHER, &[0xc3]);
@@ -187,7 +192,7 @@ fn an_instruction_that_goes_on_in_sensitive_code_is_the_engines() {
         a.mov(rax, LAST).unwrap();
         a.jmp(rax).unwrap();
     };
-    let Some(mut rig) = Rig::new(ALWAYS, jump) else {
+    let Some(mut rig) = Rig::new(DirectOptions::always(), jump) else {
         return;
     };
     // MOV EAX, 1, of which two bytes are in the first page; JMP CODE.
@@ -208,7 +213,7 @@ fn an_instruction_that_goes_on_in_sensitive_code_is_the_engines() {
 
 #[test]
 fn a_mapping_that_is_gone_is_made_again() {
-    let Some(mut rig) = Rig::new(ALWAYS, reads) else {
+    let Some(mut rig) = Rig::new(DirectOptions::always(), reads) else {
         return;
     };
     rig.cpu.gpr[2] = 5;
@@ -238,7 +243,7 @@ fn a_mapping_that_is_gone_is_made_again() {
 #[test]
 fn a_fault_that_stays_leads_to_translation() {
     const WRITE: u32 = 6;
-    let Some(mut rig) = Rig::new(ALWAYS, reads) else {
+    let Some(mut rig) = Rig::new(DirectOptions::always(), reads) else {
         return;
     };
     rig.cpu.gpr[2] = 5;
@@ -294,7 +299,7 @@ fn a_page_that_is_written_and_executed_again_and_again_is_translated() {
 
 #[test]
 fn pages_that_no_process_may_have_are_the_engines() {
-    let Some(mut rig) = Rig::new(ALWAYS, |a| {
+    let Some(mut rig) = Rig::new(DirectOptions::always(), |a| {
         a.mov(al, byte_ptr(8)).unwrap();
         a.syscall().unwrap();
     }) else {
