@@ -350,6 +350,33 @@ fn accessed_and_dirty_bits_are_set_by_what_is_done() {
 }
 
 #[test]
+fn code_that_ends_with_its_page_leaves_the_next_alone() {
+    /// FLD1; FST [RBX]: the processor executes them for the interpreter, from a copy. ADDPS XMM0, [RBX]; MOV [RBX], EAX. RET behind each.
+    const CODES: [&[u8]; 3] = [
+        &[0xd9, 0xe8, 0xd9, 0x13, 0xc3],
+        &[0x0f, 0x58, 0x03, 0xc3],
+        &[0x89, 0x03, 0xc3],
+    ];
+    each_engine(|m| {
+        for code in CODES {
+            let end = 0x1000 - code.len() as u64;
+            m.map(0, SPARE, P | RW);
+            m.map(1, SPARE + 0x1000, P | RW);
+            m.cpu_mut().flush_tlb(true);
+            m.put_bytes(SPARE + end, code);
+            m.run_code(|a| {
+                a.fninit()?;
+                a.mov(rbx, DATA)?;
+                a.mov(rdx, X + end)?;
+                a.call(rdx)
+            });
+            assert_eq!(m.entry(0) & A, A, "{code:x?}");
+            assert_eq!(m.entry(1) & (A | D), 0, "{code:x?}");
+        }
+    });
+}
+
+#[test]
 fn a_faulting_access_leaves_the_leaf_alone() {
     each_engine(|m| {
         for leaf in [1, 2, 3] {

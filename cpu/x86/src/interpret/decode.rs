@@ -382,7 +382,12 @@ pub(super) fn bytes_of(cpu: &mut Cpu, i: &Instruction) -> Option<[u8; 16]> {
         return None;
     }
     let mut bytes = [0; 16];
-    let available = cpu.fetch(cpu.rip, &mut bytes).ok()?;
+    let gpa = cpu.fetch_address(cpu.rip).ok()?;
+    let mut available = on_page(cpu, gpa, &mut bytes);
+    if available < i.len() {
+        // No sooner: to read on in the next page would set its accessed bit.
+        available = cpu.fetch(cpu.rip, &mut bytes).ok()?;
+    }
     let (again, _) = decode_bytes(cpu, mode, &bytes[..available]);
     (again == *i && again.len() == i.len()).then_some(bytes)
 }
