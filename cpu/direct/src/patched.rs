@@ -8,7 +8,7 @@
 //!
 //! Invariants:
 //! * only bytes that were executed as CPUID are patched ([`doppel_x86::UserCode::asked_cpuid`]). To take for one what is part of another instruction would change that one,
-//!   and no decoding from elsewhere is sure;
+//!   and no decoding from elsewhere is sure. What was seen holds for the page as it was, which a digest tells;
 //! * what is executed holds no sensitive instruction: the copy is looked through like any page ([`hazard::without_cpuid`](crate::hazard::without_cpuid));
 //! * a copy is as good as its page: both are given up when the page is written, before that is done;
 //! * no mapping is made unless one was seen to be unreadable on this host ([`crate::DirectHost`] tries, once).

@@ -59,6 +59,14 @@ struct Claim {
     life: u64,
 }
 
+/// Where CPUIDs were executed in a page.
+#[derive(Debug, Default)]
+struct Asked {
+    /// A digest of the page as it was: of another nothing is known.
+    code: u64,
+    at: Vec<u16>,
+}
+
 /// How user code is executed directly.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DirectOptions {
@@ -104,7 +112,7 @@ pub struct Direct {
     spaces: BTreeMap<u64, Space>,
     claims: FxHashMap<u64, Claim>,
     /// Where in pages of code CPUIDs were executed, whether they are claimed yet or not.
-    asked_cpuid: FxHashMap<u64, Vec<u16>>,
+    asked_cpuid: FxHashMap<u64, Asked>,
     /// The program that runs, and how many there were.
     life: u64,
     lives: u64,
@@ -541,7 +549,6 @@ impl UserCode for Direct {
     }
 
     fn written(&mut self, cpu: &Cpu, page: u64) {
-        self.asked_cpuid.remove(&page);
         if self.claims.remove(&page).is_some() {
             cpu.ram.tracker().release_code(page, &cpu.peer);
             self.revoke(page, Revoked::Execute);

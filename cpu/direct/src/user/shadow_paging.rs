@@ -1,13 +1,16 @@
 //! How the pages of a shadow follow the guest's page tables: what a page may be mapped with, which are mapped, and what is taken from them again.
 
+use std::hash::Hasher;
+
 use doppel_memory::{
     AccessKind, Leaf, PAGE_MASK, PAGE_SIZE, Paging, REGION_PAGES, REGION_SHIFT, Survey, probe,
 };
 use doppel_x86::Cpu;
+use rustc_hash::FxHasher;
 
-use super::{Claim, Direct, MAPPINGS, MOST_ASKING, MOST_TURNS};
+use super::{Asked, Claim, Direct, MAPPINGS, MOST_ASKING, MOST_TURNS};
 use crate::hazard::{self, Verdict};
-use crate::patched::PatchedPage;
+use crate::patched::{Code, PatchedPage};
 use crate::shadow::{Entry, Revoked};
 use crate::space::Space;
 
@@ -114,14 +117,12 @@ impl Direct {
 
     /// What a page that is claimed holds, or else a copy that can be executed in its place.
     fn look_through(&mut self, cpu: &Cpu, gpa: u64) -> (Verdict, Option<PatchedPage>) {
-        let mut page = [0; PAGE_SIZE as usize];
-        if let Some(p) = cpu.ram.ptr(gpa) {
-            p.read(&mut page);
-        }
+        let page = code(cpu, gpa);
         let verdict = hazard::verdict(&page, self.hazards);
         let known = self.asked_cpuid.get(&gpa);
         let known = known.filter(|_| verdict != Verdict::Harmless && !self.options.unpatched);
-        let without = known.and_then(|at| hazard::without_cpuid(&page, at, self.hazards));
+        let known = known.filter(|k| k.code == digest(&page));
+        let without = known.and_then(|k| hazard::without_cpuid(&page, &k.at, self.hazards));
         let patched = without.and_then(|(copy, v)| Some((v, self.host.patched_page(&copy)?)));
         match patched {
             Some((verdict, patched)) => {
@@ -149,11 +150,18 @@ impl Direct {
             self.asked_cpuid.clear();
         }
         let (page, offset) = (at & !PAGE_MASK, (at & PAGE_MASK) as u16);
+        let code = digest(&code(cpu, page));
         let known = self.asked_cpuid.entry(page).or_default();
-        if known.contains(&offset) || known.len() >= MOST_ASKING {
+        if known.code != code {
+            *known = Asked {
+                code,
+                at: Vec::new(),
+            };
+        }
+        if known.at.contains(&offset) || known.at.len() >= MOST_ASKING {
             return;
         }
-        known.push(offset);
+        known.at.push(offset);
         let claimed = self.claims.get(&page);
         if claimed.is_none_or(|c| c.verdict == Verdict::Harmless) || self.has_turned_often(page) {
             return;
@@ -261,4 +269,19 @@ impl Direct {
             space.shadow.revoke(gpa, what, &mut space.changes);
         }
     }
+}
+
+/// What a page of RAM holds.
+fn code(cpu: &Cpu, gpa: u64) -> Code {
+    let mut page = [0; PAGE_SIZE as usize];
+    if let Some(p) = cpu.ram.ptr(gpa) {
+        p.read(&mut page);
+    }
+    page
+}
+
+fn digest(page: &Code) -> u64 {
+    let mut hasher = FxHasher::default();
+    hasher.write(page);
+    hasher.finish()
 }

@@ -123,13 +123,27 @@ fn a_page_that_is_written_has_no_copy_any_more() {
     assert_eq!(rig.cpu.gpr[13], 5);
     assert_eq!(counts.sensitive, before.sensitive + 5);
     assert_eq!(counts.other_traps, before.other_traps);
-    assert!(rig.direct.asked_cpuid.is_empty());
     // And has one again.
     rig.put(OTHER, ASKS);
     let Rig { direct, cpu } = &mut rig;
     direct.written(cpu, OTHER);
     rounds(&mut rig, 5);
     assert_eq!(rig.direct.counts.patched, before.patched + 1);
+}
+
+#[test]
+fn what_was_seen_of_another_program_is_no_proof() {
+    let Some(mut rig) = rig(DirectOptions::always(), &[0xc3]) else {
+        return;
+    };
+    rounds(&mut rig, 5);
+    // MOV EAX, 0x9090A20F in place of CPUID, of whose page nobody has heard that it is another one; and a CPUID that would count.
+    rig.put(OTHER, &[0xb8, 0x0f, 0xa2, 0x90, 0x90, 0xc3]);
+    rig.put(OTHER + 0x200, ASKS);
+    let Rig { direct, cpu } = &mut rig;
+    direct.note_cpuid(cpu, OTHER + 0x200);
+    let known: Vec<_> = rig.direct.asked_cpuid.values().collect();
+    assert!(known.iter().all(|k| k.at == [0x200]), "{known:?}");
 }
 
 #[test]
