@@ -133,6 +133,12 @@ fn open_qcow2(file: HostFile, below: Below, depth: usize) -> Result<Chain, Block
         return Err(damaged(&path, "it does not begin as one"));
     }
     let header = header::check(&head, file.len()).map_err(|what| damaged(&path, what))?;
+    if header.version == 3 {
+        let mut cluster = vec![0; header.cluster_size as usize];
+        file.read_at(0, vec![IoSliceMut::new(&mut cluster)])
+            .map_err(BlockError::io(&path))?;
+        header::check_extensions(&cluster).map_err(|what| damaged(&path, what))?;
+    }
     if file.writable() {
         let read = |at, into: &mut [u8]| file.read_at(at, vec![IoSliceMut::new(into)]).map(drop);
         refcounts::check(&head, &read).map_err(|what| damaged(&path, what))?;

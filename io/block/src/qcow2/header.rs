@@ -2,6 +2,8 @@
 //!
 //! Source: QEMU docs/interop/qcow2.rst. Only what decides whether the image can be used, and how large its tables are.
 
+use std::ops::Range;
+
 /// Bytes of a version 2 header, and of the version 3 fields that matter here.
 pub(crate) const LEN: usize = 104;
 const LEN_V2: usize = 72;
@@ -113,28 +115,52 @@ fn tables(head: &[u8], header: &Header, file_len: u64) -> Result<(), String> {
 const FEATURE_NAMES: u64 = 0x6803_f857;
 const FEATURE_NAME_LEN: usize = 48;
 
+/// An extension of a header: its kind, where its data are, and where the next one is.
+fn extension(head: &[u8], at: usize) -> Result<(u64, Range<usize>, usize), String> {
+    let (kind, len) = (field(head, at, 4)?, field(head, at + 4, 4)? as usize);
+    let start = at + 8;
+    match head.get(start..start + len) {
+        Some(_) => Ok((kind, start..start + len, start + len.next_multiple_of(8))),
+        None => Err("an extension of its header goes beyond the first cluster".into()),
+    }
+}
+
+/// Checks the extensions of a version 3 header, of which `head` is the first cluster: `imago` 0.2 panics at a feature's name that is cut off.
+pub(crate) fn check_extensions(head: &[u8]) -> Result<(), String> {
+    let mut at = field(head, 100, 4)? as usize;
+    loop {
+        let (kind, data, next) = extension(head, at)?;
+        match kind {
+            0 => return Ok(()),
+            FEATURE_NAMES if !data.len().is_multiple_of(FEATURE_NAME_LEN) => {
+                return Err("its table of feature names is cut off".into());
+            }
+            _ => at = next,
+        }
+    }
+}
+
 /// Puts the names of features, which `imago` writes in whatever order, into that of their numbers, so that equal images are equal byte for byte.
 /// `head` is the first cluster of a version 3 image.
 pub(crate) fn sort_feature_names(head: &mut [u8]) -> Result<(), String> {
     let mut at = field(head, 100, 4)? as usize;
     loop {
-        let (kind, len) = (field(head, at, 4)?, field(head, at + 4, 4)? as usize);
-        let data = head.get_mut(at + 8..at + 8 + len).ok_or(TRUNCATED)?;
+        let (kind, data, next) = extension(head, at)?;
         match kind {
             0 => return Ok(()),
             FEATURE_NAMES => {
+                let data = &mut head[data];
                 let mut names: Vec<_> = data.chunks(FEATURE_NAME_LEN).map(<[u8]>::to_vec).collect();
                 names.sort();
                 data.copy_from_slice(&names.concat());
             }
             _ => {}
         }
-        at += 8 + len.next_multiple_of(8);
+        at = next;
     }
 }
 
-/// A big-endian number in the header.
-/// A number in a header.
+/// A big-endian number in a header.
 pub(super) fn field(head: &[u8], at: usize, len: usize) -> Result<u64, String> {
     let bytes = head.get(at..at + len).ok_or(TRUNCATED)?;
     Ok(bytes.iter().fold(0, |n, byte| n << 8 | u64::from(*byte)))
@@ -166,6 +192,31 @@ mod tests {
     fn a_good_header_passes() {
         let header = check(&image(), FILE).unwrap();
         assert_eq!((header.cluster_size, header.size), (1 << 16, 1 << 30));
+    }
+
+    #[test]
+    fn extensions_end_and_names_are_whole() {
+        let with = |extensions: &[(u64, u64)]| {
+            let mut head = image();
+            put(&mut head, 100, 4, LEN as u64);
+            head.resize(4096, 0);
+            let mut at = LEN;
+            for (kind, len) in extensions {
+                put(&mut head, at, 4, *kind);
+                put(&mut head, at + 4, 4, *len);
+                at += 8 + (*len as usize).next_multiple_of(8);
+            }
+            check_extensions(&head)
+        };
+        assert_eq!(with(&[(0xe279_2aca, 5), (FEATURE_NAMES, 96)]), Ok(()));
+        for cut in [1, 47, 49, 95] {
+            let error = with(&[(0x1234, 3), (FEATURE_NAMES, cut)]).unwrap_err();
+            assert!(error.contains("feature names"), "{error}");
+        }
+        for len in [4096 - LEN as u64, u64::from(u32::MAX)] {
+            let error = with(&[(0x1234, len)]).unwrap_err();
+            assert!(error.contains("beyond"), "{error}");
+        }
     }
 
     #[test]
