@@ -5,7 +5,7 @@ use doppel_memory::{
 };
 use doppel_x86::{Cpu, Left, host_tsc};
 
-use super::{Direct, MOST_TURNS};
+use super::Direct;
 use crate::shadow::Entry;
 use crate::unexplained::Remedy;
 
@@ -116,9 +116,8 @@ impl Direct {
     /// User code reads a page of which it executes a copy. A page that is read again and again is not executed any more.
     fn read_patched(&mut self, gpa: u64) {
         self.counts.patched_reads += 1;
-        let turns = self.turns.entry(gpa).or_default();
-        *turns += 1;
-        if *turns > MOST_TURNS {
+        *self.turns.entry(gpa).or_default() += 1;
+        if self.has_turned_often(gpa) {
             self.give_up_patched(gpa);
         }
     }
@@ -126,9 +125,8 @@ impl Direct {
     /// User code writes to a page that holds code, its own or some that was translated: the page changes its role, unless it does so
     /// again and again.
     fn write_to_code(&mut self, gpa: u64) -> Left {
-        let turns = self.turns.entry(gpa).or_default();
-        *turns += 1;
-        match *turns > MOST_TURNS {
+        *self.turns.entry(gpa).or_default() += 1;
+        match self.has_turned_often(gpa) {
             true => Left::Interpret,
             false => Left::Writes(gpa),
         }

@@ -120,7 +120,7 @@ impl Direct {
         let page = code(cpu, gpa);
         let verdict = hazard::verdict(&page, self.hazards);
         let known = self.asked_cpuid.get(&gpa);
-        let known = known.filter(|_| verdict != Verdict::Harmless && !self.options.unpatched);
+        let known = known.filter(|_| verdict != Verdict::Harmless);
         let known = known.filter(|k| k.code == digest(&page));
         let without = known.and_then(|k| hazard::without_cpuid(&page, &k.at, self.hazards));
         let patched = without.and_then(|(copy, v)| Some((v, self.host.patched_page(&copy)?)));
@@ -137,7 +137,7 @@ impl Direct {
         self.claims.get(&gpa)?.patched.as_ref()
     }
 
-    fn has_turned_often(&self, gpa: u64) -> bool {
+    pub(super) fn has_turned_often(&self, gpa: u64) -> bool {
         self.turns.get(&gpa).is_some_and(|n| *n > MOST_TURNS)
     }
 

@@ -115,49 +115,48 @@ fn tables(head: &[u8], header: &Header, file_len: u64) -> Result<(), String> {
 const FEATURE_NAMES: u64 = 0x6803_f857;
 const FEATURE_NAME_LEN: usize = 48;
 
-/// An extension of a header: its kind, where its data are, and where the next one is.
-fn extension(head: &[u8], at: usize) -> Result<(u64, Range<usize>, usize), String> {
-    let (kind, len) = (field(head, at, 4)?, field(head, at + 4, 4)? as usize);
-    let start = at + 8;
-    match head.get(start..start + len) {
-        Some(_) => Ok((kind, start..start + len, start + len.next_multiple_of(8))),
-        None => Err("an extension of its header goes beyond the first cluster".into()),
+/// The extensions of a version 3 header, of which `head` is the first cluster: kinds, and where their data are.
+fn extensions(head: &[u8]) -> Result<Vec<(u64, Range<usize>)>, String> {
+    let mut all = Vec::new();
+    let mut at = field(head, 100, 4)? as usize;
+    loop {
+        let (kind, len) = (field(head, at, 4)?, field(head, at + 4, 4)? as usize);
+        let data = at + 8..at + 8 + len;
+        if data.end > head.len() {
+            return Err("an extension of its header goes beyond the first cluster".into());
+        }
+        if kind == 0 {
+            return Ok(all);
+        }
+        at = data.start + len.next_multiple_of(8);
+        all.push((kind, data));
     }
+}
+
+fn feature_names(head: &[u8]) -> Result<impl Iterator<Item = Range<usize>> + use<>, String> {
+    let all = extensions(head)?.into_iter();
+    Ok(all.filter_map(|(kind, data)| (kind == FEATURE_NAMES).then_some(data)))
 }
 
 /// Checks the extensions of a version 3 header, of which `head` is the first cluster: `imago` 0.2 panics at a feature's name that is cut off.
 pub(crate) fn check_extensions(head: &[u8]) -> Result<(), String> {
-    let mut at = field(head, 100, 4)? as usize;
-    loop {
-        let (kind, data, next) = extension(head, at)?;
-        match kind {
-            0 => return Ok(()),
-            FEATURE_NAMES if !data.len().is_multiple_of(FEATURE_NAME_LEN) => {
-                return Err("its table of feature names is cut off".into());
-            }
-            _ => at = next,
-        }
+    let is_whole = |data: Range<usize>| data.len().is_multiple_of(FEATURE_NAME_LEN);
+    match feature_names(head)?.all(is_whole) {
+        true => Ok(()),
+        false => Err("its table of feature names is cut off".into()),
     }
 }
 
 /// Puts the names of features, which `imago` writes in whatever order, into that of their numbers, so that equal images are equal byte for byte.
 /// `head` is the first cluster of a version 3 image.
 pub(crate) fn sort_feature_names(head: &mut [u8]) -> Result<(), String> {
-    let mut at = field(head, 100, 4)? as usize;
-    loop {
-        let (kind, data, next) = extension(head, at)?;
-        match kind {
-            0 => return Ok(()),
-            FEATURE_NAMES => {
-                let data = &mut head[data];
-                let mut names: Vec<_> = data.chunks(FEATURE_NAME_LEN).map(<[u8]>::to_vec).collect();
-                names.sort();
-                data.copy_from_slice(&names.concat());
-            }
-            _ => {}
-        }
-        at = next;
+    for data in feature_names(head)? {
+        let data = &mut head[data];
+        let mut names: Vec<_> = data.chunks(FEATURE_NAME_LEN).map(<[u8]>::to_vec).collect();
+        names.sort();
+        data.copy_from_slice(&names.concat());
     }
+    Ok(())
 }
 
 /// A big-endian number in a header.
