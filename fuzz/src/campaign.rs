@@ -139,8 +139,8 @@ fn run_case(
             summary.coverage.note(name, &verdict.codes);
         }
     }
-    for (engine, _) in verdict.failures {
-        failed(rig, plan, n, engine, summary, kinds)?;
+    for (engine, differences) in verdict.failures {
+        failed(rig, plan, n, (engine, &differences), summary, kinds)?;
     }
     Ok(())
 }
@@ -149,7 +149,7 @@ fn failed(
     rig: &mut Rig,
     plan: &Plan,
     n: u64,
-    engine: EngineName,
+    (engine, differences): (EngineName, &[String]),
     summary: &mut Summary,
     kinds: &mut BTreeMap<Kind, usize>,
 ) -> Result<()> {
@@ -174,7 +174,11 @@ fn failed(
         return Ok(());
     }
     kinds.insert(kind, summary.failures.len());
-    let report = report(rig, plan.seed, n, &engine, &state, &code)?;
+    let again = report(rig, plan.seed, n, &engine, &state, &code)?;
+    let report = format!(
+        "{again}  when it was first run: {}\n",
+        differences.join("; ")
+    );
     summary.failures.push(Failure {
         case: n,
         engine,

@@ -333,6 +333,9 @@ impl Interpreted {
     }
 }
 
+/// The watchdog's kicks before a case that the interpreter ended is taken for endless: 4 s, for the host may have let it wait.
+const MOST_KICKS: u32 = 20;
+
 /// The translator with one set of options.
 pub struct Translated {
     engine: Translate,
@@ -380,9 +383,8 @@ impl Translated {
 
     fn finish(&mut self, state: &State) -> Outcome {
         self.watchdog.start();
-        // A kick may be left over from the case before; a second one is this case's.
         let mut kicks = 0;
-        while self.engine.run(&mut EmptyBus) == Exit::Kicked && kicks < 2 {
+        while self.engine.run(&mut EmptyBus) == Exit::Kicked && kicks < MOST_KICKS {
             kicks += 1;
         }
         self.watchdog.stop();

@@ -31,7 +31,7 @@ const RAM: u64 = 4 << 20;
 const TSC_HZ: u64 = 2_000_000_000;
 
 /// Ports that somebody answers at, and some beside them.
-const PORTS: [Range<u16>; 16] = [
+const PORTS: [Range<u16>; 17] = [
     0x20..0x22,
     0x40..0x48,
     0x60..0x65,
@@ -44,6 +44,7 @@ const PORTS: [Range<u16>; 16] = [
     0x4d0..0x4d2,
     0x510..0x51c,
     0x600..0x610,
+    0xa79..0xa7a,
     0xcf8..0xd00,
     0x2000..0x2018,
     0xc000..0xc100,

@@ -36,6 +36,9 @@ pub const PM1_EVENT: u16 = PM_BASE;
 pub const PM1_CONTROL: u16 = PM_BASE + 4;
 /// ACPI PM timer.
 pub const PM_TIMER: u16 = PM_BASE + 8;
+/// PM2 control: apart from the others, at ISA Plug and Play's write data port. Nothing of that is here, and a guest whose ACPI
+/// driver holds this port does not look for it, which takes a Linux for i386 half a second of delays (docs/machine.md).
+pub const PM2_CONTROL: u16 = 0xa79;
 /// General-purpose events 0 to 15: status and enable.
 pub const GPE0: u16 = PM_BASE + 12;
 /// SLP_TYP of soft off.

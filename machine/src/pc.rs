@@ -207,6 +207,7 @@ impl Pc {
         let blocks = [
             (layout::PM_BASE, layout::PM_LEN.into(), 0),
             (layout::SMI_COMMAND, 2, 16),
+            (layout::PM2_CONTROL, 1, 18),
         ];
         self.at_ports(&blocks, &pm)?;
         let i8042 = I8042::new(control.clone());

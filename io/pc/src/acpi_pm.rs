@@ -1,9 +1,10 @@
-//! ACPI fixed hardware: PM1 event and control blocks, the PM timer, a general-purpose event block, the SMI command port.
+//! ACPI fixed hardware: PM1 event and control blocks, PM2 control, the PM timer, a general-purpose event block, the SMI command port.
 //!
 //! Offsets 0 to 15 are the block at the PM base port: PM1 status (0) and enable (2), PM1 control (4), PM timer (8),
-//! GPE0 status (12) and enable (14). Offset 16 is the SMI command port and 17 the scratch port after it. Output 0 is the
-//! system control interrupt (level), input 0 the interrupt of the real-time clock: its rise is the RTC alarm event, which wakes a
-//! guest that sleeps in its lightest state (S0).
+//! GPE0 status (12) and enable (14). Offset 16 is the SMI command port, 17 the scratch port after it, and 18 PM2 control, whose one
+//! bit (ARB_DIS) keeps other masters from memory while a processor sleeps in C3, which there is not: it is kept and does nothing.
+//! Output 0 is the system control interrupt (level), input 0 the interrupt of the real-time clock: its rise is the RTC alarm event,
+//! which wakes a guest that sleeps in its lightest state (S0).
 //!
 //! There is no firmware to own the hardware in legacy mode: the SMI command port does what its SMI handler would do.
 //!
@@ -21,6 +22,8 @@ const TIMER_BITS: u32 = 24;
 /// Offsets of the SMI command port and its neighbour.
 const COMMAND: u64 = 16;
 const SCRATCH: u64 = 17;
+/// Offset of PM2 control.
+const PM2_CONTROL: u64 = 18;
 
 /// PM1 status and enable bits.
 const TIMER: u16 = 1 << 0;
@@ -34,6 +37,9 @@ const PM1_EVENTS: u16 = TIMER | GLOBAL | POWER_BUTTON | SLEEP_BUTTON | RTC_ALARM
 const SCI_ENABLE: u16 = 1 << 0;
 const SLEEP_TYPE: u16 = 7 << 10;
 const SLEEP_ENABLE: u16 = 1 << 13;
+
+/// PM2 control bits.
+const ARBITER_DISABLE: u8 = 1 << 0;
 
 /// Values that the machine's ACPI tables name.
 #[derive(Clone, Copy, Debug)]
@@ -56,6 +62,7 @@ pub struct AcpiPm {
     gpe_status: u16,
     gpe_enable: u16,
     scratch: u8,
+    pm2_control: u8,
     /// The timer tick up to which the timer's top bit is looked at.
     seen: u64,
 }
@@ -72,6 +79,7 @@ impl AcpiPm {
             gpe_status: 0,
             gpe_enable: 0,
             scratch: 0,
+            pm2_control: 0,
             seen: 0,
         }
     }
@@ -124,6 +132,7 @@ impl AcpiPm {
             14 | 15 => self.gpe_enable = self.gpe_enable & others | bits,
             COMMAND => self.command(byte),
             SCRATCH => self.scratch = byte,
+            PM2_CONTROL => self.pm2_control = byte & ARBITER_DISABLE,
             _ => {}
         }
     }
@@ -159,6 +168,7 @@ impl Chip for AcpiPm {
         let byte = |at: u64| match block.get(at as usize) {
             Some(byte) => *byte,
             None if at == SCRATCH => self.scratch,
+            None if at == PM2_CONTROL => self.pm2_control,
             None => 0,
         };
         (0..u64::from(size)).fold(0, |value, n| value | u64::from(byte(offset + n)) << (8 * n))
@@ -297,6 +307,15 @@ mod tests {
         assert_eq!(pm.outputs().level, 1);
         pm.write(12, 4, 0x8000_8000, 0);
         assert_eq!(pm.outputs().level, 0);
+    }
+
+    #[test]
+    fn pm2_control_keeps_its_one_bit() {
+        let (mut pm, _) = chip();
+        pm.write(18, 1, 0xff, 0);
+        assert_eq!(pm.read(18, 1, 0), 1);
+        pm.write(18, 1, 0xfe, 0);
+        assert_eq!(pm.read(18, 1, 0), 0);
     }
 
     #[test]

@@ -111,6 +111,7 @@ fn motherboard() -> Vec<u8> {
     let resources = crs(vec![
         &Memory32Fixed::new(true, layout::ECAM.start as u32, size),
         &IO::new(layout::PM_BASE, layout::PM_BASE, 1, layout::PM_LEN),
+        &IO::new(layout::PM2_CONTROL, layout::PM2_CONTROL, 1, 1),
     ]);
     device("MBRD", vec![&hid("PNP0C02"), &resources])
 }

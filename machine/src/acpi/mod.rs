@@ -132,6 +132,14 @@ mod tests {
     }
 
     #[test]
+    fn pm2_control_keeps_isa_plug_and_play_from_its_port() {
+        let tables = tables(1);
+        let fadt = tables.iter().find(|t| &t[..4] == b"FACP").unwrap();
+        let (block, len) = (u32_at(fadt, 72), fadt[90]);
+        assert_eq!((block, len), (0xa79, 1), "PM2_CNT_BLK and PM2_CNT_LEN");
+    }
+
+    #[test]
     fn the_madt_lists_every_cpu_once() {
         for cpus in [1, 2, 300] {
             let all = tables(cpus);

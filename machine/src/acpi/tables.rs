@@ -42,6 +42,8 @@ pub fn fadt(facs: u32, dsdt: u32) -> FADT {
     t.pm1_evt_len = 4;
     t.pm1a_cnt_blk = u32::from(layout::PM1_CONTROL).into();
     t.pm1_cnt_len = 2;
+    t.pm2_cnt_blk = u32::from(layout::PM2_CONTROL).into();
+    t.pm2_cnt_len = 1;
     t.pm_tmr_blk = u32::from(layout::PM_TIMER).into();
     t.pm_tmr_len = 4;
     t.gpe0_blk = u32::from(layout::GPE0).into();
