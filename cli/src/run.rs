@@ -8,7 +8,7 @@ use crate::guest;
 use crate::host_error::with_advice;
 use crate::own_memory_unsafe;
 use crate::sandbox;
-use crate::signals::Signals;
+use crate::signals::{Handlers, Signals, Watch};
 use crate::size;
 use crate::terminal::console::Console;
 use crate::terminal::{self, Raw};
@@ -85,6 +85,7 @@ pub fn run_observed(
     if args.sandbox {
         sandbox::enter(args, &boot.files(), &files)?;
     }
+    let signals = signals.watch()?;
     let lines = Lines::open(args)?;
     let observers = Observers { profile, perf_map };
     let config = MachineConfig {
@@ -93,7 +94,7 @@ pub fn run_observed(
     };
     let mut machine = Machine::new(config)?;
     eprintln!("doppel: {}", machine.engine());
-    let session = Session::start(&machine, lines, signals)?;
+    let session = Session::start(&machine, lines, &signals)?;
     if let Some(limit) = limit {
         session.end_after(&machine, limit)?;
     }
@@ -406,7 +407,7 @@ struct Session {
 }
 
 impl Session {
-    fn start(machine: &Machine, lines: Lines, signals: Signals) -> Result<Session> {
+    fn start(machine: &Machine, lines: Lines, signals: &Watch) -> Result<Session> {
         let raw = match lines.on_stdio() {
             Some(_) => Raw::new()?,
             None => None,
@@ -425,11 +426,11 @@ impl Session {
             (None, _) => {}
         }
         let again = raw.as_ref().map(Raw::again);
-        signals.watch(
-            move |name| end(Order::Signal(name.to_owned())),
-            move || again.iter().for_each(|again| again()),
-            lines.resizer(),
-        )?;
+        signals.tell(Handlers {
+            end: Box::new(move |name| end(Order::Signal(name.to_owned()))),
+            continued: Box::new(move || again.iter().for_each(|again| again())),
+            resized: Box::new(lines.resizer()),
+        });
         Ok(Session { lines, raw, order })
     }
 

@@ -2,6 +2,8 @@
 //!
 //! They are blocked in every thread and taken by one that waits for them, so no code runs in a signal handler.
 
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
 use anyhow::{Context, Result};
 use doppel_seccomp::{Kind, narrowed};
 use nix::sys::signal::{SigSet, Signal};
@@ -38,27 +40,57 @@ impl Signals {
         Ok(Signals(set))
     }
 
-    /// Starts the thread that takes them: `end` is told the name of a signal that asks to end, `continued` is called
-    /// when the process goes on after a stop, `resized` when the terminal's window has another size.
-    pub fn watch(
-        self,
-        end: impl Fn(&str) + Send + 'static,
-        continued: impl Fn() + Send + 'static,
-        resized: impl Fn() + Send + 'static,
-    ) -> Result<()> {
+    /// Starts the thread that takes them. Until it is told what to do ([`Watch::tell`]), one that asks to end ends the process: there is
+    /// no guest yet, but to read a hostile kernel or disk may take long.
+    pub fn watch(self) -> Result<Watch> {
+        let watch = Watch::default();
+        let told = watch.clone();
         let thread = std::thread::Builder::new().name("signals".to_owned());
         let started = thread.spawn(narrowed(Kind::Console, move || {
             while let Ok(signal) = self.0.wait() {
-                match signal {
-                    Signal::SIGCONT => {
-                        continued();
-                        resized();
-                    }
-                    Signal::SIGWINCH => resized(),
-                    signal => end(signal.as_str()),
-                }
+                told.take(signal);
             }
         }));
-        started.map(drop).context("a thread cannot be started")
+        started.context("a thread cannot be started")?;
+        Ok(watch)
+    }
+}
+
+/// What is done about signals.
+#[derive(Clone, Default)]
+pub struct Watch(Arc<Mutex<Option<Handlers>>>);
+
+/// What a running machine does about signals.
+pub struct Handlers {
+    /// It is asked to end by the signal of this name.
+    pub end: Box<dyn Fn(&str) + Send>,
+    /// The process goes on after a stop.
+    pub continued: Box<dyn Fn() + Send>,
+    /// The terminal's window has another size.
+    pub resized: Box<dyn Fn() + Send>,
+}
+
+impl Watch {
+    /// From now on the machine sees to them.
+    pub fn tell(&self, handlers: Handlers) {
+        *self.handlers() = Some(handlers);
+    }
+
+    fn handlers(&self) -> MutexGuard<'_, Option<Handlers>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(&self, signal: Signal) {
+        match (signal, &*self.handlers()) {
+            (Signal::SIGCONT, Some(handlers)) => {
+                (handlers.continued)();
+                (handlers.resized)();
+            }
+            (Signal::SIGWINCH, Some(handlers)) => (handlers.resized)(),
+            (Signal::SIGCONT | Signal::SIGWINCH, None) => {}
+            (signal, Some(handlers)) => (handlers.end)(signal.as_str()),
+            // In silence: somebody may wait with standard error locked.
+            (_, None) => std::process::exit(1),
+        }
     }
 }

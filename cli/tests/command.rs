@@ -2,11 +2,12 @@
 
 mod support;
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fs;
-use std::process::Command;
-use std::time::Duration;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 use support::{Boot, CLOUD, DOPPEL, Finished, Running, Scratch, debian, run, wait};
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -249,6 +250,37 @@ fn a_signal_that_comes_twice_at_once_ends_in_order() {
         assert_eq!(doppel.child.wait().unwrap().code(), Some(1));
         assert!(fs::read_to_string(path).unwrap().contains("counters"));
     }
+}
+
+/// Whatever keeps it before the guest begins: here that nobody reads what it says.
+#[test]
+fn a_signal_ends_it_before_the_guest_begins() {
+    let (unread, full) = nix::unistd::pipe().unwrap();
+    fcntl(&full, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+    while nix::unistd::write(&full, &[0; 4096]).is_ok() {}
+    fcntl(&full, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
+    let mut command = Command::new(DOPPEL);
+    command.arg("run").arg("--kernel").arg(debian(CLOUD).kernel);
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(full)
+        .spawn()
+        .unwrap();
+    let waits = || {
+        let text = fs::read_to_string(format!("/proc/{}/syscall", child.id()));
+        // write(2, ...)
+        text.is_ok_and(|text| text.starts_with("1 0x2 "))
+    };
+    let began = Instant::now();
+    while !waits() {
+        assert!(began.elapsed() < MINUTE, "it says which engine it takes");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM).unwrap();
+    assert!(wait(&mut child, MINUTE));
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    drop(unread);
 }
 
 #[test]

@@ -4,7 +4,7 @@
 //! What mmdebstrap makes may belong to users that only it can be (user_namespaces(7)), so it is told to end, with all that it started, and
 //! waited for while it cleans up.
 
-use crate::signals::Signals;
+use crate::signals::{Handlers, Signals};
 use anyhow::{Context, Result};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
@@ -72,7 +72,11 @@ impl Work {
             remove(&temporary);
             std::process::exit(ERROR);
         };
-        signals.watch(end, || {}, || {})?;
+        signals.watch()?.tell(Handlers {
+            end: Box::new(end),
+            continued: Box::new(|| {}),
+            resized: Box::new(|| {}),
+        });
         Ok(work)
     }
 

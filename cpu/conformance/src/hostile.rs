@@ -2,19 +2,21 @@
 
 use std::time::{Duration, Instant};
 
-use doppel_x86::{Activity, Exit, Rflags};
+use doppel_x86::{Activity, Exit, Rflags, Seg};
 use fastrand::Rng;
 
+use crate::bus::TestBus;
 use crate::engines::Row;
 use crate::layout::*;
+use crate::legacy::{Legacy, LegacyMachine, kind};
 use crate::machine::{Action, Machine};
 
-/// What a hostile guest came to.
+/// What hostile guests came to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
     /// Guests that ran.
     pub guests: u64,
-    /// Of them, those that ended in a triple fault.
+    /// Of them, those that ended in a triple fault; some begin again and have several ends.
     pub shutdowns: u64,
     /// Of them, those that halted.
     pub halts: u64,
@@ -42,12 +44,101 @@ fn code(random: &mut Rng, len: usize) -> Vec<u8> {
         .collect()
 }
 
-/// Runs one guest of random bytes for at most `limit`.
+/// Modes outside of long mode.
+const LEGACY: [Legacy; 7] = [
+    Legacy::Real,
+    Legacy::V86(0),
+    Legacy::V86(3),
+    Legacy::Protected(0),
+    Legacy::Protected(1),
+    Legacy::Protected(2),
+    Legacy::Protected(3),
+];
+
+/// Runs one guest of random bytes for at most `limit`, in whichever mode: half of them begin in long mode.
 pub fn run(row: &Row, seed: u64, limit: Duration) -> Outcome {
     let mut random = Rng::with_seed(seed);
+    match random.bool() {
+        true => run_long(row, random, limit),
+        false => run_legacy(row, random, limit),
+    }
+}
+
+/// In real, virtual-8086 or protected mode: begun anew after each exception, in segments of whatever kind and place.
+fn run_legacy(row: &Row, mut random: Rng, limit: Duration) -> Outcome {
+    const BASE: u64 = 0x1_0000;
+    let mode = LEGACY[random.usize(..LEGACY.len())];
+    let mut m = LegacyMachine::new(row, mode);
+    let mut bus = TestBus::new(m.ram.clone());
+    let fill = |m: &LegacyMachine, random: &mut Rng| {
+        for page in (BASE..BASE + 0x1_0000).step_by(0x1000) {
+            let bytes = code(random, 0x1000);
+            m.ram.ptr(page).expect("RAM").write(&bytes);
+        }
+    };
+    fill(&m, &mut random);
+    let began = Instant::now();
+    let mut o = Outcome {
+        guests: 1,
+        ..Outcome::default()
+    };
+    while began.elapsed() < limit {
+        if random.u8(..64) == 0 {
+            fill(&m, &mut random);
+        }
+        m.start();
+        for seg in [Seg::Es, Seg::Cs, Seg::Ss, Seg::Ds, Seg::Fs, Seg::Gs] {
+            segment(&mut m, seg, mode, &mut random);
+        }
+        let cpu = m.cpu_mut();
+        for n in 0..16 {
+            cpu.gpr[n] = match random.u8(..3) {
+                0 => random.u64(..),
+                _ => random.u64(..0x1_0000),
+            };
+        }
+        cpu.rip = random.u64(..0x1_0000);
+        cpu.rflags |= Rflags::from_bits_truncate(random.u64(..) & 0xed5);
+        // A kick makes an end of one that goes round; the next begins.
+        match m.run_for(&mut bus, Duration::from_millis(1)) {
+            Exit::Kicked => o.running = 1,
+            Exit::Halted => o.halts = 1,
+            Exit::Shutdown => o.shutdowns = 1,
+        }
+    }
+    o
+}
+
+/// Gives a segment register what may stand in it: of virtual-8086 mode a paragraph, of protected mode anything.
+fn segment(m: &mut LegacyMachine, seg: Seg, mode: Legacy, random: &mut Rng) {
+    if !matches!(mode, Legacy::Protected(_)) {
+        let base = random.u64(..0xffff) << 4;
+        let base = if seg == Seg::Cs { 0x1_0000 } else { base };
+        return m.set_segment(seg, base, 0xffff, kind::DATA);
+    }
+    const DATA: [u32; 3] = [kind::DATA, kind::READ_ONLY, kind::EXPAND_DOWN];
+    const CODE: [u32; 2] = [kind::CODE, kind::EXECUTE_ONLY];
+    let of = match seg {
+        Seg::Cs => CODE[random.usize(..2)],
+        Seg::Ss => [kind::DATA, kind::EXPAND_DOWN][random.usize(..2)],
+        _ => DATA[random.usize(..3)],
+    };
+    let big = if random.bool() { kind::BIG } else { 0 };
+    let base = match (seg, random.u8(..3)) {
+        (Seg::Cs, 0) | (_, 2) => 0,
+        (Seg::Cs, _) => 0x1_0000,
+        _ => random.u64(..0x11_0000),
+    };
+    let limit = [0xffff, u32::MAX, random.u32(..0x2_0000)][random.usize(..3)];
+    m.set_segment(seg, base, limit, of | big);
+}
+
+fn run_long(row: &Row, mut random: Rng, limit: Duration) -> Outcome {
     let mut m = Machine::new(row);
-    if random.bool() {
-        m.to_user();
+    match random.u8(..3) {
+        0 => {}
+        1 => m.to_user(),
+        _ => m.to_user32(),
     }
     for vector in 0..=255 {
         // Most faults go on behind the fault, so that a guest lives longer.

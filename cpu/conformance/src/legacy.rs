@@ -2,10 +2,11 @@
 //! chooses.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use doppel_memory::{GuestRam, Word};
 use doppel_translate::SharedCode;
-use doppel_x86::{Cpu, Cr0, Cr4, Dtr, Engine, Exit, Gpr, Rflags, Seg, Segment};
+use doppel_x86::{Activity, Cpu, Cr0, Cr4, Dtr, Efer, Engine, Exit, Gpr, Rflags, Seg, Segment};
 
 use crate::bus::TestBus;
 use crate::engines::{ENGINES, Row};
@@ -81,18 +82,30 @@ impl LegacyMachine {
     /// A machine with 16-bit code at 0x10000, 64 KiB of data at 0x20000 (DS, ES, FS, GS) and as much stack at 0x30000.
     pub fn new(row: &Row, mode: Legacy) -> Self {
         let ram = Arc::new(GuestRam::new(1 << 20).expect("RAM"));
-        let mut cpu = Cpu::new(0, ram.clone());
-        cpu.cr0 = Cr0::ET | Cr0::NE | Cr0::WP;
-        cpu.cr4 = Cr4::OSFXSR | Cr4::OSXMMEXCPT;
-        cpu.rflags = Rflags::from_bits_retain(2);
-        cpu.idtr.limit = 0xff;
+        let cpu = Cpu::new(0, ram.clone());
         let mut m = LegacyMachine {
             engine: (row.make)(cpu, &SharedCode::default()),
             mode,
             ram,
         };
-        m.write_tables();
-        m.set_mode();
+        m.start();
+        m
+    }
+
+    /// Puts the CPU and its tables to what they are at the start; registers and the rest of memory stay.
+    pub fn start(&mut self) {
+        self.write_tables();
+        let cpu = self.engine.cpu_mut();
+        cpu.cr0 = Cr0::ET | Cr0::NE | Cr0::WP;
+        cpu.cr4 = Cr4::OSFXSR | Cr4::OSXMMEXCPT;
+        cpu.efer = Efer::empty();
+        cpu.rflags = Rflags::from_bits_retain(2);
+        cpu.idtr = Dtr {
+            base: 0,
+            limit: 0xff,
+        };
+        cpu.activity = Activity::Active;
+        self.set_mode();
         for (seg, base) in [
             (Seg::Cs, 0x1_0000),
             (Seg::Ss, 0x3_0000),
@@ -101,16 +114,23 @@ impl LegacyMachine {
             (Seg::Fs, 0x2_0000),
             (Seg::Gs, 0x2_0000),
         ] {
-            let code = seg == Seg::Cs && matches!(mode, Legacy::Protected(_));
-            m.set_segment(
-                seg,
-                base,
-                0xffff,
-                if code { kind::CODE } else { kind::DATA },
-            );
+            let code = seg == Seg::Cs && matches!(self.mode, Legacy::Protected(_));
+            let kind = if code { kind::CODE } else { kind::DATA };
+            self.set_segment(seg, base, 0xffff, kind);
         }
-        m.set(Gpr::Rsp, 0x8000);
-        m
+        self.set(Gpr::Rsp, 0x8000);
+    }
+
+    /// One call of the engine, for at most so long.
+    pub fn run_for(&mut self, bus: &mut TestBus, limit: Duration) -> Exit {
+        let kicker = self.engine.kicker();
+        let timer = std::thread::spawn(move || {
+            std::thread::sleep(limit);
+            kicker.kick();
+        });
+        let exit = self.engine.run(bus);
+        timer.join().expect("the timer");
+        exit
     }
 
     fn write_tables(&self) {

@@ -244,6 +244,16 @@ fn boot_loader_specification_entries_come_first() {
     assert_eq!(initrd.as_deref(), Some("one\0two"));
     assert_eq!(cmdline, format!("root=UUID={UUID} ro rw"));
     drop(newest);
+    let newer = format!("version 6.11\nlinux /a/new\n{}", "#".repeat(1 << 16));
+    let too_long = fat(&[
+        ("loader/entries/a-6.11.conf", &newer),
+        ("loader/entries/a-6.9.conf", "version 6.9\nlinux /a/old\n"),
+        ("a/new", "new"),
+        ("a/old", "old"),
+    ]);
+    let too_long = scratch.disk(&with_mbr(&too_long, &root));
+    assert_eq!(found(&too_long).1, "old");
+    drop(too_long);
     let named = scratch.disk(&with_mbr(&esp("default a-6.9*\n"), &root));
     let (_, kernel, _, cmdline) = found(&named);
     assert_eq!(

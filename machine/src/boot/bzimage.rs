@@ -43,7 +43,7 @@ pub(crate) fn load(boot: &Boot) -> Result<Entry, BootError> {
         kernel.start,
         payload.end - payload.start,
     )?;
-    params::place_cmdline(boot, header.cmdline_size as usize)?;
+    params::place_cmdline(boot.ram, boot.cmdline, header.cmdline_size as usize)?;
     let initrd_limit = u64::from(header.initrd_addr_max) + 1;
     let initrd = params::place_initrd(boot, &kernel, initrd_limit)?;
     place_zero_page(boot, header, &initrd)?;

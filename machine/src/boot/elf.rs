@@ -127,6 +127,7 @@ impl Elf {
     /// Copies the segments to their physical addresses; returns what they cover together.
     pub fn load(&self, boot: &Boot) -> Result<Range<u64>, BootError> {
         let (mut low, mut high) = (u64::MAX, 0);
+        let mut room = params::low_end(boot.ram);
         let loaded = |s: &&Segment| s.kind == PT_LOAD && s.memsz > 0;
         for s in self.segments.iter().filter(loaded) {
             let end = s.paddr.checked_add(s.memsz);
@@ -134,6 +135,11 @@ impl Elf {
                 return Err(boot.kernel.damaged("a segment has an impossible address"));
             };
             fits(boot, end)?;
+            // Segments that fit and do not overlap fit together. Of those that do, a file can name 65,535.
+            let Some(left) = room.checked_sub(s.filesz) else {
+                return Err(boot.kernel.damaged("its segments overlap"));
+            };
+            room = left;
             boot.kernel.copy_to(boot.ram, s.offset, s.paddr, s.filesz)?;
             (low, high) = (low.min(s.paddr), high.max(end));
         }

@@ -9,7 +9,7 @@ use super::bios;
 use super::elf::{self, Elf, LOWEST_LOAD, u32_at};
 use super::entry::Entry;
 use super::image::{Image, place};
-use super::params::{self, CMDLINE_AT, MEMMAP_AT, MODULES_AT, START_INFO_AT};
+use super::params::{self, CMDLINE_AT, CMDLINE_ROOM, MEMMAP_AT, MODULES_AT, START_INFO_AT};
 use super::{Boot, BootError};
 
 const MAGIC: u32 = 0x1bad_b002;
@@ -84,7 +84,11 @@ pub(crate) fn load(boot: &Boot, header: &Header) -> Result<Entry, BootError> {
         let name = image.path().as_os_str().as_encoded_bytes();
         [name, b" ", cmdline].concat().trim_ascii_end().to_vec()
     };
-    params::place_text(boot.ram, CMDLINE_AT, &named(boot.kernel, boot.cmdline))?;
+    params::place_cmdline(
+        boot.ram,
+        &named(boot.kernel, boot.cmdline),
+        CMDLINE_ROOM - 1,
+    )?;
     let modules = params::place_modules(boot, &kernel, named)?;
     place_info(boot, &modules)?;
     let entry = Entry::Multiboot {

@@ -86,13 +86,12 @@ fn ram_range(range: Range<u64>) -> MemoryRange {
 }
 
 /// Writes the command line with its NUL; `max` is what the kernel reads, without the NUL.
-pub fn place_cmdline(boot: &Boot, max: usize) -> Result<(), BootError> {
-    let max = max.min(CMDLINE_ROOM - 1);
-    if boot.cmdline.len() > max {
-        let len = boot.cmdline.len();
+pub fn place_cmdline(ram: &GuestRam, cmdline: &[u8], max: usize) -> Result<(), BootError> {
+    let (len, max) = (cmdline.len(), max.min(CMDLINE_ROOM - 1));
+    if len > max {
         return Err(BootError::CmdlineTooLong { len, max });
     }
-    place_text(boot.ram, CMDLINE_AT, boot.cmdline)
+    place_text(ram, CMDLINE_AT, cmdline)
 }
 
 /// End of the RAM below 4 GiB.
@@ -171,7 +170,7 @@ pub fn place_modules(
 }
 
 /// Writes a text with its NUL.
-pub fn place_text(ram: &GuestRam, at: u64, text: &[u8]) -> Result<(), BootError> {
+fn place_text(ram: &GuestRam, at: u64, text: &[u8]) -> Result<(), BootError> {
     place(ram, at, text)?;
     place(ram, at + text.len() as u64, &[0])
 }

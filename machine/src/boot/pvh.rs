@@ -15,7 +15,7 @@ use super::params::{self, CMDLINE_AT, CMDLINE_ROOM, MEMMAP_AT, MODULES_AT, START
 use super::{Boot, BootError};
 
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
-/// More of notes than any kernel has.
+/// More of notes than any kernel has, in all its segments of them.
 const NOTES_MAX: u64 = 1 << 20;
 
 /// Loads the kernel and everything that goes with it.
@@ -26,7 +26,7 @@ pub(crate) fn load(boot: &Boot) -> Result<Entry, BootError> {
     if !kernel.contains(&u64::from(eip)) {
         return Err(boot.kernel.damaged("its PVH entry is outside of it"));
     }
-    params::place_cmdline(boot, CMDLINE_ROOM - 1)?;
+    params::place_cmdline(boot.ram, boot.cmdline, CMDLINE_ROOM - 1)?;
     let modules = params::place_modules(boot, &kernel, |_, cmdline| cmdline.to_vec())?;
     place_start_info(boot, &modules)?;
     let entry = Entry::Pvh {
@@ -39,10 +39,12 @@ pub(crate) fn load(boot: &Boot) -> Result<Entry, BootError> {
 
 /// The entry that the first PVH note names.
 fn pvh_entry(kernel: &Image, segments: &[Segment]) -> Result<u32, BootError> {
+    let mut room = NOTES_MAX;
     for s in segments.iter().filter(|s| s.kind == PT_NOTE) {
-        if s.filesz > NOTES_MAX {
+        let Some(left) = room.checked_sub(s.filesz) else {
             return Err(kernel.damaged("its notes are too long"));
-        }
+        };
+        room = left;
         let mut notes = vec![0; s.filesz as usize];
         kernel.read_at(s.offset, &mut notes)?;
         if let Some(eip) = find_pvh_note(&notes) {

@@ -364,6 +364,36 @@ fn elf_files_that_cannot_be_entered_are_refused() {
     assert!(with(64 + 32, &[0xff; 8]).contains("notes are too long"));
 }
 
+/// 65,535 segments or notes of a sparse file, each as long as it may be, would take hours to be read.
+#[test]
+fn what_an_elf_file_names_again_and_again_is_refused() {
+    let many = |kind: u32, len: usize| {
+        let mut b = elf();
+        let headers = b.len();
+        put(&mut b, 32, &(headers as u64).to_le_bytes());
+        put(&mut b, 56, &100u16.to_le_bytes());
+        b.resize(headers + 100 * 56 + len, 0);
+        for n in 0..100 {
+            let at = headers + n * 56;
+            // The first is what the file needs to be booted.
+            let (kind, offset) = match (n, kind) {
+                (0, 1) => (4, 0x100),
+                (0, _) => (1, 0x200),
+                (_, kind) => (kind, headers as u64),
+            };
+            let len = if n == 0 { 40 } else { len as u64 };
+            put(&mut b, at, &kind.to_le_bytes());
+            put(&mut b, at + 8, &offset.to_le_bytes());
+            put(&mut b, at + 24, &LOAD.to_le_bytes());
+            put(&mut b, at + 32, &len.to_le_bytes());
+            put(&mut b, at + 40, &len.to_le_bytes());
+        }
+        error(&b)
+    };
+    assert!(many(1, MIB as usize).contains("its segments overlap"));
+    assert!(many(4, 20_000).contains("notes are too long"));
+}
+
 /// Whatever a header says, loading ends in a value.
 #[test]
 fn damaged_kernels_never_panic() {
@@ -511,6 +541,20 @@ fn the_addresses_of_a_multiboot_header_place_the_file() {
     let far = [base + 0x80, base, 0, 0x7000_0000, base];
     let e = boot(&ram, &multiboot(1 << 16, far), None).unwrap_err();
     assert!(matches!(e, BootError::TooBig { .. }), "{e}");
+}
+
+#[test]
+fn a_command_line_stays_in_its_room() {
+    let ram = GuestRam::new(64 * MIB).unwrap();
+    for kernel in [multiboot(0, [0; 5]), elf()] {
+        let source = BootSource {
+            kernel: BootFile::Memory("name".into(), kernel),
+            cmdline: "x".repeat(0x1_0000),
+            ..BootSource::default()
+        };
+        let e = load(&ram, &source, 0xe0000).unwrap_err();
+        assert!(matches!(e, BootError::CmdlineTooLong { .. }), "{e}");
+    }
 }
 
 #[test]

@@ -9,6 +9,8 @@ use crate::volume::Volume;
 const FOLDERS: &[&str] = &["/loader/entries", "/boot/loader/entries"];
 /// Entries that are read.
 const ENTRIES_MAX: usize = 1000;
+/// Bytes of one, which all are kept at a time; hard links make many of one file.
+const ENTRY_MAX: usize = 64 << 10;
 
 /// The entry that systemd-boot would boot: the one that loader.conf names, else the newest.
 pub fn choose(volumes: &[Volume]) -> Option<Choice> {
@@ -53,7 +55,10 @@ fn read(volume: &Volume, folder: &str) -> Vec<Entry> {
     let names = names.filter(|name| name.ends_with(".conf"));
     names
         .take(ENTRIES_MAX)
-        .filter_map(|name| Entry::parse(&name, &volume.text(&format!("{folder}/{name}"))?))
+        .filter_map(|name| {
+            let text = volume.text(&format!("{folder}/{name}"))?;
+            (text.len() <= ENTRY_MAX).then(|| Entry::parse(&name, &text))?
+        })
         .collect()
 }
 
