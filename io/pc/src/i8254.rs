@@ -3,7 +3,8 @@
 //! Offsets 0 to 3 are the chip (ports 0x40 to 0x43), offset 4 is port 0x61: the gate and the output of channel 2, by
 //! which kernels calibrate faster clocks. Output 0 is that of channel 0, ISA interrupt 0.
 //!
-//! Nothing counts: a channel remembers the tick at which its count was loaded and works out the rest from the time.
+//! Nothing counts: a channel remembers the tick at which its count was loaded and works out the rest from the time. A count that is written while
+//! one is counted down takes its place at once (modes 0 and 4), at the end of a cycle (2), of half a cycle (3), or when the gate rises (1 and 5).
 //!
 //! Source: Intel 8254 data sheet.
 
@@ -14,6 +15,9 @@ pub const PIT_HZ: u64 = 1_193_182;
 
 /// A guest may ask for an interrupt every two ticks; it gets them no more often than this.
 const SHORTEST_PERIOD: Nanos = 20_000;
+
+/// The tick of what happens when the gate rises, and not before.
+const TRIGGER: u64 = u64::MAX;
 
 const CONTROL: u64 = 3;
 const PORT_61: u64 = 4;
@@ -39,12 +43,14 @@ struct Channel {
     bcd: bool,
     /// Ticks of a cycle, 1 to 65536.
     period: u64,
-    /// The count is not loaded yet since the last control word.
+    /// No count was written since the last control word.
     null: bool,
+    /// A period that counting takes up at a tick: the end of a cycle, or [`TRIGGER`].
+    next: Option<(u64, u64)>,
     gate: bool,
-    /// The tick at which counting began; `None` while it stands.
+    /// The tick at which counting began, or went on; `None` while it stands.
     since: Option<u64>,
-    /// Ticks already counted when it came to a stand.
+    /// Ticks of the cycle that were counted before.
     counted: u64,
     low_byte: Option<u8>,
     high_next: bool,
@@ -60,6 +66,7 @@ impl Channel {
             bcd: false,
             period: 0x1_0000,
             null: true,
+            next: None,
             gate,
             since: None,
             counted: 0,
@@ -71,8 +78,7 @@ impl Channel {
     }
 
     fn elapsed(&self, tick: u64) -> u64 {
-        self.since
-            .map_or(self.counted, |since| tick.saturating_sub(since))
+        self.counted + self.since.map_or(0, |since| tick.saturating_sub(since))
     }
 
     fn control(&mut self, word: u8, access: Access) {
@@ -93,12 +99,39 @@ impl Channel {
             value.into()
         };
         let whole = if self.bcd { 10_000 } else { 0x1_0000 };
-        self.period = if count == 0 { whole } else { count };
+        let period = if count == 0 { whole } else { count };
         self.null = false;
-        self.counted = 0;
-        // Modes 1 and 5 wait for the gate to rise.
-        let starts = self.gate && !matches!(self.mode, 1 | 5);
-        self.since = starts.then_some(tick);
+        match (self.mode, self.since) {
+            (1 | 5, _) => self.next = Some((period, TRIGGER)),
+            (2 | 3, Some(_)) => self.next = Some((period, self.end_of_part(tick))),
+            _ => self.begin(period, self.gate.then_some(tick)),
+        }
+    }
+
+    fn begin(&mut self, period: u64, since: Option<u64>) {
+        (self.period, self.since, self.counted, self.next) = (period, since, 0, None);
+    }
+
+    /// The tick at which a cycle ends, of a square wave half a cycle.
+    fn end_of_part(&self, tick: u64) -> u64 {
+        let (done, high) = (self.elapsed(tick) % self.period, self.period.div_ceil(2));
+        let end = match self.mode {
+            3 if done < high => high,
+            _ => self.period,
+        };
+        tick + end - done
+    }
+
+    /// Takes up the period that waits, if its time has come.
+    fn settle(&mut self, tick: u64) {
+        let Some((period, at)) = self.next.filter(|(_, at)| *at <= tick) else {
+            return;
+        };
+        let within_cycle = !self.elapsed(at).is_multiple_of(self.period);
+        self.begin(period, Some(at));
+        if within_cycle {
+            self.counted = period.div_ceil(2);
+        }
     }
 
     fn set_gate(&mut self, gate: bool, tick: u64) {
@@ -106,15 +139,19 @@ impl Channel {
             return;
         }
         match (self.mode, gate) {
-            (0 | 4, true) => self.since = Some(tick.saturating_sub(self.counted)),
+            (0 | 4, true) => self.since = Some(tick),
             (0 | 4, false) => {
                 self.counted = self.elapsed(tick);
                 self.since = None;
             }
-            (_, true) => self.since = Some(tick),
-            (2 | 3, false) => self.since = None,
+            (_, true) => self.begin(self.newest_period(), Some(tick)),
+            (2 | 3, false) => self.begin(self.newest_period(), None),
             (_, false) => {}
         }
+    }
+
+    fn newest_period(&self) -> u64 {
+        self.next.map_or(self.period, |(period, _)| period)
     }
 
     fn out(&self, tick: u64) -> bool {
@@ -132,6 +169,18 @@ impl Channel {
 
     /// The first tick after `tick` at which the output rises, if it does without anybody's help.
     fn next_rise(&self, tick: u64) -> Option<u64> {
+        let rise = self.next_rise_in_period(tick);
+        match self.next {
+            Some((_, at)) if at != TRIGGER && rise.is_none_or(|rise| at < rise) => {
+                let mut then = self.clone();
+                then.settle(at);
+                then.next_rise_in_period(tick.max(at))
+            }
+            _ => rise,
+        }
+    }
+
+    fn next_rise_in_period(&self, tick: u64) -> Option<u64> {
         let since = self.since?;
         let in_cycle = match self.mode {
             0 | 1 => self.period,
@@ -141,7 +190,7 @@ impl Channel {
             }
             _ => self.period + 1,
         };
-        let at = since.checked_add(in_cycle)?;
+        let at = since.checked_add(in_cycle.saturating_sub(self.counted))?;
         (at > tick && !(self.period == 1 && matches!(self.mode, 2 | 3))).then_some(at)
     }
 
@@ -168,7 +217,7 @@ impl Channel {
 
     fn latch_status(&mut self, tick: u64) {
         let status = u8::from(self.out(tick)) << 7
-            | u8::from(self.null) << 6
+            | u8::from(self.null || self.next.is_some()) << 6
             | (self.access as u8) << 4
             | self.mode << 1
             | u8::from(self.bcd);
@@ -205,6 +254,9 @@ impl Channel {
             (Access::LowHigh, Some(low)) => u16::from_le_bytes([low, byte]),
             (Access::LowHigh, None) => {
                 self.low_byte = Some(byte);
+                if self.mode == 0 {
+                    self.begin(self.period, None);
+                }
                 return;
             }
         };
@@ -265,6 +317,9 @@ impl I8254 {
             self.quiet_until = now.saturating_add(SHORTEST_PERIOD);
         }
         self.seen = tick;
+        for channel in &mut self.channels {
+            channel.settle(tick);
+        }
         self.out = self.channels[0].out(tick);
         tick
     }
@@ -474,6 +529,51 @@ mod tests {
         pit.write(PORT_61, 1, 1, at(10));
         assert!(!out(&mut pit, 59));
         assert!(out(&mut pit, 60));
+    }
+
+    fn write_count(pit: &mut I8254, channel: u8, count: u16, now: Nanos) {
+        for byte in count.to_le_bytes() {
+            pit.write(channel.into(), 1, byte.into(), now);
+        }
+    }
+
+    #[test]
+    fn a_new_count_waits_for_the_trigger_or_the_end_of_a_cycle() {
+        let out = |pit: &mut I8254, tick| pit.read(PORT_61, 1, at(tick)) as u8 & OUT_2 != 0;
+        for mode in [1, 5] {
+            let mut pit = I8254::new();
+            program(&mut pit, 2, mode, 100, 0);
+            pit.write(PORT_61, 1, 1, at(10));
+            write_count(&mut pit, 2, 40, at(20));
+            let low = |pit: &mut I8254, tick| !out(pit, tick);
+            let (before, end) = if mode == 1 { (true, 110) } else { (false, 111) };
+            assert_eq!(low(&mut pit, 60), before, "{mode}");
+            assert_eq!((low(&mut pit, end - 1), low(&mut pit, end)), (true, false));
+            pit.write(PORT_61, 1, 0, at(200));
+            pit.write(PORT_61, 1, 1, at(210));
+            let end = if mode == 1 { 250 } else { 251 };
+            assert_eq!((low(&mut pit, end - 1), low(&mut pit, end)), (true, false));
+        }
+        let mut pit = I8254::new();
+        program(&mut pit, 0, 2, 1000, 0);
+        write_count(&mut pit, 0, 300, at(1400));
+        assert_eq!(latched(&mut pit, 0, at(1500)), 500);
+        assert_eq!(rises(&mut pit, at(2700)), [at(2000), at(2300), at(2600)]);
+        let mut pit = I8254::new();
+        program(&mut pit, 0, 3, 1000, 0);
+        write_count(&mut pit, 0, 300, at(1400));
+        // The half that was high ends at 1500; low for 150, then both halves.
+        assert_eq!(rises(&mut pit, at(2000)), [at(1650), at(1950)]);
+    }
+
+    #[test]
+    fn the_first_byte_of_a_new_count_stops_the_old() {
+        let mut pit = I8254::new();
+        program(&mut pit, 0, 0, 1000, 0);
+        pit.write(0, 1, 0x10, at(500));
+        assert_eq!((pit.next_deadline(), pit.outputs().level), (None, 0));
+        pit.write(0, 1, 0, at(600));
+        assert_eq!(pit.next_deadline(), Some(at(616)));
     }
 
     #[test]

@@ -32,7 +32,7 @@ pub struct Activation {
 }
 
 /// A device of one class (virtio 1.2, section 5). The transport calls it under its lock: no call blocks for long but `deactivate`,
-/// which waits for the requests in flight.
+/// which waits for the requests that are being served.
 pub trait VirtioDevice: Send {
     /// The device ID of section 5.
     fn device_type(&self) -> u16;
@@ -53,8 +53,9 @@ pub trait VirtioDevice: Send {
     /// device needs a reset.
     fn activate(&mut self, activation: Activation) -> io::Result<()>;
 
-    /// Lets the requests in flight end, stops the threads and gives the queues back as they are. Called for a reset, for the
-    /// reset of one queue, to save the device, and before it is dropped.
+    /// Stops the threads and gives the queues back as they are. Requests that are being served end first, or are left where they are
+    /// long; those that were taken and not begun are left ([`Queue`] keeps them, and the front-end has it put them back into the ring
+    /// or drops them). Called for a reset, for the reset of one queue, to save the device, and before it is dropped.
     fn deactivate(&mut self) -> Vec<Queue>;
 
     /// Forgets what the driver told it. The device is not active.

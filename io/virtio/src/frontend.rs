@@ -1,7 +1,7 @@
 //! What the transports have in common: negotiation, queues, the device's life (virtio 1.2, sections 2 and 3.1).
 //!
 //! A [`Frontend`] is the driver's side of a device without its registers. It activates the device at DRIVER_OK and takes
-//! its queues back at a reset, which may come at any moment: the device's threads end the requests in flight first.
+//! its queues back at a reset, which may come at any moment: the device's threads end the requests that are being served first.
 //! Rings cannot be moved while they are enabled; the reset of one queue (VIRTIO_F_RING_RESET) deactivates the device,
 //! and activates it again without that queue.
 
@@ -216,7 +216,8 @@ impl Frontend {
 
     /// Switches the device off and forgets everything.
     pub fn reset(&mut self) {
-        self.deactivate();
+        // What was not served is dropped: the driver gets nothing back after a reset, and nothing is written to its rings.
+        self.stop();
         self.device.reset();
         self.forget();
         self.environment.status.bits.store(0, Ordering::SeqCst);
@@ -237,7 +238,7 @@ impl Frontend {
     }
 
     /// Whether the device may access the guest's memory, as a bus master. Where it may not, its threads stand still after the
-    /// requests in flight, and go on later from where they were.
+    /// requests that are being served, and go on later from where they were.
     pub fn set_reaches_memory(&mut self, reaches: bool) {
         if self.reaches_memory == reaches {
             return;
@@ -282,12 +283,20 @@ impl Frontend {
         activated.map_err(|e| format!("the host refuses what the device needs: {e}"))
     }
 
-    /// Stops the device's threads; what they got to is in the queues' states.
-    fn deactivate(&mut self) {
-        if !std::mem::take(&mut self.active) {
-            return;
+    /// Stops the device's threads.
+    fn stop(&mut self) -> Vec<Queue> {
+        match std::mem::take(&mut self.active) {
+            true => self.device.deactivate(),
+            false => Vec::new(),
         }
-        for queue in self.device.deactivate() {
+    }
+
+    /// Stops the device's threads; what they got to is in the queues' states, what they did not serve in the rings.
+    fn deactivate(&mut self) {
+        for mut queue in self.stop() {
+            if let Err(broken) = queue.rewind() {
+                queue.give_up(broken);
+            }
             if let Some(state) = self.queues.get_mut(usize::from(queue.index())) {
                 *state = queue.state();
             }
@@ -436,7 +445,7 @@ impl Frontend {
 
 impl Drop for Frontend {
     fn drop(&mut self) {
-        self.deactivate();
+        self.stop();
     }
 }
 

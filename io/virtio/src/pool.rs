@@ -1,6 +1,8 @@
 //! Work that has to wait for the host, and the threads that do it.
 //!
-//! A pool grows while its work waits and nobody is idle, up to a bound; it never shrinks before its end.
+//! A pool grows while its work waits and nobody is idle, up to a bound; it never shrinks before its end. Its list has no bound of its
+//! own: work is requests of queues, of which no more are under way than there are descriptors (`queue.rs`). At the end all of the list
+//! is still taken, and whoever takes it asks whether it is to be done or left.
 
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -13,7 +15,7 @@ pub struct Pool<T> {
 }
 
 struct State<T> {
-    // At most as many as there are descriptors.
+    /// At most as many as the queues have descriptors.
     waiting: VecDeque<T>,
     threads: usize,
     idle: usize,
@@ -84,7 +86,7 @@ impl<T> Pool<T> {
         self.state().waiting.pop_front()
     }
 
-    /// Ends the threads when all is done.
+    /// Ends the threads when the list is empty.
     pub fn close(&self) {
         self.state().closed = true;
         self.work.notify_all();

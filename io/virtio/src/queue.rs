@@ -1,7 +1,8 @@
 //! A virtqueue as a device sees it (virtio 1.2, 2.7, split virtqueues).
 //!
 //! The rings are the crate `virtio-queue`'s; this is what it leaves open. A ring that makes no sense is an error, [`Broken`], after which the
-//! device stops and asks for a reset: nothing a driver writes there is followed further. Interrupts are sent only where the driver's
+//! device stops and asks for a reset: nothing a driver writes there is followed further. No more chains are under way than there are
+//! descriptors, so that whoever keeps requests keeps no more of them either. Interrupts are sent only where the driver's
 //! `used_event` (or its flag, without VIRTIO_F_EVENT_IDX) asks for one.
 
 use std::sync::Arc;
@@ -45,6 +46,8 @@ pub struct Queue {
     ring: virtio_queue::Queue,
     /// Chains given back, modulo 2^16, when the driver was last told.
     announced: u16,
+    /// Heads of chains that were taken and not served.
+    unserved: Vec<u16>,
     ram: Arc<GuestRam>,
     notifier: Arc<Notifier>,
     interrupt: Arc<dyn Interrupt>,
@@ -92,6 +95,7 @@ impl Queue {
         Ok(Queue {
             index,
             announced: ring.next_used(),
+            unserved: Vec::new(),
             ring,
             ram,
             notifier,
@@ -141,16 +145,26 @@ impl Queue {
 
     /// The next request, if there is one. One that is broken stays where it is. `ram` is the memory that the queue was made with.
     pub fn pop<'r>(&mut self, ram: &'r GuestRam) -> Result<Option<Chain<'r>>, Broken> {
-        let mut available = self
-            .ring
-            .iter(ram.view())
-            .map_err(|_| Broken("a ring with more requests than descriptors"))?;
+        const TOO_MANY: Broken = Broken("a ring with more requests than descriptors");
+        // The crate counts those that were not taken. A driver may not offer a chain again before it has it back (virtio 1.2, 2.7).
+        let room = self.under_way() < self.ring.size();
+        let mut available = self.ring.iter(ram.view()).map_err(|_| TOO_MANY)?;
         let chain = available.next();
-        let parsed = chain.map(|chain| Chain::parse(chain, ram)).transpose();
+        let parsed = chain.map(|chain| match room {
+            true => Chain::parse(chain, ram),
+            false => Err(TOO_MANY),
+        });
+        let parsed = parsed.transpose();
         if parsed.is_err() {
             self.ring.go_to_previous_position();
         }
         parsed
+    }
+
+    /// Chains taken and not given back.
+    fn under_way(&self) -> u16 {
+        let taken = self.ring.next_avail();
+        taken.wrapping_sub(self.ring.next_used())
     }
 
     /// Whether there is a request to take.
@@ -163,6 +177,30 @@ impl Queue {
     /// Puts the request that was taken last back, as if it had not been taken.
     pub fn undo_pop(&mut self) {
         self.ring.go_to_previous_position();
+    }
+
+    /// Takes note of a request that is not served before the device stops. It is as if it had not been taken, once
+    /// [`Queue::rewind`] has put it into the ring again.
+    pub(crate) fn leave(&mut self, head: u16) {
+        self.unserved.push(head);
+    }
+
+    /// Puts the requests that were left back into the ring, for the device to go on with later.
+    ///
+    /// What was taken after them may have been given back before them, so that they do not stand side by side. The driver has reused
+    /// no more entries than it got chains back: those before the next one to take are free for as many as are under way. It does not
+    /// look at entries that it wrote.
+    pub(crate) fn rewind(&mut self) -> Result<(), Broken> {
+        for head in std::mem::take(&mut self.unserved).into_iter().rev() {
+            self.ring.go_to_previous_position();
+            let slot = self.ring.next_avail() % self.ring.size();
+            let at = GuestAddress(self.ring.avail_ring() + 4 + 2 * u64::from(slot));
+            self.ram
+                .view()
+                .write_obj(head.to_le(), at)
+                .map_err(|_| Broken("a ring outside of memory"))?;
+        }
+        Ok(())
     }
 
     /// Gives a request back, with `written` bytes in its buffers.
@@ -248,5 +286,67 @@ impl Queue {
 impl std::fmt::Debug for Queue {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_tuple("Queue").field(&self.state()).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{DriverQueue, Piece};
+
+    const RINGS: u64 = 0x1_0000;
+    const BUFFER: u64 = 0x10_0000;
+
+    fn ends() -> (Arc<GuestRam>, DriverQueue, Queue) {
+        let ram = Arc::new(GuestRam::new(2 << 20).unwrap());
+        let driver = DriverQueue::new(0, 4, RINGS);
+        let queue = driver.device_half(&ram, true);
+        (ram, driver, queue)
+    }
+
+    #[test]
+    fn a_chain_that_is_under_way_is_not_taken_again_and_again() {
+        let (ram, mut driver, mut queue) = ends();
+        driver.submit(&ram, &[Piece::In(BUFFER, 8)]);
+        for _ in 1..driver.size {
+            driver.offer(&ram, 0);
+        }
+        for _ in 0..driver.size {
+            assert_eq!(queue.pop(&ram).unwrap().unwrap().head, 0);
+        }
+        assert!(queue.pop(&ram).unwrap().is_none());
+        driver.offer(&ram, 0);
+        for _ in 0..3 {
+            assert!(queue.pop(&ram).is_err());
+        }
+        queue.push(0, 8).unwrap();
+        assert!(queue.pop(&ram).unwrap().is_some());
+    }
+
+    #[test]
+    fn what_was_left_is_taken_again_whatever_the_driver_offered_meanwhile() {
+        let (ram, mut driver, mut queue) = ends();
+        let pop = |queue: &mut Queue| queue.pop(&ram).unwrap().map(|chain| chain.head);
+        for _ in 0..4 {
+            driver.submit(&ram, &[Piece::In(BUFFER, 8)]);
+        }
+        for n in 0..4 {
+            assert_eq!(pop(&mut queue), Some(n));
+        }
+        // The entries of 0 and 1 are used for 1 and 2 again.
+        for n in [1, 2] {
+            queue.push(n, 8).unwrap();
+            driver.offer(&ram, n);
+        }
+        assert_eq!(pop(&mut queue), Some(1));
+        for n in [0, 3, 1] {
+            queue.leave(n);
+        }
+        queue.rewind().unwrap();
+        assert_eq!(queue.state().taken, queue.state().used);
+        for n in [0, 3, 1, 2] {
+            assert_eq!(pop(&mut queue), Some(n));
+        }
+        assert_eq!(pop(&mut queue), None);
     }
 }

@@ -7,7 +7,10 @@ use doppel_device::{Bus, MsiTarget, Pin};
 use doppel_memory::GuestRam;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
-use crate::{FEATURES_OK, PciWiring, VERSION_1, VirtioDevice, VirtioPci};
+use crate::{
+    FEATURES_OK, Interrupt, Notifier, PciWiring, Queue, QueueState, VERSION_1, VirtioDevice,
+    VirtioPci,
+};
 
 /// Where a test's function has its BAR.
 pub const BAR_AT: u64 = 0xd000_0000;
@@ -212,6 +215,15 @@ impl Rig {
     }
 }
 
+/// A driver that is never told.
+struct Nobody;
+
+impl Interrupt for Nobody {
+    fn queue(&self, _: u16) {}
+    fn config(&self) {}
+    fn needs_reset(&self, _: &str) {}
+}
+
 /// A buffer of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Piece {
@@ -246,6 +258,28 @@ impl DriverQueue {
             available: 0,
             seen: 0,
         }
+    }
+
+    /// The device's half of it, without a device.
+    pub fn device_half(&self, ram: &Arc<GuestRam>, event_idx: bool) -> Queue {
+        let state = QueueState {
+            enabled: true,
+            size: self.size,
+            descriptors: self.base,
+            driver: self.avail(),
+            device: self.used(),
+            ..QueueState::default()
+        };
+        let notifier = Arc::new(Notifier::new().expect("a descriptor"));
+        let queue = Queue::new(
+            self.index,
+            &state,
+            event_idx,
+            ram.clone(),
+            notifier,
+            Arc::new(Nobody),
+        );
+        queue.expect("rings in memory")
     }
 
     /// The ring that the driver writes.

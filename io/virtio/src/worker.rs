@@ -18,7 +18,7 @@ pub struct Stop {
 }
 
 impl Stop {
-    fn new() -> io::Result<Self> {
+    pub(crate) fn new() -> io::Result<Self> {
         Ok(Stop {
             wanted: AtomicBool::new(false),
             notifier: Notifier::new()?,
@@ -30,7 +30,7 @@ impl Stop {
         self.wanted.load(Ordering::Acquire)
     }
 
-    fn want(&self) {
+    pub(crate) fn want(&self) {
         self.wanted.store(true, Ordering::Release);
         self.notifier.notify();
     }

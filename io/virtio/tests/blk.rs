@@ -1,13 +1,15 @@
 //! The block device: requests as a driver makes them, against a raw file and against a host that fails or is slow.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, IoSlice, IoSliceMut, Write};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use doppel_block::{BlockBackend, DiskSpec};
-use doppel_virtio::testing::{DriverQueue, Piece, Rig};
+use doppel_device::PciFunction;
+use doppel_virtio::testing::{DriverQueue, PATIENCE, Piece, Rig};
 use doppel_virtio::{Blk, EVENT_IDX, NEEDS_RESET};
 use tempfile::NamedTempFile;
 
@@ -368,8 +370,7 @@ fn several_queues_are_served_at_once() {
         }
     }
     rig.set_status(0);
-    let seen: std::collections::BTreeSet<_> =
-        rig.messages.take().into_iter().map(|m| m.1).collect();
+    let seen: BTreeSet<_> = rig.messages.take().into_iter().map(|m| m.1).collect();
     assert_eq!(seen, [0x41, 0x42, 0x43].into());
 }
 
@@ -430,4 +431,216 @@ fn long_requests_of_a_driver_that_waits_are_served_at_once_but_for_trials() {
     });
     assert!(ends[0] == ends[1]);
     assert!(ends[0] != pattern(4 << 20));
+}
+
+/// A disk of 4 GiB whose host takes its time, and notes what it is to make zeros.
+#[derive(Default)]
+struct Slow {
+    delays: Vec<Duration>,
+    calls: AtomicUsize,
+    zeros: Mutex<Vec<(u64, u64)>>,
+}
+
+impl Slow {
+    /// Its calls take so many milliseconds, in turn.
+    fn new(delays: &[u64]) -> Arc<Self> {
+        Arc::new(Slow {
+            delays: delays.iter().copied().map(Duration::from_millis).collect(),
+            ..Slow::default()
+        })
+    }
+
+    fn calls(&self) -> usize {
+        self.calls.load(Ordering::SeqCst)
+    }
+
+    fn answer(&self) -> io::Result<()> {
+        let n = self.calls.fetch_add(1, Ordering::SeqCst);
+        std::thread::sleep(self.delays[n % self.delays.len()]);
+        Ok(())
+    }
+}
+
+impl BlockBackend for Slow {
+    fn len(&self) -> u64 {
+        4 << 30
+    }
+    fn read_only(&self) -> bool {
+        false
+    }
+    fn read_at(&self, offset: u64, into: &mut [IoSliceMut<'_>]) -> io::Result<()> {
+        into.iter_mut().for_each(|s| s.fill((offset / 512) as u8));
+        self.answer()
+    }
+    fn write_at(&self, _: u64, _: &[IoSlice<'_>]) -> io::Result<()> {
+        self.answer()
+    }
+    fn flush(&self) -> io::Result<()> {
+        self.answer()
+    }
+    fn discard(&self, _: u64, _: u64) -> io::Result<()> {
+        self.answer()
+    }
+    fn write_zeroes(&self, offset: u64, len: u64, _: bool) -> io::Result<()> {
+        self.zeros.lock().unwrap().push((offset, len));
+        self.answer()
+    }
+}
+
+/// A rig around it, and how many requests its pool was given.
+fn slow_rig(slow: &Arc<Slow>) -> (Rig, impl Fn() -> u64) {
+    let blk = Blk::new(slow.clone(), "", 1);
+    let counters = blk.counters();
+    let by_pool = move || counters.by_pool.load(Ordering::Relaxed);
+    (Rig::new(Box::new(blk)), by_pool)
+}
+
+fn wait_until(what: impl Fn() -> bool) {
+    let end = Instant::now() + PATIENCE;
+    while !what() {
+        assert!(Instant::now() < end);
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_driver_that_offers_a_chain_again_before_it_has_it_back_is_stopped() {
+    let slow = Slow::new(&[200]);
+    let (rig, by_pool) = slow_rig(&slow);
+    let queue = &mut rig.start(EVENT_IDX, RINGS)[0];
+    let size = u64::from(queue.size);
+    let broken = || rig.status() & NEEDS_RESET != 0;
+    submit_reads(&rig, queue, 1);
+    for n in 1..=4 * size {
+        wait_until(|| by_pool() >= n || broken());
+        let used: u16 = rig.ram.load(queue.used() + 2).unwrap();
+        assert!(by_pool() - u64::from(used) <= size);
+        if broken() {
+            break;
+        }
+        queue.offer(&rig.ram, 0);
+        rig.notify(queue);
+    }
+    assert!(broken());
+    rig.set_status(0);
+    let queue = &mut rig.start(EVENT_IDX, RINGS)[0];
+    let answer = request(&rig, queue, IN, 0, &[Piece::In(DATA, 512)]);
+    assert_eq!(answer, (0, 513));
+}
+
+#[test]
+fn a_reset_drops_what_was_not_begun() {
+    const REQUESTS: u64 = 160;
+    let slow = Slow::new(&[300]);
+    let (rig, by_pool) = slow_rig(&slow);
+    let queue = &mut rig.start(EVENT_IDX, RINGS)[0];
+    submit_reads(&rig, queue, REQUESTS);
+    wait_until(|| by_pool() == REQUESTS);
+    rig.set_status(0);
+    let calls = slow.calls();
+    assert!(calls < REQUESTS as usize / 2, "{calls}");
+    assert_eq!(rig.ram.load(queue.used() + 2), Some(calls as u16));
+    let taken = (0..REQUESTS as u16).map(|n| rig.ram.load(queue.avail() + 4 + 2 * u64::from(n)));
+    let offered = (0..REQUESTS as u16).map(|n| Some(3 * n));
+    assert!(taken.eq(offered), "nothing is written to the driver's ring");
+}
+
+/// Each request is answered once, however often the device stands still, in whatever order they end.
+#[test]
+fn what_was_not_begun_when_the_device_stands_still_is_done_later() {
+    const REQUESTS: usize = 160;
+    let slow = Slow::new(&[1, 9, 1, 1, 3]);
+    let (rig, by_pool) = slow_rig(&slow);
+    let queue = &mut rig.start(EVENT_IDX, RINGS)[0];
+    submit_reads(&rig, queue, REQUESTS as u64);
+    let mut under_way: BTreeSet<u32> = (0..REQUESTS as u32).map(|n| 3 * n).collect();
+    let mut stood_still = 0;
+    // The ring is written three times over.
+    for n in 0..1600 {
+        let (head, _) = queue.wait(&rig.ram).expect("an answer");
+        assert!(under_way.remove(&head), "{head}");
+        let request = u64::from(head / 3);
+        assert_eq!(rig.ram.load::<u8>(STATUS + request), Some(0));
+        assert_eq!(rig.ram.load(DATA + 512 * request), Some(request as u8));
+        if n < 1600 - REQUESTS {
+            rig.ram.write_from_device(STATUS + request, &[0xee]);
+            queue.offer(&rig.ram, head as u16);
+            rig.notify(queue);
+            under_way.insert(head);
+        }
+        match n % 100 {
+            30 => drop(rig.pci.save()),
+            60 => {
+                rig.pci.config_write(4, 2, 0x0002);
+                let (used, calls) = (rig.ram.load::<u16>(queue.used() + 2), slow.calls());
+                std::thread::sleep(Duration::from_millis(10));
+                assert_eq!(rig.ram.load(queue.used() + 2), used);
+                assert_eq!(slow.calls(), calls);
+                stood_still += usize::from(n < 1400);
+                rig.pci.config_write(4, 2, 0x0006);
+            }
+            _ => {}
+        }
+    }
+    assert!(under_way.is_empty() && queue.take(&rig.ram).is_none());
+    let again = by_pool() - 1600;
+    assert!(
+        again > stood_still as u64,
+        "{again} were left and done later"
+    );
+    assert_eq!(rig.status() & NEEDS_RESET, 0);
+}
+
+/// Offers a request to make 32 times 64 MiB zeros, from the second page on.
+fn submit_zeros(rig: &Rig, queue: &mut DriverQueue) {
+    for n in 0..32 {
+        let at = DATA + 16 * n;
+        rig.ram.store(at, 8 + n * (64 << 11)).unwrap();
+        rig.ram.store(at + 8, 64u32 << 11).unwrap();
+        rig.ram.store(at + 12, 0u32).unwrap();
+    }
+    rig.ram.store(HEADER, WRITE_ZEROES).unwrap();
+    rig.ram.store(HEADER + 8, 0u64).unwrap();
+    rig.ram.store(STATUS, 0xeeu8).unwrap();
+    let pieces = [
+        Piece::Out(HEADER, 16),
+        Piece::Out(DATA, 16 * 32),
+        Piece::In(STATUS, 1),
+    ];
+    queue.submit(&rig.ram, &pieces);
+    rig.notify(queue);
+}
+
+#[test]
+fn a_long_request_ends_between_its_pieces_when_the_device_stops() {
+    const PIECE: u64 = 16 << 20;
+    const WHOLE: (u64, u64) = (4096, 2 << 30);
+    let slow = Slow::new(&[20]);
+    let (rig, _) = slow_rig(&slow);
+    let queue = &mut rig.start(EVENT_IDX, RINGS)[0];
+    submit_zeros(&rig, queue);
+    wait_until(|| slow.calls() > 0);
+    rig.set_status(0);
+    let calls = slow.calls();
+    assert!(calls < 16, "{calls}");
+    std::thread::sleep(Duration::from_millis(60));
+    assert_eq!(slow.calls(), calls);
+    assert_eq!(rig.ram.load(STATUS), Some(0xeeu8));
+
+    // Where it only stands still the request is begun again.
+    let queue = &mut rig.start(EVENT_IDX, RINGS)[0];
+    submit_zeros(&rig, queue);
+    wait_until(|| slow.calls() > calls);
+    rig.pci.config_write(4, 2, 0x0002);
+    slow.zeros.lock().unwrap().clear();
+    rig.pci.config_write(4, 2, 0x0006);
+    assert_eq!(queue.wait(&rig.ram), Some((0, 1)));
+    assert_eq!(rig.ram.load(STATUS), Some(0u8));
+    let mut end = WHOLE.0;
+    for (offset, len) in &*slow.zeros.lock().unwrap() {
+        assert_eq!(*offset, end);
+        end += len;
+        assert!(*len <= PIECE && offset / PIECE == (end - 1) / PIECE);
+    }
+    assert_eq!(end, WHOLE.0 + WHOLE.1);
 }

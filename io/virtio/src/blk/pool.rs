@@ -4,8 +4,9 @@
 //! do them one by one; a thread for each request would cost more than a request that the host has in its cache.
 //! Idea: the thread of a queue does at once what needs no waiting (preadv2 with RWF_NOWAIT says whether it does), and hands the
 //! rest to a pool, which grows while its requests wait and nobody is idle.
-//! Invariant: a request is in one place: in the ring, with its queue's thread, in the pool's list, with one of its threads. The
-//! queues are given back when all are in the ring again.
+//! Invariant: a request is in one place: in the ring, with its queue's thread, in the pool's list, with one of its threads, or left. The
+//! queues are given back when all are in the ring again or left: who is told to stop begins none that may take long, and leaves one that
+//! does between two pieces of it. What the driver was told is done is done.
 //! Cost: a lock of the queue for taking and one for giving back, a wake-up for what has to wait.
 
 use std::os::fd::AsFd;
@@ -47,7 +48,7 @@ pub fn serve(queues: &[Arc<Slot>], disk: &Disk, ram: &GuestRam, stop: &Stop) {
             stop,
         };
         server.run();
-        // The rest of the list is done before the threads end.
+        // The rest of the list is left before the threads end.
         pool.close();
     });
 }
@@ -238,9 +239,19 @@ impl<'scope, 'env> Server<'scope, 'env> {
     }
 
     fn do_one(&self, n: usize, request: Request<'env>) {
-        if let Err(broken) = self.give_back(n, 0, request.carry_out(self.disk)) {
+        let head = request.head();
+        let end = match request.carry_out(self.disk, self.stop) {
+            Some(done) => self.give_back(n, 0, done),
+            None => self.leave(n, head),
+        };
+        if let Err(broken) = end {
             self.give_up(n, broken);
         }
+    }
+
+    fn leave(&self, n: usize, head: u16) -> Result<(), Broken> {
+        lock(&self.queues[n]).as_mut().ok_or(GONE)?.leave(head);
+        Ok(())
     }
 }
 

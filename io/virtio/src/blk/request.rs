@@ -8,12 +8,17 @@ use virtio_bindings::virtio_blk as code;
 
 use super::Disk;
 use super::config::{DISCARD_SECTORS_MAX, RANGES_MAX, ZEROES_SECTORS_MAX};
+use crate::worker::Stop;
 use crate::{Broken, Buffers, Chain};
 
 /// Bytes of a request's header.
 pub const HEADER_LEN: usize = 16;
 /// Bytes of a range to discard: sector, number of sectors, flags.
 const RANGE_LEN: usize = 16;
+
+/// No more bytes are read, written, discarded or made zeros without a look at the wish to stop. A multiple of what back-ends give
+/// storage back by.
+const PIECE: u64 = 16 << 20;
 
 /// What the driver asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,12 +80,18 @@ impl<'r> Request<'r> {
         })
     }
 
+    /// What identifies it.
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
     /// Carries it out if that needs no waiting; else gives it back.
     pub fn try_now(self, disk: &Disk) -> Result<Done, Self> {
         let (backend, data) = (&disk.backend, self.data().slices());
         let result = match (self.kind, self.range(self.data())) {
-            (Kind::Serial | Kind::Unknown, _) => return Ok(self.carry_out(disk)),
+            (Kind::Serial | Kind::Unknown, _) => self.answer(disk),
             (Kind::Read | Kind::Write, Err(e)) => Some(Err(e)),
+            (Kind::Read | Kind::Write, Ok(_)) if self.data().len() as u64 > PIECE => None,
             (Kind::Read, Ok(offset)) => backend.try_read_to_guest(offset, data),
             (Kind::Write, Ok(offset)) if disk.caches() => {
                 backend.try_write_from_guest(offset, data)
@@ -101,42 +112,73 @@ impl<'r> Request<'r> {
         }
     }
 
-    /// Carries it out, however long that takes.
-    pub fn carry_out(self, disk: &Disk) -> Done {
-        let result = match self.kind {
-            Kind::Read => self
-                .range(&self.writable)
-                .and_then(|at| disk.backend.read_to_guest(at, self.writable.slices())),
-            Kind::Write => self
-                .range(&self.readable)
-                .and_then(|at| disk.backend.write_from_guest(at, self.readable.slices()))
-                .and_then(|()| disk.settle()),
-            Kind::Flush => disk.backend.flush(),
+    /// What the host's disk has no part in; `None` where it has.
+    fn answer(&self, disk: &Disk) -> Option<io::Result<()>> {
+        match self.kind {
             Kind::Serial => {
                 self.writable.write(&disk.serial);
-                Ok(())
+                Some(Ok(()))
             }
-            Kind::Discard => {
-                self.each_range(DISCARD_SECTORS_MAX, |offset, len, flags| match flags {
-                    0 => disk.backend.discard(offset, len),
-                    _ => Err(io::ErrorKind::Unsupported.into()),
-                })
+            Kind::Unknown => Some(Err(io::ErrorKind::Unsupported.into())),
+            _ => None,
+        }
+    }
+
+    /// Carries it out, however long that takes. `None` where `stop` was wanted before its end: it may be done in part, and to do it
+    /// again does no harm.
+    pub fn carry_out(self, disk: &Disk, stop: &Stop) -> Option<Done> {
+        if stop.is_wanted() {
+            return None;
+        }
+        match self.do_all(disk, stop) {
+            Ok(()) => Some(self.finish(Ok(()))),
+            Err(End::Failed(e)) => Some(self.finish(Err(e))),
+            Err(End::Stopped) => None,
+        }
+    }
+
+    fn do_all(&self, disk: &Disk, stop: &Stop) -> Result<(), End> {
+        let backend = &disk.backend;
+        let pieces = Pieces { disk, stop };
+        match self.kind {
+            Kind::Read => {
+                pieces.each_of(self.range(&self.writable)?, &self.writable, |at, to| {
+                    backend.read_to_guest(at, to.slices())
+                })?
             }
-            Kind::WriteZeroes => self
-                .each_range(ZEROES_SECTORS_MAX, |offset, len, flags| match flags {
-                    0 | 1 => disk.backend.write_zeroes(offset, len, flags == 1),
-                    _ => Err(io::ErrorKind::Unsupported.into()),
-                })
-                .and_then(|()| disk.settle()),
-            Kind::Unknown => Err(io::ErrorKind::Unsupported.into()),
-        };
-        self.finish(result)
+            Kind::Write => {
+                pieces.each_of(self.range(&self.readable)?, &self.readable, |at, from| {
+                    backend.write_from_guest(at, from.slices())
+                })?;
+                disk.settle()?;
+            }
+            Kind::Flush => backend.flush()?,
+            Kind::Discard => self.each_range(DISCARD_SECTORS_MAX, |offset, len, flags| {
+                if flags != 0 {
+                    return Err(io::Error::from(io::ErrorKind::Unsupported).into());
+                }
+                pieces.each(offset, len, |at, len| backend.discard(at, len))
+            })?,
+            Kind::WriteZeroes => {
+                self.each_range(ZEROES_SECTORS_MAX, |offset, len, flags| {
+                    if flags > 1 {
+                        return Err(io::Error::from(io::ErrorKind::Unsupported).into());
+                    }
+                    pieces.each(offset, len, |at, len| {
+                        backend.write_zeroes(at, len, flags == 1)
+                    })
+                })?;
+                disk.settle()?;
+            }
+            Kind::Serial | Kind::Unknown => self.answer(disk).unwrap_or(Ok(()))?,
+        }
+        Ok(())
     }
 
     /// Where on the disk the data belongs, in bytes; the back-end checks where it ends.
     fn range(&self, data: &Buffers<'_>) -> io::Result<u64> {
         if !(data.len() as u64).is_multiple_of(SECTOR) {
-            return Err(io::ErrorKind::InvalidInput.into());
+            return Err(invalid());
         }
         bytes(self.sector)
     }
@@ -144,11 +186,11 @@ impl<'r> Request<'r> {
     fn each_range(
         &self,
         sectors_max: u32,
-        mut each: impl FnMut(u64, u64, u32) -> io::Result<()>,
-    ) -> io::Result<()> {
+        mut each: impl FnMut(u64, u64, u32) -> Result<(), End>,
+    ) -> Result<(), End> {
         let len = self.readable.len();
         if !len.is_multiple_of(RANGE_LEN) || len > RANGES_MAX as usize * RANGE_LEN {
-            return Err(io::ErrorKind::InvalidInput.into());
+            return Err(invalid().into());
         }
         let mut ranges = vec![0; len];
         self.readable.read(&mut ranges);
@@ -159,7 +201,7 @@ impl<'r> Request<'r> {
             let sector = u64::from(word(4)) << 32 | u64::from(word(0));
             let (sectors, flags) = (word(8), word(12));
             if sectors > sectors_max {
-                return Err(io::ErrorKind::InvalidInput.into());
+                return Err(invalid().into());
             }
             each(bytes(sector)?, u64::from(sectors) * SECTOR, flags)?;
         }
@@ -184,6 +226,61 @@ impl<'r> Request<'r> {
         // The status counts where all before it was written.
         let whole = data == self.writable.len();
         (self.head, (data + usize::from(whole)) as u32)
+    }
+}
+
+/// Why a request is not done.
+enum End {
+    Failed(io::Error),
+    Stopped,
+}
+
+impl From<io::Error> for End {
+    fn from(error: io::Error) -> Self {
+        End::Failed(error)
+    }
+}
+
+/// Cuts ranges of the disk into pieces, until it is told to stop.
+#[derive(Clone, Copy)]
+struct Pieces<'a> {
+    disk: &'a Disk,
+    stop: &'a Stop,
+}
+
+impl Pieces<'_> {
+    /// Calls `each` with offset and length of each piece, which ends where a multiple of [`PIECE`] is; of an empty range too.
+    fn each(
+        self,
+        offset: u64,
+        len: u64,
+        mut each: impl FnMut(u64, u64) -> io::Result<()>,
+    ) -> Result<(), End> {
+        let end = offset.checked_add(len);
+        let end = end.filter(|end| *end <= self.disk.backend.len());
+        let (mut at, end) = (offset, end.ok_or_else(invalid)?);
+        while !self.stop.is_wanted() {
+            let next = (at / PIECE + 1).saturating_mul(PIECE).min(end);
+            each(at, next - at)?;
+            if next == end {
+                return Ok(());
+            }
+            at = next;
+        }
+        Err(End::Stopped)
+    }
+
+    /// Calls `each` with the offset of each piece and the buffers that belong there.
+    fn each_of(
+        self,
+        offset: u64,
+        data: &Buffers<'_>,
+        mut each: impl FnMut(u64, &Buffers<'_>) -> io::Result<()>,
+    ) -> Result<(), End> {
+        let mut rest = data.clone();
+        self.each(offset, data.len() as u64, |at, len| {
+            each(at, &rest.split_off_front(len as usize))
+        })
     }
 }
 
@@ -217,5 +314,9 @@ impl Disk {
 
 fn bytes(sector: u64) -> io::Result<u64> {
     let bytes = sector.checked_mul(SECTOR);
-    bytes.ok_or_else(|| io::ErrorKind::InvalidInput.into())
+    bytes.ok_or_else(invalid)
+}
+
+fn invalid() -> io::Error {
+    io::ErrorKind::InvalidInput.into()
 }

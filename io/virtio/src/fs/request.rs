@@ -52,6 +52,11 @@ impl<'r> Request<'r> {
         })
     }
 
+    /// What identifies it.
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
     /// Carries it out if that needs no waiting, or with `may_wait`; else nothing was done.
     pub fn carry_out(&self, session: &Session, may_wait: bool) -> Option<Done> {
         let call = Call {

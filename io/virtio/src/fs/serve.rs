@@ -1,4 +1,7 @@
 //! The threads of a file system device: one for each queue, and a pool for what has to wait.
+//!
+//! Who is told to stop leaves what waits in the pool's list: nothing of it was done. One request does not take long by itself, as the
+//! file server bounds what it moves.
 
 use std::os::fd::AsFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -40,7 +43,7 @@ pub fn serve(queues: Vec<Queue>, session: &Session, ram: &GuestRam, stop: &Stop)
             stop,
         };
         server.run();
-        // The rest of the list is done before the threads end.
+        // The rest of the list is left before the threads end.
         pool.close();
     });
     let queues = queues.into_iter().map(Mutex::into_inner);
@@ -147,11 +150,78 @@ impl<'scope, 'env> Server<'scope, 'env> {
     }
 
     fn do_one(&self, n: usize, request: Request<'env>) {
+        if self.stop.is_wanted() {
+            // Nothing of it was done.
+            return self.queue(n).leave(request.head());
+        }
         // With leave to wait all are carried out.
         if let Some(done) = request.carry_out(self.session, true)
             && let Err(broken) = self.give_back(n, done)
         {
             self.give_up(n, broken);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use doppel_share::{HEADER_LEN, Limits, Share, ShareSpec, opcode};
+
+    use super::*;
+    use crate::testing::{DriverQueue, Piece};
+
+    #[test]
+    fn what_waits_when_the_device_stops_is_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let spec = ShareSpec {
+            tag: "tag".to_owned(),
+            directory: folder.path().to_owned(),
+            read_only: true,
+            owner: (0, 0),
+        };
+        let limits = Limits {
+            open: 8,
+            descriptors: 4,
+            node_bytes: 8 << 10,
+        };
+        let share = Share::open(&spec, limits).unwrap();
+        let session = Session::new(Arc::new(share)).unwrap();
+        let ram = Arc::new(GuestRam::new(2 << 20).unwrap());
+        let mut driver = DriverQueue::new(0, 16, 0x1_0000);
+        let queues = [Mutex::new(driver.device_half(&ram, true))];
+        ram.store(0x10_0000, HEADER_LEN as u32).unwrap();
+        ram.store(0x10_0004, opcode::FSYNC).unwrap();
+        let pieces = [
+            Piece::Out(0x10_0000, HEADER_LEN as u32),
+            Piece::In(0x10_1000, 16),
+        ];
+        let (pool, stop) = (Pool::new(1), Stop::new().unwrap());
+        thread::scope(|scope| {
+            let server = Server {
+                scope,
+                queues: &queues,
+                pool: &pool,
+                session: &session,
+                ram: &ram,
+                stop: &stop,
+            };
+            let next = || {
+                let chain = server.queue(0).pop(&ram).unwrap();
+                chain.map(|chain| Request::parse(chain).unwrap())
+            };
+            driver.submit(&ram, &pieces);
+            server.do_one(0, next().unwrap());
+            assert!(driver.take(&ram).is_some());
+            driver.submit(&ram, &pieces);
+            let request = next().unwrap();
+            stop.want();
+            server.do_one(0, request);
+            assert!(driver.take(&ram).is_none());
+            assert!(next().is_none());
+            server.queue(0).rewind().unwrap();
+            assert_eq!(next().map(|request| request.head()), Some(2));
+        });
     }
 }

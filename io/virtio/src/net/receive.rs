@@ -184,3 +184,33 @@ fn scatter(chains: &[Chain], offload: Offload, parts: &[&[u8]]) -> (Vec<(u16, u3
     }
     (filled, total)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::testing::{DriverQueue, Piece};
+
+    /// They have no room, so that no number of them is enough for a frame.
+    #[test]
+    fn no_more_buffers_are_gathered_than_there_are_descriptors() {
+        let ram = Arc::new(GuestRam::new(2 << 20).unwrap());
+        let mut driver = DriverQueue::new(0, 16, 0x1_0000);
+        let mut receive = Receive::new(driver.device_half(&ram, true), true);
+        let mut spare = Spare {
+            chains: Vec::new(),
+            used: 0,
+            dry: false,
+        };
+        driver.submit(&ram, &[Piece::Out(0x10_0000, 8)]);
+        let mut broken = false;
+        // A driver that keeps pace.
+        for _ in 0..64 {
+            spare.dry = false;
+            broken |= receive.gather(&ram, &mut spare, 100).is_err();
+            driver.offer(&ram, 0);
+        }
+        assert!(broken && spare.chains.len() <= usize::from(driver.size));
+    }
+}
