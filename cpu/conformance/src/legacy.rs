@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use doppel_memory::{GuestRam, Word};
+use doppel_memory::{Backing, GuestRam, Word};
 use doppel_translate::SharedCode;
 use doppel_x86::{Activity, Cpu, Cr0, Cr4, Dtr, Efer, Engine, Exit, Gpr, Rflags, Seg, Segment};
 
@@ -81,7 +81,7 @@ pub fn each_legacy(mode: Legacy, test: impl Fn(&mut LegacyMachine)) {
 impl LegacyMachine {
     /// A machine with 16-bit code at 0x10000, 64 KiB of data at 0x20000 (DS, ES, FS, GS) and as much stack at 0x30000.
     pub fn new(row: &Row, mode: Legacy) -> Self {
-        let ram = Arc::new(GuestRam::new(1 << 20).expect("RAM"));
+        let ram = Arc::new(GuestRam::with_backing(1 << 20, Backing::Memfd).expect("RAM"));
         let cpu = Cpu::new(0, ram.clone());
         let mut m = LegacyMachine {
             engine: (row.make)(cpu, &SharedCode::default()),
