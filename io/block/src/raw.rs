@@ -12,7 +12,7 @@ use crate::backend::{
 };
 use crate::file::HostFile;
 use crate::format::{Look, look};
-use crate::guest::{gather, guest_len};
+use crate::guest::{Pieces, gather, guest_len};
 
 /// A raw image.
 #[derive(Debug)]
@@ -57,6 +57,19 @@ impl Raw {
             ));
         }
         self.file.write_at(offset, from.to_vec())
+    }
+
+    /// The same from guest RAM. What is looked at is copied first, since the guest may change it until it is written; the rest may be gigabytes
+    /// and is not.
+    fn write_guest_guarded(&self, offset: u64, from: &[GuestSlice<'_>]) -> io::Result<()> {
+        let mut pieces = Pieces::new(from);
+        let first = pieces.take(SECTOR - offset);
+        let mut bytes = vec![0; guest_len(&first) as usize];
+        gather(&first, &mut bytes);
+        self.write_at(offset, &[IoSlice::new(&bytes)])?;
+        let rest = pieces.take(u64::MAX);
+        self.file
+            .write_from_guest(offset + bytes.len() as u64, &rest)
     }
 
     fn read_guest(&self, offset: u64, into: &[GuestSlice<'_>], at_once: bool) -> io::Result<()> {
@@ -112,9 +125,7 @@ impl BlockBackend for Raw {
         check_writable(self)?;
         check_range(offset, guest_len(from), self.len())?;
         if self.guard.is_some() && offset < SECTOR {
-            let mut bytes = vec![0; guest_len(from) as usize];
-            gather(from, &mut bytes);
-            return self.write_at(offset, &[IoSlice::new(&bytes)]);
+            return self.write_guest_guarded(offset, from);
         }
         self.file.write_from_guest(offset, from)
     }

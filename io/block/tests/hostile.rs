@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use doppel_block::{BlockBackend, Format, create};
 use fastrand::Rng;
-use support::{Scratch, has_qemu_img, open_path, qemu_img, write};
+use support::{Scratch, has_qemu_img, open_path, qemu_img, resident_kib, write};
 
 const DISK: u64 = 1 << 20;
 
@@ -84,12 +84,6 @@ fn use_it(disk: &dyn BlockBackend, random: &mut Rng) {
             },
         };
     }
-}
-
-fn resident_kib() -> u64 {
-    let status = fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|l| l.starts_with("VmHWM:")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
 fn one(path: &Path, seed: &[u8], random: &mut Rng) -> bool {

@@ -203,6 +203,42 @@ fn what_is_no_image_says_why() {
     assert!(complaint(&path, "").contains("qemu-img check -r all"));
 }
 
+#[test]
+fn images_that_qemu_makes_are_written_to() {
+    if !has_qemu_img() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let base = scratch.file("base", &[7; 1 << 20]);
+    let path = scratch.path("disk.qcow2");
+    let try_it = |what: &str| {
+        let disk = open_path(&path, "");
+        let disk = disk.unwrap_or_else(|error| panic!("{what}: {error}"));
+        for offset in [0, 700_000 / 512 * 512, MIB] {
+            write(&*disk, offset, &[9; 4096]);
+        }
+        drop(disk);
+        assert_eq!(check(&path), 0, "{what}");
+    };
+    for (cluster, bits) in [("512", 64), ("64k", 1), ("64k", 16), ("2M", 1)] {
+        let options = format!("-o cluster_size={cluster},refcount_bits={bits}");
+        for allocated in ["off", "metadata", "falloc", "full"] {
+            let words = format!("create -q -f qcow2 {options},preallocation={allocated}");
+            qemu_img(&words, &[&path, "5M".as_ref()]);
+            try_it(&words);
+        }
+        let grow = "resize -q --preallocation=falloc";
+        qemu_img(grow, &[&path, "+9M".as_ref()]);
+        try_it(grow);
+        qemu_img("resize -q --shrink", &[&path, "2M".as_ref()]);
+        try_it("shrink");
+        let words = format!("convert -O qcow2 -c {options}");
+        qemu_img(&words, &[&base, &path]);
+        qemu_img("resize -q", &[&path, "3M".as_ref()]);
+        try_it(&words);
+    }
+}
+
 /// Where the image above does not name the format, what is below may be what a guest wrote to a raw disk.
 #[test]
 fn a_backing_file_that_is_only_guessed_to_be_qcow2_may_not_name_further_files() {

@@ -28,8 +28,35 @@ type Driver = imago::qcow2::Qcow2<ImageFile>;
 /// Bytes at the start of a new image that its header has room in, a part of its first cluster.
 const HEAD_MAX: usize = 4096;
 
-/// Images one above the other. QEMU has no bound; nobody has so many.
-const DEPTH_MAX: usize = 64;
+/// What there may be below an image, itself included.
+#[derive(Clone, Copy)]
+struct Room {
+    images: usize,
+    /// Bytes of L1 tables, all of which are held in memory.
+    tables: u64,
+}
+
+impl Room {
+    /// QEMU has no bound; nobody has so many.
+    const MAX: Room = Room {
+        images: 64,
+        tables: 128 << 20,
+    };
+
+    /// What is left below an image.
+    fn below(self, path: &Path, header: &Header) -> Result<Room, BlockError> {
+        let images = self.images.checked_sub(1);
+        let tables = self.tables.checked_sub(header.l1_len);
+        match (images, tables) {
+            (Some(images), Some(tables)) => Ok(Room { images, tables }),
+            (None, _) => Err(damaged(path, "too many images stand on each other")),
+            (_, None) => Err(damaged(
+                path,
+                "the L1 tables of the images that stand on each other are too long together",
+            )),
+        }
+    }
+}
 
 /// An open image with all that is below it.
 pub(crate) struct Chain {
@@ -55,14 +82,14 @@ pub struct Backing {
 /// Opens a qcow2 image and all below it.
 pub(crate) fn open(file: HostFile) -> Result<Qcow2, BlockError> {
     let path = file.path().to_owned();
-    let chain = open_qcow2(file, Below::Named, DEPTH_MAX)?;
+    let chain = open_qcow2(file, Below::Named, Room::MAX)?;
     finish(chain, &path)
 }
 
 /// Opens a qcow2 image that stands on `base`.
 pub(crate) fn open_over(file: HostFile, base: Chain) -> Result<Qcow2, BlockError> {
     let path = file.path().to_owned();
-    let chain = open_qcow2(file, Below::Given(Box::new(base)), 1)?;
+    let chain = open_qcow2(file, Below::Given(Box::new(base)), Room::MAX)?;
     finish(chain, &path)
 }
 
@@ -86,7 +113,7 @@ enum Below {
 impl Chain {
     /// Opens an image of any format for reading, and all below it.
     pub fn open(path: &Path, format: Option<Format>) -> Result<Chain, BlockError> {
-        open_chain(path, format, Below::Named, DEPTH_MAX)
+        open_chain(path, format, Below::Named, Room::MAX)
     }
 
     /// Bytes of the disk, whole sectors.
@@ -99,13 +126,13 @@ fn open_chain(
     path: &Path,
     format: Option<Format>,
     below: Below,
-    depth: usize,
+    room: Room,
 ) -> Result<Chain, BlockError> {
     let file = HostFile::open(path, false)?;
     let found = look(&file.head(SECTOR as usize)?);
     match (format, found) {
         (Some(Format::Raw), _) | (None, Look::Raw) => open_raw(file),
-        (Some(Format::Qcow2), _) | (None, Look::Qcow2) => open_qcow2(file, below, depth),
+        (Some(Format::Qcow2), _) | (None, Look::Qcow2) => open_qcow2(file, below, room),
         (None, Look::Other(name)) => Err(BlockError::Unsupported {
             path: path.to_owned(),
             name,
@@ -126,13 +153,14 @@ fn open_raw(file: HostFile) -> Result<Chain, BlockError> {
     })
 }
 
-fn open_qcow2(file: HostFile, below: Below, depth: usize) -> Result<Chain, BlockError> {
+fn open_qcow2(file: HostFile, below: Below, room: Room) -> Result<Chain, BlockError> {
     let path = file.path().to_owned();
     let head = file.head(header::LEN)?;
     if look(&head) != Look::Qcow2 {
         return Err(damaged(&path, "it does not begin as one"));
     }
     let header = header::check(&head, file.len()).map_err(|what| damaged(&path, what))?;
+    let room = room.below(&path, &header)?;
     if header.version == 3 {
         let mut cluster = vec![0; header.cluster_size as usize];
         file.read_at(0, vec![IoSliceMut::new(&mut cluster)])
@@ -141,7 +169,7 @@ fn open_qcow2(file: HostFile, below: Below, depth: usize) -> Result<Chain, Block
     }
     if file.writable() {
         let read = |at, into: &mut [u8]| file.read_at(at, vec![IoSliceMut::new(into)]).map(drop);
-        refcounts::check(&head, &read).map_err(|what| damaged(&path, what))?;
+        refcounts::check(&head, file.len(), &read).map_err(|what| damaged(&path, what))?;
     }
     let file = Arc::new(file);
     let storage = ImageFile::new(file.clone(), header.cluster_size);
@@ -149,7 +177,7 @@ fn open_qcow2(file: HostFile, below: Below, depth: usize) -> Result<Chain, Block
         Driver::open_image(storage, file.writable()).map_err(|error| unreadable(&path, error))?;
     driver.set_data_file(None);
     let backing = backing_of(&driver, &path);
-    let image = open_below(&path, backing.as_ref(), below, depth)?;
+    let image = open_below(&path, backing.as_ref(), below, room)?;
     driver.set_backing(image);
     Ok(Chain {
         file,
@@ -164,7 +192,7 @@ fn open_below(
     path: &Path,
     backing: Option<&Backing>,
     below: Below,
-    depth: usize,
+    room: Room,
 ) -> Result<Option<FormatAccess<ImageFile>>, BlockError> {
     match (backing, below) {
         (None, Below::Named | Below::Nothing) => Ok(None),
@@ -186,18 +214,15 @@ fn open_below(
                 path.display()
             ),
         )),
-        (Some(backing), Below::Named) => open_named(path, backing, depth).map(Some),
+        (Some(backing), Below::Named) => open_named(path, backing, room).map(Some),
     }
 }
 
 fn open_named(
     path: &Path,
     backing: &Backing,
-    depth: usize,
+    room: Room,
 ) -> Result<FormatAccess<ImageFile>, BlockError> {
-    if depth == 0 {
-        return Err(damaged(path, "too many images stand on each other"));
-    }
     let format = match backing.format.as_deref() {
         None => None,
         Some("raw" | "file") => Some(Format::Raw),
@@ -212,7 +237,7 @@ fn open_named(
         Some(_) => Below::Named,
         None => Below::Nothing,
     };
-    let chain = open_chain(&backing.path, format, below, depth - 1);
+    let chain = open_chain(&backing.path, format, below, room);
     Ok(chain.map_err(|error| below_error(path, error))?.image)
 }
 

@@ -41,6 +41,8 @@ pub struct Header {
     pub cluster_size: u64,
     /// Bytes of the disk.
     pub size: u64,
+    /// Bytes of the L1 table, which is held in memory.
+    pub l1_len: u64,
 }
 
 /// Checks the header of an image of `file_len` bytes that begins with `head`; a sentence says what is wrong.
@@ -65,6 +67,7 @@ pub(crate) fn check(head: &[u8], file_len: u64) -> Result<Header, String> {
         version,
         cluster_size: 1 << bits,
         size: field(head, 24, 8)?,
+        l1_len: field(head, 36, 4)? * 8,
     };
     tables(head, &header, file_len)?;
     Ok(header)
@@ -86,13 +89,12 @@ fn tables(head: &[u8], header: &Header, file_len: u64) -> Result<(), String> {
     let cluster = header.cluster_size;
     // Each entry of the L1 table stands for an L2 table of one cluster, each entry of which stands for a cluster.
     let covered = cluster * (cluster / 8);
-    let l1_len = field(head, 36, 4)? * 8;
-    if header.size.div_ceil(covered) * 8 > l1_len {
+    if header.size.div_ceil(covered) * 8 > header.l1_len {
         return Err("its L1 table is too short for the size of the disk".into());
     }
     let refcount_len = field(head, 56, 4)? * cluster;
     for (name, offset, len) in [
-        ("L1 table", field(head, 40, 8)?, l1_len),
+        ("L1 table", field(head, 40, 8)?, header.l1_len),
         ("refcount table", field(head, 48, 8)?, refcount_len),
     ] {
         if len > TABLE_MAX {
@@ -115,6 +117,9 @@ fn tables(head: &[u8], header: &Header, file_len: u64) -> Result<(), String> {
 const FEATURE_NAMES: u64 = 0x6803_f857;
 const FEATURE_NAME_LEN: usize = 48;
 
+/// QEMU writes five at most. A cluster of 2 MiB has room for 262,144 empty ones, each of which `imago` reads by itself and keeps.
+const EXTENSIONS_MAX: usize = 128;
+
 /// The extensions of a version 3 header, of which `head` is the first cluster: kinds, and where their data are.
 fn extensions(head: &[u8]) -> Result<Vec<(u64, Range<usize>)>, String> {
     let mut all = Vec::new();
@@ -127,6 +132,9 @@ fn extensions(head: &[u8]) -> Result<Vec<(u64, Range<usize>)>, String> {
         }
         if kind == 0 {
             return Ok(all);
+        }
+        if all.len() == EXTENSIONS_MAX {
+            return Err("its header has too many extensions".into());
         }
         at = data.start + len.next_multiple_of(8);
         all.push((kind, data));
@@ -216,6 +224,8 @@ mod tests {
             let error = with(&[(0x1234, len)]).unwrap_err();
             assert!(error.contains("beyond"), "{error}");
         }
+        let error = with(&[(0x1234, 0); 256]).unwrap_err();
+        assert!(error.contains("too many"), "{error}");
     }
 
     #[test]

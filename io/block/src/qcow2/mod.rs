@@ -41,6 +41,9 @@ const ZEROS: &[u8] = &[0; 64 << 10];
 /// Guest RAM that cannot be given to the host's kernel is copied so many bytes at a time.
 const BOUNCE: u64 = 256 << 10;
 
+/// Clusters that are discarded at a time: each may be a piece of the file of its own, and a disk may have billions.
+const DISCARD_CLUSTERS: u64 = 64 << 10;
+
 /// Whether a call may wait for the host's disk.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Patience {
@@ -155,7 +158,17 @@ impl Qcow2 {
 
     /// Takes mappings away and gives their storage back to the host. With `zero`, edges that are no whole clusters become zeros
     /// too.
-    fn unmap(&self, offset: u64, len: u64, zero: bool) -> io::Result<()> {
+    fn unmap(&self, mut offset: u64, len: u64, zero: bool) -> io::Result<()> {
+        let (end, step) = (offset + len, DISCARD_CLUSTERS * self.header.cluster_size);
+        while offset < end {
+            let next = ((offset / step + 1) * step).min(end);
+            self.unmap_some(offset, next - offset, zero)?;
+            offset = next;
+        }
+        Ok(())
+    }
+
+    fn unmap_some(&self, offset: u64, len: u64, zero: bool) -> io::Result<()> {
         let mut image = self.alone();
         let freed = self.clusters_within(&image, offset, len)?;
         match (zero, self.has_zero_clusters()) {

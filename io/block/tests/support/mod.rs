@@ -81,6 +81,56 @@ pub fn qemu_img(words: &str, paths: &[&Path]) -> String {
     printed
 }
 
+/// The most memory that this process has had.
+pub fn resident_kib() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|l| l.starts_with("VmHWM:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+/// A version 3 image byte by byte: clusters of `1 << bits` bytes, counts of one bit, a disk of `size` bytes, the L1 table in the second cluster and the
+/// refcount table where the test puts it. Header and L1 table are counted if its block is.
+pub struct Made(pub Vec<u8>, u32);
+
+impl Made {
+    pub fn new(bits: u32, size: u64, l1_entries: u32) -> Made {
+        let mut made = Made(vec![0; 1 << bits], bits);
+        made.put(0, b"QFI\xfb\0\0\0\x03");
+        made.number(20, bits);
+        made.put(24, &size.to_be_bytes());
+        made.number(36, l1_entries);
+        made.put(40, &made.place(1).to_be_bytes());
+        made.number(100, 104);
+        made
+    }
+
+    /// Where a cluster is.
+    pub fn place(&self, cluster: u64) -> u64 {
+        cluster << self.1
+    }
+
+    pub fn put(&mut self, at: usize, bytes: &[u8]) {
+        self.0.resize(self.0.len().max(at + bytes.len()), 0);
+        self.0[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+
+    pub fn number(&mut self, at: usize, value: u32) {
+        self.put(at, &value.to_be_bytes());
+    }
+
+    /// Puts a table at a cluster.
+    pub fn table(&mut self, cluster: u64, entries: impl IntoIterator<Item = u64>) {
+        let bytes: Vec<u8> = entries.into_iter().flat_map(u64::to_be_bytes).collect();
+        self.put(self.place(cluster) as usize, &bytes);
+    }
+
+    /// Says where the refcount table is, and of how many clusters.
+    pub fn refcounts(&mut self, cluster: u64, clusters: u32) {
+        self.put(48, &self.place(cluster).to_be_bytes());
+        self.number(56, clusters);
+    }
+}
+
 /// What `qemu-img check` makes of an image: 0 is sound, 3 has leaked clusters, 2 is corrupt.
 /// What `qemu-img check` ends with. A child that another test has just started may hold the image's lock until it executes its
 /// program, so that a check that could not be made is made again.
