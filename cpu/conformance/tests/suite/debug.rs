@@ -2,7 +2,7 @@
 
 use doppel_conformance::paging::{P, RW};
 use doppel_conformance::*;
-use doppel_x86::{Cr4, Gpr, Vendor};
+use doppel_x86::{Cr4, Gpr, Rflags, Vendor};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
@@ -415,5 +415,94 @@ fn int1_takes_the_place_of_a_data_breakpoint_that_mov_ss_delays() {
         assert_eq!(m.vectors(), [1]);
         assert_eq!(m.records()[0].rip, CODE + 2 * (10 + 4) + 7 + 1);
         assert_eq!(m.reg(Gpr::R9) & 0xf, 0);
+    });
+}
+
+/// Steps of user code that makes a system call: the first of them is behind SYSCALL.
+const BEHIND_SYSCALL: u64 = USER_CODE + 10 + 2;
+const SYSTEM_CALLS: u64 = CODE + 0x400;
+
+/// The system call at [`SYSTEM_CALLS`], whose kernel returns with the flags of R11 and R12.
+fn place_system_call(m: &mut Machine, masked: Rflags) {
+    let cpu = m.cpu_mut();
+    cpu.msr.star = 0x0023_0010 << 32;
+    cpu.msr.lstar = SYSTEM_CALLS;
+    cpu.msr.sfmask = masked.bits();
+    m.place(64, SYSTEM_CALLS, |a: &mut CodeAssembler| {
+        a.nop()?;
+        a.and(r11, r12)?;
+        a.sysretq()
+    });
+}
+
+fn steps(m: &Machine) -> Vec<(u64, u64)> {
+    let records = m.records();
+    assert!(records.iter().all(|r| r.vector == 1 && r.dr6 & BS != 0));
+    records.iter().map(|r| (r.rip, r.cs)).collect()
+}
+
+#[test]
+fn system_calls_are_stepped_where_they_leave_tf_set() {
+    const ALL: Rflags = Rflags::from_bits_retain(0x4_7fd5);
+    const ENTRY: u64 = SYSTEM_CALLS;
+    let kernel = [
+        (ENTRY, KERNEL_CS),
+        (ENTRY + 1, KERNEL_CS),
+        (ENTRY + 4, KERNEL_CS),
+    ];
+    let user = [(BEHIND_SYSCALL, USER_CS), (BEHIND_SYSCALL + 1, USER_CS)];
+    each_engine_and_vendor(|m| {
+        for (masked, kept, expected) in [
+            (ALL, !0, user.to_vec()),
+            (ALL, !0x100, vec![]),
+            (Rflags::empty(), !0, [&kernel[..], &user].concat()),
+            (Rflags::empty(), !0x100, kernel.to_vec()),
+        ] {
+            println!("masked {masked:?}, kept {kept:x}");
+            m.forget();
+            place_system_call(m, masked);
+            m.set_reg(Gpr::R12, kept);
+            m.run_user(|a| {
+                set_tf(a)?;
+                a.syscall()?;
+                a.nop()
+            });
+            assert_eq!(steps(m), expected);
+        }
+    });
+}
+
+#[test]
+fn a_system_call_that_returns_with_tf_set_is_a_step() {
+    each_engine_and_vendor(|m| {
+        place_system_call(m, Rflags::all());
+        // What was not stepped before may be translated, or on the processor.
+        for n in 0..4 {
+            m.forget();
+            m.set_reg(Gpr::R12, !0);
+            m.place(64, SYSTEM_CALLS, |a: &mut CodeAssembler| {
+                a.or(r11d, 0x100)?;
+                a.sysretq()
+            });
+            m.run_user(|a| {
+                a.mov(eax, n)?;
+                a.syscall()?;
+                a.nop()
+            });
+            let behind = USER_CODE + 5 + 2;
+            assert_eq!(steps(m), [(behind, USER_CS), (behind + 1, USER_CS)]);
+        }
+        m.forget();
+        m.to_kernel();
+        m.put_bytes(USER_CODE + 0x100, &[0x90, 0xcd, STOP]);
+        m.place(64, CODE, |a: &mut CodeAssembler| {
+            a.mov(rcx, USER_CODE + 0x100)?;
+            a.mov(r11, 0x302u64)?;
+            a.sysret()
+        });
+        m.go(CODE);
+        m.run();
+        let narrow = USER_CODE + 0x100;
+        assert_eq!(steps(m), [(narrow, USER_CS32), (narrow + 1, USER_CS32)]);
     });
 }

@@ -221,7 +221,7 @@ fn finish(
 #[inline]
 fn traps(cpu: &mut Cpu, i: &Instruction, before: Rflags) -> u64 {
     let mut traps = 0;
-    if before.contains(Rflags::TF) && single_steps(cpu, i) {
+    if (cpu.rflags | before).contains(Rflags::TF) && single_steps(cpu, i, before) {
         traps |= DR6_BS;
     }
     if cpu.breakpoint_hits != 0 && !cpu.mov_ss_shadow {
@@ -230,14 +230,17 @@ fn traps(cpu: &mut Cpu, i: &Instruction, before: Rflags) -> u64 {
     traps
 }
 
-/// True where TF, set before the instruction, leads to #DB after it: not in the shadow of MOV SS, and not in
-/// the handler that the instruction entered.
-fn single_steps(cpu: &Cpu, i: &Instruction) -> bool {
-    let enters = matches!(
-        i.mnemonic(),
-        Mnemonic::Int | Mnemonic::Int1 | Mnemonic::Int3 | Mnemonic::Into | Mnemonic::Syscall
-    );
-    !cpu.mov_ss_shadow && !enters
+/// True where TF leads to #DB after an instruction: not in the shadow of MOV SS, and not in the handler that the instruction entered.
+/// TF counts as it was before, but as SYSCALL and SYSRET leave it: the kernel is not stepped into where SFMASK has TF, and user code
+/// is stepped from behind the system call on. (The manuals are silent. Linux's entry_64.S returns with IRET where TF is set, since SYSRET traps at once.)
+fn single_steps(cpu: &Cpu, i: &Instruction, before: Rflags) -> bool {
+    use Mnemonic::*;
+    let counts = match i.mnemonic() {
+        Int | Int1 | Int3 | Into => return false,
+        Syscall | Sysret | Sysretq => cpu.rflags,
+        _ => before,
+    };
+    counts.contains(Rflags::TF) && !cpu.mov_ss_shadow
 }
 
 fn steps_without_rf(cpu: &Cpu) -> bool {
