@@ -322,7 +322,7 @@ impl Cpu {
 
     /// Reads instruction bytes from `linear` on, up to 15: as many as can be fetched without a fault. A fault on
     /// the first byte is the exception; a fault further on only shortens the outcome, and the decoder that runs
-    /// out of bytes calls [`Self::translate`] for the byte that it misses.
+    /// out of bytes asks for the fault of the byte that it misses.
     pub fn fetch(&mut self, linear: u64, out: &mut [u8; 16]) -> Result<usize, Exception> {
         let privilege = if self.cpl == 3 {
             Privilege::User
@@ -339,7 +339,10 @@ impl Cpu {
             return Ok(15);
         }
         let next = self.wrap((linear | PAGE_MASK).wrapping_add(1));
-        let Ok(t) = self.translate(next, AccessKind::Execute, privilege) else {
+        let second = self
+            .check_canonical(next, 1)
+            .and_then(|()| self.translate(next, AccessKind::Execute, privilege));
+        let Ok(t) = second else {
             return Ok(len);
         };
         match self.ram.ptr(t.gpa) {

@@ -1,5 +1,6 @@
 //! 5-level paging: what CR4.LA57 makes canonical, and what the processor takes for later use without it.
 
+use crate::canonical;
 use doppel_conformance::machine::stop;
 use doppel_conformance::paging::{P, RW};
 use doppel_conformance::*;
@@ -347,6 +348,17 @@ fn invpcid_takes_57_bits_and_reaches_pages_beyond_47() {
                     assert_eq!((m.reg(Gpr::Rcx), m.reg(Gpr::Rbp)), (0x11, 0x22));
                 }
             }
+        }
+    });
+}
+
+#[test]
+fn instructions_do_not_go_on_behind_the_end_of_either() {
+    each_engine_with_la57(|m| {
+        for (on, root, end, levels) in [(false, PML4, ALIAS >> 1, 4), (true, PML5, END, 5)] {
+            canonical::map_the_end(m, root, levels);
+            switch(m, on);
+            canonical::fetch_across(m, end, levels);
         }
     });
 }

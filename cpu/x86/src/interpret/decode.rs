@@ -399,7 +399,7 @@ fn too_long(cpu: &mut Cpu, mode: CpuMode, bytes: &[u8]) -> bool {
     shorter.is_some_and(|bytes| decode_bytes(cpu, mode, bytes).1 == DecoderError::NoMoreBytes)
 }
 
-/// Why bytes are no instruction: a page fault on those that are missing, or #UD.
+/// Why bytes are no instruction: a fault on those that are missing, or #UD.
 fn invalid(cpu: &mut Cpu, linear: u64, available: usize, why: DecoderError) -> Exception {
     if why != DecoderError::NoMoreBytes {
         return Exception::UD;
@@ -410,7 +410,10 @@ fn invalid(cpu: &mut Cpu, linear: u64, available: usize, why: DecoderError) -> E
     } else {
         Privilege::Supervisor
     };
-    match cpu.translate(missing, AccessKind::Execute, privilege) {
+    let found = cpu
+        .check_canonical(missing, 1)
+        .and_then(|()| cpu.translate(missing, AccessKind::Execute, privilege));
+    match found {
         Err(fault) => fault,
         // Mapped meanwhile by another processor: what its bytes say is found out next time.
         Ok(_) => Exception::pf(missing, 0),
