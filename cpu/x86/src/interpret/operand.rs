@@ -77,6 +77,19 @@ pub(crate) fn linear_displaced(
     linear_of(cpu, i, offset, size, write)
 }
 
+/// [`linear`] for a part of the memory operand that begins `delta` bytes from its beginning, whose size was not known there. As in one
+/// access, addresses do not begin anew in between.
+pub(crate) fn linear_of_part(
+    cpu: &Cpu,
+    i: &Instruction,
+    delta: u64,
+    size: usize,
+    write: bool,
+) -> Result<u64, Exception> {
+    let offset = effective_address(cpu, i).wrapping_add(delta);
+    linear_of(cpu, i, offset, size, write)
+}
+
 #[inline]
 fn linear_of(
     cpu: &Cpu,

@@ -9,7 +9,7 @@ use iced_x86::{Instruction, Mnemonic};
 
 use super::availability::{check_not_emulated, check_switched};
 use super::native::host_layout;
-use super::operand::{linear, read_operand, write_operand};
+use super::operand::{linear, linear_of_part, read_operand, write_operand};
 use super::vector::{self, EXTENDED, HEADER, Layout, XMM, component};
 use super::{Flow, Handler, Step};
 use crate::{Bus, Cpu, CpuMode, Cr0, Cr4, Efer, Exception, FpuArea, Gpr, Rflags};
@@ -247,25 +247,24 @@ impl Request {
         (2..63).filter(move |n| components >> n & 1 != 0)
     }
 
-    /// Where component `n` lies in the guest's area.
-    fn place(&self, n: usize, compaction: Option<u64>) -> u64 {
-        let offset = match compaction {
+    /// Where component `n` lies in the guest's area, from its beginning.
+    fn place(&self, n: usize, compaction: Option<u64>) -> usize {
+        match compaction {
             Some(c) => self.layout.compacted(n, c),
             None => self.layout.place(n).0,
-        };
-        self.at.wrapping_add(offset as u64)
+        }
     }
 }
 
-/// The pieces of a save, in the order in which they are stored: `(linear address, bytes)`.
-type Pieces = Vec<(u64, Vec<u8>)>;
+/// The pieces of a save, in the order in which they are stored: `(offset in the area, bytes)`.
+type Pieces = Vec<(usize, Vec<u8>)>;
 
 /// What saving `stored` (a subset of what was requested) writes to the legacy region and the components.
 fn pieces(cpu: &Cpu, i: &Instruction, r: &Request, stored: u64, compaction: Option<u64>) -> Pieces {
     let image = legacy_image(&cpu.fpu, i, r.mxcsr_mask);
     let mut pieces = Vec::new();
     let mut legacy = |part: std::ops::Range<usize>| {
-        pieces.push((r.at.wrapping_add(part.start as u64), image[part].to_vec()));
+        pieces.push((part.start, image[part].to_vec()));
     };
     if stored & component::X87 != 0 {
         legacy(0..MXCSR.start);
@@ -291,13 +290,18 @@ fn pieces(cpu: &Cpu, i: &Instruction, r: &Request, stored: u64, compaction: Opti
     pieces
 }
 
-/// Stores all the pieces, or faults before the first.
-fn store(cpu: &mut Cpu, bus: &mut dyn Bus, pieces: &Pieces) -> Step {
+/// Stores all the pieces, or faults before the first. How far the area reaches is known only now, so that segmentation and
+/// canonicality are looked at here.
+fn store(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction, pieces: &Pieces) -> Step {
     let privilege = cpu.privilege();
-    for (at, bytes) in pieces {
+    let mut addresses = Vec::with_capacity(pieces.len());
+    for (from, bytes) in pieces {
+        addresses.push(linear_of_part(cpu, i, *from as u64, bytes.len(), true)?);
+    }
+    for (at, (_, bytes)) in addresses.iter().zip(pieces) {
         cpu.check_writable(*at, bytes.len(), privilege)?;
     }
-    for (at, bytes) in pieces {
+    for (at, (_, bytes)) in addresses.iter().zip(pieces) {
         cpu.store_bytes(bus, *at, privilege, bytes)?;
     }
     Ok(Flow::Next)
@@ -319,8 +323,8 @@ fn xsave(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     cpu.check_writable(header, 8, privilege)?;
     let old = super::operand::load(cpu, bus, header, 8)?;
     let xstate_bv = old & !r.components | in_use & r.components;
-    pieces.push((header, xstate_bv.to_le_bytes().to_vec()));
-    store(cpu, bus, &pieces)
+    pieces.push((HEADER, xstate_bv.to_le_bytes().to_vec()));
+    store(cpu, bus, i, &pieces)
 }
 
 fn xsave_compacted(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
@@ -334,8 +338,8 @@ fn xsave_compacted(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     let mut header = [0; EXTENDED - HEADER];
     header[..8].copy_from_slice(&stored.to_le_bytes());
     header[8..16].copy_from_slice(&(r.components | COMPACTED).to_le_bytes());
-    pieces.push((r.at.wrapping_add(HEADER as u64), header.to_vec()));
-    store(cpu, bus, &pieces)
+    pieces.push((HEADER, header.to_vec()));
+    store(cpu, bus, i, &pieces)
 }
 
 /// The header of a guest's area: which components it holds, and in the compacted format which have a place.
@@ -387,7 +391,8 @@ fn xrstor(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     let mut fpu = cpu.fpu.clone();
     for n in Request::extended(loaded) {
         let (at, size) = r.layout.place(n);
-        let from = r.place(n, header.compaction);
+        let from = r.place(n, header.compaction) as u64;
+        let from = linear_of_part(cpu, i, from, size, false)?;
         cpu.load_bytes(bus, from, privilege, &mut fpu.bytes[at..at + size])?;
     }
     restore_legacy(&mut fpu, i, &image, r.components, loaded, xmm_end(cpu));
