@@ -46,6 +46,8 @@ pub struct Hazards {
     /// Components of extended state in which the host's XCR0 is not what guests are offered, or a process has not what the guest has: XGETBV shows
     /// them, XSAVE stores and XRSTOR loads by them.
     pub components: u64,
+    /// XGETBV tells which components are in use (ECX = 1), which on the guest's processor is #GP.
+    pub in_use: bool,
     /// What the guest's processor does not have.
     pub hidden: HiddenInstructions,
 }
@@ -208,7 +210,7 @@ fn group_7(modrm: u8, h: Hazards) -> Found {
     const OTHERS: [u8; 9] = [0xc1, 0xd9, 0xee, 0xef, 0xf9, 0xfa, 0xfb, 0xfc, 0xfd];
     let reg = modrm >> 3 & 7;
     match modrm {
-        XGETBV => when(h.components != 0, Common),
+        XGETBV => when(h.components != 0 || h.in_use, Common),
         byte if OTHERS.contains(&byte) => Common,
         _ => when(reg == 4 || (modrm < 0xc0 && reg < 2), Common),
     }
@@ -429,11 +431,13 @@ mod tests {
     const ALL: Hazards = Hazards {
         cpuid: true,
         components: 0x200,
+        in_use: true,
         hidden: HiddenInstructions::NONE,
     };
     const NONE: Hazards = Hazards {
         cpuid: false,
         components: 0,
+        in_use: false,
         hidden: HiddenInstructions::NONE,
     };
 
@@ -524,6 +528,14 @@ mod tests {
         assert_eq!(of(&[0x0f, 0xa2, 0x31, 0xc0, 0xc3]), Verdict::Sensitive);
         let xgetbv = [0x0f, 0x01, 0xd0, 0x31, 0xc0, 0xc3];
         assert_eq!(of(&xgetbv), Verdict::Harmless, "most ways count");
+    }
+
+    #[test]
+    fn xgetbv_counts_where_it_tells_more_than_the_guests() {
+        let of = |hazards| verdict(&page(&[0x0f, 0x01, 0xd0], 2000), hazards);
+        assert_eq!(of(NONE), Verdict::Harmless);
+        let in_use = true;
+        assert_eq!(of(Hazards { in_use, ..NONE }), Verdict::Sensitive);
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::sync::{Arc, OnceLock};
 
 use doppel_memory::{GuestRam, PAGE_MASK, PAGE_SIZE};
 use doppel_x86::{CpuidModel, XCR0_PKRU, host_xcr0};
+use raw_cpuid::native_cpuid::cpuid_count;
 
 use crate::hazard::Hazards;
 use crate::patched::{Code, PatchedPage, PatchedPages};
@@ -95,6 +96,7 @@ impl DirectHost {
         Hazards {
             cpuid: !self.zygote.cpuid_faults(),
             components: (host_xcr0() ^ guest.xcr0()) | guest.xcr0() & XCR0_PKRU,
+            in_use: tells_components_in_use() && !guest.tells_components_in_use(),
             hidden: guest.hidden(),
         }
     }
@@ -103,6 +105,11 @@ impl DirectHost {
     pub(crate) fn most_mappings(&self) -> usize {
         self.most_mappings
     }
+}
+
+/// XGETBV of the host's processor takes ECX = 1.
+fn tells_components_in_use() -> bool {
+    cpuid_count(0xd, 1).eax & 1 << 2 != 0
 }
 
 /// A number that the host's kernel tells in a file.

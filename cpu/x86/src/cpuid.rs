@@ -146,6 +146,11 @@ impl CpuidModel {
         self.get(1, 0).ecx & feature::LEAF1_ECX_XSAVE != 0
     }
 
+    /// True where XGETBV tells which components of the extended state are in use.
+    pub fn tells_components_in_use(&self) -> bool {
+        self.get(0xd, 1).eax & feature::LEAF_D_1_EAX_XINUSE != 0
+    }
+
     /// True where protection keys are offered, and with them CR4.PKE.
     pub fn has_protection_keys(&self) -> bool {
         self.get(7, 0).ecx & feature::LEAF7_ECX_PKU != 0

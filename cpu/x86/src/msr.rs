@@ -4,6 +4,7 @@
 //! nowhere raises #GP(0), as on hardware; which ones Debian's kernels access without expecting that decided what is here.
 //! Sources: Intel SDM vol. 4; AMD APM vol. 2 appendix A; Linux msr-index.h.
 
+use crate::interpret::components_in_use;
 use crate::monitor_wait::MISC_ENABLE_MONITOR;
 use crate::state::Msrs;
 use crate::vendor::Vendor;
@@ -335,11 +336,11 @@ pub(crate) fn write_xcr(cpu: &mut Cpu, n: u64, v: u64) -> Result<(), Exception> 
     Ok(())
 }
 
-/// XGETBV: XCR0, or with ECX = 1 the components of it in use.
+/// XGETBV: XCR0, or with ECX = 1, where the processor has that, the components of it in use (Intel SDM vol. 1, 13.2).
 pub(crate) fn read_xcr(cpu: &Cpu, n: u64) -> Result<u64, Exception> {
     match n {
-        // Every component may be in use: the state is kept in memory, which does not tell.
-        0 | 1 => Ok(cpu.xcr0),
+        0 => Ok(cpu.xcr0),
+        1 if cpu.cpuid.tells_components_in_use() => Ok(cpu.xcr0 & components_in_use(cpu)),
         _ => Err(GP0),
     }
 }

@@ -2,7 +2,7 @@
 
 use doppel_conformance::paging::{P, RW};
 use doppel_conformance::*;
-use doppel_x86::{Cr0, Cr4, Gpr};
+use doppel_x86::{CpuModel, Cr0, Cr4, Gpr};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
@@ -515,4 +515,105 @@ fn a_program_finds_its_own_addresses_behind_an_x87_exception() {
             }
         }
     });
+}
+
+#[test]
+fn a_compacting_save_leaves_the_rest_of_the_header_alone() {
+    let saves: [Emit; 3] = [
+        |a| a.xsavec64(ptr(AREA)),
+        |a| a.xsavec(ptr(AREA)),
+        |a| a.xsaves64(ptr(AREA)),
+    ];
+    each_engine(|m| {
+        if !enable_xsave(m) {
+            return;
+        }
+        // XSAVEC and XSAVES are offered.
+        let offered = m.cpu().cpuid(0xd, 1).eax;
+        for (save, bit) in saves.into_iter().zip([1, 1, 3]) {
+            if offered >> bit & 1 == 0 {
+                continue;
+            }
+            m.to_kernel();
+            m.put_bytes(AREA + 512, &[0x55; 64]);
+            m.run_code(|a| {
+                a.mov(eax, -1)?;
+                a.mov(edx, -1)?;
+                save(a)
+            });
+            assert!(m.records().is_empty());
+            assert_eq!(m.get(AREA + 520), 1 << 63 | m.cpu().xcr0);
+            let rest: Vec<u64> = (2..8).map(|n| m.get(AREA + 512 + 8 * n)).collect();
+            assert_eq!(rest, [0x5555_5555_5555_5555; 6]);
+        }
+    });
+}
+
+#[test]
+fn xgetbv_tells_what_is_in_use_as_a_compacting_save_does() {
+    const IN_USE: u32 = 1 << 2;
+    let states: [Emit; 3] = [
+        |_| Ok(()),
+        |a| {
+            a.mov(dword_ptr(DATA), 0x3f80)?;
+            a.ldmxcsr(dword_ptr(DATA))
+        },
+        |a| {
+            a.vpcmpeqd(ymm3, ymm3, ymm3)?;
+            a.fld1()
+        },
+    ];
+    each_engine(|m| {
+        if !has_avx(m) || !enable_xsave(m) || m.cpu().cpuid(0xd, 1).eax & IN_USE == 0 {
+            return;
+        }
+        for (state, least) in states.into_iter().zip([0, 2, 5]) {
+            m.to_kernel();
+            m.put_bytes(AREA, &[0; 576]);
+            m.put(AREA + 24, 0x1f80u32);
+            m.run_code(|a| {
+                a.mov(eax, -1)?;
+                a.mov(edx, -1)?;
+                a.xrstor64(ptr(AREA))?;
+                state(a)?;
+                a.mov(ecx, 1)?;
+                a.xgetbv()?;
+                a.mov(rbx, rax)?;
+                a.mov(rbp, rdx)?;
+                a.mov(eax, -1)?;
+                a.mov(edx, -1)?;
+                a.xsavec64(ptr(AREA))
+            });
+            assert!(m.records().is_empty());
+            let in_use = m.reg(Gpr::Rbx) | m.reg(Gpr::Rbp) << 32;
+            assert_eq!(in_use & least, least);
+            assert_eq!(in_use, m.get(AREA + 512), "{least}");
+        }
+    });
+}
+
+#[test]
+fn xgetbv_knows_no_register_that_cpuid_does_not_show() {
+    let check = |m: &mut Machine, refused: &[u32]| {
+        if !enable_xsave(m) {
+            return;
+        }
+        for register in refused {
+            for user in [false, true] {
+                m.forget();
+                m.to_kernel();
+                if user {
+                    m.to_user();
+                }
+                let r = m.faults(|a| a.mov(ecx, *register), |a| a.xgetbv());
+                assert_eq!((r.vector, r.error), (13, 0), "{register} {user}");
+            }
+        }
+    };
+    each_engine(|m| check(m, &[2, 3, 1 << 31]));
+    // Of leaf 0xd it has the components alone.
+    match Machine::cpu_of(CpuModel::V3) {
+        Ok(model) => each_engine_with(&model, |m| check(m, &[1, 2])),
+        Err(e) => eprintln!("SKIPPED: {e}"),
+    }
 }

@@ -62,6 +62,7 @@ pub const LEAF7_1_EDX: u32 = bits(&[4, 5, 10]);
 pub const LEAF7_2_EDX_INTEL: u32 = bits(&[4, 5]);
 /// XSAVEOPT, XSAVEC, XGETBV with ECX = 1.
 pub const LEAF_D_1_EAX: u32 = bits(&[0, 1, 2]);
+pub const LEAF_D_1_EAX_XINUSE: u32 = 1 << 2;
 /// LAHF, ABM, SSE4A, MISALIGNSSE, 3DNOWPREFETCH, XOP, FMA4, TBM.
 pub const EXTENDED_ECX: Word = Word {
     keep: bits(&[0, 5, 6, 7, 8, 11, 16, 21]),

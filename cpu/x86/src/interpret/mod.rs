@@ -62,6 +62,7 @@ pub mod arithmetic_flags {
     pub use super::flags::{add, logic, sub};
 }
 pub(crate) use native::HostUnit;
+pub(crate) use xsave::in_use_with_mxcsr as components_in_use;
 
 use crate::{Activity, Bus, Cpu, CpuMode, Exception, Outcome, Rflags, exception};
 

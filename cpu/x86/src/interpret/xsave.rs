@@ -200,6 +200,12 @@ fn in_use(cpu: &Cpu) -> u64 {
     vector::in_use(&cpu.fpu) | pkru
 }
 
+/// The same for the compacted format and XGETBV, to which MXCSR belongs to SSE (Intel SDM vol. 1, 13.6).
+pub(crate) fn in_use_with_mxcsr(cpu: &Cpu) -> u64 {
+    let mxcsr = cpu.fpu.mxcsr() != MXCSR_INITIAL;
+    in_use(cpu) | if mxcsr { component::SSE } else { 0 }
+}
+
 /// What every instruction of the XSAVE family begins with: its area, and the components that it is asked for.
 struct Request {
     at: u64,
@@ -329,16 +335,12 @@ fn xsave(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
 
 fn xsave_compacted(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     let r = Request::of(cpu, i, true)?;
-    let mut in_use = in_use(cpu);
-    if cpu.fpu.mxcsr() != MXCSR_INITIAL {
-        in_use |= component::SSE;
-    }
-    let stored = r.components & in_use;
+    let stored = r.components & in_use_with_mxcsr(cpu);
     let mut pieces = pieces(cpu, i, &r, stored, Some(r.components));
-    let mut header = [0; EXTENDED - HEADER];
-    header[..8].copy_from_slice(&stored.to_le_bytes());
-    header[8..16].copy_from_slice(&(r.components | COMPACTED).to_le_bytes());
-    pieces.push((HEADER, header.to_vec()));
+    // XSTATE_BV and XCOMP_BV; the rest of the header stays as it is (Intel SDM vol. 1, 13.10 and 13.11).
+    for (n, word) in [stored, r.components | COMPACTED].into_iter().enumerate() {
+        pieces.push((HEADER + 8 * n, word.to_le_bytes().to_vec()));
+    }
     store(cpu, bus, i, &pieces)
 }
 
