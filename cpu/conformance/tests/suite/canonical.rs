@@ -2,7 +2,7 @@
 
 use doppel_conformance::paging::A;
 use doppel_conformance::*;
-use doppel_x86::{Cr4, Seg};
+use doppel_x86::{Cr4, Seg, Vendor};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
@@ -176,6 +176,246 @@ fn state_is_not_saved_behind_a_segments_limit() {
                     assert_eq!(seen, expected);
                 }
             }
+        }
+    });
+}
+
+/// Descriptors behind those that the machine has: a call gate, an LDT and a TSS, all of which lead to the end.
+const GATE: u64 = 0x60;
+const LDT: u64 = 0x70;
+const OTHER_TSS: u64 = 0x80;
+/// Far pointers: to the end with 64 bits, and to the gate with 32.
+const FAR: u64 = DATA;
+const FAR_GATE: u64 = DATA + 0x10;
+/// What LGDT and LIDT load.
+const TABLE: u64 = DATA + 0x20;
+
+fn put_ways_to_the_end(m: &mut Machine) {
+    let gate = (END & 0xffff) | KERNEL_CS << 16 | 0x8c << 40 | (END >> 16 & 0xffff) << 48;
+    for (selector, low) in [
+        (GATE, gate),
+        (LDT, 0xfff | 0x82 << 40),
+        (OTHER_TSS, 0x67 | 0x89 << 40),
+    ] {
+        m.put(GDT + selector, low);
+        m.put(GDT + selector + 8, END >> 32);
+    }
+    m.cpu_mut().gdtr.limit = 0x8f;
+    m.put(FAR, END);
+    m.put(FAR + 8, KERNEL_CS);
+    m.put(FAR_GATE, GATE << 32);
+    m.put(TABLE, 0xfffu16);
+    m.put(TABLE + 2, END);
+    m.cpu_mut().msr.sysenter_cs = KERNEL_CS;
+    map_the_end(m, PML4, 4);
+}
+
+/// What the kernel does, and the vector and error code of what it raises.
+const KERNELS: [(&str, Emit, Emit, u64, u64); 15] = [
+    ("LLDT", |a| a.mov(eax, LDT as u32), |a| a.lldt(ax), 13, LDT),
+    (
+        "LTR",
+        |a| a.mov(eax, OTHER_TSS as u32),
+        |a| a.ltr(ax),
+        13,
+        OTHER_TSS,
+    ),
+    ("LGDT", |_| Ok(()), |a| a.lgdt(tbyte_ptr(TABLE)), 13, 0),
+    ("LIDT", |_| Ok(()), |a| a.lidt(tbyte_ptr(TABLE)), 13, 0),
+    (
+        "JMP through a gate",
+        |a| a.mov(ebx, FAR_GATE as u32),
+        |a| a.db(&[0xff, 0x2b]),
+        13,
+        0,
+    ),
+    (
+        "CALL through a gate",
+        |a| a.mov(ebx, FAR_GATE as u32),
+        |a| a.db(&[0xff, 0x1b]),
+        13,
+        0,
+    ),
+    (
+        "RETF",
+        |a| push_all(a, &[KERNEL_CS, END]),
+        |a| a.db(&[0x48, 0xcb]),
+        13,
+        0,
+    ),
+    (
+        "RETF to a user",
+        |a| push_all(a, &[USER_DS, USER_STACK, USER_CS, END]),
+        |a| a.db(&[0x48, 0xcb]),
+        13,
+        0,
+    ),
+    (
+        "FXSAVE",
+        |a| a.mov(rbx, END - 256),
+        |a| a.fxsave64(ptr(rbx)),
+        13,
+        0,
+    ),
+    (
+        "FXSAVE on the stack",
+        |a| a.mov(rbp, END - 256),
+        |a| a.fxsave64(ptr(rbp)),
+        12,
+        0,
+    ),
+    (
+        "FXRSTOR",
+        |a| a.mov(rbx, END - 16),
+        |a| a.fxrstor64(ptr(rbx)),
+        13,
+        0,
+    ),
+    (
+        "FXRSTOR on the stack",
+        |a| a.mov(rbp, END - 16),
+        |a| a.fxrstor64(ptr(rbp)),
+        12,
+        0,
+    ),
+    (
+        "MOVUPS",
+        |a| a.mov(rbx, END - 8),
+        |a| a.movups(xmmword_ptr(rbx), xmm0),
+        13,
+        0,
+    ),
+    (
+        "CMPXCHG16B",
+        |a| a.mov(rbx, END),
+        |a| a.cmpxchg16b(xmmword_ptr(rbx)),
+        13,
+        0,
+    ),
+    (
+        "SGDT",
+        |a| a.mov(rbx, END - 4),
+        |a| a.sgdt(tbyte_ptr(rbx)),
+        13,
+        0,
+    ),
+];
+
+/// The same for what is not alike on all processors: Intel's vector and error code, and AMD's vector where it has the instruction.
+const INTELS: [(&str, Emit, Emit, Option<u64>); 4] = [
+    (
+        "far JMP",
+        |a| a.mov(ebx, FAR as u32),
+        |a| a.db(&[0x48, 0xff, 0x2b]),
+        None,
+    ),
+    (
+        "far CALL",
+        |a| a.mov(ebx, FAR as u32),
+        |a| a.db(&[0x48, 0xff, 0x1b]),
+        None,
+    ),
+    (
+        "SYSEXIT",
+        |a| sysexit_registers(a, END, USER_STACK),
+        |a| a.sysexitq(),
+        Some(6),
+    ),
+    (
+        "SYSEXIT to a stack",
+        |a| sysexit_registers(a, USER_CODE, END),
+        |a| a.sysexitq(),
+        Some(6),
+    ),
+];
+
+fn push_all(a: &mut CodeAssembler, words: &[u64]) -> Result<(), IcedError> {
+    words.iter().try_for_each(|word| {
+        a.mov(rax, *word)?;
+        a.push(rax)
+    })
+}
+
+fn sysexit_registers(a: &mut CodeAssembler, to: u64, stack: u64) -> Result<(), IcedError> {
+    a.mov(rdx, to)?;
+    a.mov(rcx, stack)
+}
+
+#[test]
+fn what_leads_behind_the_end_is_refused() {
+    each_engine_and_vendor(|m| {
+        put_ways_to_the_end(m);
+        let intel = m.cpu().cpuid.vendor() == Vendor::Intel;
+        let makers = INTELS.into_iter().filter_map(|(what, prepare, code, amd)| {
+            let vector = if intel { Some(13) } else { amd };
+            vector.map(|vector| (what, prepare, code, vector, 0))
+        });
+        for (what, prepare, code, vector, error) in KERNELS.into_iter().chain(makers) {
+            println!("{what}");
+            m.forget();
+            m.to_kernel();
+            let before = (m.cpu().tr, m.cpu().ldtr, m.cpu().gdtr, m.cpu().idtr);
+            let r = m.faults(prepare, code);
+            let error = if vector == 6 { Record::NO_ERROR } else { error };
+            assert_eq!(
+                (r.vector, r.error, r.rip, r.cs),
+                (vector, error, CODE + 0x800, KERNEL_CS)
+            );
+            assert_eq!(
+                (m.cpu().tr, m.cpu().ldtr, m.cpu().gdtr, m.cpu().idtr),
+                before
+            );
+            assert_not_walked(m, 4);
+        }
+        m.forget();
+        m.to_kernel();
+        m.run_code(|a| {
+            a.mov(rbx, END)?;
+            a.invlpg(ptr(rbx))?;
+            a.mov(rbx, END - 512)?;
+            a.fxsave64(ptr(rbx))?;
+            a.fxrstor64(ptr(rbx))
+        });
+        assert!(m.records().is_empty());
+    });
+}
+
+#[test]
+fn a_stack_does_not_reach_behind_the_end() {
+    let pushes: [Emit; 6] = [
+        |a| a.push(rax),
+        |a| a.push(5),
+        |a| a.push(qword_ptr(USER_DATA)),
+        |a| a.pushfq(),
+        |a| a.call(USER_CODE),
+        |a| a.enter(8, 0),
+    ];
+    let pops: [Emit; 5] = [
+        |a| a.pop(rax),
+        |a| a.pop(qword_ptr(USER_DATA)),
+        |a| a.popfq(),
+        |a| a.ret(),
+        |a| a.leave(),
+    ];
+    each_engine_and_vendor(|m| {
+        map_the_end(m, PML4, 4);
+        let from = |stack: [u64; 2], codes: &[Emit]| -> Vec<(u64, Emit)> {
+            let each = |at| codes.iter().map(move |code| (at, *code));
+            stack.into_iter().flat_map(each).collect()
+        };
+        let pushed = from([END + 8, END + 4], &pushes);
+        let popped = from([END, END - 4], &pops);
+        for (n, (stack, code)) in pushed.into_iter().chain(popped).enumerate() {
+            println!("{n}: {stack:x}");
+            m.forget();
+            m.to_user();
+            let prepare = |a: &mut CodeAssembler| {
+                a.mov(rsp, stack)?;
+                a.mov(rbp, stack)
+            };
+            let r = m.faults(prepare, code);
+            assert_eq!((r.vector, r.error, r.rsp), (12, 0, stack));
+            assert_not_walked(m, 4);
         }
     });
 }
