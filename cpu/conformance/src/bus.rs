@@ -58,6 +58,7 @@ pub struct TestBus {
     pub others: Vec<(Arc<Lines>, Arc<dyn Kick>)>,
     /// The engine of the CPU.
     pub kick: Option<Arc<dyn Kick>>,
+    apic_base: u64,
     ram: Arc<GuestRam>,
 }
 
@@ -71,12 +72,14 @@ impl TestBus {
             device_write: (0, Vec::new()),
             others: Vec::new(),
             kick: None,
+            apic_base: 0xfee0_0900,
             ram,
         }
     }
 }
 
 const MOST_NOTED: usize = 1000;
+const APIC_BASE: u32 = 0x1b;
 
 impl Bus for TestBus {
     fn port_read(&mut self, port: u16, size: u8) -> u32 {
@@ -108,11 +111,12 @@ impl Bus for TestBus {
             self.device_stores.push((gpa, size, value));
         }
     }
-    fn apic_msr_read(&mut self, _: u32) -> Option<u64> {
-        None
+    fn apic_msr_read(&mut self, msr: u32) -> Option<u64> {
+        (msr == APIC_BASE).then_some(self.apic_base)
     }
-    fn apic_msr_write(&mut self, _: u32, _: u64, _: u64) -> Option<()> {
-        None
+    fn apic_msr_write(&mut self, msr: u32, value: u64, _: u64) -> Option<()> {
+        let fine = msr == APIC_BASE && value & 0xff == 0;
+        fine.then(|| self.apic_base = value)
     }
     fn cr8(&mut self) -> u64 {
         0

@@ -631,6 +631,10 @@ impl Cpu {
         if self.cr4.contains(Cr4::OSXSAVE) {
             leaf.ecx |= feature::LEAF1_ECX_OSXSAVE;
         }
+        // Intel SDM vol. 3A, "Enabling or Disabling the Local APIC".
+        if !self.apic_enabled {
+            leaf.edx &= !feature::LEAF1_EDX_APIC;
+        }
         if !self.has_monitor_now() {
             leaf.ecx &= !feature::LEAF1_ECX_MONITOR;
         }

@@ -11,6 +11,8 @@ use crate::vendor::Vendor;
 use crate::{Bus, Cpu, Cr0, Efer, Exception, Seg, mtrr, pmu};
 
 const APIC_BASE: u32 = 0x1b;
+/// IA32_APIC_BASE: the local APIC is on.
+const APIC_ENABLE: u64 = 1 << 11;
 const TSC_DEADLINE: u32 = 0x6e0;
 const X2APIC: std::ops::RangeInclusive<u32> = 0x800..=0x8ff;
 const TSC: u32 = 0x10;
@@ -236,7 +238,11 @@ fn read_special(cpu: &Cpu, msr: u32) -> Option<u64> {
 fn write_option(cpu: &mut Cpu, bus: &mut dyn Bus, msr: u32, v: u64) -> Option<()> {
     if is_apic(msr) {
         let now = cpu.tsc_now();
-        return bus.apic_msr_write(msr, v, now);
+        bus.apic_msr_write(msr, v, now)?;
+        if msr == APIC_BASE {
+            cpu.apic_enabled = v & APIC_ENABLE != 0;
+        }
+        return Some(());
     }
     if mtrr::is_mtrr(msr) {
         return mtrr::write(cpu, msr, v);

@@ -423,6 +423,8 @@ pub struct Cpu {
     pub pauses_left: i32,
     /// This CPU's number, its initial APIC ID.
     pub id: u32,
+    /// The local APIC is on, as IA32_APIC_BASE was last written.
+    pub(crate) apic_enabled: bool,
     pub fpu: FpuArea,
     /// Indexed by [`Privilege`].
     pub tlb: [Tlb; 3],
@@ -520,6 +522,7 @@ impl Cpu {
             pdpte: [0; 4],
             pauses_left: 0,
             id,
+            apic_enabled: true,
             fpu: FpuArea::reset(),
             tlb: Default::default(),
             code: CodeCache::default(),

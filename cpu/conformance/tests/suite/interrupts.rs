@@ -403,3 +403,47 @@ fn cli_and_sti_in_a_tight_loop_let_interrupts_in() {
         assert_eq!(m.reg(Gpr::R12), 20);
     });
 }
+
+fn wrmsr(a: &mut CodeAssembler, msr: u32, v: u64) -> Result<(), iced_x86::IcedError> {
+    a.mov(ecx, msr)?;
+    a.mov(eax, v as u32)?;
+    a.mov(edx, (v >> 32) as u32)?;
+    a.wrmsr()
+}
+
+#[test]
+fn cpuid_shows_a_local_apic_while_it_is_on() {
+    const ON: u64 = 0xfee0_0900;
+    const OFF: u64 = 0xfee0_0100;
+    const RESERVED: u64 = 1;
+    each_engine(|m| {
+        for (base, on, taken) in [
+            (ON, true, true),
+            (OFF, false, true),
+            (ON | RESERVED, false, false),
+            (ON, true, true),
+            (OFF | RESERVED, true, false),
+        ] {
+            println!("{base:x}");
+            m.forget();
+            m.to_kernel();
+            m.place(64, CODE, |a: &mut CodeAssembler| {
+                a.mov(r15, STOPPED_AT)?;
+                wrmsr(a, 0x1b, base)?;
+                machine::stop(a)
+            });
+            m.go(CODE);
+            m.run();
+            assert_eq!(m.vectors().is_empty(), taken);
+            let cpuid = |a: &mut CodeAssembler| {
+                a.mov(eax, 1)?;
+                a.cpuid()
+            };
+            m.to_kernel();
+            m.run_code(cpuid);
+            assert_eq!(m.reg(Gpr::Rdx) >> 9 & 1, u64::from(on));
+            m.run_user(cpuid);
+            assert_eq!(m.reg(Gpr::Rdx) >> 9 & 1, u64::from(on), "to user code");
+        }
+    });
+}

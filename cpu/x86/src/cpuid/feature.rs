@@ -108,6 +108,7 @@ pub const NEEDS_AVX_EXTENDED_ECX: u32 = bits(&[11, 16]);
 
 /// MONITOR, on request alone.
 pub const LEAF1_ECX_MONITOR: u32 = bits(&[3]);
+pub const LEAF1_EDX_APIC: u32 = bits(&[9]);
 pub const LEAF1_ECX_XSAVE: u32 = bits(&[26]);
 pub const LEAF1_ECX_OSXSAVE: u32 = bits(&[27]);
 /// PKU, on request alone; OSPKE, which follows CR4.PKE.
