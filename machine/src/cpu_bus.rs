@@ -190,6 +190,10 @@ impl Bus for CpuBus {
         self.timed(|b| b.apic.write_msr(msr, value, tsc_now))
     }
 
+    fn tsc_moved(&mut self, tsc_now: u64) {
+        self.timed(|b| b.apic.tsc_moved(tsc_now));
+    }
+
     fn cr8(&mut self) -> u64 {
         self.apic.cr8()
     }

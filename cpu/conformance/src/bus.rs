@@ -52,6 +52,8 @@ pub struct TestBus {
     pub written: Vec<(u16, u32)>,
     /// `(address, size, value)` of every store to a device.
     pub device_stores: Vec<(u64, u8, u64)>,
+    /// The guest's TSC each time that it was set.
+    pub tsc_moves: Vec<u64>,
     /// What [`PORT_DEVICE_WRITE`] writes: an address and bytes.
     pub device_write: (u64, Vec<u8>),
     /// Every CPU of a crowd, by its number.
@@ -69,6 +71,7 @@ impl TestBus {
             lines: Arc::default(),
             written: Vec::new(),
             device_stores: Vec::new(),
+            tsc_moves: Vec::new(),
             device_write: (0, Vec::new()),
             others: Vec::new(),
             kick: None,
@@ -117,6 +120,11 @@ impl Bus for TestBus {
     fn apic_msr_write(&mut self, msr: u32, value: u64, _: u64) -> Option<()> {
         let fine = msr == APIC_BASE && value & 0xff == 0;
         fine.then(|| self.apic_base = value)
+    }
+    fn tsc_moved(&mut self, tsc_now: u64) {
+        if self.tsc_moves.len() < MOST_NOTED {
+            self.tsc_moves.push(tsc_now);
+        }
     }
     fn cr8(&mut self) -> u64 {
         0

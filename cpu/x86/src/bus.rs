@@ -27,6 +27,8 @@ pub trait Bus {
     fn apic_msr_read(&mut self, msr: u32) -> Option<u64>;
     /// WRMSR of one of them. `None` raises #GP(0). `tsc_now` is the guest's TSC at the write.
     fn apic_msr_write(&mut self, msr: u32, value: u64, tsc_now: u64) -> Option<()>;
+    /// The guest has set its TSC, which is `tsc_now`: IA32_TSC_DEADLINE waits for that counter.
+    fn tsc_moved(&mut self, _tsc_now: u64) {}
     /// CR8: bits 7:4 of the local APIC's task priority register.
     fn cr8(&mut self) -> u64;
     /// A write to CR8 (0 to 15).

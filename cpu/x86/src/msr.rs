@@ -280,6 +280,7 @@ fn write_special(cpu: &mut Cpu, bus: &mut dyn Bus, msr: u32, v: u64) -> Option<(
             } else {
                 cpu.write_tsc_adjust(v);
             }
+            bus.tsc_moved(cpu.tsc_now());
             cpu.refresh_kvm_clock(bus);
         }
         PAT if mtrr::valid_pat(v) => cpu.msr.pat = v,

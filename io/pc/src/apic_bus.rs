@@ -264,6 +264,11 @@ impl CpuApic {
         Some(())
     }
 
+    /// The guest has set its TSC, which is `tsc_now`.
+    pub fn tsc_moved(&self, tsc_now: u64) {
+        self.slot.with(|apic, now| apic.tsc_moved(tsc_now, now));
+    }
+
     /// CR8.
     pub fn cr8(&self) -> u64 {
         self.slot.with(|apic, _| apic.cr8())
@@ -533,6 +538,20 @@ mod tests {
         assert_eq!(rig.kicks.load(Ordering::SeqCst), 1);
         assert_eq!(cpu.acknowledge(), Some(Acknowledged::Vector(0xec)));
         assert_eq!(cpu.read_msr(0x6e0), Some(0));
+    }
+
+    #[test]
+    fn the_deadline_follows_the_guests_clock() {
+        let rig = rig(1);
+        let cpu = &rig.cpus[0];
+        cpu.write(0x320, 4, 2 << 17 | 0xec);
+        cpu.write_msr(0x6e0, 5_000, 0).unwrap();
+        cpu.tsc_moved(4_900);
+        assert_eq!(rig.timers.fire_due(), Some(100));
+        cpu.tsc_moved(5_000);
+        assert_eq!(rig.kicks.load(Ordering::SeqCst), 1);
+        assert_eq!(cpu.acknowledge(), Some(Acknowledged::Vector(0xec)));
+        assert_eq!(rig.timers.fire_due(), None);
     }
 
     #[test]

@@ -125,6 +125,13 @@ impl ApicTimer {
         self.due = (deadline != 0).then(|| now.saturating_add(wait));
     }
 
+    /// The guest has set its TSC, which is `tsc_now`: it reaches the deadline at another time (Intel SDM volume 3, 11.5.4.1).
+    pub fn follow_tsc(&mut self, tsc_now: u64, now: Nanos) {
+        if self.tsc_deadline != 0 {
+            self.set_tsc_deadline(self.tsc_deadline, tsc_now, now);
+        }
+    }
+
     /// When to look again.
     pub fn next_deadline(&self) -> Option<Nanos> {
         match self.mode {
@@ -207,6 +214,22 @@ mod tests {
         timer.set_tsc_deadline(9000, 3000, 2000);
         timer.set_tsc_deadline(0, 3000, 2000);
         assert_eq!(timer.next_deadline(), None);
+    }
+
+    #[test]
+    fn a_deadline_follows_the_guests_clock() {
+        let mut timer = timer(TimerMode::TscDeadline);
+        timer.follow_tsc(7000, 100);
+        assert_eq!(timer.next_deadline(), None, "nothing is armed");
+        timer.set_tsc_deadline(5000, 3000, 100);
+        timer.follow_tsc(1000, 200);
+        assert_eq!(timer.next_deadline(), Some(2200));
+        timer.follow_tsc(4990, 300);
+        assert_eq!(timer.next_deadline(), Some(305));
+        timer.follow_tsc(u64::MAX, 301);
+        assert!(timer.advance(301), "it is past");
+        timer.follow_tsc(0, 400);
+        assert_eq!(timer.next_deadline(), None, "it went off");
     }
 
     #[test]

@@ -639,6 +639,13 @@ impl LocalApic {
         Some(effect)
     }
 
+    /// The guest has set its TSC, which is `tsc_now`.
+    pub fn tsc_moved(&mut self, tsc_now: u64, now: Nanos) {
+        self.advance(now);
+        self.timer.follow_tsc(tsc_now, now);
+        self.advance(now);
+    }
+
     fn write_x2apic(&mut self, register: u32, value: u64, now: Nanos) -> Option<Effect> {
         if register == ICR_LOW {
             return (value & 0xfff3_2000 == 0).then(|| self.send(value));

@@ -447,3 +447,25 @@ fn cpuid_shows_a_local_apic_while_it_is_on() {
         }
     });
 }
+
+#[test]
+fn a_write_of_the_tsc_is_told_to_its_deadline() {
+    const TSC: u32 = 0x10;
+    const TSC_ADJUST: u32 = 0x3b;
+    const FAR: u64 = 1 << 60;
+    each_engine(|m| {
+        for (msr, value) in [(TSC, FAR), (TSC_ADJUST, FAR), (TSC, 0), (TSC_ADJUST, 0)] {
+            m.to_kernel();
+            m.bus.tsc_moves.clear();
+            m.run_code(|a| {
+                wrmsr(a, msr, value)?;
+                a.rdtsc()
+            });
+            let after = m.reg(Gpr::Rax) | m.reg(Gpr::Rdx) << 32;
+            let told = &m.bus.tsc_moves;
+            assert_eq!(told.len(), 1, "{msr:x} {value:x}");
+            // On its way, not the one of before.
+            assert!(after.wrapping_sub(told[0]) < 1 << 40, "{msr:x} {value:x}");
+        }
+    });
+}
