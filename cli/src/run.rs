@@ -79,6 +79,7 @@ pub fn run_observed(
     let stats = args.stats.as_deref().map(StatsFile::create).transpose()?;
     let (disks, files) = open_disks(args)?;
     let shares = open_shares(args)?;
+    let vsock = open_vsock(args)?;
     let boot = Boot::choose(args, &disks)?;
     let signals = Signals::block()?;
     let perf_map = explain::perf_map(args)?.map(Arc::new);
@@ -90,7 +91,7 @@ pub fn run_observed(
     let observers = Observers { profile, perf_map };
     let config = MachineConfig {
         observers,
-        ..configuration(args, boot, (&disks, &shares), &lines)?
+        ..configuration(args, boot, (&disks, &shares, vsock), &lines)?
     };
     let mut machine = Machine::new(config)?;
     eprintln!("doppel: {}", machine.engine());
@@ -149,7 +150,7 @@ fn open_shares(args: &Run) -> Result<Vec<Arc<Share>>> {
     specs.iter().map(open).collect()
 }
 
-/// The host's end of the socket device.
+/// The host's end of the socket device. In the sandbox nothing of its directory could be made or removed.
 fn open_vsock(args: &Run) -> Result<Option<Arc<VsockSocket>>> {
     let open = |spec: &VsockSpec| {
         let socket = VsockSocket::open(&spec.path).with_context(|| {
@@ -255,7 +256,7 @@ fn default_cmdline(args: &Run) -> String {
 fn configuration(
     args: &Run,
     boot: Boot,
-    (disks, shares): (&[Disk], &[Arc<Share>]),
+    (disks, shares, vsock): (&[Disk], &[Arc<Share>], Option<Arc<VsockSocket>>),
     lines: &Lines,
 ) -> Result<MachineConfig> {
     let (source, sink) = lines.serial.ends();
@@ -264,7 +265,7 @@ fn configuration(
         networks: domain::networks(args),
         shares,
         consoles: lines.backends(),
-        vsock: open_vsock(args)?,
+        vsock,
         counted: args.stats.is_some(),
     };
     let devices = args.devices.configurations(opened);

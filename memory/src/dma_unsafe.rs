@@ -28,33 +28,52 @@ pub fn read_file_at(
     at_once: bool,
 ) -> io::Result<u64> {
     let flags = if at_once { libc::RWF_NOWAIT } else { 0 };
-    let done = transfer(file, offset, into, Direction::ToGuest, flags);
+    let (done, end) = transfer(file, offset, into, Direction::ToGuest, flags);
     // After an error too: nobody says what the host wrote before it.
     note_written(into);
-    done
+    end.map(|()| done)
 }
 
-/// Writes guest RAM to `offset` of a file; how many bytes, which is all unless the file has an end.
+/// Writes guest RAM to `offset` of a file; how many bytes, which is all unless the file has an end. After an error nobody knows how many.
 pub fn write_file_at(
     file: BorrowedFd<'_>,
     offset: u64,
     from: &[GuestSlice<'_>],
 ) -> io::Result<u64> {
-    transfer(file, offset, from, Direction::FromGuest, 0)
+    let (done, end) = transfer(file, offset, from, Direction::FromGuest, 0);
+    end.map(|()| done)
 }
 
-/// Writes guest RAM behind a file's end, wherever that is by then; how many bytes.
+/// The same as a program's write(2): how many bytes, which may be fewer, and an error only where it is none.
+pub fn write_some_at(
+    file: BorrowedFd<'_>,
+    offset: u64,
+    from: &[GuestSlice<'_>],
+) -> io::Result<u64> {
+    some(transfer(file, offset, from, Direction::FromGuest, 0))
+}
+
+/// The same behind a file's end, wherever that is by then.
 pub fn append_to_file(file: BorrowedFd<'_>, from: &[GuestSlice<'_>]) -> io::Result<u64> {
-    transfer(file, 0, from, Direction::FromGuest, libc::RWF_APPEND)
+    let append = libc::RWF_APPEND;
+    some(transfer(file, 0, from, Direction::FromGuest, append))
 }
 
+fn some((done, end): (u64, io::Result<()>)) -> io::Result<u64> {
+    match (done, end) {
+        (0, Err(error)) => Err(error),
+        (done, _) => Ok(done),
+    }
+}
+
+/// How many bytes were transferred, and how it ended.
 fn transfer(
     file: BorrowedFd<'_>,
     offset: u64,
     slices: &[GuestSlice<'_>],
     direction: Direction,
     flags: i32,
-) -> io::Result<u64> {
+) -> (u64, io::Result<()>) {
     let guards: Vec<_> = slices.iter().map(|slice| slice.ptr_guard_mut()).collect();
     let mut pieces: Vec<_> = guards
         .iter()
@@ -66,14 +85,16 @@ fn transfer(
         .collect();
     let (mut rest, mut done) = (pieces.as_mut_slice(), 0);
     while !rest.is_empty() {
-        let n = call(file, offset + done, rest, direction, flags)?;
-        if n == 0 {
-            break;
+        match call(file, offset + done, rest, direction, flags) {
+            Ok(0) => break,
+            Ok(n) => {
+                done += n as u64;
+                rest = advance(rest, n);
+            }
+            Err(error) => return (done, Err(error)),
         }
-        done += n as u64;
-        rest = advance(rest, n);
     }
-    Ok(done)
+    (done, Ok(()))
 }
 
 /// One system call; how many bytes.
@@ -189,6 +210,20 @@ mod tests {
         let mut all = [0; 11];
         file.read_exact_at(&mut all, 0).unwrap();
         assert_eq!(&all, b"beginendend");
+    }
+
+    #[test]
+    fn a_program_is_told_what_a_full_file_took_and_a_disk_that_it_is_full() {
+        use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = memfd_create("full", flags).unwrap();
+        ftruncate(&file, 0x1000).unwrap();
+        fcntl_add_seals(&file, SealFlags::GROW).unwrap();
+        let ram = GuestRam::new(1 << 20).unwrap();
+        let from = slices(&ram, &[(0x1000, 0x2000)]);
+        assert_eq!(write_some_at(file.as_fd(), 0, &from).unwrap(), 0x1000);
+        assert!(write_some_at(file.as_fd(), 0x1000, &from).is_err());
+        assert!(write_file_at(file.as_fd(), 0, &from).is_err());
     }
 
     #[test]

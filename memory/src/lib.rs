@@ -25,7 +25,7 @@ mod window_unsafe;
 
 pub use access_unsafe::{HostPtr, Word};
 pub use dma::{DmaBitmap, DmaSlice, GuestSlice, GuestView};
-pub use dma_unsafe::{append_to_file, read_file_at, write_file_at};
+pub use dma_unsafe::{append_to_file, read_file_at, write_file_at, write_some_at};
 pub use large::LargePages;
 pub use peer::{Asked, InGuest, MOST_CPUS, Peer, Requests};
 pub use ram::{Backing, GuestRam, HIGH_START, HOLE_START, RamError, VGA_HOLE};

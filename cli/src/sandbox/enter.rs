@@ -6,10 +6,9 @@ use crate::args::{Run, Serial};
 use crate::domain::{Domain, OpenFile};
 use anyhow::{Result, bail};
 use doppel_machine::NetConfig;
-use doppel_machine::net::{Network, switch_root};
+use doppel_machine::net::{Network, make_switch_folder};
 use doppel_seccomp::{Kind, SeccompError};
-use std::fs::{DirBuilder, File};
-use std::os::unix::fs::DirBuilderExt;
+use std::fs::File;
 use std::path::PathBuf;
 
 /// What comes before the first process of the machine.
@@ -80,9 +79,10 @@ fn make_what_is_written(args: &Run) {
             let _ = File::create_new(path);
         }
     }
-    let switch = |card: &NetConfig| matches!(card.network, Network::Switch(_));
-    if args.devices.cards().any(switch) {
-        let _ = DirBuilder::new().mode(0o700).create(switch_root());
+    for card in args.devices.cards() {
+        if let Network::Switch(name) = &card.network {
+            let _ = make_switch_folder(name);
+        }
     }
 }
 

@@ -89,7 +89,6 @@ fn rights(right: Right) -> BitFlags<AccessFs> {
         Right::Write => write,
         Right::Device => write | AccessFs::IoctlDev,
         Right::Execute => AccessFs::ReadFile | AccessFs::Execute,
-        Right::Sockets => AccessFs::MakeSock | AccessFs::RemoveFile,
         Right::All => AccessFs::from_all(VERSION) & !(AccessFs::Execute | AccessFs::IoctlDev),
     }
 }

@@ -3,7 +3,7 @@
 use crate::args::{Run, Serial};
 use crate::domain::OpenFile;
 use crate::terminal;
-use doppel_machine::net::{Network, switch_root};
+use doppel_machine::net::{Network, switch_folder};
 use doppel_machine::{EngineChoice, NetConfig};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -19,8 +19,6 @@ pub enum Right {
     Device,
     /// Files are read and executed.
     Execute,
-    /// Sockets are made and removed.
-    Sockets,
     /// Everything but execution and devices.
     All,
 }
@@ -34,7 +32,6 @@ impl Right {
             Right::Write => "read, write",
             Right::Device => "device",
             Right::Execute => "execute",
-            Right::Sockets => "sockets",
             Right::All => "all",
         }
     }
@@ -148,9 +145,6 @@ impl Plan {
                 self.grant(path, Right::Write, "--serial, --console");
             }
         }
-        if let Some(spec) = args.devices.vsock() {
-            self.grant(folder_of(&spec.path), Right::Sockets, "--vsock");
-        }
     }
 
     fn network(&mut self, card: &NetConfig) {
@@ -162,7 +156,11 @@ impl Plan {
                 self.grant(folder_of(&file), Right::Read, "the host's name servers");
                 self.grant("/etc", Right::Read, "which of them are in force");
             }
-            Network::Switch(_) => self.grant(switch_root(), Right::All, "--net switch"),
+            Network::Switch(name) => {
+                if let Ok(folder) = switch_folder(name) {
+                    self.grant(folder, Right::All, "--net switch");
+                }
+            }
             Network::Tap(_) => self.grant("/dev/net/tun", Right::Device, "--net tap"),
         }
     }

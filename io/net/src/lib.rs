@@ -22,6 +22,6 @@ pub use link::{
 pub use options::{NetConfig, NetError, Network, StartNetwork};
 pub use port::Port;
 pub use remote::{RemoteLink, serve};
-pub use switch::{Switch, SwitchError, switch_root};
+pub use switch::{Switch, SwitchError, make_switch_folder, switch_folder};
 pub use tap_unsafe::{Tap, TapError};
 pub use user::{Forward, ForwardError, GUEST, Transport, UserConfig, UserError, UserNetwork};

@@ -4,7 +4,7 @@ use std::ffi::CStr;
 use std::io;
 use std::os::fd::AsFd;
 
-use doppel_memory::{append_to_file, read_file_at, write_file_at};
+use doppel_memory::{append_to_file, read_file_at, write_some_at};
 use fuse_abi::linux::{
     FUSE_WRITE_CACHE, fuse_copy_file_range_in, fuse_create_in, fuse_fallocate_in, fuse_fsync_in,
     fuse_lseek_in, fuse_lseek_out, fuse_open_in, fuse_open_out, fuse_read_in, fuse_release_in,
@@ -154,7 +154,7 @@ impl Session {
         let appends = OFlags::from_bits_retain(wanted.flags).contains(OFlags::APPEND);
         let written = match appends && wanted.write_flags & FUSE_WRITE_CACHE == 0 {
             true => append_to_file(file, &data),
-            false => write_file_at(file, wanted.offset, &data),
+            false => write_some_at(file, wanted.offset, &data),
         };
         Answer::of(&fuse_write_out {
             size: written.map_err(|e| errno(&e))? as u32,

@@ -58,11 +58,7 @@ pub struct Place {
 impl Place {
     /// Takes the first number that is free.
     pub fn claim(name: &str) -> Result<Self, SwitchError> {
-        let plain = |c: char| c.is_ascii_alphanumeric() || "-_".contains(c);
-        if name.is_empty() || name.len() > NAME_MAX || !name.chars().all(plain) {
-            return Err(SwitchError::Name(name.to_owned()));
-        }
-        let folder = folder(name)?;
+        let folder = make_switch_folder(name)?;
         let _lock = lock(&folder)?;
         for slot in 0..SLOTS {
             if let Some(socket) = claim(&folder, slot)? {
@@ -108,8 +104,7 @@ fn hash(name: &str) -> u16 {
 }
 
 /// Where all switches of this user are: `$XDG_RUNTIME_DIR/doppel`, or `/tmp/doppel-UID`.
-#[must_use]
-pub fn switch_root() -> PathBuf {
+fn switch_root() -> PathBuf {
     let runtime = std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty());
     match runtime {
         Some(dir) => Path::new(&dir).join("doppel"),
@@ -117,12 +112,25 @@ pub fn switch_root() -> PathBuf {
     }
 }
 
-/// `switch/NAME` there.
-fn folder(name: &str) -> Result<PathBuf, SwitchError> {
-    let root = switch_root();
-    let switches = root.join("switch");
-    let folder = switches.join(name);
-    for folder in [&root, &switches, &folder] {
+/// Where a switch is: `switch/NAME` there.
+///
+/// # Errors
+/// No name of a switch.
+pub fn switch_folder(name: &str) -> Result<PathBuf, SwitchError> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_".contains(c);
+    if name.is_empty() || name.len() > NAME_MAX || !name.chars().all(plain) {
+        return Err(SwitchError::Name(name.to_owned()));
+    }
+    Ok(switch_root().join("switch").join(name))
+}
+
+/// The same, and it is there, and the user's alone.
+///
+/// # Errors
+/// No name of a switch, or a directory that cannot be made or is another's.
+pub fn make_switch_folder(name: &str) -> Result<PathBuf, SwitchError> {
+    let (root, folder) = (switch_root(), switch_folder(name)?);
+    for folder in [&root, &root.join("switch"), &folder] {
         make(folder)?;
     }
     Ok(folder)

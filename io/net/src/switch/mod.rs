@@ -25,7 +25,7 @@ use crate::finish::finish;
 use crate::header::HEADER;
 use crate::link::{Accepts, FRAME_MAX, Link, Offload, Received, Sent, Sink};
 use directory::Place;
-pub use directory::{SwitchError, switch_root};
+pub use directory::{SwitchError, make_switch_folder, switch_folder};
 
 /// The sender's number, then what is left undone.
 const PREFIX: usize = 2 + HEADER;

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
-/// A socket at which programs of the host ask for connections to the guest. It goes with this value.
+/// A socket at which programs of the host ask for connections to the guest. It goes with this value, unless a sandbox keeps it.
 #[derive(Debug)]
 pub struct VsockSocket {
     listener: UnixListener,
