@@ -623,7 +623,7 @@ fn eligible(cpu: &Cpu) -> bool {
             .into_iter()
             .all(|s| usual(cpu.segment(s)))
         && flags.contains(Rflags::IF)
-        && !flags.intersects(Rflags::TF | Rflags::IOPL | Rflags::NT)
+        && !flags.intersects(Rflags::TF | Rflags::IOPL | Rflags::NT | Rflags::VIF | Rflags::VIP)
         && aligned
         && cpu.dr[7] & 0xff == 0
         && !cpu.cr0.intersects(Cr0::TS | Cr0::EM)

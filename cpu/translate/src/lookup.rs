@@ -603,7 +603,7 @@ fn translatable(cpu: &Cpu, options: &TranslateOptions) -> Option<Mode> {
     let stepping = cpu.rflags.contains(Rflags::TF) || cpu.has_instruction_breakpoints();
     let shadow = cpu.interrupt_shadow || cpu.mov_ss_shadow;
     let checks = cpu.cpl != 0 && needs_checks(cpu);
-    if stepping || shadow || checks {
+    if stepping || shadow || checks || cpu.virtual_interrupt_waits() {
         return None;
     }
     let allowed = |mode: &Mode| match mode.is_narrow() {

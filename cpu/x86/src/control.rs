@@ -150,7 +150,9 @@ pub(crate) fn load_cr3(cpu: &mut Cpu, bus: &mut dyn Bus, v: u64) -> Result<(), E
 
 /// The CR4 bits that may be set: those whose feature CPUID shows.
 fn supported_cr4() -> Cr4 {
-    Cr4::TSD
+    Cr4::VME
+        | Cr4::PVI
+        | Cr4::TSD
         | Cr4::DE
         | Cr4::PSE
         | Cr4::PAE

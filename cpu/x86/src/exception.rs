@@ -11,7 +11,8 @@
 use crate::segment::{self, Descriptor, Found, code, system_type};
 use crate::stack::Stack;
 use crate::{
-    Activity, Bus, Cpu, CpuMode, Dtr, Exception, Outcome, Rflags, Seg, Segment, Vector, task,
+    Activity, Bus, Cpu, CpuMode, Cr4, Dtr, Exception, Outcome, Rflags, Seg, Segment, Vector, flags,
+    task, transfer,
 };
 
 /// Where an event comes from: it decides the checks of the gate and the EXT bit.
@@ -220,20 +221,41 @@ fn gate_address(idtr: &Dtr, vector: u8, size: u64) -> Option<u64> {
 fn deliver_real(cpu: &mut Cpu, bus: &mut dyn Bus, event: &Event) -> Result<(), Exception> {
     // Error codes are not pushed, and faults name no selector.
     let at = gate_address(&cpu.idtr, event.vector, 4).ok_or(Exception::gp(0))?;
+    through_vector_table(cpu, bus, event, at, cpu.rflags)?;
+    cpu.rflags
+        .remove(Rflags::IF | Rflags::TF | Rflags::AC | Rflags::RF);
+    Ok(())
+}
+
+/// Pushes FLAGS, CS and IP, and goes where an entry of the vector table says.
+fn through_vector_table(
+    cpu: &mut Cpu,
+    bus: &mut dyn Bus,
+    event: &Event,
+    at: u64,
+    flags: Rflags,
+) -> Result<(), Exception> {
     let entry: u32 = cpu.load_table(bus, at)?;
     let mut stack = Stack::current(cpu);
-    let flags = cpu.rflags.bits();
     let cs = cpu.segment(Seg::Cs).selector;
-    stack.push(cpu, bus, 2, flags)?;
+    stack.push(cpu, bus, 2, flags.bits())?;
     stack.push(cpu, bus, 2, cs.into())?;
     stack.push(cpu, bus, 2, event.return_rip)?;
     stack.commit(cpu);
-    let selector = (entry >> 16) as u16;
-    cpu.seg[Seg::Cs as usize].selector = selector;
-    cpu.seg[Seg::Cs as usize].base = u64::from(selector) << 4;
+    transfer::set_real_cs(cpu, (entry >> 16) as u16);
     cpu.rip = u64::from(entry & 0xffff);
-    cpu.rflags
-        .remove(Rflags::IF | Rflags::TF | Rflags::AC | Rflags::RF);
+    Ok(())
+}
+
+/// INT n that the redirection bitmap leaves to the 8086 program, whose vector table begins at linear address 0 (Intel SDM vol. 3B, table 22-2, methods 5
+/// and 6).
+fn deliver_redirected(cpu: &mut Cpu, bus: &mut dyn Bus, event: &Event) -> Result<(), Exception> {
+    let (shown, masked) = match cpu.iopl() {
+        3 => (cpu.rflags, Rflags::IF),
+        _ => (flags::with_vif(cpu.rflags), Rflags::VIF),
+    };
+    through_vector_table(cpu, bus, event, 4 * u64::from(event.vector), shown)?;
+    cpu.rflags.remove(masked | Rflags::TF | Rflags::RF);
     Ok(())
 }
 
@@ -364,9 +386,13 @@ fn push_frame(
 
 fn deliver_protected(cpu: &mut Cpu, bus: &mut dyn Bus, event: &Event) -> Result<(), Exception> {
     use system_type::{INTERRUPT_GATE, INTERRUPT_GATE16, TASK_GATE, TRAP_GATE, TRAP_GATE16};
-    let v86 = cpu.mode() == CpuMode::V86;
-    if v86 && event.source == Source::SoftwareInterrupt && cpu.iopl() < 3 {
-        return Err(Exception::gp(0));
+    if cpu.mode() == CpuMode::V86 && event.source == Source::SoftwareInterrupt {
+        if cpu.cr4.contains(Cr4::VME) && task::redirects(cpu, bus, event.vector)? {
+            return deliver_redirected(cpu, bus, event);
+        }
+        if cpu.iopl() < 3 {
+            return Err(Exception::gp(0));
+        }
     }
     let at = gate_address(&cpu.idtr, event.vector, 8).ok_or(Exception::gp(event.idt_code()))?;
     let gate = Descriptor {

@@ -257,7 +257,7 @@ fn virtual_8086_mode_is_left_and_entered_again() {
         *s = Segment::v86(0x100 * (n as u16 + 1));
     }
     cpu.cpl = 3;
-    cpu.rflags = Rflags::ONE | Rflags::VM | Rflags::IF;
+    cpu.rflags = Rflags::ONE | Rflags::VM | Rflags::IF | Rflags::VIF | Rflags::VIP;
     cpu.rip = 0x77;
     cpu.gpr[Gpr::Rsp as usize] = 0x800;
     let before = (cpu.seg, cpu.gpr, cpu.rflags, cpu.cpl, cpu.rip);
@@ -317,19 +317,21 @@ fn a_task_gate_switches_tasks_and_iret_returns() {
         put(&cpu, OTHER + offset, v);
     }
     cpu.gpr[Gpr::Rbx as usize] = 0x1234_5678;
-    let before = (cpu.gpr, cpu.rip);
+    cpu.rflags |= Rflags::VIF | Rflags::VIP;
+    let before = (cpu.gpr, cpu.rip, cpu.rflags);
     raise(&mut cpu, &mut bus, Exception::DF, 0);
     assert_eq!(
         (cpu.rip, cpu.tr.selector, cpu.reg(Gpr::Rsp)),
         (HANDLER, OTHER_SELECTOR, 0x4ffc)
     );
-    assert!(cpu.rflags.contains(Rflags::NT) && cpu.cr0.contains(crate::Cr0::TS));
+    assert_eq!(cpu.rflags, Rflags::ONE | Rflags::NT);
+    assert!(cpu.cr0.contains(crate::Cr0::TS));
     assert_eq!(cpu.ram.load::<u16>(OTHER), Some(TSS_SELECTOR));
     cpu.gpr[Gpr::Rsp as usize] += 4;
     iret::execute(&mut cpu, &mut bus, 4, HANDLER + 1).expect("task return");
     assert_eq!(
-        (cpu.gpr, cpu.rip, cpu.tr.selector),
-        (before.0, before.1, TSS_SELECTOR)
+        (cpu.gpr, cpu.rip, cpu.rflags, cpu.tr.selector),
+        (before.0, before.1, before.2, TSS_SELECTOR)
     );
     // The other task is available again, and will go on after its IRET.
     assert_eq!(cpu.ram.load::<u8>(GDT + 0x4d), Some(0x89));

@@ -3,7 +3,7 @@
 use crate::segment::{self, code, is_null, rpl};
 use crate::stack::Stack;
 use crate::transfer::{self, Target};
-use crate::{Bus, Cpu, CpuMode, Exception, Gpr, Rflags, Seg, Segment, task};
+use crate::{Bus, Cpu, CpuMode, Exception, Gpr, Rflags, Seg, Segment, flags, task};
 
 const GP0: Exception = Exception::gp(0);
 
@@ -17,9 +17,7 @@ pub(crate) fn execute(
     // NMIs are open again even if IRET faults.
     cpu.nmi_blocked = false;
     match cpu.mode() {
-        CpuMode::Real => to_real(cpu, bus, size),
-        CpuMode::V86 if cpu.iopl() < 3 => Err(GP0),
-        CpuMode::V86 => to_real(cpu, bus, size),
+        CpuMode::Real | CpuMode::V86 => to_real(cpu, bus, size),
         _ if cpu.rflags.contains(Rflags::NT) && cpu.long_mode() => Err(GP0),
         _ if cpu.rflags.contains(Rflags::NT) => {
             cpu.rflags.remove(Rflags::NT);
@@ -30,6 +28,7 @@ pub(crate) fn execute(
 }
 
 fn to_real(cpu: &mut Cpu, bus: &mut dyn Bus, size: u64) -> Result<(), Exception> {
+    let vif = flags::shows_vif(cpu, size)?;
     let mut stack = Stack::current(cpu);
     let rip = stack.pop(cpu, bus, size)?;
     let selector = stack.pop(cpu, bus, size)? as u16;
@@ -37,10 +36,16 @@ fn to_real(cpu: &mut Cpu, bus: &mut dyn Bus, size: u64) -> Result<(), Exception>
     if rip > u64::from(cpu.segment(Seg::Cs).limit) {
         return Err(GP0);
     }
+    if vif {
+        let popped = Rflags::from_bits_truncate(flags);
+        flags::check_vif(cpu, popped)?;
+        cpu.rflags.set(Rflags::VIF, popped.contains(Rflags::IF));
+    }
     stack.commit(cpu);
     transfer::set_real_cs(cpu, selector);
     cpu.rip = rip;
-    let mut writable = returned_flags(size) | Rflags::IF;
+    let mut writable = returned_flags(size);
+    writable.set(Rflags::IF, !vif);
     if cpu.mode() == CpuMode::Real {
         writable |= Rflags::IOPL;
     }

@@ -1,4 +1,4 @@
-//! The task-state segment: stacks for inner privilege levels, the I/O permission bitmap and hardware task switches
+//! The task-state segment: stacks for inner privilege levels, the I/O permission and redirection bitmaps and hardware task switches
 //! (Intel SDM vol. 3A, chapter 9).
 //!
 //! A task switch saves and loads the CPU field by field and may fault on its way. Up to the point where the new
@@ -93,11 +93,7 @@ pub(crate) fn check_io(
         return Ok(());
     }
     let refused = Exception::gp(0);
-    if cpu.tr.unusable() || cpu.tr.kind() & 8 == 0 || cpu.tr.limit < BUSY_LIMIT32 {
-        return Err(refused);
-    }
-    let map: u16 = cpu.load_table(bus, cpu.tr.base.wrapping_add(0x66))?;
-    let offset = u32::from(map) + u32::from(port / 8);
+    let offset = io_map(cpu, bus)? + u32::from(port / 8);
     // Two bytes are always read, since an access may straddle two.
     if offset + 1 > cpu.tr.limit {
         return Err(refused);
@@ -109,6 +105,27 @@ pub(crate) fn check_io(
     } else {
         Err(refused)
     }
+}
+
+/// Where the I/O permission bitmap begins in the TSS; #GP(0) where it is no 32-bit TSS, or too short.
+fn io_map(cpu: &mut Cpu, bus: &mut dyn Bus) -> Result<u32, Exception> {
+    if cpu.tr.unusable() || cpu.tr.kind() & 8 == 0 || cpu.tr.limit < BUSY_LIMIT32 {
+        return Err(Exception::gp(0));
+    }
+    let map: u16 = cpu.load_table(bus, cpu.tr.base.wrapping_add(0x66))?;
+    Ok(map.into())
+}
+
+/// Whether INT n of virtual-8086 mode goes to the 8086 program's own handler: its bit in the 32 bytes below the I/O permission bitmap is clear.
+pub(crate) fn redirects(cpu: &mut Cpu, bus: &mut dyn Bus, vector: u8) -> Result<bool, Exception> {
+    const BYTES: u32 = 32;
+    let begin = io_map(cpu, bus)?.wrapping_sub(BYTES);
+    let offset = begin.wrapping_add(u32::from(vector / 8));
+    if offset > cpu.tr.limit {
+        return Err(Exception::gp(0));
+    }
+    let bits: u8 = cpu.load_table(bus, cpu.tr.base.wrapping_add(offset.into()))?;
+    Ok(bits >> (vector % 8) & 1 == 0)
 }
 
 /// What starts a task switch.

@@ -22,3 +22,4 @@ mod several_cpus;
 mod strings;
 mod system_calls;
 mod translations;
+mod virtual_interrupts;

@@ -201,7 +201,7 @@ fn cpuid_says_what_the_machine_offers() {
         assert_eq!(m.reg(Gpr::R8), u64::from(leaf.ecx));
         assert_eq!(m.reg(Gpr::R9), u64::from(leaf.edx));
         assert_eq!(m.reg(Gpr::R8) >> 27 & 1, 1, "OSXSAVE follows CR4");
-        assert_eq!(m.reg(Gpr::R9) & 2, 0, "no VME");
+        assert_eq!(m.reg(Gpr::R9) & 2, 2, "VME");
         assert_eq!(
             m.reg(Gpr::Rbx),
             u64::from(m.cpu().cpuid(0x4000_0000, 0).ebx)
@@ -211,7 +211,7 @@ fn cpuid_says_what_the_machine_offers() {
         let r = m.faults(
             |a| {
                 a.mov(rax, cr4)?;
-                a.or(eax, Cr4::VME.bits() as i32)
+                a.or(eax, Cr4::PKE.bits() as i32)
             },
             |a| a.mov(cr4, rax),
         );

@@ -11,7 +11,7 @@
 
 use doppel_x86::{Segment, flat_attributes};
 
-use super::system::{CR4_TSD, CS, SS, TF};
+use super::system::{CR4_TSD, CS, SS, TF, VIF_VIP};
 use super::*;
 
 /// Bytes of the frame.
@@ -25,7 +25,6 @@ const NEW_SS: i32 = 32;
 const NT: i32 = 1 << 14;
 const IOPL: i32 = 3 << 12;
 const VM: i32 = 1 << 17;
-const VIF_VIP: i32 = 3 << 19;
 const ID: i32 = 1 << 21;
 /// Flags that nobody usually comes back with. (RF says nothing where there is no breakpoint.)
 const UNUSUAL: i32 = TF | NT | IOPL | VM | VIF_VIP;

@@ -12,6 +12,7 @@ pub(super) const TF: i32 = 1 << 8;
 /// What SYSRET takes from R11.
 const SYSRET_FLAGS: i32 = 0x3c_7fd7;
 const EFER_SCE: i32 = 1;
+pub(super) const VIF_VIP: i32 = 3 << 19;
 const CR4_FSGSBASE: i32 = 1 << 16;
 pub(super) const CR4_TSD: i32 = 1 << 2;
 pub(super) const CS: u8 = 1;
@@ -286,7 +287,7 @@ impl Work<'_> {
         self.leave_unless_canonical(RCX, i);
         let a = self.asm();
         a.load(S0, ctx::gpr(11));
-        a.test_imm32(S0, TF | AC);
+        a.test_imm32(S0, TF | AC | VIF_VIP);
         self.leave_if(CC_NE, i);
         self.asm().test_imm32(S0, IF);
         let masked = self.asm().jcc(CC_E);

@@ -28,11 +28,11 @@ pub const LEAF1_ECX: Word = Word {
     keep: bits(&[0, 1, 9, 12, 13, 19, 20, 22, 23, 25, 26, 28, 29, 30]),
     set: bits(&[17, 21, 24, 31]),
 };
-/// FPU, CX8, CMOV, CLFSH, MMX, FXSR, SSE, SSE2, SS; set: DE, PSE, TSC, MSR, PAE, MCE, APIC, SEP, MTRR, PGE, MCA, PAT,
-/// PSE-36. Not VME.
+/// FPU, CX8, CMOV, CLFSH, MMX, FXSR, SSE, SSE2, SS; set: VME, DE, PSE, TSC, MSR, PAE, MCE, APIC, SEP, MTRR, PGE, MCA, PAT,
+/// PSE-36.
 pub const LEAF1_EDX: Word = Word {
     keep: bits(&[0, 8, 15, 19, 23, 24, 25, 26, 27]),
-    set: bits(&[2, 3, 4, 5, 6, 7, 9, 11, 12, 13, 14, 16, 17]),
+    set: bits(&[1, 2, 3, 4, 5, 6, 7, 9, 11, 12, 13, 14, 16, 17]),
 };
 /// BMI1, AVX2, FDP_EXCPTN_ONLY, BMI2, ERMS, ZERO_FCS_FDS, AVX-512 F and DQ, RDSEED, ADX, IFMA, CLFLUSHOPT, CLWB,
 /// AVX-512 CD, SHA, BW, VL; set: FSGSBASE, TSC_ADJUST, SMEP, INVPCID, SMAP.
@@ -75,7 +75,7 @@ pub const EXTENDED_ECX_TOPOEXT: u32 = bits(&[22]);
 pub const EXTENDED_ECX_CORE_COUNTERS: u32 = bits(&[23]);
 /// AMD repeats leaf 1's EDX here.
 pub const EXTENDED_EDX_REPEATED: u32 =
-    bits(&[0, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 14, 15, 16, 17, 23, 24]);
+    bits(&[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 14, 15, 16, 17, 23, 24]);
 /// MMXEXT; set: SYSCALL, NX, 1 GiB pages, RDTSCP, long mode.
 pub const EXTENDED_EDX: Word = Word {
     keep: bits(&[22]),

@@ -142,7 +142,11 @@ fn execute_one(cpu: &mut Cpu, bus: &mut dyn Bus) -> (Outcome, bool) {
         check_breakpoints(cpu)
     };
     let mut decoded = decode::Decoded::none();
-    if let Err(e) = breakpoints.and_then(|()| decode::next(cpu, &mut decoded)) {
+    let virtual_interrupt = crate::flags::check_virtual_interrupt(cpu);
+    if let Err(e) = breakpoints
+        .and(virtual_interrupt)
+        .and_then(|()| decode::next(cpu, &mut decoded))
+    {
         return (exception::raise(cpu, bus, e, cpu.rip), true);
     }
     let i = &decoded.instruction;

@@ -264,6 +264,7 @@ fn allowed(cpu: &Cpu) -> bool {
     let aligned = cpu.cpl == 3 && cpu.rflags.contains(Rflags::AC) && cpu.cr0.contains(Cr0::AM);
     cpu.mode() == CpuMode::Bits64
         && !cpu.rflags.intersects(Rflags::TF | Rflags::RF)
+        && !cpu.virtual_interrupt_waits()
         && cpu.dr[7] & BREAKPOINT_ENABLES == 0
         && !cpu.interrupt_shadow
         && !cpu.mov_ss_shadow
