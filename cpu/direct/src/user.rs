@@ -625,6 +625,7 @@ fn eligible(cpu: &Cpu) -> bool {
         && flags.contains(Rflags::IF)
         && !flags.intersects(Rflags::TF | Rflags::IOPL | Rflags::NT | Rflags::VIF | Rflags::VIP)
         && aligned
+        && !cpu.steps_on_branches()
         && cpu.dr[7] & 0xff == 0
         && !cpu.cr0.intersects(Cr0::TS | Cr0::EM)
         && cpu.cr4.contains(needed)

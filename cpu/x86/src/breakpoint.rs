@@ -19,6 +19,8 @@ enum Kind {
 }
 
 const ENABLES: u64 = 0xff;
+const DEBUGCTL_LBR: u64 = 1;
+const DEBUGCTL_BTF: u64 = 1 << 1;
 
 impl Cpu {
     /// The breakpoints that are enabled: number, what for, first address, bytes.
@@ -113,6 +115,21 @@ impl Cpu {
         } else {
             Err(Exception::db(hits, false))
         }
+    }
+
+    /// Whether TF leads to #DB after an instruction that set RIP, or one that did not: with DEBUGCTL.BTF after branches alone (Intel SDM vol. 3B, 18.4.3).
+    pub(crate) fn steps_at(&self, branch: bool) -> bool {
+        branch || !self.steps_on_branches()
+    }
+
+    /// True while TF stops at branches alone. (A host's processor would stop at each instruction.)
+    pub fn steps_on_branches(&self) -> bool {
+        self.msr.debugctl & DEBUGCTL_BTF != 0
+    }
+
+    /// A #DB ends branch steps, and the recording of branches.
+    pub(crate) fn end_branch_steps(&mut self) {
+        self.msr.debugctl &= !(DEBUGCTL_BTF | DEBUGCTL_LBR);
     }
 
     /// Debug registers changed.

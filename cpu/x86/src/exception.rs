@@ -195,6 +195,7 @@ fn note(cpu: &mut Cpu, e: &Exception) {
         Vector::Debug => {
             cpu.dr[6] = (cpu.dr[6] & !TRAP_BITS) | e.dr6;
             cpu.dr[7] &= !GENERAL_DETECT;
+            cpu.end_branch_steps();
         }
         _ => {}
     }

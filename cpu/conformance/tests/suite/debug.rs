@@ -89,6 +89,144 @@ fn single_steps_stop_after_each_instruction() {
     });
 }
 
+const DEBUGCTL: u32 = 0x1d9;
+const BTF: u64 = 1 << 1;
+
+#[test]
+fn steps_on_branches_stop_at_the_first_that_is_taken_and_then_at_each_instruction() {
+    each_engine(|m| {
+        let at = CODE + 0x200;
+        m.place(64, at, |a: &mut CodeAssembler| {
+            clear_tf(a)?;
+            a.mov(ecx, DEBUGCTL)?;
+            a.rdmsr()?;
+            machine::stop(a)
+        });
+        m.set_reg(Gpr::Rax, BTF | 1);
+        m.set_reg(Gpr::Rcx, DEBUGCTL.into());
+        m.run_code(|a| {
+            a.wrmsr()?;
+            a.mov(edi, DATA as u32)?;
+            a.mov(ecx, 3)?;
+            set_tf(a)?;
+            a.rep().stosb()?;
+            a.test(eax, eax)?;
+            a.jz(CODE)?;
+            a.jmp(at)
+        });
+        let r = m.records();
+        let rips: Vec<u64> = r.iter().map(|r| r.rip).collect();
+        assert_eq!(rips, [at, at + 1, at + 9, at + 10]);
+        assert!(r.iter().all(|r| r.vector == 1 && r.dr6 & BS != 0));
+        assert_eq!(m.cpu().msr.debugctl, 0, "a #DB clears it");
+    });
+}
+
+type Branch = fn(&mut CodeAssembler, u64) -> Result<(), IcedError>;
+
+#[test]
+fn every_branch_that_is_taken_is_such_a_step() {
+    let branches: [Branch; 10] = [
+        |a, at| a.jmp(at),
+        |a, at| {
+            a.lea(rax, qword_ptr(at))?;
+            a.jmp(rax)
+        },
+        |a, at| {
+            a.cmp(eax, eax)?;
+            a.jne(at)?;
+            a.je(at)
+        },
+        |a, at| a.call(at),
+        |a, at| {
+            a.push(at as i32)?;
+            a.ret()
+        },
+        |a, at| {
+            a.mov(ecx, 2)?;
+            a.loop_(at)
+        },
+        |a, at| {
+            a.xor(ecx, ecx)?;
+            a.loope(at)?;
+            a.jrcxz(at)?;
+            a.mov(ecx, 0)?;
+            a.jrcxz(at)
+        },
+        |a, at| {
+            a.push(KERNEL_CS as i32)?;
+            a.push(at as i32)?;
+            a.db(&[0x48, 0xcb])
+        },
+        |a, at| {
+            a.mov(rbx, rsp)?;
+            a.push(KERNEL_DS as i32)?;
+            a.push(rbx)?;
+            a.pushfq()?;
+            a.push(KERNEL_CS as i32)?;
+            a.push(at as i32)?;
+            a.iretq()
+        },
+        // What goes into a handler is stepped neither there nor when that returns.
+        |a, at| {
+            a.int3()?;
+            a.jmp(at)
+        },
+    ];
+    for branch in branches {
+        each_engine(|m| {
+            let at = CODE + 0x60;
+            m.cpu_mut().msr.debugctl = BTF;
+            m.place(64, at, |a: &mut CodeAssembler| {
+                clear_tf(a)?;
+                machine::stop(a)
+            });
+            m.run_code(|a| {
+                set_tf(a)?;
+                a.nop()?;
+                branch(a, at)
+            });
+            let steps: Vec<u64> = m
+                .records()
+                .iter()
+                .filter(|r| r.vector == 1 && r.dr6 & BS != 0)
+                .map(|r| r.rip)
+                .collect();
+            assert_eq!(steps, [at, at + 1, at + 9, at + 10]);
+            assert_eq!(m.cpu().msr.debugctl, 0);
+        });
+    }
+}
+
+#[test]
+fn user_code_steps_on_branches_over_system_calls() {
+    each_engine(|m| {
+        m.enable(Cr4::FSGSBASE);
+        if m.cpu().cpuid.has_xsave() {
+            m.enable(Cr4::OSXSAVE);
+            m.cpu_mut().xcr0 = m.cpu().cpuid.xcr0();
+        }
+        m.cpu_mut().msr.debugctl = BTF;
+        let kernel = CODE + 0x400;
+        m.place(64, kernel, |a: &mut CodeAssembler| a.iretq());
+        m.gate(0x80, kernel, 0xe, 0, 3);
+        let at = USER_CODE + 0x80;
+        m.place(64, at, |a: &mut CodeAssembler| {
+            clear_tf(a)?;
+            machine::stop(a)
+        });
+        m.run_user(|a| {
+            set_tf(a)?;
+            a.int(0x80)?;
+            a.nop()?;
+            a.cpuid()?;
+            a.jmp(at)
+        });
+        let steps: Vec<u64> = m.records().iter().map(|r| r.rip).collect();
+        assert_eq!(steps, [at, at + 1, at + 9, at + 10]);
+    });
+}
+
 #[test]
 fn each_unit_of_a_repetition_is_a_step() {
     each_engine(|m| {

@@ -208,7 +208,7 @@ fn finish(
             cpu.activity = Activity::Waiting { masked };
         }
     }
-    let traps = traps(cpu, i, before);
+    let traps = traps(cpu, i, flow, before);
     if traps != 0 {
         let at = cpu.rip;
         // It ends a halt.
@@ -224,9 +224,10 @@ fn finish(
 
 /// The traps after an instruction, as bits of DR6: hits of data breakpoints and the single step.
 #[inline]
-fn traps(cpu: &mut Cpu, i: &Instruction, before: Rflags) -> u64 {
+fn traps(cpu: &mut Cpu, i: &Instruction, flow: Flow, before: Rflags) -> u64 {
     let mut traps = 0;
-    if (cpu.rflags | before).contains(Rflags::TF) && single_steps(cpu, i, before) {
+    let may_step = (cpu.rflags | before).contains(Rflags::TF) && cpu.steps_at(flow == Flow::Done);
+    if may_step && single_steps(cpu, i, before) {
         traps |= DR6_BS;
     }
     if cpu.breakpoint_hits != 0 && !cpu.mov_ss_shadow {
