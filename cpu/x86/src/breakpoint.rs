@@ -19,6 +19,10 @@ enum Kind {
 }
 
 const ENABLES: u64 = 0xff;
+/// DR6.BT: T of a TSS.
+const DR6_BT: u64 = 1 << 15;
+/// Among the hits: no bit of DR6.
+const TASK_SWITCHED: u64 = 1 << 63;
 const DEBUGCTL_LBR: u64 = 1;
 const DEBUGCTL_BTF: u64 = 1 << 1;
 
@@ -130,6 +134,24 @@ impl Cpu {
     /// A #DB ends branch steps, and the recording of branches.
     pub(crate) fn end_branch_steps(&mut self) {
         self.msr.debugctl &= !(DEBUGCTL_BTF | DEBUGCTL_LBR);
+    }
+
+    /// A task switch is complete. The instruction that led to it is no single step (Intel SDM vol. 3B, 18.3.1.4 and 18.3.1.5).
+    pub(crate) fn note_task_switch(&mut self, traps: bool) {
+        self.breakpoint_hits |= if traps {
+            TASK_SWITCHED | DR6_BT
+        } else {
+            TASK_SWITCHED
+        };
+    }
+
+    pub(crate) fn has_switched_task(&self) -> bool {
+        self.breakpoint_hits & TASK_SWITCHED != 0
+    }
+
+    /// What was hit, as bits of DR6; it is forgotten.
+    pub(crate) fn take_hits(&mut self) -> u64 {
+        std::mem::take(&mut self.breakpoint_hits) & !TASK_SWITCHED
     }
 
     /// Debug registers changed.

@@ -4,7 +4,7 @@
 //! machine as if the first event had not been delivered.
 //! Idea: each form of delivery computes everything into locals, writes the new stack (memory below a stack pointer is
 //! nobody's), and changes the CPU only in its last few lines, after which nothing can fail. A task switch, which must
-//! change the CPU on its way, restores a copy.
+//! change the CPU on its way, restores a copy, up to where its faults are the new task's.
 //! A fault during delivery is combined with the first event by [`combine`]: delivered instead of it, or as a double
 //! fault, or the CPU shuts down.
 
@@ -165,9 +165,23 @@ pub fn raise(cpu: &mut Cpu, bus: &mut dyn Bus, e: Exception, next_rip: u64) -> O
 
 /// Delivers an event, and the faults that come of it, to the end.
 pub(crate) fn deliver_or_fault(cpu: &mut Cpu, bus: &mut dyn Bus, mut event: Event) -> Outcome {
+    const MOST_TASK_TRAPS: u32 = 4;
+    let mut task_traps = 0;
     loop {
         let Err(second) = deliver(cpu, bus, &event) else {
-            return Outcome::Continue;
+            // #DB's own task may have T set, and the TSS be made to look idle again: what is left then waits for an instruction.
+            if task_traps == MOST_TASK_TRAPS || !cpu.has_switched_task() {
+                return Outcome::Continue;
+            }
+            let hits = cpu.take_hits();
+            if hits == 0 {
+                return Outcome::Continue;
+            }
+            task_traps += 1;
+            let trap = Exception::db(hits, true);
+            note(cpu, &trap);
+            event = Event::exception(cpu, &trap, cpu.rip);
+            continue;
         };
         note(cpu, &second);
         let first = (event.source == Source::Exception).then_some(event.vector);

@@ -19,10 +19,7 @@ pub(crate) fn execute(
     match cpu.mode() {
         CpuMode::Real | CpuMode::V86 => to_real(cpu, bus, size),
         _ if cpu.rflags.contains(Rflags::NT) && cpu.long_mode() => Err(GP0),
-        _ if cpu.rflags.contains(Rflags::NT) => {
-            cpu.rflags.remove(Rflags::NT);
-            task::task_return(cpu, bus, next_rip).inspect_err(|_| cpu.rflags.insert(Rflags::NT))
-        }
+        _ if cpu.rflags.contains(Rflags::NT) => task::task_return(cpu, bus, next_rip),
         _ => to_protected(cpu, bus, size),
     }
 }

@@ -401,7 +401,7 @@ pub struct Cpu {
     pub pkru: u32,
     /// DR0 to DR3, unused, unused, DR6, DR7.
     pub dr: [u64; 8],
-    /// Data and port breakpoints that the present instruction hit: bits for DR6.
+    /// Data and port breakpoints that the present instruction hit, and a task switch that it led to: bits for DR6.
     pub(crate) breakpoint_hits: u64,
     pub cpl: u8,
     /// The instruction after STI, MOV SS or POP SS: interrupts (and for the latter #DB) wait for one instruction.

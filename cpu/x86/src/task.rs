@@ -1,9 +1,9 @@
 //! The task-state segment: stacks for inner privilege levels, the I/O permission and redirection bitmaps and hardware task switches
 //! (Intel SDM vol. 3A, chapter 9).
 //!
-//! A task switch saves and loads the CPU field by field and may fault on its way. Up to the point where the new
-//! state is all read, nothing of the CPU has changed; faults of the selector loads that follow belong to the new task by
-//! the manual, but here, too, the old task is restored: no guest we know depends on it, and delivery stays atomic. The debug trap flag of a TSS is not honoured.
+//! A task switch saves and loads the CPU field by field and may fault on its way. Up to its commit point (section 9.3: the new task's registers are
+//! loaded) a fault is the old task's, which is restored. From then on, while descriptors are loaded, it is the new task's: it is raised
+//! at the new task's first instruction, and the handler sees the selectors, with nothing behind those that were not loaded yet.
 
 use crate::segment::{self, Found, code, is_null, rpl, system_type};
 use crate::stack::Stack;
@@ -138,6 +138,16 @@ pub(crate) enum Reason {
     Return,
 }
 
+/// Where a task switch goes.
+#[derive(Clone, Copy)]
+struct To {
+    selector: u16,
+    found: Found,
+    reason: Reason,
+    /// EXT in the error codes of its faults.
+    ext: u32,
+}
+
 /// Delivers an event through a task gate.
 pub(crate) fn interrupt(
     cpu: &mut Cpu,
@@ -147,16 +157,21 @@ pub(crate) fn interrupt(
     return_rip: u64,
     error_code: Option<u32>,
 ) -> Result<(), Exception> {
-    let found = target(cpu, bus, selector, ext)?;
-    with_rollback(cpu, |cpu| {
-        switch(cpu, bus, selector, found, Reason::Nest, return_rip)?;
-        let Some(e) = error_code else { return Ok(()) };
+    let to = To {
+        selector,
+        found: target(cpu, bus, selector, ext)?,
+        reason: Reason::Nest,
+        ext,
+    };
+    let traps = switch(cpu, bus, to, return_rip)?;
+    if let Some(e) = error_code {
         let size = if cpu.tr.kind() & 8 != 0 { 4 } else { 2 };
         let mut stack = Stack::current(cpu).with_code(ext);
         stack.push(cpu, bus, size, e.into())?;
         stack.commit(cpu);
-        Ok(())
-    })
+    }
+    cpu.note_task_switch(traps);
+    Ok(())
 }
 
 /// The TSS that a task gate names: global, present and not busy.
@@ -184,10 +199,15 @@ pub(crate) fn far_switch(
     reason: Reason,
     next_rip: u64,
 ) -> Result<(), Exception> {
-    let found = target(cpu, bus, selector, 0)?;
-    with_rollback(cpu, |cpu| {
-        switch(cpu, bus, selector, found, reason, next_rip)
-    })
+    let to = To {
+        selector,
+        found: target(cpu, bus, selector, 0)?,
+        reason,
+        ext: 0,
+    };
+    let traps = switch(cpu, bus, to, next_rip)?;
+    cpu.note_task_switch(traps);
+    Ok(())
 }
 
 /// IRET with NT set: back to the task that the current TSS links to.
@@ -209,16 +229,22 @@ pub(crate) fn task_return(
     if !d.present() {
         return Err(Exception::np(code(selector)));
     }
-    with_rollback(cpu, |cpu| {
-        switch(cpu, bus, selector, found, Reason::Return, next_rip)
-    })
+    let to = To {
+        selector,
+        found,
+        reason: Reason::Return,
+        ext: 0,
+    };
+    let traps = switch(cpu, bus, to, next_rip)?;
+    cpu.note_task_switch(traps);
+    Ok(())
 }
 
 /// Runs `f` and restores what a task switch changes where it fails.
-fn with_rollback(
+fn with_rollback<T>(
     cpu: &mut Cpu,
-    f: impl FnOnce(&mut Cpu) -> Result<(), Exception>,
-) -> Result<(), Exception> {
+    f: impl FnOnce(&mut Cpu) -> Result<T, Exception>,
+) -> Result<T, Exception> {
     let (gpr, seg, rip, rflags, cpl) = (cpu.gpr, cpu.seg, cpu.rip, cpu.rflags, cpu.cpl);
     let (ldtr, tr, cr0, cr3, dr7, pdpte) =
         (cpu.ldtr, cpu.tr, cpu.cr0, cpu.cr3, cpu.dr[7], cpu.pdpte);
@@ -242,30 +268,43 @@ struct Image {
     gpr: [u64; 8],
     selectors: [u16; 6],
     ldt: u16,
+    /// T: #DB before the task's first instruction.
+    traps: bool,
 }
 
-fn switch(
+/// Tells whether the new task is one with T set.
+fn switch(cpu: &mut Cpu, bus: &mut dyn Bus, to: To, return_rip: u64) -> Result<bool, Exception> {
+    let image = with_rollback(cpu, |cpu| {
+        let image = leave_old(cpu, bus, to, return_rip)?;
+        load_registers(cpu, bus, to, &image)?;
+        Ok(image)
+    })?;
+    load_ldt(cpu, bus, image.ldt, to.ext)?;
+    load_segments(cpu, bus, &image.selectors, to.ext)?;
+    Ok(image.traps)
+}
+
+/// Reads the new task's state and saves the old one's.
+fn leave_old(
     cpu: &mut Cpu,
     bus: &mut dyn Bus,
-    selector: u16,
-    new: Found,
-    reason: Reason,
+    to: To,
     return_rip: u64,
-) -> Result<(), Exception> {
-    let wide = new.descriptor.kind() & 8 != 0;
+) -> Result<Image, Exception> {
+    let wide = to.found.descriptor.kind() & 8 != 0;
     let least = if wide { BUSY_LIMIT32 } else { BUSY_LIMIT16 };
-    if new.descriptor.limit() < least {
-        return Err(Exception::ts(code(selector)));
+    if to.found.descriptor.limit() < least {
+        return Err(Exception::ts(code(to.selector) | to.ext));
     }
-    let base = new.descriptor.base();
+    let base = to.found.descriptor.base();
     let image = read_image(cpu, bus, base, wide)?;
-    save_image(cpu, bus, reason, return_rip)?;
-    if reason == Reason::Nest {
+    save_image(cpu, bus, to.reason, return_rip)?;
+    if to.reason == Reason::Nest {
         let old = cpu.tr.selector;
         cpu.store_table(bus, base, old)?;
     }
-    set_busy_bits(cpu, bus, new, reason)?;
-    load_image(cpu, bus, selector, new, reason, &image)
+    set_busy_bits(cpu, bus, to.found, to.reason)?;
+    Ok(image)
 }
 
 fn read_image(cpu: &mut Cpu, bus: &mut dyn Bus, base: u64, wide: bool) -> Result<Image, Exception> {
@@ -289,6 +328,7 @@ fn read_image(cpu: &mut Cpu, bus: &mut dyn Bus, base: u64, wide: bool) -> Result
         gpr: [0; 8],
         selectors: [0; 6],
         ldt: 0,
+        traps: wide && field(0x64)? & 1 != 0,
     };
     for (n, r) in image.gpr.iter_mut().enumerate() {
         *r = field(first + step * (2 + n as u64))?;
@@ -355,16 +395,15 @@ fn set_busy_bits(
     Ok(())
 }
 
-fn load_image(
+/// What has no descriptor behind it. The commit point is behind this.
+fn load_registers(
     cpu: &mut Cpu,
     bus: &mut dyn Bus,
-    selector: u16,
-    new: Found,
-    reason: Reason,
+    to: To,
     image: &Image,
 ) -> Result<(), Exception> {
     const LOCAL_BREAKPOINTS: u64 = 0x155;
-    cpu.tr = new.descriptor.segment(selector);
+    cpu.tr = to.found.descriptor.segment(to.selector);
     cpu.tr.attributes |= 2;
     cpu.cr0 |= Cr0::TS;
     cpu.dr[7] &= !LOCAL_BREAKPOINTS;
@@ -373,21 +412,25 @@ fn load_image(
     }
     cpu.gpr[..8].copy_from_slice(&image.gpr);
     let mut flags = Rflags::from_bits_truncate(image.eflags) | Rflags::ONE;
-    if reason == Reason::Nest {
+    if to.reason == Reason::Nest {
         flags |= Rflags::NT;
     }
     cpu.rflags = flags;
     cpu.rip = image.eip;
-    load_ldt(cpu, bus, image.ldt)?;
-    load_segments(cpu, bus, &image.selectors)
+    cpu.ldtr = Segment::null(image.ldt, 0);
+    for (s, selector) in cpu.seg.iter_mut().zip(&image.selectors) {
+        *s = Segment::null(*selector, 0);
+    }
+    // A handler of what fails before there is a stack has to switch to one.
+    cpu.cpl = 3;
+    Ok(())
 }
 
-fn load_ldt(cpu: &mut Cpu, bus: &mut dyn Bus, selector: u16) -> Result<(), Exception> {
+fn load_ldt(cpu: &mut Cpu, bus: &mut dyn Bus, selector: u16, ext: u32) -> Result<(), Exception> {
     if is_null(selector) {
-        cpu.ldtr = Segment::null(selector, 0);
         return Ok(());
     }
-    let refused = Exception::ts(code(selector));
+    let refused = Exception::ts(code(selector) | ext);
     if selector & 4 != 0 {
         return Err(refused);
     }
@@ -400,44 +443,55 @@ fn load_ldt(cpu: &mut Cpu, bus: &mut dyn Bus, selector: u16) -> Result<(), Excep
     Ok(())
 }
 
-fn load_segments(cpu: &mut Cpu, bus: &mut dyn Bus, selectors: &[u16; 6]) -> Result<(), Exception> {
+fn load_segments(
+    cpu: &mut Cpu,
+    bus: &mut dyn Bus,
+    selectors: &[u16; 6],
+    ext: u32,
+) -> Result<(), Exception> {
     if cpu.rflags.contains(Rflags::VM) {
-        cpu.cpl = 3;
         for (s, selector) in cpu.seg.iter_mut().zip(selectors) {
             *s = Segment::v86(*selector);
         }
         return Ok(());
     }
     let cs = selectors[Seg::Cs as usize];
-    cpu.cpl = rpl(cs);
-    let refused = Exception::ts(code(cs));
+    let cpl = rpl(cs);
+    cpu.seg[Seg::Cs as usize] = code_segment(cpu, bus, cs, ext)?;
+    let ss = stack_segment(cpu, bus, selectors[Seg::Ss as usize], cpl, ext)?;
+    cpu.seg[Seg::Ss as usize] = ss;
+    cpu.cpl = cpl;
+    for seg in [Seg::Es, Seg::Ds, Seg::Fs, Seg::Gs] {
+        segment::load(cpu, bus, seg, selectors[seg as usize]).map_err(|e| as_task_fault(e, ext))?;
+    }
+    Ok(())
+}
+
+/// The code segment of a TSS, which its RPL makes the CPL.
+fn code_segment(cpu: &mut Cpu, bus: &mut dyn Bus, cs: u16, ext: u32) -> Result<Segment, Exception> {
+    let cpl = rpl(cs);
+    let refused = Exception::ts(code(cs) | ext);
     let found = segment::find(cpu, bus, cs)?.ok_or(refused)?;
     let d = found.descriptor;
     let privileged = if d.is_conforming() {
-        d.dpl() <= cpu.cpl
+        d.dpl() <= cpl
     } else {
-        d.dpl() == cpu.cpl
+        d.dpl() == cpl
     };
     if !d.is_code() || !privileged {
         return Err(refused);
     }
     if !d.present() {
-        return Err(Exception::np(code(cs)));
+        return Err(Exception::np(code(cs) | ext));
     }
-    cpu.seg[Seg::Cs as usize] = segment::mark_accessed(cpu, bus, found)?.segment(cs);
-    let cpl = cpu.cpl;
-    let ss = stack_segment(cpu, bus, selectors[Seg::Ss as usize], cpl, 0)?;
-    cpu.seg[Seg::Ss as usize] = ss;
-    for seg in [Seg::Es, Seg::Ds, Seg::Fs, Seg::Gs] {
-        segment::load(cpu, bus, seg, selectors[seg as usize]).map_err(as_task_fault)?;
-    }
-    Ok(())
+    Ok(segment::mark_accessed(cpu, bus, found)?.segment(cs))
 }
 
 /// A #GP of a selector load during a task switch is a #TS.
-fn as_task_fault(e: Exception) -> Exception {
+fn as_task_fault(e: Exception, ext: u32) -> Exception {
     match (e.vector, e.error_code) {
-        (crate::Vector::GeneralProtection, Some(c)) => Exception::ts(c),
+        (crate::Vector::GeneralProtection, Some(c)) => Exception::ts(c | ext),
+        (crate::Vector::SegmentNotPresent, Some(c)) => Exception::np(c | ext),
         _ => e,
     }
 }

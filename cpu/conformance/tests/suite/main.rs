@@ -21,5 +21,6 @@ mod self_modifying;
 mod several_cpus;
 mod strings;
 mod system_calls;
+mod tasks;
 mod translations;
 mod virtual_interrupts;

@@ -231,7 +231,7 @@ fn traps(cpu: &mut Cpu, i: &Instruction, flow: Flow, before: Rflags) -> u64 {
         traps |= DR6_BS;
     }
     if cpu.breakpoint_hits != 0 && !cpu.mov_ss_shadow {
-        traps |= std::mem::take(&mut cpu.breakpoint_hits);
+        traps |= cpu.take_hits();
     }
     traps
 }
@@ -246,7 +246,7 @@ fn single_steps(cpu: &Cpu, i: &Instruction, before: Rflags) -> bool {
         Syscall | Sysret | Sysretq => cpu.rflags,
         _ => before,
     };
-    counts.contains(Rflags::TF) && !cpu.mov_ss_shadow
+    counts.contains(Rflags::TF) && !cpu.mov_ss_shadow && !cpu.has_switched_task()
 }
 
 fn steps_without_rf(cpu: &Cpu) -> bool {
