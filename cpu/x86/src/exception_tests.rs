@@ -267,6 +267,14 @@ fn virtual_8086_mode_is_left_and_entered_again() {
     assert_eq!((cpu.mode(), cpu.cpl), (CpuMode::Bits32, 0));
     assert_eq!(cpu.reg(Gpr::Rsp), STACK - 36);
     assert!(cpu.segment(Seg::Ds).unusable());
+    // An EIP beyond the limit of virtual-8086 mode's segments.
+    put(&cpu, STACK - 36, 0x1_0077u32);
+    assert_eq!(
+        iret::execute(&mut cpu, &mut bus, 4, 0),
+        Err(Exception::gp(0))
+    );
+    put(&cpu, STACK - 36, 0x77u32);
+    cpu.gpr[Gpr::Rsp as usize] = STACK - 36;
     iret::execute(&mut cpu, &mut bus, 4, 0).expect("iret");
     assert_eq!((cpu.seg, cpu.gpr, cpu.rflags, cpu.cpl, cpu.rip), before);
 }

@@ -6,6 +6,8 @@ use crate::transfer::{self, Target};
 use crate::{Bus, Cpu, CpuMode, Exception, Gpr, Rflags, Seg, Segment, flags, task};
 
 const GP0: Exception = Exception::gp(0);
+/// Of every segment of virtual-8086 mode.
+const V86_LIMIT: u64 = 0xffff;
 
 /// Executes IRET, IRETD or IRETQ: `size` is 2, 4 or 8. `next_rip` is what a task switch saves.
 pub(crate) fn execute(
@@ -167,11 +169,14 @@ fn to_v86_mode(
     for seg in [Seg::Ss, Seg::Es, Seg::Ds, Seg::Fs, Seg::Gs] {
         selectors[seg as usize] = stack.pop(cpu, bus, 4)? as u16;
     }
+    if rip > V86_LIMIT {
+        return Err(GP0);
+    }
     for (s, selector) in cpu.seg.iter_mut().zip(selectors) {
         *s = Segment::v86(selector);
     }
     cpu.gpr[Gpr::Rsp as usize] = rsp;
-    cpu.rip = rip & 0xffff;
+    cpu.rip = rip;
     cpu.cpl = 3;
     cpu.rflags = Rflags::from_bits_truncate(flags) | Rflags::ONE;
     Ok(())

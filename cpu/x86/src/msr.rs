@@ -17,6 +17,9 @@ const TSC_DEADLINE: u32 = 0x6e0;
 const X2APIC: std::ops::RangeInclusive<u32> = 0x800..=0x8ff;
 const TSC: u32 = 0x10;
 const TSC_ADJUST: u32 = 0x3b;
+const PRED_CMD: u32 = 0x49;
+/// IA32_PRED_CMD: indirect branch prediction barrier.
+const IBPB: u64 = 1;
 const KVM_WALL_CLOCK_OLD: u32 = 0x11;
 const KVM_SYSTEM_TIME_OLD: u32 = 0x12;
 const KVM_WALL_CLOCK: u32 = 0x4b56_4d00;
@@ -42,8 +45,6 @@ enum Accepts {
     Bits(u64),
     /// The low half; the rest is dropped.
     Low32,
-    /// IA32_MISC_ENABLE.
-    MiscEnable,
 }
 
 /// An MSR that is a field of [`Msrs`].
@@ -66,7 +67,7 @@ macro_rules! stored {
     };
 }
 
-use Accepts::{Any, Bits, Canonical, Low32, MiscEnable};
+use Accepts::{Any, Bits, Canonical, Low32};
 const INTEL: Option<Vendor> = Some(Vendor::Intel);
 const AMD: Option<Vendor> = Some(Vendor::Amd);
 
@@ -76,11 +77,12 @@ const STORED: &[Stored] = &[
     stored!(0xc000_0083, cstar, Canonical, None),
     stored!(0xc000_0084, sfmask, Low32, None),
     stored!(0xc000_0102, kernel_gs_base, Canonical, None),
+    stored!(0xc000_0103, tsc_aux, Bits(u32::MAX as u64), INTEL),
     stored!(0xc000_0103, tsc_aux, Low32, None),
     stored!(0x174, sysenter_cs, Low32, None),
     stored!(0x175, sysenter_esp, Canonical, None),
     stored!(0x176, sysenter_eip, Canonical, None),
-    stored!(0x1a0, misc_enable, MiscEnable, INTEL),
+    stored!(0x1a0, misc_enable, Bits(MISC_ENABLE), INTEL),
     // IBRS, STIBP, BHI_DIS_S.
     stored!(0x48, spec_ctrl, Bits(1 << 10 | 0b11), INTEL),
     // LBR and BTF.
@@ -96,8 +98,8 @@ const STORED: &[Stored] = &[
 ];
 
 /// IA32_MISC_ENABLE: fast strings (0), automatic thermal control (3), performance monitoring (7), BTS and PEBS unavailable (11, 12), SpeedStep
-/// (16), limit CPUID (22), XD disable (34).
-const MISC_ENABLE: u64 = 0x4_0041_1889;
+/// (16), MONITOR (18), limit CPUID (22), xTPR disable (23), XD disable (34).
+const MISC_ENABLE: u64 = 0x4_00c5_1889;
 /// There is performance monitoring, without BTS and PEBS.
 const MISC_ENABLE_COUNTERS: u64 = 1 << 7 | 1 << 11 | 1 << 12;
 
@@ -136,17 +138,15 @@ const CONSTANTS: &[(u32, u64, OnWrite, Option<Vendor>)] = &[
     (0x3a, 1, OnWrite::Fault, INTEL),
     (0x10a, ARCH_CAPABILITIES, OnWrite::Fault, INTEL),
     // IA32_PLATFORM_ID, MSR_EBL_CR_POWERON.
-    (0x17, 0, OnWrite::Ignore, INTEL),
+    (0x17, 0, OnWrite::Fault, INTEL),
     (0x2a, 0, OnWrite::Ignore, INTEL),
-    // IA32_PRED_CMD: IBPB; there is no predictor to guard here.
-    (0x49, 0, OnWrite::Ignore, INTEL),
     // MSR_SMI_COUNT: none.
     (0x34, 0, OnWrite::Fault, INTEL),
     // P5_MC_ADDR, P5_MC_TYPE.
     (0x0, 0, OnWrite::Ignore, None),
     (0x1, 0, OnWrite::Ignore, None),
     // IA32_PERF_STATUS, IA32_THERM_STATUS: nothing to report.
-    (0x198, 0, OnWrite::Ignore, None),
+    (0x198, 0, OnWrite::Fault, None),
     (0x19c, 0, OnWrite::Ignore, None),
     // Last branch and last exception records.
     (0x1db, 0, OnWrite::Ignore, None),
@@ -265,15 +265,13 @@ fn accepted(cpu: &Cpu, accepts: Accepts, v: u64) -> Option<u64> {
         Canonical => cpu.canonical_in_register(v).then_some(v),
         Bits(allowed) => (v & !allowed == 0).then_some(v),
         Low32 => Some(v & 0xffff_ffff),
-        MiscEnable => {
-            let monitor = [0, MISC_ENABLE_MONITOR][usize::from(cpu.cpuid.has_monitor())];
-            (v & !(MISC_ENABLE | monitor) == 0).then_some(v)
-        }
     }
 }
 
 fn write_special(cpu: &mut Cpu, bus: &mut dyn Bus, msr: u32, v: u64) -> Option<()> {
     match msr {
+        // There is no predictor to guard here, and nothing to read.
+        PRED_CMD if cpu.cpuid.vendor() == Vendor::Intel => return (v & !IBPB == 0).then_some(()),
         TSC | TSC_ADJUST => {
             if msr == TSC {
                 cpu.write_tsc(v);

@@ -134,3 +134,22 @@ fn firmware_leaves_mtrrs_that_linux_believes() {
         assert_eq!(write(&mut cpu, &mut bus, msr, v), Ok(()), "{msr:#x}");
     }
 }
+
+#[test]
+fn each_maker_takes_what_it_takes() {
+    let mut bus = TestBus::default();
+    let (mut intel, mut amd) = (long_mode(INTEL), long_mode(AMD));
+    assert_eq!(write(&mut intel, &mut bus, 0xc000_0103, 1 << 32), Err(GP0));
+    assert_eq!(write(&mut amd, &mut bus, 0xc000_0103, 1 << 32 | 7), Ok(()));
+    assert_eq!(read(&mut amd, &mut bus, 0xc000_0103), Ok(7));
+    // IA32_MISC_ENABLE as kvm-unit-tests writes it; IA32_PRED_CMD; IA32_PLATFORM_ID.
+    let misc = 0x4_00c5_0809;
+    assert_eq!(write(&mut intel, &mut bus, 0x1a0, misc), Ok(()));
+    assert_eq!(read(&mut intel, &mut bus, 0x1a0), Ok(misc));
+    assert_eq!(read(&mut intel, &mut bus, 0x49), Err(GP0));
+    for bit in 1..64 {
+        assert_eq!(write(&mut intel, &mut bus, 0x49, 1 << bit), Err(GP0));
+    }
+    assert_eq!(write(&mut intel, &mut bus, 0x49, 1), Ok(()));
+    assert_eq!(write(&mut intel, &mut bus, 0x17, 0), Err(GP0));
+}

@@ -99,7 +99,7 @@ pub(crate) fn execute(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Opti
         })),
         M::Invpcid => next(invpcid(cpu, bus, i)),
         // Guest memory is coherent with everything that looks at it.
-        M::Invd | M::Wbinvd => next(privileged(cpu)),
+        M::Invd | M::Wbinvd | M::Wbnoinvd => next(privileged(cpu)),
         M::Vmcall | M::Vmmcall => {
             cpu.hypercall(bus);
             Ok(Flow::Next)

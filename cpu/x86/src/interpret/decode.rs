@@ -300,6 +300,9 @@ fn cached(cpu: &Cpu, mode: CpuMode, gpa: u64) -> bool {
     if e.gpa != gpa || i.ip() != cpu.rip || e.mode != mode {
         return false;
     }
+    if check_limit(cpu, mode, i.len()).is_err() {
+        return false;
+    }
     let m = masks(i.len());
     raw_bytes(cpu, gpa)
         .is_some_and(|raw| (raw[0] ^ e.raw[0]) & m[0] | (raw[1] ^ e.raw[1]) & m[1] == 0)

@@ -372,7 +372,12 @@ impl Host {
             cpu.gpr[Gpr::Rsp as usize] = frame.gpr[n];
         }
         flags::set(cpu, frame.flags);
-        if plan.unit == Unit::X87 {
+        // Control instructions leave the pointers, or load them (Intel SDM vol. 1, 8.1.8).
+        let controls = matches!(
+            i.mnemonic(),
+            Mnemonic::Fldcw | Mnemonic::Fldenv | Mnemonic::Frstor
+        );
+        if plan.unit == Unit::X87 && !controls {
             set_x87_pointers(cpu, i, at);
         }
         Ok(Flow::Next)

@@ -53,9 +53,11 @@ fn check_mxcsr_access(cpu: &Cpu, i: &Instruction) -> Result<(), Exception> {
     } else {
         cpu.cr4.contains(Cr4::OSFXSR)
     };
-    check_not_emulated(cpu)?;
     if !on {
         return Err(Exception::UD);
+    }
+    if !vex {
+        check_not_emulated(cpu)?;
     }
     check_switched(cpu)
 }

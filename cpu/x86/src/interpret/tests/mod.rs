@@ -314,3 +314,31 @@ fn components_in_their_initial_state_are_saved_as_such_whatever_their_bytes_are(
         assert_eq!(saved[32..416], reset.bytes[32..416], "{name}");
     }
 }
+
+/// Intel SDM vol. 1, 8.1.8: control instructions are none of those that the pointer is about.
+#[test]
+fn x87_control_instructions_leave_the_instruction_pointer() {
+    let mut cpu = machine(64);
+    run(&mut cpu, &[0xd9, 0x3c, 0x25, 0, 0x80, 0, 0]); // fnstcw [DATA]
+    let load = cpu.rip;
+    run(&mut cpu, &[0xd9, 0xe8]); // fld1
+    run(&mut cpu, &[0xd9, 0x2c, 0x25, 0, 0x80, 0, 0]); // fldcw [DATA]
+    assert_eq!(cpu.fpu.fip(), load);
+}
+
+#[test]
+fn an_instruction_that_was_decoded_before_is_within_the_limit_of_now() {
+    let mut cpu = machine(32);
+    let code = [0xb8, 1, 2, 3, 4]; // mov eax, imm32
+    run(&mut cpu, &code);
+    cpu.rip = CODE;
+    cpu.seg[Seg::Cs as usize].limit = CODE as u32 + 3;
+    step(&mut cpu, &mut EmptyBus);
+    assert_ne!(cpu.rip, CODE + 5);
+}
+
+/// AMD APM vol. 3, WBNOINVD: without it the prefix means nothing.
+#[test]
+fn wbnoinvd_is_wbinvd() {
+    run(&mut machine(64), &[0xf3, 0x0f, 0x09]);
+}
