@@ -55,6 +55,9 @@ const CODES: &[(&str, &[u8])] = &[
     ("aesenc128kl xmm0, [rdi]", &[0xf3, 0x0f, 0x38, 0xdc, 0x07]),
     ("cmpnpxadd [rdi], eax, eax", &[0xc4, 0xe2, 0x79, 0xeb, 0x07]),
     ("getsec", &[0x0f, 0x37]),
+    ("xsaves [rdi]", &[0x0f, 0xc7, 0x2f]),
+    ("xsaves64 [rdi]", &[0x48, 0x0f, 0xc7, 0x2f]),
+    ("xrstors [rdi]", &[0x0f, 0xc7, 0x1f]),
 ];
 
 /// XTEST is not executed otherwise than by the host's processor (`cpu/direct/src/hazard.rs`): without a transaction it tells nothing.

@@ -1,8 +1,8 @@
 //! Saving and loading the extended state: FXSAVE, the XSAVE family, MXCSR (Intel SDM vol. 1, chapter 13).
 //!
 //! The CPU's state already lies in memory in the standard format, so these are copies between it and guest memory,
-//! a component at a time; only the compacted format places the components elsewhere. XSAVES and XRSTORS know no supervisor
-//! components: IA32_XSS is zero. PKRU is a register of the CPU's own, which is in its initial state where it is 0: its place in the state
+//! a component at a time; only the compacted format places the components elsewhere. XSAVES and XRSTORS are not offered: there are no
+//! supervisor components. PKRU is a register of the CPU's own, which is in its initial state where it is 0: its place in the state
 //! is filled in before a save and read after a restore, and XSTATE_BV of the state never has its bit.
 
 use iced_x86::{Instruction, Mnemonic};
@@ -22,8 +22,8 @@ pub(super) fn lookup(i: &Instruction) -> Option<Handler> {
         Ldmxcsr | Vldmxcsr => ldmxcsr,
         Stmxcsr | Vstmxcsr => stmxcsr,
         Xsave | Xsave64 | Xsaveopt | Xsaveopt64 => xsave,
-        Xsavec | Xsavec64 | Xsaves | Xsaves64 => xsave_compacted,
-        Xrstor | Xrstor64 | Xrstors | Xrstors64 => xrstor,
+        Xsavec | Xsavec64 => xsave_compacted,
+        Xrstor | Xrstor64 => xrstor,
         _ => return None,
     })
 }
@@ -83,7 +83,7 @@ fn wide_pointers(i: &Instruction) -> bool {
     use Mnemonic::*;
     matches!(
         i.mnemonic(),
-        Fxsave64 | Fxrstor64 | Xsave64 | Xsaveopt64 | Xsavec64 | Xsaves64 | Xrstor64 | Xrstors64
+        Fxsave64 | Fxrstor64 | Xsave64 | Xsaveopt64 | Xsavec64 | Xrstor64
     )
 }
 
@@ -218,15 +218,10 @@ struct Request {
 
 impl Request {
     fn of(cpu: &mut Cpu, i: &Instruction, write: bool) -> Result<Self, Exception> {
-        use Mnemonic::*;
         if !cpu.cr4.contains(Cr4::OSXSAVE) {
             return Err(Exception::UD);
         }
         check_switched(cpu)?;
-        let supervisor = matches!(i.mnemonic(), Xsaves | Xsaves64 | Xrstors | Xrstors64);
-        if supervisor && cpu.cpl != 0 {
-            return Err(Exception::gp(0));
-        }
         let at = linear(cpu, i, EXTENDED, write)?;
         if !at.is_multiple_of(64) {
             return Err(Exception::gp(0));
@@ -354,7 +349,7 @@ struct Header {
 
 impl Header {
     /// #GP(0) for what the manual reserves.
-    fn parse(image: &[u8], enabled: u64, i: &Instruction) -> Result<Self, Exception> {
+    fn parse(image: &[u8], enabled: u64) -> Result<Self, Exception> {
         let word = |n: usize| {
             let mut bytes = [0; 8];
             bytes.copy_from_slice(&image[HEADER + 8 * n..][..8]);
@@ -363,12 +358,11 @@ impl Header {
         let (present, xcomp_bv) = (word(0), word(1));
         let zero = |words: std::ops::Range<usize>| words.into_iter().all(|n| word(n) == 0);
         let compacted = xcomp_bv & COMPACTED != 0;
-        let supervisor = matches!(i.mnemonic(), Mnemonic::Xrstors | Mnemonic::Xrstors64);
         let places = xcomp_bv & !COMPACTED;
         let good = if compacted {
             places & !enabled == 0 && present & !places == 0 && zero(2..8)
         } else {
-            !supervisor && present & !enabled == 0 && zero(1..3)
+            present & !enabled == 0 && zero(1..3)
         };
         if !good {
             return Err(Exception::gp(0));
@@ -385,7 +379,7 @@ fn xrstor(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     let privilege = cpu.privilege();
     let mut image = [0; EXTENDED];
     cpu.load_bytes(bus, r.at, privilege, &mut image)?;
-    let header = Header::parse(&image, cpu.xcr0, i)?;
+    let header = Header::parse(&image, cpu.xcr0)?;
     let loaded = r.components & header.present;
     let mxcsr = new_mxcsr(&r, &header, &image);
     if let Some(v) = mxcsr {
