@@ -100,9 +100,29 @@ fn the_name_server_is_the_hosts_and_the_next_one_is_tried() {
     guest.poll();
     guest.poll();
     assert_eq!(silent.recv(&mut buffer).unwrap(), 10);
+    // Sooner it would be another question.
+    std::thread::sleep(Duration::from_millis(1100));
     send(&mut guest, handle, to, b"a question");
     let (data, from) = answer(&mut guest, handle, "an answer");
     assert_eq!((&data[..], from), (&b"an address"[..], to));
+}
+
+/// As C libraries ask for both kinds of addresses.
+#[test]
+fn two_questions_at_once_from_one_socket_are_both_answered() {
+    let port = server(2, |question| [b"re: ", question].concat());
+    let config = UserConfig {
+        dns: vec![SocketAddr::from(([127, 0, 0, 1], port))],
+        ..UserConfig::default()
+    };
+    let mut guest = Guest::new(&config, OFFLOADS[0]);
+    let handle = guest.udp(5000);
+    for question in [&b"A"[..], b"AAAA"] {
+        send(&mut guest, handle, endpoint(DNS, 53), question);
+    }
+    let mut answers = [(); 2].map(|()| answer(&mut guest, handle, "both answers").0);
+    answers.sort();
+    assert_eq!(answers, [&b"re: A"[..], b"re: AAAA"]);
 }
 
 #[test]

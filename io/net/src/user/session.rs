@@ -23,6 +23,8 @@ const UNANSWERED: Nanos = 30 * NANOS_PER_SECOND;
 const ANSWERED: Nanos = 120 * NANOS_PER_SECOND;
 const DATAGRAM_MAX: usize = 65535;
 const DNS_PORT: u16 = 53;
+/// A question that comes sooner is another one: C libraries ask for both kinds of addresses at once, from one socket.
+const ASKED_AGAIN: Nanos = NANOS_PER_SECOND;
 
 /// The protocol of a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -66,6 +68,7 @@ struct Session {
     socket: Socket,
     heard: Nanos,
     answered: bool,
+    refused: bool,
     // How many name servers were asked in vain.
     attempt: usize,
     last_len: usize,
@@ -117,7 +120,7 @@ impl Sessions {
     pub fn send(&mut self, network: &mut Network, ends: Ends, data: &[u8]) {
         let mut attempt = 0;
         if let Some(&token) = self.by_ends.get(&ends) {
-            match self.next_server(token) {
+            match self.next_server(token, network.now) {
                 Some(next) => attempt = next,
                 None => return self.pass_on(network, token, data),
             }
@@ -131,10 +134,11 @@ impl Sessions {
     }
 
     /// A question that the name server did not answer goes to the next one.
-    fn next_server(&mut self, token: Token) -> Option<usize> {
+    fn next_server(&mut self, token: Token, now: Nanos) -> Option<usize> {
         let session = self.table.get_mut(token)?;
         let dns = *session.ends.remote.ip() == DNS && session.ends.remote.port() == DNS_PORT;
-        (dns && !session.answered && session.last_len > 0).then_some(session.attempt + 1)
+        let again = session.refused || now.saturating_sub(session.heard) >= ASKED_AGAIN;
+        (dns && again && !session.answered).then_some(session.attempt + 1)
     }
 
     fn open(
@@ -164,6 +168,7 @@ impl Sessions {
             socket,
             heard: network.now,
             answered: false,
+            refused: false,
             attempt,
             last_len: 0,
             armed: 0,
@@ -207,6 +212,7 @@ impl Sessions {
         let Some(session) = self.table.get_mut(token) else {
             return;
         };
+        session.refused = true;
         let (ends, len) = (session.ends, session.last_len);
         match (error, Refusal::from_errno(error)) {
             (Errno::CONNREFUSED, _) => unreachable(network, ends, Refusal::PORT, len),
