@@ -126,6 +126,22 @@ fn two_questions_at_once_from_one_socket_are_both_answered() {
 }
 
 #[test]
+fn a_session_for_which_another_made_room_is_answered() {
+    let port = server(3, |question| question.to_vec());
+    let config = UserConfig {
+        sessions: 2,
+        ..UserConfig::default()
+    };
+    let mut guest = Guest::new(&config, OFFLOADS[0]);
+    for source in [5000, 5001, 5002] {
+        let handle = guest.udp(source);
+        send(&mut guest, handle, endpoint(GATEWAY, port), b"hello");
+        let (data, _) = answer(&mut guest, handle, "an answer");
+        assert_eq!(data, b"hello", "{source}");
+    }
+}
+
+#[test]
 fn a_udp_port_where_nobody_listens_is_unreachable() {
     let free = UdpSocket::bind("127.0.0.1:0").unwrap();
     let port = free.local_addr().unwrap().port();

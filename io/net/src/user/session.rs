@@ -149,6 +149,7 @@ impl Sessions {
     ) -> Result<Token, Refusal> {
         let target = network.target(ends.remote, attempt)?;
         let socket = connect(ends.protocol, target).map_err(Refusal::from_errno)?;
+        self.make_room();
         let token = self.table.next_token();
         network
             .poller
@@ -157,12 +158,16 @@ impl Sessions {
         Ok(self.insert(network, ends, Socket::Own(socket), attempt))
     }
 
-    fn insert(&mut self, network: &Network, ends: Ends, socket: Socket, attempt: usize) -> Token {
+    /// Sees that there is a slot for another session: the oldest one goes.
+    fn make_room(&mut self) {
         if self.table.len() >= self.limit
             && let Some(&(_, oldest)) = self.deadlines.first()
         {
             self.end(oldest);
         }
+    }
+
+    fn insert(&mut self, network: &Network, ends: Ends, socket: Socket, attempt: usize) -> Token {
         let mut session = Session {
             ends,
             socket,
@@ -278,6 +283,7 @@ impl Sessions {
         let known = self.by_client.get(&(number, client)).copied();
         let token = known.or_else(|| {
             let ends = self.free_ends(seen, guest)?;
+            self.make_room();
             let socket = Socket::Forward(socket.clone(), client);
             let token = self.insert(network, ends, socket, 0);
             self.by_client.insert((number, client), token);
