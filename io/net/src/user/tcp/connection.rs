@@ -225,6 +225,7 @@ impl Connection {
 
     fn open(&mut self) {
         self.state = State::Open;
+        self.syn_due = false;
         self.una = self.next;
         self.retransmit_at = None;
         self.retransmissions = 0;

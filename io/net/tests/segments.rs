@@ -1,0 +1,177 @@
+//! TCP segment by segment: a guest that does what smoltcp would not, at a clock that a test moves.
+
+mod support;
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use doppel_device::{FakeClock, NANOS_PER_SECOND};
+use doppel_net::{Accepts, Link, Offload, Received, UserConfig, UserNetwork};
+use rustix::net::SendFlags;
+use smoltcp::wire::{IpProtocol, TcpPacket};
+use support::{GATEWAY, LIMIT, MAC};
+
+const SYN: u8 = 2;
+const RST: u8 = 4;
+const ACK: u8 = 16;
+/// The guest's first sequence number.
+const FIRST: u32 = 1000;
+const PLENTY: u16 = 0xffff;
+
+/// A segment for the guest.
+#[derive(Clone, Debug)]
+struct Segment {
+    sequence: u32,
+    flags: u8,
+    data: Vec<u8>,
+}
+
+impl Segment {
+    fn of_frame(frame: &[u8]) -> Segment {
+        let packet = TcpPacket::new_checked(&frame[34..]).unwrap();
+        Segment {
+            sequence: packet.seq_number().0 as u32,
+            flags: frame[34 + 13] & 0x3f,
+            data: packet.payload().to_vec(),
+        }
+    }
+
+    fn has(&self, flags: u8) -> bool {
+        self.flags & flags == flags
+    }
+}
+
+/// A guest's end of one connection.
+struct Wire {
+    network: UserNetwork,
+    clock: Arc<FakeClock>,
+    ports: (u16, u16),
+    /// What the guest sends next, and what it has acknowledged.
+    next: u32,
+    acknowledged: u32,
+}
+
+impl Wire {
+    fn to(port: u16) -> Wire {
+        Wire::with(&UserConfig::default(), port)
+    }
+
+    fn with(config: &UserConfig, port: u16) -> Wire {
+        let clock = Arc::new(FakeClock::new(Duration::ZERO));
+        let mut network = UserNetwork::new(config, MAC, clock.clone()).unwrap();
+        network.guest_accepts(Accepts::ALL);
+        Wire {
+            network,
+            clock,
+            ports: (40000, port),
+            next: FIRST,
+            acknowledged: 0,
+        }
+    }
+
+    /// A connection whose handshake is done.
+    fn connected(port: u16, window: u16) -> Wire {
+        let mut wire = Wire::to(port);
+        wire.syn();
+        wire.wait();
+        let answer = wire.pull().remove(0);
+        assert_eq!(answer.flags, SYN | ACK);
+        wire.acknowledged = answer.sequence.wrapping_add(1);
+        wire.send(ACK, window, b"");
+        wire
+    }
+
+    fn syn(&mut self) {
+        self.next = FIRST;
+        self.send(SYN, PLENTY, b"");
+        self.next += 1;
+    }
+
+    fn send(&mut self, flags: u8, window: u16, data: &[u8]) {
+        let mut tcp = vec![0; 20];
+        tcp[..2].copy_from_slice(&self.ports.0.to_be_bytes());
+        tcp[2..4].copy_from_slice(&self.ports.1.to_be_bytes());
+        tcp[4..8].copy_from_slice(&self.next.to_be_bytes());
+        tcp[8..12].copy_from_slice(&self.acknowledged.to_be_bytes());
+        (tcp[12], tcp[13]) = (5 << 4, flags);
+        tcp[14..16].copy_from_slice(&window.to_be_bytes());
+        tcp.extend_from_slice(data);
+        self.next += data.len() as u32;
+        let frame = support::ip_frame(IpProtocol::Tcp, GATEWAY, &tcp, 0, false);
+        self.network.send(Offload::default(), &frame);
+    }
+
+    /// Waits until there is something to pull.
+    #[track_caller]
+    fn wait(&mut self) {
+        let start = Instant::now();
+        while !self.network.has_frames() {
+            assert!(start.elapsed() < LIMIT, "nothing comes");
+            std::thread::sleep(Duration::from_micros(50));
+            self.network.service();
+        }
+    }
+
+    /// The next frame.
+    fn pull_one(&mut self) -> Option<Segment> {
+        let mut segment = None;
+        let mut sink = |_, parts: &[&[u8]]| segment = Some(Segment::of_frame(&parts.concat()));
+        match self.network.receive(65553, &mut sink) {
+            Received::Frame => segment,
+            other => {
+                assert_eq!(other, Received::Nothing);
+                None
+            }
+        }
+    }
+
+    /// All that comes now.
+    fn pull(&mut self) -> Vec<Segment> {
+        std::iter::from_fn(|| self.pull_one()).collect()
+    }
+
+    /// Takes and acknowledges data until `done`; says what came.
+    #[track_caller]
+    fn read(&mut self, done: impl Fn(&[u8]) -> bool) -> Vec<u8> {
+        let (start, mut data) = (Instant::now(), Vec::new());
+        while !done(&data) {
+            assert!(start.elapsed() < LIMIT, "only {} bytes come", data.len());
+            self.network.service();
+            for segment in self.pull() {
+                assert_eq!(segment.flags & !(ACK | 8), 0, "after {} bytes", data.len());
+                data.extend_from_slice(&segment.data);
+                self.acknowledged = segment.sequence.wrapping_add(segment.data.len() as u32);
+            }
+            self.send(ACK, PLENTY, b"");
+        }
+        data
+    }
+}
+
+fn listener() -> (TcpListener, u16) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    (listener, port)
+}
+
+fn connected(window: u16) -> (Wire, TcpStream) {
+    let (listener, port) = listener();
+    let wire = Wire::connected(port, window);
+    (wire, listener.accept().unwrap().0)
+}
+
+#[test]
+fn a_call_that_is_repeated_and_then_answered_is_not_answered_again() {
+    let (_listener, port) = listener();
+    let mut wire = Wire::to(port);
+    wire.syn();
+    wire.wait();
+    let answer = wire.pull().remove(0);
+    wire.syn();
+    wire.acknowledged = answer.sequence.wrapping_add(1);
+    wire.send(ACK, PLENTY, b"");
+    let after = wire.pull();
+    assert!(after.iter().all(|segment| !segment.has(SYN)), "{after:?}");
+}
