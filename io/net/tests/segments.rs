@@ -175,3 +175,42 @@ fn a_call_that_is_repeated_and_then_answered_is_not_answered_again() {
     let after = wire.pull();
     assert!(after.iter().all(|segment| !segment.has(SYN)), "{after:?}");
 }
+
+#[test]
+fn flows_that_have_ended_leave_nothing_to_look_for() {
+    let (_listener, port) = listener();
+    let config = UserConfig {
+        sessions: 1,
+        ..UserConfig::default()
+    };
+    let mut wire = Wire::with(&config, port);
+    for n in 0..100 {
+        wire.ports.0 = 10_000 + n;
+        wire.syn();
+        wire.wait();
+        wire.send(RST, 0, b"");
+        assert_eq!(wire.network.usage().0, 0);
+        assert!(!wire.network.has_frames(), "after {n} connections");
+    }
+    let host = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let port = host.local_addr().unwrap().port();
+    for n in 0..100u16 {
+        send_datagram(&mut wire.network, 2 * n, port);
+        let (_, from) = host.recv_from(&mut [0; 8]).unwrap();
+        host.send_to(b"answer", from).unwrap();
+        wire.wait();
+        send_datagram(&mut wire.network, 2 * n + 1, port);
+        host.recv_from(&mut [0; 8]).unwrap();
+        assert!(!wire.network.has_frames(), "after {n} sessions");
+    }
+}
+
+fn send_datagram(network: &mut UserNetwork, n: u16, port: u16) {
+    let mut udp = vec![0; 8];
+    udp[..2].copy_from_slice(&(10_000 + n).to_be_bytes());
+    udp[2..4].copy_from_slice(&port.to_be_bytes());
+    udp[5] = 12;
+    udp.extend_from_slice(b"data");
+    let frame = support::ip_frame(IpProtocol::Udp, GATEWAY, &udp, 0, false);
+    network.send(Offload::default(), &frame);
+}

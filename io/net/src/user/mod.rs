@@ -365,7 +365,7 @@ impl Link for UserNetwork {
             }
         }
         self.tcp.expire(&mut self.network);
-        self.sessions.expire(self.network.now);
+        self.sessions.expire(&mut self.network);
         false
     }
 }

@@ -80,7 +80,7 @@ pub struct Network {
     pub resolvers: Resolvers,
     /// Host sockets.
     pub poller: Poller,
-    /// Flows that may have a frame for the guest.
+    /// Flows that may have a frame for the guest, each once.
     pub ready: VecDeque<Token>,
     neighbours: HashMap<Ipv4Addr, EthernetAddress>,
     guest: EthernetAddress,
@@ -124,6 +124,11 @@ impl Network {
         if self.neighbours.len() < NEIGHBOURS_MAX || self.neighbours.contains_key(&address) {
             self.neighbours.insert(address, mac);
         }
+    }
+
+    /// A flow that was ready has ended. Its token would stay for as long as the guest has no buffers.
+    pub fn forget(&mut self, token: Token) {
+        self.ready.retain(|ready| *ready != token);
     }
 
     /// How a packet gets from `source` to the guest at `destination`.

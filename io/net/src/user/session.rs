@@ -124,7 +124,7 @@ impl Sessions {
                 Some(next) => attempt = next,
                 None => return self.pass_on(network, token, data),
             }
-            self.end(token);
+            self.end(network, token);
         }
         match self.open(network, ends, attempt) {
             Ok(token) => self.pass_on(network, token, data),
@@ -149,7 +149,7 @@ impl Sessions {
     ) -> Result<Token, Refusal> {
         let target = network.target(ends.remote, attempt)?;
         let socket = connect(ends.protocol, target).map_err(Refusal::from_errno)?;
-        self.make_room();
+        self.make_room(network);
         let token = self.table.next_token();
         network
             .poller
@@ -159,11 +159,11 @@ impl Sessions {
     }
 
     /// Sees that there is a slot for another session: the oldest one goes.
-    fn make_room(&mut self) {
+    fn make_room(&mut self, network: &mut Network) {
         if self.table.len() >= self.limit
             && let Some(&(_, oldest)) = self.deadlines.first()
         {
-            self.end(oldest);
+            self.end(network, oldest);
         }
     }
 
@@ -283,7 +283,7 @@ impl Sessions {
         let known = self.by_client.get(&(number, client)).copied();
         let token = known.or_else(|| {
             let ends = self.free_ends(seen, guest)?;
-            self.make_room();
+            self.make_room(network);
             let socket = Socket::Forward(socket.clone(), client);
             let token = self.insert(network, ends, socket, 0);
             self.by_client.insert((number, client), token);
@@ -306,27 +306,30 @@ impl Sessions {
     }
 
     /// Time has passed.
-    pub fn expire(&mut self, now: Nanos) {
+    pub fn expire(&mut self, network: &mut Network) {
         while let Some(&(at, token)) = self.deadlines.first()
-            && at <= now
+            && at <= network.now
         {
             self.deadlines.remove(&(at, token));
             let Some(session) = self.table.get_mut(token) else {
                 continue;
             };
             session.armed = session.deadline();
-            if session.armed <= now {
-                self.end(token);
+            if session.armed <= network.now {
+                self.end(network, token);
             } else {
                 self.deadlines.insert((session.armed, token));
             }
         }
     }
 
-    fn end(&mut self, token: Token) {
+    fn end(&mut self, network: &mut Network, token: Token) {
         let Some(session) = self.table.remove(token) else {
             return;
         };
+        if session.queued {
+            network.forget(token);
+        }
         self.by_ends.remove(&session.ends);
         self.deadlines.remove(&(session.armed, token));
         if let Socket::Forward(_, client) = session.socket {

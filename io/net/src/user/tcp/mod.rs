@@ -283,6 +283,9 @@ impl Tcp {
         let Some(connection) = self.table.remove(token) else {
             return;
         };
+        if connection.queued {
+            network.forget(token);
+        }
         self.memory -= connection.memory();
         self.by_flow.remove(&connection.flow);
         if let Some(armed) = connection.armed {
