@@ -163,6 +163,16 @@ fn connected(window: u16) -> (Wire, TcpStream) {
 }
 
 #[test]
+fn urgent_data_stays_where_it_is_in_the_stream() {
+    let (mut wire, mut host) = connected(PLENTY);
+    host.write_all(b"ab").unwrap();
+    rustix::net::send(&host, b"c", SendFlags::OOB).unwrap();
+    host.write_all(b"d").unwrap();
+    let data = wire.read(|data| data.len() >= 4);
+    assert_eq!(data, b"abcd");
+}
+
+#[test]
 fn a_call_that_is_repeated_and_then_answered_is_not_answered_again() {
     let (_listener, port) = listener();
     let mut wire = Wire::to(port);

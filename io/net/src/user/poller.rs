@@ -55,7 +55,8 @@ impl Poller {
 
     /// Tells of every change of `socket` until that is closed.
     pub fn add(&self, socket: impl AsFd, token: Token) -> io::Result<()> {
-        let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
+        let wanted = EventFlags::IN | EventFlags::PRI | EventFlags::OUT | EventFlags::RDHUP;
+        let flags = wanted | EventFlags::ET;
         Ok(epoll::add(
             &self.0,
             socket,

@@ -126,8 +126,8 @@ pub struct Connection {
     /// As far as known, reading and writing the socket would get somewhere.
     pub readable: bool,
     pub writable: bool,
-    /// The host's side is closing: a short read does not mean that nothing follows.
-    pub hung_up: bool,
+    /// A short read does not mean that nothing follows: the host's side is closing, or urgent data is on its way, before which the kernel stops.
+    pub ragged: bool,
     /// How much to read from the socket at once.
     pub chunk: usize,
     pub heard: Nanos,
@@ -168,7 +168,7 @@ impl Connection {
             probe_due: false,
             readable: false,
             writable: false,
-            hung_up: false,
+            ragged: false,
             chunk: READ_FIRST,
             heard: now,
             probes: 0,

@@ -183,13 +183,13 @@ impl Tcp {
     /// Something happened at a host socket.
     pub fn event(&mut self, network: &mut Network, token: Token, flags: EventFlags) {
         let readable = EventFlags::IN | EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR;
-        let ended = EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR;
+        let ragged = EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR | EventFlags::PRI;
         self.with(network, token, |connection, _| {
             if connection.state == State::Connecting {
                 return look_for_host(connection, flags);
             }
             connection.readable |= flags.intersects(readable);
-            connection.hung_up |= flags.intersects(ended);
+            connection.ragged |= flags.intersects(ragged);
             if flags.contains(EventFlags::OUT) {
                 return connection.flush();
             }
@@ -318,10 +318,12 @@ fn connect(target: SocketAddr) -> Result<(OwnedFd, bool), Errno> {
 
 /// The guest decides when its data goes out, and dead peers are noticed. A process that is killed resets its connections: the host's side would take an
 /// end for the guest's, with all that it sent. None of it is needed for the connection to work.
+/// Urgent data stays in the stream (RFC 6093): otherwise its last byte would have to be fetched by itself.
 fn prepare(socket: &OwnedFd) {
     reset(socket);
     let _ = sockopt::set_tcp_nodelay(socket, true);
     let _ = sockopt::set_socket_keepalive(socket, true);
+    let _ = sockopt::set_socket_oobinline(socket, true);
 }
 
 /// The host's connection is there, or is not.
@@ -332,7 +334,7 @@ fn look_for_host(connection: &mut Connection, flags: EventFlags) -> Fate {
     match sockopt::socket_error(&connection.socket) {
         Ok(Ok(())) if flags.contains(EventFlags::OUT) => {
             connection.readable = flags.contains(EventFlags::IN);
-            connection.hung_up = flags.contains(EventFlags::RDHUP);
+            connection.ragged = flags.intersects(EventFlags::RDHUP | EventFlags::PRI);
             answer(connection)
         }
         Ok(Ok(())) => Fate::Lives,

@@ -102,7 +102,7 @@ impl Connection {
         match self.out.fill(amount, receive) {
             Ok(0) => self.host_ended = true,
             Ok(n) => {
-                self.readable = self.hung_up || n == amount;
+                self.readable = self.ragged || n == amount;
                 self.chunk = if n == amount {
                     (2 * n).min(READ)
                 } else {
