@@ -173,6 +173,28 @@ fn urgent_data_stays_where_it_is_in_the_stream() {
 }
 
 #[test]
+fn what_a_host_sent_before_it_broke_off_arrives_though_it_takes_no_more() {
+    let (mut wire, mut host) = connected(PLENTY);
+    wire.send(ACK, PLENTY, b"a question");
+    host.read_exact(&mut [0; 3]).unwrap();
+    host.write_all(&[7; 1000]).unwrap();
+    // To close with unread data is to reset.
+    drop(host);
+    wire.send(ACK, PLENTY, b"another one");
+    let (start, mut data) = (Instant::now(), Vec::new());
+    loop {
+        assert!(start.elapsed() < LIMIT, "no reset");
+        wire.network.service();
+        for segment in wire.pull() {
+            data.extend_from_slice(&segment.data);
+            if segment.has(RST) {
+                return assert_eq!(data, [7; 1000]);
+            }
+        }
+    }
+}
+
+#[test]
 fn a_call_that_is_repeated_and_then_answered_is_not_answered_again() {
     let (_listener, port) = listener();
     let mut wire = Wire::to(port);

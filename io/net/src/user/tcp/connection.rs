@@ -120,6 +120,8 @@ pub struct Connection {
     pub inbox: Ring,
     pub guest_ended: bool,
     pub shut: bool,
+    /// The host takes nothing more. What it sent before that is still read, and then the guest is reset as well.
+    pub deaf: bool,
     pub ack_due: bool,
     pub syn_due: bool,
     pub probe_due: bool,
@@ -163,6 +165,7 @@ impl Connection {
             inbox: Ring::default(),
             guest_ended: false,
             shut: false,
+            deaf: false,
             ack_due: false,
             syn_due: false,
             probe_due: false,
@@ -253,11 +256,8 @@ impl Connection {
             self.ack_due = false;
         }
         self.acknowledge(segment, now);
-        let fate = self.take_data(segment, scarce);
-        if fate == Fate::Lives && self.over() {
-            return Fate::Done;
-        }
-        fate
+        self.take_data(segment, scarce);
+        self.fate()
     }
 
     /// RFC 5961: only a reset at the expected place counts, others in the window are asked about.
@@ -312,37 +312,36 @@ impl Connection {
         self.retransmit_at = (self.in_flight() > 0).then_some(now + RETRANSMIT);
     }
 
-    fn take_data(&mut self, segment: &Incoming, scarce: bool) -> Fate {
+    fn take_data(&mut self, segment: &Incoming, scarce: bool) {
         if segment.len() == 0 {
             // A probe with an old number is to be answered.
             self.ack_due |= segment.sequence != self.rcv;
-            return Fate::Lives;
+            return;
         }
         self.ack_due = true;
         let known = self.rcv.wrapping_sub(segment.sequence) as usize;
         if before(self.rcv, segment.sequence) || known > segment.data.len() || self.guest_ended {
-            return Fate::Lives;
+            return;
         }
         let new = &segment.data[known..];
         let room = self.edge.wrapping_sub(self.rcv) as usize;
-        let taken = match self.pass_on(&new[..new.len().min(room)], scarce) {
-            Ok(taken) => taken,
-            Err(_) => return Fate::ResetBoth,
-        };
+        let taken = self.pass_on(&new[..new.len().min(room)], scarce);
         self.rcv = self.rcv.wrapping_add(taken as u32);
         if segment.has(FIN) && taken == new.len() {
             self.rcv = self.rcv.wrapping_add(1);
             self.guest_ended = true;
         }
         self.shut_if_ended();
-        Fate::Lives
     }
 
     /// Gives data to the host, or keeps it; says how much of it.
-    fn pass_on(&mut self, data: &[u8], scarce: bool) -> Result<usize, Errno> {
+    fn pass_on(&mut self, data: &[u8], scarce: bool) -> usize {
         let mut sent = 0;
         if self.inbox.is_empty() && self.writable && !data.is_empty() {
-            sent = self.write(&[IoSlice::new(data)], data.len())?;
+            sent = self.write(&[IoSlice::new(data)], data.len());
+        }
+        if self.deaf {
+            return data.len();
         }
         let limit = if scarce { SHARE_WHEN_SCARCE } else { INBOX_MAX };
         let room = limit.saturating_sub(self.inbox.len());
@@ -350,41 +349,43 @@ impl Connection {
         if kept > 0 {
             self.inbox.push(&data[sent..sent + kept]);
         }
-        Ok(sent + kept)
+        sent + kept
     }
 
-    fn write(&mut self, parts: &[IoSlice], len: usize) -> Result<usize, Errno> {
+    /// Says how much the host took.
+    fn write(&mut self, parts: &[IoSlice], len: usize) -> usize {
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         let control = &mut SendAncillaryBuffer::default();
         match retry_on_intr(|| sendmsg(&self.socket, parts, control, flags)) {
             Ok(n) => {
                 self.writable = n == len;
-                Ok(n)
+                n
             }
-            Err(Errno::AGAIN) => {
+            Err(error) => {
                 self.writable = false;
-                Ok(0)
+                if error != Errno::AGAIN {
+                    self.deaf = true;
+                    // Reading shows what is still there, up to the end.
+                    (self.readable, self.ragged) = (true, true);
+                }
+                0
             }
-            Err(error) => Err(error),
         }
     }
 
     /// The host takes data again.
     pub fn flush(&mut self) -> Fate {
-        self.writable = true;
+        self.writable = !self.deaf;
         while self.writable && !self.inbox.is_empty() {
             let len = self.inbox.len();
             let inbox = std::mem::take(&mut self.inbox);
             let sent = self.write(&inbox.slices(0, len).map(IoSlice::new), len);
             self.inbox = inbox;
-            match sent {
-                Ok(sent) => self.inbox.consume(sent),
-                Err(_) => return Fate::ResetBoth,
-            }
+            self.inbox.consume(if self.deaf { len } else { sent });
             self.ack_due = true;
         }
         self.shut_if_ended();
-        if self.over() { Fate::Done } else { Fate::Lives }
+        self.fate()
     }
 
     fn shut_if_ended(&mut self) {
@@ -395,8 +396,19 @@ impl Connection {
         }
     }
 
+    /// What becomes of it now.
+    pub fn fate(&self) -> Fate {
+        if self.deaf && self.host_ended && self.out.is_empty() {
+            Fate::ResetBoth
+        } else if self.over() {
+            Fate::Done
+        } else {
+            Fate::Lives
+        }
+    }
+
     /// Both sides have ended and both ends are acknowledged.
-    pub fn over(&self) -> bool {
+    fn over(&self) -> bool {
         self.end_acknowledged && self.shut && !self.ack_due
     }
 

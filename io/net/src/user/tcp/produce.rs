@@ -45,8 +45,7 @@ impl Connection {
             return (Received::Nothing, Fate::ResetBoth);
         }
         let received = self.send_data(network, self.longest(network, room), sink);
-        let fate = if self.over() { Fate::Done } else { Fate::Lives };
-        (received, fate)
+        (received, self.fate())
     }
 
     fn unsent(&self) -> usize {
@@ -100,6 +99,8 @@ impl Connection {
             retry_on_intr(receive).map(|message| message.bytes)
         };
         match self.out.fill(amount, receive) {
+            // That was all, and no end in order.
+            Ok(0) | Err(Errno::AGAIN) if self.deaf => return Err(Errno::CONNRESET),
             Ok(0) => self.host_ended = true,
             Ok(n) => {
                 self.readable = self.ragged || n == amount;
