@@ -195,6 +195,34 @@ fn what_a_host_sent_before_it_broke_off_arrives_though_it_takes_no_more() {
 }
 
 #[test]
+fn a_guest_that_answers_probes_of_its_closed_window_is_not_given_up() {
+    let (mut wire, mut host) = connected(1000);
+    // So that what it takes at once are two segments.
+    wire.network.guest_accepts(Accepts::default());
+    host.write_all(&[7; 1000]).unwrap();
+    wire.wait();
+    let first = wire.pull_one().unwrap();
+    let taken = first.data.len();
+    assert!((1..1000).contains(&taken), "{taken}");
+    wire.acknowledged = first.sequence.wrapping_add(taken as u32);
+    wire.send(ACK, 0, b"");
+    assert!(wire.pull().iter().all(|segment| segment.data.is_empty()));
+    for n in 0..40 {
+        wire.clock.advance(31 * NANOS_PER_SECOND);
+        wire.network.service();
+        let probes = wire.pull();
+        assert!(!probes.is_empty(), "no probe after {n}");
+        assert!(probes.iter().all(|p| p.flags == ACK), "{n}: {probes:?}");
+        wire.send(ACK, 0, b"");
+    }
+    wire.send(ACK, PLENTY, b"");
+    assert_eq!(
+        wire.read(|data| data.len() >= 1000 - taken).len(),
+        1000 - taken
+    );
+}
+
+#[test]
 fn a_call_that_is_repeated_and_then_answered_is_not_answered_again() {
     let (_listener, port) = listener();
     let mut wire = Wire::to(port);

@@ -50,6 +50,8 @@ const RETRANSMIT: Nanos = NANOS_PER_SECOND / 2;
 const RETRANSMIT_MAX: Nanos = 30 * NANOS_PER_SECOND;
 /// So many waits in vain, and the guest is gone.
 const RETRANSMISSIONS: u32 = 10;
+/// So many lead to the longest wait.
+const RETRANSMISSIONS_GROW: u32 = 6;
 /// A guest that says nothing for so long is asked whether it is still there.
 const IDLE: Nanos = 2 * 60 * 60 * NANOS_PER_SECOND;
 const PROBE_INTERVAL: Nanos = 75 * NANOS_PER_SECOND;
@@ -294,6 +296,10 @@ impl Connection {
             }
         }
         self.window = window;
+        if window == 0 {
+            // Who answers probes is there, for as long as that lasts (RFC 9293, 3.8.6.1), but is not asked more often for that.
+            self.retransmissions = self.retransmissions.min(RETRANSMISSIONS_GROW);
+        }
         if window > 0 && self.in_flight() == 0 {
             self.retransmissions = 0;
             self.retransmit_at = None;
