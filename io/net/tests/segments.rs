@@ -274,3 +274,20 @@ fn send_datagram(network: &mut UserNetwork, n: u16, port: u16) {
     let frame = support::ip_frame(IpProtocol::Udp, GATEWAY, &udp, 0, false);
     network.send(Offload::default(), &frame);
 }
+
+/// A device whose buffers are too small for anything throws away what there is, and is done.
+#[test]
+fn what_a_connection_has_for_a_guest_without_room_can_be_thrown_away() {
+    let (_listener, port) = listener();
+    let mut wire = Wire::to(port);
+    wire.syn();
+    wire.wait();
+    let too_long = wire.network.receive(28, &mut |_, _| panic!("no room"));
+    assert!(matches!(too_long, Received::TooLong(29..)), "{too_long:?}");
+    wire.network.discard();
+    assert!(!wire.network.has_frames());
+    // It is lost as a network loses frames.
+    wire.clock.advance(NANOS_PER_SECOND);
+    wire.network.service();
+    assert_eq!(wire.pull().remove(0).flags, SYN | ACK);
+}

@@ -40,7 +40,7 @@ use network::{DNS, GATEWAY, GATEWAY_MAC, Network, is_local};
 use poller::{Kind, Poller, Token};
 use resolver::Resolvers;
 use session::{Ends, Protocol, Sessions};
-use tcp::Tcp;
+use tcp::{SYN_FRAME, Tcp};
 
 const ECHO_REQUEST: u8 = 8;
 
@@ -333,7 +333,11 @@ impl Link for UserNetwork {
     }
 
     fn discard(&mut self) {
-        self.network.drop_posted();
+        if self.network.posted().is_some() {
+            return self.network.drop_posted();
+        }
+        // A connection makes its frame when it is asked: this one is lost on its way.
+        self.receive(SYN_FRAME, &mut |_, _| {});
     }
 
     fn has_frames(&self) -> bool {

@@ -23,7 +23,7 @@ use crate::user::table::Table;
 use crate::user::wire::ETHERNET;
 pub use connection::Flow;
 use connection::{Connection, Fate, State};
-use produce::SYN_FRAME;
+pub use produce::SYN_FRAME;
 use segment::SYN;
 pub use segment::{ACK, Incoming, Outgoing, RST};
 
