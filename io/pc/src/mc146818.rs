@@ -226,15 +226,25 @@ impl Mc146818 {
         Some(first.saturating_add(wait as u64 * NANOS_PER_SECOND))
     }
 
-    /// Seconds from a time of day to the first one that matches the alarm, 0 to a day.
-    fn seconds_to_alarm(&self, time: i64) -> Option<i64> {
+    /// Hour, minute and second of the alarm, `None` for any. There is none where one of them never comes, for which
+    /// nobody may search a whole day at each access.
+    fn alarm(&self) -> Option<[Option<i64>; 3]> {
         let wanted = |register| {
             let byte = self.register(register);
             (byte < ALARM_ANY).then_some(byte)
         };
-        let hour = wanted(HOURS_ALARM).map(|byte| self.decode_hour(byte));
-        let minute = wanted(MINUTES_ALARM).map(|byte| self.decode(byte));
-        let second = wanted(SECONDS_ALARM).map(|byte| self.decode(byte));
+        let alarm = [
+            wanted(HOURS_ALARM).map(|byte| self.decode_hour(byte)),
+            wanted(MINUTES_ALARM).map(|byte| self.decode(byte)),
+            wanted(SECONDS_ALARM).map(|byte| self.decode(byte)),
+        ];
+        let comes = |(field, most): (&Option<i64>, i64)| field.is_none_or(|value| value <= most);
+        alarm.iter().zip([23, 59, 59]).all(comes).then_some(alarm)
+    }
+
+    /// Seconds from a time of day to the first one that matches the alarm, 0 to a day.
+    fn seconds_to_alarm(&self, time: i64) -> Option<i64> {
+        let [hour, minute, second] = self.alarm()?;
         let matches = |wanted: Option<i64>, is: i64| wanted.is_none_or(|wanted| wanted == is);
         // From now, then from the beginning of each next minute and hour: where the larger does not match the smaller
         // cannot.
@@ -498,6 +508,31 @@ mod tests {
         assert_eq!(rtc.next_deadline(), Some(due + 60 * SECOND));
         set(&mut rtc, HOURS_ALARM, 0x24, due);
         assert_eq!(rtc.next_deadline(), None, "no such hour");
+    }
+
+    #[test]
+    fn an_alarm_that_never_comes_is_not_searched_for() {
+        let mut rtc = clock();
+        set(&mut rtc, B, B_24_HOURS | ALARM, 0);
+        for (never, alarm) in [
+            (true, [0xff, 0xff, 0x7f]),
+            (true, [0xff, 0x60, 0xff]),
+            (true, [0x24, 0xff, 0xff]),
+            (false, [0x23, 0x59, 0x59]),
+            (false, [0xff, 0xff, 0xff]),
+        ] {
+            for (register, value) in [HOURS_ALARM, MINUTES_ALARM, SECONDS_ALARM]
+                .into_iter()
+                .zip(alarm)
+            {
+                set(&mut rtc, register, value, 0);
+            }
+            assert_eq!(rtc.alarm().is_none(), never, "{alarm:x?}");
+            assert_eq!(rtc.next_deadline().is_none(), never, "{alarm:x?}");
+        }
+        set(&mut rtc, SECONDS_ALARM, 60, 0);
+        set(&mut rtc, B, B_24_HOURS | B_BINARY | ALARM, 0);
+        assert_eq!(rtc.alarm(), None);
     }
 
     #[test]
