@@ -235,6 +235,10 @@ impl Bus for CpuBus {
         taken
     }
 
+    fn nmi_ends(&mut self) {
+        self.apic.nmi_ends();
+    }
+
     fn spinning(&mut self) {
         std::thread::yield_now();
     }

@@ -40,6 +40,8 @@ pub trait Bus {
     fn interrupt_acknowledge(&mut self) -> Option<u8>;
     /// Takes a pending non-maskable interrupt.
     fn take_nmi(&mut self) -> bool;
+    /// NMIs are open again after one was taken: IRET was executed.
+    fn nmi_ends(&mut self) {}
     /// The CPU waits in a loop: another thread of the host may have better use for the processor.
     fn spinning(&mut self) {}
     /// KVM's paravirtual EOI: the machine may set bit 0 of the word at this physical address where an interrupt that it delivers needs

@@ -87,6 +87,7 @@ fn an_interrupt_stack_is_taken_at_every_privilege() {
             "NMIs do not nest"
         );
         iret::execute(&mut cpu, &mut bus, 8, 0).expect("iret");
+        assert_eq!(std::mem::take(&mut bus.calls), ["nmi ends"]);
         assert!(event::deliver_pending(&mut cpu, &mut bus));
     }
 }

@@ -17,7 +17,9 @@ pub(crate) fn execute(
     next_rip: u64,
 ) -> Result<(), Exception> {
     // NMIs are open again even if IRET faults.
-    cpu.nmi_blocked = false;
+    if std::mem::take(&mut cpu.nmi_blocked) {
+        bus.nmi_ends();
+    }
     match cpu.mode() {
         CpuMode::Real | CpuMode::V86 => to_real(cpu, bus, size),
         _ if cpu.rflags.contains(Rflags::NT) && cpu.long_mode() => Err(GP0),

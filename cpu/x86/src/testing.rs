@@ -51,6 +51,9 @@ impl Bus for TestBus {
     fn take_nmi(&mut self) -> bool {
         std::mem::take(&mut self.nmi)
     }
+    fn nmi_ends(&mut self) {
+        self.calls.push("nmi ends".to_owned());
+    }
     fn spinning(&mut self) {
         self.calls.push("spinning".to_owned());
     }

@@ -309,6 +309,11 @@ impl CpuApic {
         self.requests().contains(Requests::NMI) && self.slot.with(|apic, _| apic.take_nmi())
     }
 
+    /// See [`LocalApic::nmi_ends`].
+    pub fn nmi_ends(&self) {
+        self.slot.with(|apic, _| apic.nmi_ends());
+    }
+
     /// The processor takes a pending INIT or start-up.
     pub fn take_start(&self) -> Option<Start> {
         let waits = self.requests().contains(Requests::START);

@@ -147,7 +147,9 @@ pub struct LocalApic {
     lint: [bool; 2],
     /// An ExtINT message (not the LINT0 pin) that waits.
     external: bool,
-    nmi: bool,
+    /// NMIs that wait, and whether the handler of one runs.
+    nmis: u8,
+    nmi_runs: bool,
     init: bool,
     startup: Option<u8>,
     waits_for_startup: bool,
@@ -177,7 +179,8 @@ impl LocalApic {
             timer: ApicTimer::new(config.bus_hz, config.tsc_hz),
             lint: [false; 2],
             external: false,
-            nmi: false,
+            nmis: 0,
+            nmi_runs: false,
             init: false,
             startup: None,
             waits_for_startup: !config.bootstrap,
@@ -259,7 +262,7 @@ impl LocalApic {
         let mut requests = Requests::empty();
         requests.set(Requests::INTERRUPT, self.deliverable().is_some());
         requests.set(Requests::EXTERNAL, self.external_request());
-        requests.set(Requests::NMI, self.nmi);
+        requests.set(Requests::NMI, self.nmis != 0);
         requests.set(Requests::START, self.init || self.startup.is_some());
         let waits = self.irr.highest().is_some();
         requests.set(Requests::END, self.end_lent && waits);
@@ -296,9 +299,26 @@ impl LocalApic {
         }
     }
 
-    /// The processor takes a pending NMI.
+    /// The processor takes a pending NMI. [`Self::nmi_ends`] follows.
     pub fn take_nmi(&mut self) -> bool {
-        std::mem::take(&mut self.nmi)
+        if self.nmis == 0 {
+            return false;
+        }
+        self.nmis -= 1;
+        self.nmi_runs = true;
+        true
+    }
+
+    /// The handler of an NMI has executed IRET.
+    pub fn nmi_ends(&mut self) {
+        self.nmi_runs = false;
+    }
+
+    /// One NMI is held back while the handler of another runs (SDM volume 3, 6.7.1). Two that come at once are therefore both delivered, and
+    /// two is what there is room for, the one that runs among them.
+    fn accept_nmi(&mut self) {
+        let room = 2 - u8::from(self.nmi_runs);
+        self.nmis = (self.nmis + 1).min(room);
     }
 
     /// The processor takes a pending INIT or start-up, in this order.
@@ -362,7 +382,7 @@ impl LocalApic {
             DeliveryMode::Fixed | DeliveryMode::LowestPriority => {
                 self.accept_vector(vector, level_triggered);
             }
-            DeliveryMode::Nmi => self.nmi = true,
+            DeliveryMode::Nmi => self.accept_nmi(),
             DeliveryMode::ExtInt => self.external = true,
             DeliveryMode::Init => self.accept_init(),
             DeliveryMode::Startup if self.waits_for_startup => {
@@ -387,7 +407,7 @@ impl LocalApic {
 
     fn accept_init(&mut self) {
         self.reset_registers();
-        self.nmi = false;
+        (self.nmis, self.nmi_runs) = (0, false);
         self.init = true;
         self.startup = None;
         self.waits_for_startup = !self.config.bootstrap;

@@ -127,6 +127,31 @@ fn software_disabled_it_takes_no_vectors_and_masks_its_own() {
 }
 
 #[test]
+fn one_nmi_runs_and_one_waits() {
+    let mut apic = enabled();
+    let send = |apic: &mut LocalApic, count| {
+        (0..count).for_each(|_| apic.accept(DeliveryMode::Nmi, 0, false));
+    };
+    for (before, within, taken) in [(2, 0, 2), (10, 0, 2), (1, 10, 2), (2, 10, 2), (1, 0, 1)] {
+        send(&mut apic, before);
+        assert!(apic.take_nmi());
+        send(&mut apic, within);
+        let mut count = 1;
+        loop {
+            apic.nmi_ends();
+            if !apic.take_nmi() {
+                break;
+            }
+            count += 1;
+        }
+        assert_eq!(count, taken, "{before} before, {within} within");
+    }
+    send(&mut apic, 2);
+    apic.accept(DeliveryMode::Init, 0, false);
+    assert!(!apic.take_nmi());
+}
+
+#[test]
 fn the_8259_comes_through_lint0() {
     let mut apic = LocalApic::new(config(0));
     apic.set_lint(0, true);
