@@ -237,6 +237,10 @@ fn read_special(cpu: &Cpu, msr: u32) -> Option<u64> {
 
 fn write_option(cpu: &mut Cpu, bus: &mut dyn Bus, msr: u32, v: u64) -> Option<()> {
     if is_apic(msr) {
+        // SDM volume 3, 11.4.4: the page's address has as many bits as physical addresses.
+        if msr == APIC_BASE && v >> cpu.physical_bits != 0 {
+            return None;
+        }
         let now = cpu.tsc_now();
         bus.apic_msr_write(msr, v, now)?;
         if msr == APIC_BASE {

@@ -71,6 +71,7 @@ fn reserved_bits_and_types_fault_and_change_nothing() {
         (0xfe, 0),
         (0x10a, 0),
         (0x832, 0),
+        (0x1b, 1 << 46 | 0xfee0_0900),
     ] {
         let before = read(&mut cpu, &mut bus, msr);
         assert_eq!(
