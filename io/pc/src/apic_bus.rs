@@ -88,14 +88,11 @@ impl OnAlarm for Slot {
 }
 
 impl Slot {
-    /// Takes a message that may be for it; true where it is.
+    /// Takes a message that may be for it; true where it is and was not refused.
     fn accept(&self, message: InterruptMessage) -> bool {
         self.with(|apic, _| {
-            let matches = apic.matches(message.destination);
-            if matches {
-                apic.accept(message.mode, message.vector, message.level_triggered);
-            }
-            matches
+            apic.matches(message.destination)
+                && apic.accept(message.mode, message.vector, message.level_triggered)
         })
     }
 }
@@ -135,15 +132,13 @@ impl ApicBus {
         })
     }
 
-    /// Sends a message to all that it is for.
-    pub fn deliver(&self, message: InterruptMessage) {
+    /// Sends a message to all that it is for; true where one of them accepted it.
+    pub fn deliver(&self, message: InterruptMessage) -> bool {
         if message.mode == DeliveryMode::LowestPriority {
-            self.deliver_to_lowest(message);
-            return;
+            return self.deliver_to_lowest(message);
         }
-        for slot in self.candidates(message.destination) {
-            slot.accept(message);
-        }
+        let candidates = self.candidates(message.destination).iter();
+        candidates.fold(false, |accepted, slot| slot.accept(message) | accepted)
     }
 
     /// Those that may match: a physical ID is also the place in the list.
@@ -158,34 +153,33 @@ impl ApicBus {
         self.slots.get(id as usize)
     }
 
-    fn deliver_to_lowest(&self, message: InterruptMessage) {
+    fn deliver_to_lowest(&self, message: InterruptMessage) -> bool {
         let priority = |slot: &&Arc<Slot>| {
             let state = slot.state.lock().unwrap_or_else(PoisonError::into_inner);
             let matches = state.apic.matches(message.destination);
             state.apic.arbitration_priority().filter(|_| matches)
         };
         let candidates = self.slots.iter().filter_map(|s| Some((priority(&s)?, s)));
-        if let Some((_, slot)) = candidates.min_by_key(|(priority, _)| *priority) {
-            slot.with(|apic, _| {
-                apic.accept(message.mode, message.vector, message.level_triggered);
-            });
-        }
+        let lowest = candidates.min_by_key(|(priority, _)| *priority);
+        lowest.is_some_and(|(_, slot)| {
+            slot.with(|apic, _| apic.accept(message.mode, message.vector, message.level_triggered))
+        })
     }
 
     /// Calls into the I/O APIC, then sends what it has to send.
     pub fn with_io_apic<R>(&self, f: impl FnOnce(&mut IoApic) -> R) -> R {
         let mut io = self.io.lock().unwrap_or_else(PoisonError::into_inner);
         let result = f(&mut io);
-        while let Some(message) = io.next_message() {
-            self.deliver(message);
-        }
+        io.send(|message| self.deliver(message));
         result
     }
 
     fn carry_out(&self, effect: Effect) {
         match effect {
             Effect::None => {}
-            Effect::Send(message) => self.deliver(message),
+            Effect::Send(message) => {
+                self.deliver(message);
+            }
             Effect::EndOfInterrupt(vector) => self.with_io_apic(|io| io.end_of_interrupt(vector)),
         }
     }
@@ -361,8 +355,9 @@ impl CpuApic {
 
     /// Sends an NMI, as the machine's operator does.
     pub fn inject_nmi(&self) {
-        self.slot
-            .with(|apic, _| apic.accept(DeliveryMode::Nmi, 0, false));
+        self.slot.with(|apic, _| {
+            apic.accept(DeliveryMode::Nmi, 0, false);
+        });
     }
 
     /// Its LINT0 (input 0) and LINT1 (input 1) pins. The first processor's LINT0 is where the 8259's INTR goes.
@@ -445,6 +440,31 @@ mod tests {
         pin.set(false);
         cpu.write(0xb0, 4, 0);
         assert!(cpu.requests().is_empty());
+    }
+
+    #[test]
+    fn a_level_that_nobody_accepted_is_sent_again_when_its_entry_is_written() {
+        let rig = rig(2);
+        let bus = Bus::new();
+        bus.attach(Region::new(IO_APIC_BASE, 0x1000), rig.bus.clone())
+            .unwrap();
+        let pin = Line::new(vec![(rig.bus.clone(), 10)]).pin();
+        // To nobody, then to one that software has off.
+        redirect(&bus, 10, 7 << 56 | 0x8061);
+        pin.set(true);
+        redirect(&bus, 10, 1 << 56 | 0x8061);
+        let cpu = &rig.cpus[1];
+        assert_eq!(cpu.acknowledge(), Some(Acknowledged::Vector(0x61)));
+        pin.set(false);
+        cpu.write(0xb0, 4, 0);
+        cpu.write(0xf0, 4, 0xff);
+        pin.set(true);
+        assert_eq!(bus.read(IO_APIC_BASE + 0x10, 4), 0x8061, "no remote IRR");
+        assert!(cpu.requests().is_empty());
+        cpu.write(0xf0, 4, 0x1ff);
+        redirect(&bus, 10, 1 << 56 | 0x8061);
+        assert_eq!(cpu.requests(), Requests::INTERRUPT);
+        assert_eq!(bus.read(IO_APIC_BASE + 0x10, 4), 0xc061);
     }
 
     #[test]

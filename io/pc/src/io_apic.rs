@@ -24,8 +24,7 @@ const MASKED: u64 = 1 << 16;
 /// Delivery status and remote IRR are read-only, the rest up to the destination reserved.
 const WRITABLE: u64 = 0xff00_0000_0001_afff;
 
-/// The chip. Its output is a stream of messages: call [`IoApic::next_message`] until there is none after
-/// each other call.
+/// The chip. Its output is a stream of messages: call [`IoApic::send`] after each other call.
 #[derive(Clone, Debug)]
 pub struct IoApic {
     id: u32,
@@ -35,6 +34,8 @@ pub struct IoApic {
     lines: u32,
     /// Edges that no message was sent for yet.
     edges: u32,
+    /// Levels that nobody accepted, until the entry is written or the input falls.
+    refused: u32,
 }
 
 impl IoApic {
@@ -46,6 +47,7 @@ impl IoApic {
             entries: [MASKED; IO_APIC_PINS],
             lines: 0,
             edges: 0,
+            refused: 0,
         }
     }
 
@@ -94,6 +96,7 @@ impl IoApic {
             if *entry & LEVEL_TRIGGERED == 0 {
                 *entry &= !REMOTE_IRR;
             }
+            self.refused &= !(1 << pin);
         }
     }
 
@@ -105,6 +108,7 @@ impl IoApic {
         let bit = 1 << pin;
         if !asserted {
             self.lines &= !bit;
+            self.refused &= !bit;
         } else if self.lines & bit == 0 {
             self.lines |= bit;
             if entry & (MASKED | LEVEL_TRIGGERED) == 0 {
@@ -122,8 +126,18 @@ impl IoApic {
         }
     }
 
-    /// The next message to send, if any.
-    pub fn next_message(&mut self) -> Option<InterruptMessage> {
+    /// Hands the messages that are due to `deliver`, which says whether a local APIC accepted.
+    pub fn send(&mut self, deliver: impl Fn(InterruptMessage) -> bool) {
+        while let Some((pin, message)) = self.next_message() {
+            let accepted = deliver(message);
+            if message.level_triggered && !accepted {
+                self.refused(pin);
+            }
+        }
+    }
+
+    /// The next message to send, if any, and the input that it comes from.
+    fn next_message(&mut self) -> Option<(usize, InterruptMessage)> {
         while let Some(pin) = (0..IO_APIC_PINS).find(|&pin| self.wants_to_send(pin)) {
             self.edges &= !(1 << pin);
             let entry = &mut self.entries[pin];
@@ -132,16 +146,23 @@ impl IoApic {
                 *entry |= REMOTE_IRR;
             }
             if let Some(message) = message(*entry) {
-                return Some(message);
+                return Some((pin, message));
             }
         }
         None
     }
 
+    /// Remote IRR means that a local APIC has accepted (82093AA, 3.2.4, bit 14). The chip would try again for ever; here it does when
+    /// something has changed.
+    fn refused(&mut self, pin: usize) {
+        self.entries[pin] &= !REMOTE_IRR;
+        self.refused |= 1 << pin;
+    }
+
     fn wants_to_send(&self, pin: usize) -> bool {
         let entry = self.entries[pin];
         let pending = if entry & LEVEL_TRIGGERED != 0 {
-            self.lines >> pin & 1 != 0 && entry & REMOTE_IRR == 0
+            (self.lines & !self.refused) >> pin & 1 != 0 && entry & REMOTE_IRR == 0
         } else {
             self.edges >> pin & 1 != 0
         };
@@ -182,6 +203,10 @@ mod tests {
         }
     }
 
+    fn next(chip: &mut IoApic) -> Option<InterruptMessage> {
+        chip.next_message().map(|(_, message)| message)
+    }
+
     fn redirect(chip: &mut IoApic, pin: u32, entry: u64) {
         for (half, value) in [(1, (entry >> 32) as u32), (0, entry as u32)] {
             chip.write(IOREGSEL, 0x10 + 2 * pin + half);
@@ -211,15 +236,15 @@ mod tests {
         let mut chip = IoApic::new(0);
         redirect(&mut chip, 4, 0x0100_0000_0000_0834);
         chip.set_input(4, true);
-        let message = chip.next_message().unwrap();
+        let message = next(&mut chip).unwrap();
         assert_eq!(message.destination, Destination::Logical(1));
         assert_eq!((message.mode, message.vector), (DeliveryMode::Fixed, 0x34));
-        assert_eq!(chip.next_message(), None);
+        assert_eq!(next(&mut chip), None);
         chip.set_input(4, true);
-        assert_eq!(chip.next_message(), None);
+        assert_eq!(next(&mut chip), None);
         chip.set_input(4, false);
         chip.set_input(4, true);
-        assert!(chip.next_message().is_some());
+        assert!(next(&mut chip).is_some());
     }
 
     #[test]
@@ -228,9 +253,9 @@ mod tests {
         for (level, messages) in [(0, 0), (LEVEL_TRIGGERED, 1)] {
             redirect(&mut chip, 9, MASKED | level | 0x39);
             chip.set_input(9, true);
-            assert_eq!(chip.next_message(), None);
+            assert_eq!(next(&mut chip), None);
             redirect(&mut chip, 9, level | 0x39);
-            assert_eq!(chip.next_message().into_iter().count(), messages);
+            assert_eq!(next(&mut chip).into_iter().count(), messages);
             chip.set_input(9, false);
         }
     }
@@ -240,16 +265,16 @@ mod tests {
         let mut chip = IoApic::new(0);
         redirect(&mut chip, 10, LEVEL_TRIGGERED | 0x5a);
         chip.set_input(10, true);
-        assert!(chip.next_message().unwrap().level_triggered);
-        assert_eq!(chip.next_message(), None);
+        assert!(next(&mut chip).unwrap().level_triggered);
+        assert_eq!(next(&mut chip), None);
         assert_eq!(entry(&mut chip, 10), LEVEL_TRIGGERED | REMOTE_IRR | 0x5a);
         chip.end_of_interrupt(0x5b);
-        assert_eq!(chip.next_message(), None);
+        assert_eq!(next(&mut chip), None);
         chip.write(EOI, 0x5a);
-        assert!(chip.next_message().is_some());
+        assert!(next(&mut chip).is_some());
         chip.set_input(10, false);
         chip.end_of_interrupt(0x5a);
-        assert_eq!(chip.next_message(), None);
+        assert_eq!(next(&mut chip), None);
         assert_eq!(entry(&mut chip, 10), LEVEL_TRIGGERED | 0x5a);
     }
 
@@ -260,7 +285,7 @@ mod tests {
         assert_eq!(entry(&mut chip, 3), WRITABLE);
         redirect(&mut chip, 3, LEVEL_TRIGGERED | 0x40);
         chip.set_input(3, true);
-        chip.next_message().unwrap();
+        next(&mut chip).unwrap();
         redirect(&mut chip, 3, MASKED | 0x40);
         assert_eq!(entry(&mut chip, 3), MASKED | 0x40);
     }
@@ -272,8 +297,8 @@ mod tests {
         redirect(&mut chip, 2, 0x032);
         chip.set_input(1, true);
         chip.set_input(2, true);
-        assert_eq!(chip.next_message().unwrap().vector, 0x32);
-        assert_eq!(chip.next_message(), None);
+        assert_eq!(next(&mut chip).unwrap().vector, 0x32);
+        assert_eq!(next(&mut chip), None);
     }
 
     #[test]
@@ -283,7 +308,7 @@ mod tests {
             chip.set_input(random as u32 % 32, random & 0x100 != 0);
             chip.end_of_interrupt((random >> 16) as u8);
             for _ in 0..=IO_APIC_PINS {
-                if chip.next_message().is_none() {
+                if next(chip).is_none() {
                     return;
                 }
             }

@@ -376,11 +376,13 @@ impl LocalApic {
         self.software_enabled().then(|| self.processor_priority())
     }
 
-    /// A message that [`LocalApic::matches`].
-    pub fn accept(&mut self, mode: DeliveryMode, vector: u8, level_triggered: bool) {
+    /// A message that [`LocalApic::matches`]. False where it is refused: while software keeps the local APIC off it takes no
+    /// vectors (SDM volume 3, 11.4.7.2).
+    pub fn accept(&mut self, mode: DeliveryMode, vector: u8, level_triggered: bool) -> bool {
         match mode {
             DeliveryMode::Fixed | DeliveryMode::LowestPriority => {
                 self.accept_vector(vector, level_triggered);
+                return self.software_enabled();
             }
             DeliveryMode::Nmi => self.accept_nmi(),
             DeliveryMode::ExtInt => self.external = true,
@@ -391,6 +393,7 @@ impl LocalApic {
             }
             DeliveryMode::Startup | DeliveryMode::Smi => {}
         }
+        true
     }
 
     fn accept_vector(&mut self, vector: u8, level_triggered: bool) {
@@ -435,7 +438,9 @@ impl LocalApic {
         match DeliveryMode::from_register(entry) {
             // Looked at as a level, in `external_request`.
             Some(DeliveryMode::ExtInt) | None => {}
-            Some(mode) => self.accept(mode, entry as u8, false),
+            Some(mode) => {
+                self.accept(mode, entry as u8, false);
+            }
         }
     }
 

@@ -130,7 +130,9 @@ fn software_disabled_it_takes_no_vectors_and_masks_its_own() {
 fn one_nmi_runs_and_one_waits() {
     let mut apic = enabled();
     let send = |apic: &mut LocalApic, count| {
-        (0..count).for_each(|_| apic.accept(DeliveryMode::Nmi, 0, false));
+        for _ in 0..count {
+            apic.accept(DeliveryMode::Nmi, 0, false);
+        }
     };
     for (before, within, taken) in [(2, 0, 2), (10, 0, 2), (1, 10, 2), (2, 10, 2), (1, 0, 1)] {
         send(&mut apic, before);
