@@ -268,6 +268,10 @@ impl Bus for CpuBus {
         }
     }
 
+    fn device_ends_any_halt(&mut self) -> bool {
+        self.apic.device_ends_any_halt()
+    }
+
     fn wake(&mut self, id: u32) {
         self.apic.wake(id);
     }

@@ -140,12 +140,12 @@ impl<B: Bus> Vcpu<B> {
         self.time.halted += start.elapsed();
     }
 
-    /// HLT with interrupts off, or waiting for a start-up IPI. Nothing on this machine sends an NMI by itself, so only another
-    /// vCPU can end it: one that is awake, or that was called and has not noticed yet.
+    /// HLT with interrupts off, or waiting for a start-up IPI. Only another vCPU can end it, one that is awake or that was called and has
+    /// not noticed yet, unless the guest has told a device to send NMIs.
     fn halt_for_good(&mut self) {
         let sleepers = &self.sleepers;
         let last = sleepers.for_good.fetch_add(1, Ordering::SeqCst) + 1 == sleepers.cpus;
-        if last && self.control.nobody_is_called() {
+        if last && self.control.nobody_is_called() && !self.bus.device_ends_any_halt() {
             self.control.end(Cause::Halted);
         }
         self.doorbell.sleep();
@@ -201,6 +201,15 @@ mod tests {
         flags: Rflags,
         cpus: u32,
     ) -> (Vcpu<EmptyBus>, std::sync::mpsc::Receiver<Exit>) {
+        vcpu_on(EmptyBus, script, flags, cpus)
+    }
+
+    fn vcpu_on<B: Bus>(
+        bus: B,
+        script: Vec<Exit>,
+        flags: Rflags,
+        cpus: u32,
+    ) -> (Vcpu<B>, std::sync::mpsc::Receiver<Exit>) {
         let ram = Arc::new(GuestRam::new(1 << 20).unwrap());
         let (ran, seen) = channel();
         let mut cpu = Cpu::new(0, ram);
@@ -214,7 +223,7 @@ mod tests {
         let vcpu = Vcpu {
             doorbell: Doorbell::new(engine.kicker()),
             engine,
-            bus: EmptyBus,
+            bus,
             control: Arc::default(),
             sleepers: Sleepers::new(cpus),
             time: VcpuTime::default(),
@@ -289,6 +298,38 @@ mod tests {
         let (mut vcpu, _seen) = vcpu(vec![Exit::Halted], Rflags::empty(), 1);
         vcpu.run();
         assert_eq!(vcpu.control.wait(), Cause::Halted);
+    }
+
+    /// Nothing but a device that may send an NMI.
+    struct NmiBus;
+    #[rustfmt::skip]
+    impl Bus for NmiBus {
+        fn port_read(&mut self, _: u16, _: u8) -> u32 { 0 }
+        fn port_write(&mut self, _: u16, _: u8, _: u32) {}
+        fn mmio_read(&mut self, _: u64, _: u8) -> u64 { 0 }
+        fn mmio_write(&mut self, _: u64, _: u8, _: u64) {}
+        fn apic_msr_read(&mut self, _: u32) -> Option<u64> { None }
+        fn apic_msr_write(&mut self, _: u32, _: u64, _: u64) -> Option<()> { None }
+        fn cr8(&mut self) -> u64 { 0 }
+        fn set_cr8(&mut self, _: u64) {}
+        fn interrupt_pending(&mut self) -> bool { false }
+        fn interrupt_acknowledge(&mut self) -> Option<u8> { None }
+        fn take_nmi(&mut self) -> bool { false }
+        fn device_ends_any_halt(&mut self) -> bool { true }
+    }
+
+    #[test]
+    fn an_nmi_of_a_device_may_still_wake_one_that_halted_with_interrupts_off() {
+        let (mut vcpu, seen) = vcpu_on(NmiBus, vec![Exit::Halted], Rflags::empty(), 1);
+        let (doorbell, control) = (vcpu.doorbell.clone(), vcpu.control.clone());
+        let thread = std::thread::spawn(move || vcpu.run());
+        assert_eq!(seen.recv_timeout(SOON), Ok(Exit::Halted));
+        assert!(seen.recv_timeout(A_WHILE).is_err(), "asleep");
+        assert!(!control.is_ending());
+        doorbell.ring();
+        assert_eq!(seen.recv_timeout(SOON), Ok(Exit::Kicked));
+        control.end(Cause::Stop);
+        thread.join().unwrap();
     }
 
     #[test]

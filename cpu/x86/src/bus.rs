@@ -66,6 +66,10 @@ pub trait Bus {
     fn send_ipis(&mut self, _ids: u128, _first: u32, _icr: u32) -> u64 {
         0
     }
+    /// A device may yet send an NMI or INIT, which end a halt with interrupts off. Engines do not ask: the machine does, when the CPU halts.
+    fn device_ends_any_halt(&mut self) -> bool {
+        false
+    }
     /// Takes a pending INIT or start-up IPI. Engines do not: the machine does, between two runs.
     fn take_start(&mut self) -> Option<Start> {
         None

@@ -17,6 +17,8 @@ pub trait InterruptInput: Send + Sync {
 pub trait MsiTarget: Send + Sync {
     /// A device's write of `data` to an address in 0xfee0_0000..0xfef0_0000.
     fn send(&self, address: u64, data: u32);
+    /// A device was told to send this `data` one day.
+    fn set_up(&self, _data: u32) {}
 }
 
 /// A wire from pins to inputs of interrupt controllers.

@@ -109,6 +109,8 @@ impl InterruptInput for Slot {
 pub struct ApicBus {
     slots: Vec<Arc<Slot>>,
     io: Mutex<IoApic>,
+    /// Some device was told once to send what ends a halt with interrupts off. Nobody looks whether it still is.
+    device_ends_any_halt: AtomicBool,
 }
 
 impl ApicBus {
@@ -121,6 +123,7 @@ impl ApicBus {
         Arc::new(ApicBus {
             slots,
             io: Mutex::new(io),
+            device_ends_any_halt: AtomicBool::new(false),
         })
     }
 
@@ -209,6 +212,12 @@ impl MsiTarget for ApicBus {
     fn send(&self, address: u64, data: u32) {
         if let Some(message) = InterruptMessage::from_msi(address, data) {
             self.deliver(message);
+        }
+    }
+
+    fn set_up(&self, data: u32) {
+        if DeliveryMode::from_register(data).is_some_and(DeliveryMode::ends_any_halt) {
+            self.device_ends_any_halt.store(true, Ordering::SeqCst);
         }
     }
 }
@@ -306,6 +315,16 @@ impl CpuApic {
     /// See [`LocalApic::nmi_ends`].
     pub fn nmi_ends(&self) {
         self.slot.with(|apic, _| apic.nmi_ends());
+    }
+
+    /// A device may yet end a halt of some processor whose interrupts are off: an input of the I/O APIC, LINT0 or a message sends NMI or INIT.
+    pub fn device_ends_any_halt(&self) -> bool {
+        let bus = &self.bus;
+        let io = bus.io.lock().unwrap_or_else(PoisonError::into_inner);
+        let lint0 = |slot: &Arc<Slot>| slot.with(|apic, _| apic.lint0_ends_any_halt());
+        bus.device_ends_any_halt.load(Ordering::SeqCst)
+            || io.ends_any_halt()
+            || bus.slots.iter().any(lint0)
     }
 
     /// The processor takes a pending INIT or start-up.
@@ -465,6 +484,35 @@ mod tests {
         redirect(&bus, 10, 1 << 56 | 0x8061);
         assert_eq!(cpu.requests(), Requests::INTERRUPT);
         assert_eq!(bus.read(IO_APIC_BASE + 0x10, 4), 0xc061);
+    }
+
+    #[test]
+    fn devices_that_send_nmi_or_init_may_end_any_halt() {
+        let lint0 = |rig: &Rig, entry| rig.cpus[0].write(0x350, 4, entry);
+        let input = |rig: &Rig, entry: u64| {
+            rig.bus.with_io_apic(|io| {
+                io.write(0, 0x10);
+                io.write(0x10, entry as u32);
+            });
+        };
+        let rig = rig(2);
+        let may = || rig.cpus[1].device_ends_any_halt();
+        for mode in [0x400, 0x500] {
+            assert!(!may());
+            lint0(&rig, mode);
+            assert!(may());
+            lint0(&rig, 0x1_0000 | mode);
+            assert!(!may());
+            lint0(&rig, 0x700);
+            input(&rig, mode);
+            assert!(may());
+            input(&rig, 0x1_0000 | mode);
+        }
+        input(&rig, 0x51);
+        rig.bus.set_up(0x4051);
+        assert!(!may());
+        rig.bus.set_up(0x400);
+        assert!(may());
     }
 
     #[test]

@@ -169,6 +169,14 @@ impl IoApic {
         pending && entry & MASKED == 0
     }
 
+    /// An input may yet send what ends a halt with interrupts off.
+    pub fn ends_any_halt(&self) -> bool {
+        let mut open = self.entries.iter().filter(|entry| *entry & MASKED == 0);
+        open.any(|entry| {
+            DeliveryMode::from_register(*entry as u32).is_some_and(DeliveryMode::ends_any_halt)
+        })
+    }
+
     /// Back to the state after reset; the inputs stay as they are.
     pub fn reset(&mut self) {
         *self = IoApic {

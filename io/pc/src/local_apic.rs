@@ -444,6 +444,13 @@ impl LocalApic {
         }
     }
 
+    /// LINT0 may yet send what ends a halt with interrupts off.
+    pub fn lint0_ends_any_halt(&self) -> bool {
+        let entry = self.lvt[LINT0];
+        let mode = DeliveryMode::from_register(entry).filter(|_| entry & LVT_MASKED == 0);
+        self.enabled() && mode.is_some_and(DeliveryMode::ends_any_halt)
+    }
+
     /// A performance counter has overflowed. On Intel's processors that masks the entry, which `masks` says.
     pub fn overflow(&mut self, masks: bool) {
         let entry = self.lvt[PERFORMANCE];

@@ -35,6 +35,11 @@ impl DeliveryMode {
             _ => None,
         }
     }
+
+    /// True where it ends a halt of a processor whose interrupts are off.
+    pub fn ends_any_halt(self) -> bool {
+        matches!(self, DeliveryMode::Nmi | DeliveryMode::Init)
+    }
 }
 
 /// Which local APICs a message is for.

@@ -447,8 +447,7 @@ impl BusDevice for VirtioPci {
             self.frontend().write_config(within, &bytes[..len]);
         } else if TABLE.contains(&offset) && size == 4 {
             let at = offset - TABLE.start;
-            self.interrupt
-                .release(|r| r.msix.write_table(at, value as u32));
+            self.interrupt.write_table(at, value as u32);
         }
     }
 }

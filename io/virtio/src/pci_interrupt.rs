@@ -5,7 +5,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use doppel_device::{MsiMessage, MsiTarget, Msix, Pin};
+use doppel_device::{MSIX_ENTRY, MsiMessage, MsiTarget, Msix, Pin};
 
 use crate::{Interrupt, Status};
 
@@ -92,6 +92,15 @@ impl PciInterrupt {
             self.target.send(address, data);
         }
         self.drive(&registers);
+    }
+
+    /// A store of 4 bytes to the table of vectors.
+    pub fn write_table(&self, at: u64, value: u32) {
+        const DATA: u64 = 8;
+        if at % MSIX_ENTRY == DATA {
+            self.target.set_up(value);
+        }
+        self.release(|r| r.msix.write_table(at, value));
     }
 
     /// Forgets all but what belongs to PCI, as a reset of the device does.
