@@ -91,9 +91,19 @@ pub struct InterruptMessage {
 impl InterruptMessage {
     /// What a write of `data` to `address` (0xfee0_0000..0xfef0_0000) means. `None` for a reserved delivery mode.
     pub fn from_msi(address: u64, data: u32) -> Option<Self> {
+        const LOGICAL: u64 = 1 << 2;
+        const REDIRECTION_HINT: u64 = 1 << 3;
+        let logical = address & LOGICAL != 0;
+        let mode = match DeliveryMode::from_register(data)? {
+            // 11.11.1: with the hint a logical destination is a set, of which one processor is interrupted.
+            DeliveryMode::Fixed if logical && address & REDIRECTION_HINT != 0 => {
+                DeliveryMode::LowestPriority
+            }
+            mode => mode,
+        };
         Some(InterruptMessage {
-            destination: Destination::from_8_bits((address >> 12) as u8, address & 0x4 != 0),
-            mode: DeliveryMode::from_register(data)?,
+            destination: Destination::from_8_bits((address >> 12) as u8, logical),
+            mode,
             vector: data as u8,
             level_triggered: data & 0x8000 != 0,
         })
@@ -115,6 +125,15 @@ mod tests {
         assert_eq!(message.destination, Destination::Logical(5));
         assert_eq!(message.mode, DeliveryMode::LowestPriority);
         assert!(message.level_triggered);
+
+        for (address, mode) in [
+            (0xfee0_500c, DeliveryMode::LowestPriority),
+            (0xfee0_5004, DeliveryMode::Fixed),
+            (0xfee0_5008, DeliveryMode::Fixed),
+        ] {
+            let message = InterruptMessage::from_msi(address, 0x0041).unwrap();
+            assert_eq!(message.mode, mode, "{address:#x}");
+        }
 
         assert_eq!(InterruptMessage::from_msi(0xfee0_0000, 0x0341), None);
     }
