@@ -37,6 +37,8 @@ const D: u8 = 0x0d;
 pub const RTC_CENTURY: u8 = 0x32;
 
 const A_UPDATE_IN_PROGRESS: u8 = 1 << 7;
+/// The divider is held in reset: both of these bits.
+const A_DIVIDER_RESET: u8 = 0x60;
 /// Divider for a 32,768 Hz quartz, periodic rate 1024 Hz.
 const A_AFTER_RESET: u8 = 0x26;
 const B_24_HOURS: u8 = 1 << 1;
@@ -53,6 +55,8 @@ const HOUR_PM: u8 = 0x80;
 /// Alarm bytes from here on match everything.
 const ALARM_ANY: u8 = 0xc0;
 
+/// How long after the divider is released the seconds change.
+const FIRST_UPDATE: Nanos = NANOS_PER_SECOND / 2;
 /// How long before the seconds change the update flag is up.
 const UPDATE_WARNING: Nanos = 244_000;
 
@@ -73,6 +77,8 @@ pub struct Mc146818 {
     /// Seconds since 1970 at the last change of seconds before time 0, and how long before that was.
     seconds_at_zero: i64,
     phase: Nanos,
+    /// What the clock shows while the divider is held.
+    held: Option<i64>,
     /// Flags are up to date to this time.
     seen: Nanos,
 }
@@ -103,6 +109,7 @@ impl Mc146818 {
             nmi_masked: false,
             seconds_at_zero: wall.as_secs() as i64,
             phase: wall.subsec_nanos().into(),
+            held: None,
             seen: 0,
         }
     }
@@ -158,6 +165,9 @@ impl Mc146818 {
     // The time.
 
     fn seconds(&self, now: Nanos) -> i64 {
+        if let Some(seconds) = self.held {
+            return seconds;
+        }
         let passed = now.saturating_add(self.phase) / NANOS_PER_SECOND;
         self.seconds_at_zero.saturating_add(passed as i64)
     }
@@ -179,7 +189,15 @@ impl Mc146818 {
         }
     }
 
-    /// Takes the time from its registers; the seconds keep their phase.
+    /// Makes the seconds be this many; they keep their phase.
+    fn set_seconds(&mut self, seconds: i64, now: Nanos) {
+        match &mut self.held {
+            Some(held) => *held = seconds,
+            None => self.seconds_at_zero += seconds - self.seconds(now),
+        }
+    }
+
+    /// Takes the time from its registers.
     fn take(&mut self, now: Nanos) {
         let field = |register| self.decode(self.register(register));
         let civil = Civil {
@@ -191,23 +209,29 @@ impl Mc146818 {
             minute: field(MINUTES),
             second: field(SECONDS),
         };
-        self.seconds_at_zero += civil.to_seconds() - self.seconds(now);
+        self.set_seconds(civil.to_seconds(), now);
+    }
+
+    /// Nothing but a write to the registers changes the time.
+    fn stands(&self) -> bool {
+        self.b(B_SET) || self.held.is_some()
     }
 
     fn update_in_progress(&self, now: Nanos) -> bool {
         let into = now.saturating_add(self.phase) % NANOS_PER_SECOND;
-        !self.b(B_SET) && into >= NANOS_PER_SECOND - UPDATE_WARNING
+        !self.stands() && into >= NANOS_PER_SECOND - UPDATE_WARNING
     }
 
     // Events: the first one after a time.
 
     fn next_update(&self, after: Nanos) -> Option<Nanos> {
         let into = after.saturating_add(self.phase) % NANOS_PER_SECOND;
-        (!self.b(B_SET)).then(|| after.saturating_add(NANOS_PER_SECOND - into))
+        (!self.stands()).then(|| after.saturating_add(NANOS_PER_SECOND - into))
     }
 
     fn next_periodic(&self, after: Nanos) -> Option<Nanos> {
         let shift = match self.register(A) & 0xf {
+            _ if self.held.is_some() => return None,
             0 => return None,
             // The two fastest rates are those of 8 and 9.
             rate @ (1 | 2) => rate + 6,
@@ -314,11 +338,25 @@ impl Mc146818 {
                     self.take(now);
                 }
             }
-            A => self.ram[usize::from(A)] = value & !A_UPDATE_IN_PROGRESS,
+            A => self.write_a(value, now),
             B => self.write_b(value, now),
             C | D => {}
             index => self.ram[usize::from(index)] = value,
         }
+    }
+
+    /// Whoever sets the clock to a part of a second holds the divider and lets go of it half a second after a full one.
+    fn write_a(&mut self, value: u8, now: Nanos) {
+        let hold = value & A_DIVIDER_RESET == A_DIVIDER_RESET;
+        let seconds = self.seconds(now);
+        if hold {
+            self.held = Some(seconds);
+        } else if self.held.take().is_some() {
+            let to_full = NANOS_PER_SECOND - now % NANOS_PER_SECOND;
+            self.phase = (to_full + NANOS_PER_SECOND - FIRST_UPDATE) % NANOS_PER_SECOND;
+            self.set_seconds(seconds, now);
+        }
+        self.ram[usize::from(A)] = value & !A_UPDATE_IN_PROGRESS;
     }
 
     fn write_b(&mut self, value: u8, now: Nanos) {
@@ -479,6 +517,26 @@ mod tests {
         assert_eq!(get(&mut rtc, SECONDS, 5 * SECOND), 0x58, "held");
         set(&mut rtc, B, B_24_HOURS, 5 * SECOND);
         assert_eq!(time(&mut rtc, 7 * SECOND), [0x20, 0, 1, 1, 0, 0, 0, 7]);
+    }
+
+    #[test]
+    fn the_first_update_comes_half_a_second_after_the_divider_is_released() {
+        let mut rtc = clock();
+        let (set_at, released) = (SECOND / 10, 9 * SECOND + SECOND / 3);
+        set(&mut rtc, B, B_SET | B_24_HOURS, set_at);
+        set(&mut rtc, A, A_AFTER_RESET | 0x70, set_at);
+        set(&mut rtc, SECONDS, 0x05, set_at);
+        set(&mut rtc, B, B_24_HOURS | UPDATE_ENDED | PERIODIC, set_at);
+        get(&mut rtc, C, set_at);
+        assert_eq!(rtc.next_deadline(), None, "held");
+        assert_eq!(get(&mut rtc, SECONDS, released), 0x05);
+        set(&mut rtc, A, A_AFTER_RESET & 0xf0, released);
+        assert_eq!(rtc.next_deadline(), Some(released + SECOND / 2));
+        assert_eq!(get(&mut rtc, SECONDS, released + SECOND / 2 - 1), 0x05);
+        assert_eq!(get(&mut rtc, SECONDS, released + SECOND / 2), 0x06);
+        assert_eq!(get(&mut rtc, SECONDS, released + SECOND * 3 / 2), 0x07);
+        set(&mut rtc, A, 0x60, released + SECOND * 3 / 2);
+        assert_eq!(get(&mut rtc, SECONDS, released + SECOND * 30), 0x07);
     }
 
     #[test]
