@@ -71,6 +71,12 @@ impl Half {
         }
     }
 
+    /// An input that becomes level triggered, or is, requests what its line says.
+    fn set_elcr(&mut self, value: u8) {
+        self.elcr = value;
+        self.irr = self.irr & !value | self.lines & value;
+    }
+
     /// The cascade follows the slave's output, whatever the trigger mode: the slave takes its request back
     /// and renews it at each INTA cycle.
     fn set_cascade(&mut self, level: bool) {
@@ -301,8 +307,8 @@ impl Chip for I8259 {
             1 => self.master.write_data(value),
             2 => self.slave.write_command(value),
             3 => self.slave.write_data(value),
-            4 => self.master.elcr = value & ELCR_WRITABLE[0],
-            5 => self.slave.elcr = value & ELCR_WRITABLE[1],
+            4 => self.master.set_elcr(value & ELCR_WRITABLE[0]),
+            5 => self.slave.set_elcr(value & ELCR_WRITABLE[1]),
             _ => {}
         }
         self.cascade();
@@ -408,6 +414,26 @@ mod tests {
             pic.write(0, 1, 0x62, 0);
         }
         pic.set_input(10, false, 0);
+        assert!(!pic.intr());
+    }
+
+    #[test]
+    fn an_input_that_becomes_level_triggered_follows_its_line() {
+        let mut pic = initialized();
+        pic.set_input(10, true, 0);
+        assert_eq!(pic.acknowledge(), 0x3a);
+        pic.write(2, 1, 0x62, 0);
+        pic.write(0, 1, 0x62, 0);
+        assert!(!pic.intr(), "no edge");
+        pic.write(5, 1, 0x04, 0);
+        assert_eq!(pic.acknowledge(), 0x3a);
+        pic.write(2, 1, 0x62, 0);
+        pic.write(0, 1, 0x62, 0);
+        pic.set_input(10, false, 0);
+        pulse(&mut pic, 5);
+        pulse(&mut pic, 6);
+        pic.write(4, 1, 0x20, 0);
+        assert_eq!(pic.acknowledge(), 0x36, "the line of 5 is low");
         assert!(!pic.intr());
     }
 
