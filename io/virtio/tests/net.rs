@@ -1,14 +1,16 @@
 //! The network card behind virtio-pci: frames both ways, buffers of all sizes, commands, hostile drivers.
 
 use std::collections::VecDeque;
+use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use doppel_device::{HostClock, Nanos};
 use doppel_net::{
     Accepts, Link, Offload, PartialChecksum, Port, Received, Segment, Segmentation, Sent, Sink,
+    UserConfig, UserNetwork,
 };
 use doppel_virtio::testing::{DriverQueue, PATIENCE, Piece, Rig};
 use doppel_virtio::{EVENT_IDX, NEEDS_RESET, Net};
@@ -237,6 +239,83 @@ fn without_mergeable_buffers_a_frame_that_does_not_fit_is_lost_and_the_next_come
     fake.give(&pattern(1514));
     assert_eq!(rx.wait(&rig.ram), Some((0, 1526)));
     assert!(bytes(&rig, IN + 12, 1514) == pattern(1514));
+}
+
+/// A user network that counts how often it is asked whether it has frames.
+struct Counted(UserNetwork, Arc<AtomicUsize>);
+
+impl Link for Counted {
+    fn accepts(&self) -> Accepts {
+        self.0.accepts()
+    }
+
+    fn guest_accepts(&mut self, accepts: Accepts) {
+        self.0.guest_accepts(accepts);
+    }
+
+    fn send(&mut self, offload: Offload, frame: &[u8]) -> Sent {
+        self.0.send(offload, frame)
+    }
+
+    fn receive(&mut self, room: usize, sink: Sink) -> Received {
+        self.0.receive(room, sink)
+    }
+
+    fn next_length(&self) -> usize {
+        self.0.next_length()
+    }
+
+    fn discard(&mut self) {
+        self.0.discard();
+    }
+
+    fn has_frames(&self) -> bool {
+        self.1.fetch_add(1, Ordering::SeqCst);
+        self.0.has_frames()
+    }
+
+    fn descriptor(&self) -> BorrowedFd<'_> {
+        self.0.descriptor()
+    }
+
+    fn deadline(&self) -> Option<Nanos> {
+        self.0.deadline()
+    }
+
+    fn service(&mut self) -> bool {
+        self.0.service()
+    }
+}
+
+/// A call from 10.0.2.15 to a port of the host's loopback.
+fn syn(port: u16) -> Vec<u8> {
+    let mut frame = vec![0x52, 0x55, 10, 0, 2, 2];
+    frame.extend_from_slice(&MAC);
+    frame.extend_from_slice(&[8, 0, 0x45, 0, 0, 40, 0, 0, 0, 0, 64, 6, 0x62, 0xc0]);
+    frame.extend_from_slice(&[10, 0, 2, 15, 10, 0, 2, 2, 0x9c, 0x40]);
+    frame.extend_from_slice(&port.to_be_bytes());
+    frame.extend_from_slice(&[0, 0, 0, 1, 0, 0, 0, 0, 5 << 4, 2, 0xff, 0xff, 0, 0, 0, 0]);
+    frame
+}
+
+#[test]
+fn a_buffer_too_small_for_any_segment_does_not_keep_the_card_busy() {
+    let host = TcpListener::bind("127.0.0.1:0").unwrap();
+    let asked = Arc::new(AtomicUsize::new(0));
+    let clock = Arc::new(HostClock::new());
+    let network = UserNetwork::new(&UserConfig::default(), MAC, clock.clone()).unwrap();
+    let port = Port::new(Box::new(Counted(network, asked.clone())), clock).unwrap();
+    let rig = Rig::new(Box::new(Net::new(port, MAC, 1500, true)));
+    let [mut rx, mut tx, _] = queues(&rig, 0);
+    rx.submit(&rig.ram, &[Piece::In(IN, 40)]);
+    rig.notify(&rx);
+    let frame = syn(host.local_addr().unwrap().port());
+    send(&rig, &mut tx, &[0; 12], &frame);
+    host.accept().unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    let asked = asked.load(Ordering::SeqCst);
+    assert!(asked < 200, "asked {asked} times");
+    assert_eq!(rx.take(&rig.ram), None);
 }
 
 #[test]
