@@ -278,7 +278,8 @@ fn system_call(user: &mut UserState, cause: &Cause) -> Meaning {
         });
     }
     if user.cs == CODE_32 && user.rip > u32::MAX.into() {
-        // SYSCALL of 32-bit code, which AMD's processors have: the kernel goes on at its own address, and nobody knows where the code was.
+        // SYSCALL of 32-bit code, which AMD's processors have, or SYSENTER of 64-bit code, which Intel's have: the kernel goes on at its own
+        // address, and nobody knows where the code was.
         return Meaning::Nonsense;
     }
     user.rip = user.rip.wrapping_sub(2);
