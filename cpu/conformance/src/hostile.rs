@@ -1,8 +1,9 @@
 //! Random bytes as guest code: no engine may crash, hang or fail to come back.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use doppel_x86::{Activity, Exit, Rflags, Seg};
+use doppel_x86::{Activity, Exit, Kick, Rflags, Seg};
 use fastrand::Rng;
 
 use crate::bus::TestBus;
@@ -78,10 +79,7 @@ fn run_legacy(row: &Row, mut random: Rng, limit: Duration) -> Outcome {
     };
     fill(&m, &mut random);
     let began = Instant::now();
-    let mut o = Outcome {
-        guests: 1,
-        ..Outcome::default()
-    };
+    let mut o = outcome(|_| ());
     while began.elapsed() < limit {
         if random.u8(..64) == 0 {
             fill(&m, &mut random);
@@ -100,7 +98,8 @@ fn run_legacy(row: &Row, mut random: Rng, limit: Duration) -> Outcome {
         cpu.rip = random.u64(..0x1_0000);
         cpu.rflags |= Rflags::from_bits_truncate(random.u64(..) & 0xed5);
         // A kick makes an end of one that goes round; the next begins.
-        match m.run_for(&mut bus, Duration::from_millis(1)) {
+        let kicker = m.kicker();
+        match kicked_after(1, kicker, || m.run_once(&mut bus)) {
             Exit::Kicked => o.running = 1,
             Exit::Halted => o.halts = 1,
             Exit::Shutdown => o.shutdowns = 1,
@@ -164,16 +163,10 @@ fn run_long(row: &Row, mut random: Rng, limit: Duration) -> Outcome {
     m.cpu_mut().rflags |= Rflags::from_bits_truncate(random.u64(..) & 0xcd5);
     let began = Instant::now();
     while began.elapsed() < limit {
-        let kicker = m.kicker();
-        let timer = std::thread::spawn(move || {
-            std::thread::sleep(Duration::from_millis(2));
-            kicker.kick();
-        });
         let to = base + random.u64(..0x4000);
         m.cpu_mut().gpr[15] = to;
-        let exit = m.run_once();
-        timer.join().expect("the timer");
-        match exit {
+        let kicker = m.kicker();
+        match kicked_after(2, kicker, || m.run_once()) {
             Exit::Kicked => {
                 if random.bool() {
                     m.bus.lines.interrupt(random.u8(..));
@@ -191,6 +184,17 @@ fn run_long(row: &Row, mut random: Rng, limit: Duration) -> Outcome {
         }
     }
     outcome(|o| o.running = 1)
+}
+
+/// Runs a guest, which is called out after so long.
+fn kicked_after(milliseconds: u64, kicker: Arc<dyn Kick>, run: impl FnOnce() -> Exit) -> Exit {
+    let timer = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(milliseconds));
+        kicker.kick();
+    });
+    let exit = run();
+    timer.join().expect("the timer");
+    exit
 }
 
 fn outcome(f: impl Fn(&mut Outcome)) -> Outcome {

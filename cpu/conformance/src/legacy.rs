@@ -2,11 +2,12 @@
 //! chooses.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use doppel_memory::{Backing, GuestRam, Word};
 use doppel_translate::SharedCode;
-use doppel_x86::{Activity, Cpu, Cr0, Cr4, Dtr, Efer, Engine, Exit, Gpr, Rflags, Seg, Segment};
+use doppel_x86::{
+    Activity, Cpu, Cr0, Cr4, Dtr, Efer, Engine, Exit, Gpr, Kick, Rflags, Seg, Segment,
+};
 
 use crate::bus::TestBus;
 use crate::engines::{ENGINES, Row};
@@ -121,16 +122,14 @@ impl LegacyMachine {
         self.set(Gpr::Rsp, 0x8000);
     }
 
-    /// One call of the engine, for at most so long.
-    pub fn run_for(&mut self, bus: &mut TestBus, limit: Duration) -> Exit {
-        let kicker = self.engine.kicker();
-        let timer = std::thread::spawn(move || {
-            std::thread::sleep(limit);
-            kicker.kick();
-        });
-        let exit = self.engine.run(bus);
-        timer.join().expect("the timer");
-        exit
+    /// One call of the engine.
+    pub fn run_once(&mut self, bus: &mut TestBus) -> Exit {
+        self.engine.run(bus)
+    }
+
+    /// What calls the engine out.
+    pub fn kicker(&self) -> Arc<dyn Kick> {
+        self.engine.kicker()
     }
 
     fn write_tables(&self) {

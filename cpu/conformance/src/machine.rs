@@ -9,7 +9,7 @@ use doppel_x86::{
     Exit, Gpr, Kick, Rflags, Seg, Segment, TscFrequency,
 };
 use iced_x86::IcedError;
-use iced_x86::code_asm::{CodeAssembler, cr2, dr6, qword_ptr, r15, rax, rbx, rsp};
+use iced_x86::code_asm::{CodeAssembler, cr2, dr6, eax, ecx, edx, qword_ptr, r15, rax, rbx, rsp};
 
 use crate::bus::TestBus;
 use crate::engines::Row;
@@ -484,6 +484,14 @@ impl Machine {
 /// As many records as one reads.
 fn first(records: &[Record]) -> &[Record] {
     &records[..records.len().min(4)]
+}
+
+/// Writes a value to an MSR, by way of EAX, ECX and EDX.
+pub fn wrmsr(a: &mut CodeAssembler, msr: u32, v: u64) -> Result<(), IcedError> {
+    a.mov(ecx, msr)?;
+    a.mov(eax, v as u32)?;
+    a.mov(edx, (v >> 32) as u32)?;
+    a.wrmsr()
 }
 
 /// Ends the guest.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use doppel_conformance::bus::COUNTER_VECTOR;
+use doppel_conformance::machine::wrmsr;
 use doppel_conformance::*;
 use doppel_x86::{CpuFeatures, CpuidModel, Cr4, Exit, Gpr, Rflags, Vendor, host_tsc};
 use iced_x86::IcedError;
@@ -84,13 +85,6 @@ const INTEL: Maker = Maker {
     cycles: 0x3c,
     instructions: 0xc0,
 };
-
-fn wrmsr(a: &mut CodeAssembler, msr: u32, v: u64) -> Emitted {
-    a.mov(ecx, msr)?;
-    a.mov(eax, v as u32)?;
-    a.mov(edx, (v >> 32) as u32)?;
-    a.wrmsr()
-}
 
 /// Instructions of it.
 const RDPMC: u64 = 3;

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use doppel_conformance::bus::{PORT_INTERRUPT, PORT_NMI};
+use doppel_conformance::machine::wrmsr;
 use doppel_conformance::paging::{P, US};
 use doppel_conformance::*;
 use doppel_x86::{Exit, Gpr, Rflags};
@@ -402,13 +403,6 @@ fn cli_and_sti_in_a_tight_loop_let_interrupts_in() {
         with_timer(m, |m| m.run());
         assert_eq!(m.reg(Gpr::R12), 20);
     });
-}
-
-fn wrmsr(a: &mut CodeAssembler, msr: u32, v: u64) -> Result<(), iced_x86::IcedError> {
-    a.mov(ecx, msr)?;
-    a.mov(eax, v as u32)?;
-    a.mov(edx, (v >> 32) as u32)?;
-    a.wrmsr()
 }
 
 #[test]

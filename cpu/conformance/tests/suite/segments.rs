@@ -1,5 +1,6 @@
 //! FS and GS bases, SWAPGS, and what of segments is left in 64-bit mode.
 
+use doppel_conformance::machine::wrmsr;
 use doppel_conformance::paging::{P, RW, US};
 use doppel_conformance::*;
 use doppel_x86::{Cr4, Gpr};
@@ -8,13 +9,6 @@ use iced_x86::code_asm::*;
 const FS_BASE: u32 = 0xc000_0100;
 const GS_BASE: u32 = 0xc000_0101;
 const KERNEL_GS_BASE: u32 = 0xc000_0102;
-
-fn wrmsr(a: &mut CodeAssembler, msr: u32, v: u64) -> Result<(), iced_x86::IcedError> {
-    a.mov(ecx, msr)?;
-    a.mov(eax, v as u32)?;
-    a.mov(edx, (v >> 32) as u32)?;
-    a.wrmsr()
-}
 
 #[test]
 fn bases_by_msr_are_added_to_every_kind_of_access() {
