@@ -43,9 +43,39 @@ const PACKAGES: &[(&str, &[&str])] = &[
             "usr/include/x86_64-linux-gnu/asm/",
         ],
     ),
+    ("gcc-12", &["usr/bin/", "usr/lib/gcc/"]),
+    ("cpp-12", &["usr/lib/gcc/"]),
+    ("libgcc-12-dev", &["usr/lib/gcc/"]),
+    ("libgcc-s1", &["lib/"]),
+    ("binutils", &["usr/bin/as", "usr/bin/ld"]),
+    (
+        "binutils-x86-64-linux-gnu",
+        &["usr/bin/x86_64-linux-gnu-as", "usr/bin/x86_64-linux-gnu-ld"],
+    ),
+    ("libbinutils", &["usr/lib/"]),
+    ("libctf0", &["usr/lib/"]),
+    ("libjansson4", &["usr/lib/"]),
+    ("libisl23", &["usr/lib/"]),
+    ("libmpc3", &["usr/lib/"]),
+    ("libmpfr6", &["usr/lib/"]),
+    ("libgmp10", &["usr/lib/"]),
+    ("libzstd1", &["usr/lib/"]),
+    ("zlib1g", &["lib/"]),
+    ("python3.11-minimal", &["usr/bin/"]),
+    ("libpython3.11-minimal", &["usr/lib/python3.11/"]),
+    (
+        "libpython3.11-stdlib",
+        &[
+            "usr/lib/python3.11/json/",
+            "usr/lib/python3.11/lib-dynload/_json",
+        ],
+    ),
+    ("libexpat1", &["lib/"]),
 ];
 /// The only static libraries that are linked with; the others are the largest files of all.
-const LIBRARIES: &[&str] = &["libtcc1.a", "libc_nonshared.a"];
+const LIBRARIES: &[&str] = &["libtcc1.a", "libc_nonshared.a", "libgcc.a"];
+/// What a compiler's package has beside the compiler, as large as this.
+const OTHER_PROGRAMS: &[&str] = &["lto-dump-12", "/lto1"];
 
 /// Commands of busybox that the shell script uses.
 const APPLETS: &[&str] = &[
@@ -57,6 +87,7 @@ const INIT: &str = include_str!("../root/init");
 const WHOLE: &[(&str, &str)] = &[
     ("commands.sh", include_str!("../root/commands.sh")),
     ("program.pl", include_str!("../root/program.pl")),
+    ("program.py", include_str!("../root/program.py")),
 ];
 const C_PROGRAM: &str = include_str!("../root/program.c");
 const GENERATED: usize = 400;
@@ -206,6 +237,7 @@ fn is_wanted(path: &str, beginnings: &[&str]) -> bool {
     let is_library = || LIBRARIES.iter().any(|name| path.ends_with(name));
     beginnings.iter().any(|start| path.starts_with(start))
         && (!path.ends_with(".a") || is_library())
+        && !OTHER_PROGRAMS.iter().any(|name| path.ends_with(name))
 }
 
 fn content(member: &mut package::Member) -> Result<Vec<u8>> {

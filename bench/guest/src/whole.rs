@@ -24,7 +24,17 @@ pub const ROWS: &[Row] = &[
         1,
         Work::Own(|_| script("/usr/bin/perl", &["/bench/whole/program.pl"])),
     ),
-    row("tcc", 1, Work::Own(tcc)),
+    row(
+        "python",
+        1,
+        Work::Own(|_| script("/usr/bin/python3.11", &["-B", "/bench/whole/program.py"])),
+    ),
+    row("tcc", 1, Work::Own(|_| compile("/usr/bin/tcc", &[]))),
+    row(
+        "gcc",
+        1,
+        Work::Own(|_| compile("/usr/bin/gcc-12", &["-O1"])),
+    ),
 ];
 
 const fn row(name: &'static str, count: u64, work: Work) -> Row {
@@ -61,10 +71,10 @@ fn with_input(megabytes: u64, applet: &str, flags: &[&str]) -> Result<(u64, Dura
 }
 
 /// Compiles a program of a few hundred lines and links it; what it prints is the result.
-fn tcc(_: u64) -> Result<(u64, Duration)> {
+fn compile(compiler: &str, flags: &[&str]) -> Result<(u64, Duration)> {
     const PROGRAM: &str = "/tmp/bench-program";
-    let compile = ["-o", PROGRAM, "/bench/whole/program.c"];
-    let (_, took) = script("/usr/bin/tcc", &compile)?;
+    let arguments = [flags, &["-o", PROGRAM, "/bench/whole/program.c"]].concat();
+    let (_, took) = script(compiler, &arguments)?;
     let (sum, _) = script(PROGRAM, &[])?;
     fs::remove_file(PROGRAM)?;
     Ok((sum, took))

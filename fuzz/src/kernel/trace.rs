@@ -179,6 +179,7 @@ impl Tracer {
         let sees_tables = self.is_entry(self.fetched())
             || instruction.is_some_and(|i| self.reads_tables(&i) || self.copies_tables(&i));
         let place = (bits(&self.cpu), self.cpu.cpl);
+        let tells_use = instruction.is_some_and(|i| tells_what_is_in_use(&i, &self.cpu));
         let before = self.cpu.counters.exceptions;
         let fetched = self.fetched();
         let kept = entries.before(&self.cpu, instruction.as_ref(), fetched);
@@ -199,10 +200,7 @@ impl Tracer {
             // Whether its return address is written before.
             let lost_call = i.is_call_near_indirect() && raised.contains(&GENERAL_PROTECTION);
             // Where a save faults depends on what is in use, too.
-            if !specified && stale::was_executed(&raised)
-                || saves_what_is_in_use(i.mnemonic())
-                || lost_call
-            {
+            if !specified && stale::was_executed(&raised) || tells_use || lost_call {
                 trace.unspecified = trace.unspecified.or(Some(i));
             }
         }
@@ -334,7 +332,12 @@ fn looks_at_nothing(i: &Instruction) -> bool {
     }
 }
 
-/// A processor may say that a component is in use whose state is the initial one.
+/// It tells which components are in use: a processor may say so of one whose state is the initial one.
+fn tells_what_is_in_use(i: &Instruction, cpu: &Cpu) -> bool {
+    let asks = i.mnemonic() == Mnemonic::Xgetbv && cpu.reg(Gpr::Rcx) as u32 == 1;
+    asks || saves_what_is_in_use(i.mnemonic())
+}
+
 fn saves_what_is_in_use(mnemonic: Mnemonic) -> bool {
     use Mnemonic::*;
     let saves = [Xsave, Xsave64, Xsavec, Xsavec64, Xsaveopt, Xsaveopt64];
