@@ -376,6 +376,24 @@ fn damaged_disks_neither_crash_nor_hang() {
     assert!(found > count / 10);
 }
 
+/// The crate that reads it would ask for 150 GB at once, which ends the process. Without the feature of checksums a superblock needs none.
+#[test]
+fn a_file_system_of_too_many_groups_is_named() {
+    let scratch = Scratch::new();
+    let Some(mut root) = scratch.ext4(DEBIAN) else {
+        return;
+    };
+    const SUPERBLOCK: usize = 1024;
+    let mut put = |at: usize, value: u32| {
+        root[SUPERBLOCK + at..][..4].copy_from_slice(&value.to_le_bytes());
+    };
+    put(0x04, u32::MAX); // s_blocks_count_lo
+    put(0x20, 1); // s_blocks_per_group
+    put(0x64, 0); // s_feature_ro_compat
+    let error = find(&scratch.disk(&root), LIMIT).err().unwrap();
+    assert!(error.to_string().contains("block groups"), "{error}");
+}
+
 #[test]
 fn a_kernel_is_found_through_qcow2() {
     let scratch = Scratch::new();

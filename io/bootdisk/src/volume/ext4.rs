@@ -10,8 +10,12 @@ use super::{FileSystem, too_long};
 use crate::partition::Partition;
 use crate::reader::Reader;
 
-const MAGIC_AT: u64 = 1024 + 56;
+const SUPERBLOCK_AT: u64 = 1024;
+const MAGIC_AT: u64 = SUPERBLOCK_AT + 56;
 const MAGIC: [u8; 2] = [0x53, 0xef];
+
+/// The crate makes room for all descriptors of block groups before it reads the first. So many are 32 TiB in blocks of 4 KiB.
+const GROUPS_MAX: u64 = 1 << 18;
 
 /// An ext4 file system.
 pub struct Ext4(ext4_view::Ext4);
@@ -22,6 +26,14 @@ impl Ext4 {
         if reader.bytes(partition.start + MAGIC_AT).ok()? != MAGIC {
             return None;
         }
+        match groups(reader, partition.start + SUPERBLOCK_AT) {
+            Ok(groups) if groups > GROUPS_MAX => {
+                let many = format!("{groups} block groups, of {GROUPS_MAX} at most: damaged?");
+                return Some(Err(many));
+            }
+            Ok(_) => {}
+            Err(error) => return Some(Err(error.to_string())),
+        }
         let piece = Piece {
             reader: reader.clone(),
             start: partition.start,
@@ -30,6 +42,15 @@ impl Ext4 {
         let opened = ext4_view::Ext4::load(Box::new(piece));
         Some(opened.map(Ext4).map_err(|e| e.to_string()))
     }
+}
+
+/// Block groups, by the superblock (Linux, Documentation/filesystems/ext4/super.rst).
+fn groups(reader: &Reader, superblock: u64) -> io::Result<u64> {
+    const BLOCKS_COUNT: (u64, u64) = (0x4, 0x150);
+    const BLOCKS_PER_GROUP: u64 = 0x20;
+    let word = |at| Ok::<_, io::Error>(u32::from_le_bytes(reader.bytes(superblock + at)?));
+    let blocks = u64::from(word(BLOCKS_COUNT.1)?) << 32 | u64::from(word(BLOCKS_COUNT.0)?);
+    Ok(blocks / u64::from(word(BLOCKS_PER_GROUP)?.max(1)))
 }
 
 struct Piece {
