@@ -70,7 +70,7 @@ use Found::{Avoidable, Common, Masked, Nothing, Telling};
 pub enum Verdict {
     /// No code that must not be executed.
     Harmless,
-    /// Common ones, so near to the beginning that the page before tells whether they are any ([`is_sensitive_across`]).
+    /// Common ones, so near to the beginning that the page before tells whether they are any ([`begins_sensitive`]).
     Early,
     /// Code that must not be executed.
     Sensitive,
@@ -83,7 +83,7 @@ pub fn verdict(page: &[u8], hazards: Hazards) -> Verdict {
     for (at, found) in suspects(page, hazards) {
         match found {
             found if !walk.counts(at, found, hazards) => {}
-            Avoidable | Common if at < LEAST => verdict = Verdict::Early,
+            Avoidable | Common if at < EARLY => verdict = Verdict::Early,
             _ => return Verdict::Sensitive,
         }
     }
@@ -109,18 +109,27 @@ pub fn without_cpuid(page: &Code, known: &[u16], hazards: Hazards) -> Option<(Co
     (copy != *page && verdict != Verdict::Sensitive).then_some((copy, verdict))
 }
 
-/// Bytes of a page that matter to [`is_sensitive_across`]: so many at its end, and at its beginning.
-pub const AROUND: (usize, usize) = (64, 32);
+/// Bytes of a page that matter to the page beside it: so many at its end, and at its beginning.
+pub const AROUND: (usize, usize) = (96, 160);
+
+/// The end of a page, and the beginning of the one behind it.
+pub type Border = ([u8; AROUND.0], [u8; AROUND.1]);
 
 /// True where such code begins at the end of a page and goes on at the beginning of another, or begins there.
-pub fn is_sensitive_across(
-    end: &[u8; AROUND.0],
-    beginning: &[u8; AROUND.1],
-    hazards: Hazards,
-) -> bool {
-    let code: Vec<u8> = end.iter().chain(beginning).copied().collect();
+pub fn is_sensitive_across(border: &Border, hazards: Hazards) -> bool {
     // Those that begin behind the border have little before them in their page.
-    let around = end.len() - BEHIND_OPCODE..end.len() + LEAST;
+    is_sensitive_until(LEAST, border, hazards)
+}
+
+/// True where what makes a page [`Verdict::Early`] is such code, as the end of the page before tells.
+pub fn begins_sensitive(border: &Border, hazards: Hazards) -> bool {
+    is_sensitive_until(EARLY, border, hazards)
+}
+
+/// Whether such code begins on the border, or up to so many bytes behind it.
+fn is_sensitive_until(behind: usize, (end, beginning): &Border, hazards: Hazards) -> bool {
+    let code: Vec<u8> = end.iter().chain(beginning).copied().collect();
+    let around = end.len() - BEHIND_OPCODE..end.len() + behind;
     let mut walk = Walk::new(&code);
     let mut suspects = suspects(&code, hazards).filter(|(at, _)| around.contains(at));
     suspects.any(|(at, found)| walk.counts(at, found, hazards))
@@ -245,6 +254,8 @@ const STARTS: (usize, usize) = (160, 96);
 const STEP: usize = 4;
 /// At least, where there is little.
 const LEAST: usize = 12;
+/// What is nearer to the beginning of a page has too little before it there to be judged alone.
+const EARLY: usize = STARTS.1;
 
 /// Where decoding leads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -255,6 +266,23 @@ enum Way {
     Past,
     /// Through what is no code of user programs.
     Nowhere,
+}
+
+/// Where decoding leads from the bytes before one: from the first on, and from no more than [`STARTS`] says.
+struct Known {
+    first: usize,
+    ways: [Option<Way>; STARTS.0 + 1],
+}
+
+impl Known {
+    fn from(first: usize) -> Self {
+        let ways = [None; STARTS.0 + 1];
+        Known { first, ways }
+    }
+
+    fn at(&mut self, at: usize) -> &mut Option<Way> {
+        &mut self.ways[at - self.first]
+    }
 }
 
 /// How many of the ways count.
@@ -327,9 +355,10 @@ impl<'a> Walk<'a> {
 
     /// How many of these starts lead there, and how many lead anywhere.
     fn votes(&mut self, starts: RangeInclusive<usize>, step: usize, at: usize) -> (usize, usize) {
-        let ways = starts.step_by(step).map(|start| self.way(start, at));
+        let mut known = Known::from(*starts.start());
         let (mut there, mut all) = (0, 0);
-        for way in ways {
+        for start in starts.step_by(step) {
+            let way = self.way_by(start, at, &mut known);
             there += usize::from(way == Way::There);
             all += usize::from(way != Way::Nowhere);
         }
@@ -337,22 +366,36 @@ impl<'a> Walk<'a> {
     }
 
     fn way(&mut self, start: usize, at: usize) -> Way {
+        self.way_by(start, at, &mut Known::from(start))
+    }
+
+    /// Where decoding leads, as it is known of an instruction on the way, or is then.
+    fn way_by(&mut self, start: usize, at: usize, known: &mut Known) -> Way {
         let mut here = start;
-        loop {
+        let way = loop {
+            if let Some(way) = *known.at(here) {
+                break way;
+            }
             let Length { bytes, kind } = self.instruction(here);
-            let next = here + bytes;
+            let next = here + usize::from(bytes);
             if next > at {
                 let rest = &self.code[next.min(self.code.len())..];
-                return match kind == Kind::Common && goes_on(rest) {
+                break match kind == Kind::Common && goes_on(rest) {
                     true => Way::There,
                     false => Way::Past,
                 };
             }
             if kind == Kind::NoCode {
-                return Way::Nowhere;
+                break Way::Nowhere;
             }
             here = next;
+        };
+        let (mut met, last) = (start, here);
+        while met <= last {
+            *known.at(met) = Some(way);
+            met += usize::from(self.instruction(met).bytes);
         }
+        way
     }
 
     fn instruction(&mut self, at: usize) -> Length {
@@ -514,7 +557,7 @@ mod tests {
                 let verdict = verdict(&page(code, at), ALL);
                 assert_ne!(verdict, Verdict::Harmless, "{code:x?} at {at}");
                 assert!(
-                    at == 0 || verdict == Verdict::Sensitive,
+                    at < EARLY || verdict == Verdict::Sensitive,
                     "{code:x?} at {at}"
                 );
             }
@@ -555,20 +598,24 @@ mod tests {
                     .cycle()
                     .take(BEFORE.len() * 4)
                     .collect();
-                let whole = [&before[before.len() - AROUND.0 + cut..], code, &[0x90; 32]].concat();
+                let whole = [
+                    &before[before.len() - AROUND.0 + cut..],
+                    code,
+                    &[0x90; AROUND.1],
+                ]
+                .concat();
                 let (end, beginning) = whole.split_at(AROUND.0);
-                let (end, beginning) = (
+                let border = (
                     end.try_into().unwrap(),
                     beginning[..AROUND.1].try_into().unwrap(),
                 );
-                assert!(
-                    is_sensitive_across(end, beginning, ALL),
-                    "{code:x?} cut at {cut}"
-                );
+                assert!(is_sensitive_across(&border, ALL), "{code:x?} cut at {cut}");
             }
         }
-        let end = [0x90; AROUND.0];
-        assert!(!is_sensitive_across(&end, &[0x90; AROUND.1], ALL));
+        assert!(!is_sensitive_across(
+            &([0x90; AROUND.0], [0x90; AROUND.1]),
+            ALL
+        ));
     }
 
     #[test]
@@ -645,11 +692,46 @@ mod tests {
     fn what_begins_a_page_is_judged_by_the_page_before() {
         let second = page(&[0x0f, 0x02, 0x00, 0x00, 0x90, 0x90], 0);
         assert_eq!(verdict(&second, ALL), Verdict::Early);
-        let beginning: &[u8; AROUND.1] = second[..AROUND.1].try_into().unwrap();
-        let mut end = [0x90; AROUND.0];
-        assert!(is_sensitive_across(&end, beginning, ALL), "lar rax, [rax]");
-        end[AROUND.0 - 2..].copy_from_slice(&[0x0f, 0x84]);
-        assert!(!is_sensitive_across(&end, beginning, ALL), "je");
+        let mut border: Border = ([0x90; AROUND.0], second[..AROUND.1].try_into().unwrap());
+        assert!(is_sensitive_across(&border, ALL), "lar rax, [rax]");
+        assert!(begins_sensitive(&border, ALL), "lar rax, [rax]");
+        border.0[AROUND.0 - 2..].copy_from_slice(&[0x0f, 0x84]);
+        assert!(!is_sensitive_across(&border, ALL), "je");
+        assert!(!begins_sensitive(&border, ALL), "je");
+    }
+
+    /// The page of GCC's compiler proper that was taken for one: few starts lie before, and half of them lead to SLDT.
+    #[test]
+    fn what_lies_near_the_beginning_of_a_page_is_judged_by_the_page_before() {
+        let before = [
+            0xb6, 0x40, 0x02, 0x3c, 0x10, 0x74, 0x15, 0x3c, 0x0f, // ... cmp al, 15
+            0x0f, 0x85, 0x83, 0xf3, 0xff, 0xff, // jne
+            0x80, 0x3d, 0x5d, 0x9d, 0xe2, 0x00, 0x00, // cmp byte [rip + 0xe29d5d], 0
+            0x0f, 0x84, 0x0e, 0x05, 0x00, 0x00, // je
+            0x5b, 0x48, 0x89, 0xef, // pop rbx; mov rdi, rbp
+            0xbe, 0x60, 0x0c, 0x4a, 0x02, // mov esi, 0x24a0c60
+            0x5d, 0x41, 0x5c, 0x41, 0x5d, 0xe9, 0x88, 0xd1, 0xc4, 0xff, // pops; jmp
+            0x4c, 0x89, 0xe7, 0xe8, 0x80, 0xd1, 0xe9, 0xff, // mov rdi, r12; call
+        ];
+        let code = [
+            0x83, 0xf8, 0x06, 0x0f, 0x87, 0xc6, 0xdb, 0xff, 0xff, // cmp eax, 6; ja
+            0x89, 0xc0, 0xff, 0x24, 0xc5, 0xe8, 0xbd, 0x05, 0x02, // jmp [rax * 8 + 0x205bde8]
+            0xbe, 0x0f, 0x00, 0x00, 0x00, 0x4c, 0x89, 0xe7, // mov esi, 15; mov rdi, r12
+            0xe8, 0x71, 0xd2, 0xe9, 0xff, 0x85, 0xc0, 0x0f, 0x85, 0xa8, 0xdb, 0xff, 0xff,
+        ];
+        let (second, first) = (page(&code, 0), [&[0x90; AROUND.0][..], &before].concat());
+        let border = |beginning: &[u8]| {
+            let end = first[before.len()..].try_into().unwrap();
+            (end, beginning[..AROUND.1].try_into().unwrap())
+        };
+        assert_eq!(verdict(&second, ALL), Verdict::Early);
+        assert!(!begins_sensitive(&border(&second), ALL));
+        let lar = page(
+            &[&[0x90; 40][..], &[0x0f, 0x02, 0x00], &[0x90; 40]].concat(),
+            0,
+        );
+        assert_eq!(verdict(&lar, ALL), Verdict::Early);
+        assert!(begins_sensitive(&border(&lar), ALL));
     }
 
     fn is_common(mnemonic: Mnemonic) -> bool {

@@ -18,7 +18,7 @@ pub(crate) enum Kind {
 /// An instruction: its bytes, of which there may be more than were given, and its kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Length {
-    pub(crate) bytes: usize,
+    pub(crate) bytes: u8,
     pub(crate) kind: Kind,
 }
 
@@ -241,7 +241,7 @@ pub(crate) fn decode(code: &[u8]) -> Length {
         _ => Kind::Ordinary,
     };
     Length {
-        bytes: end.min(LONGEST),
+        bytes: end.min(LONGEST) as u8,
         kind,
     }
 }
@@ -335,7 +335,7 @@ mod tests {
     fn is_right(code: &[u8]) -> bool {
         let i = Decoder::new(64, code, DecoderOptions::NONE).decode();
         let ours = decode(code);
-        i.is_invalid() || ours.kind == Kind::NoCode || ours.bytes == i.len()
+        i.is_invalid() || ours.kind == Kind::NoCode || usize::from(ours.bytes) == i.len()
     }
 
     const PREFIXES: [&[u8]; 12] = [

@@ -77,18 +77,15 @@ impl Direct {
     /// Whether the code at the beginning of a page is a sensitive instruction, as the page before tells; it is where there is none.
     fn begins_sensitive(&self, cpu: &Cpu, linear: u64, gpa: u64) -> bool {
         let before = probe(&cpu.ram, &cpu.paging(), linear.wrapping_sub(PAGE_SIZE));
-        before.is_none_or(|t| self.is_sensitive_across(cpu, t.gpa & !PAGE_MASK, gpa))
+        before.is_none_or(|t| {
+            let border = border(cpu, t.gpa & !PAGE_MASK, gpa);
+            border.is_none_or(|border| hazard::begins_sensitive(&border, self.hazards))
+        })
     }
 
     fn is_sensitive_across(&self, cpu: &Cpu, first: u64, second: u64) -> bool {
-        let (mut end, mut beginning) = ([0; hazard::AROUND.0], [0; hazard::AROUND.1]);
-        let end_at = first + PAGE_SIZE - end.len() as u64;
-        let (Some(a), Some(b)) = (cpu.ram.ptr(end_at), cpu.ram.ptr(second)) else {
-            return true;
-        };
-        a.read(&mut end);
-        b.read(&mut beginning);
-        hazard::is_sensitive_across(&end, &beginning, self.hazards)
+        let border = border(cpu, first, second);
+        border.is_none_or(|border| hazard::is_sensitive_across(&border, self.hazards))
     }
 
     /// Claims a page as code and looks for sensitive instructions in it, once.
@@ -278,6 +275,15 @@ fn code(cpu: &Cpu, gpa: u64) -> Code {
         p.read(&mut page);
     }
     page
+}
+
+/// The end of a page and the beginning of another.
+fn border(cpu: &Cpu, first: u64, second: u64) -> Option<hazard::Border> {
+    let (mut end, mut beginning) = ([0; hazard::AROUND.0], [0; hazard::AROUND.1]);
+    let end_at = first + PAGE_SIZE - end.len() as u64;
+    cpu.ram.ptr(end_at)?.read(&mut end);
+    cpu.ram.ptr(second)?.read(&mut beginning);
+    Some((end, beginning))
 }
 
 fn digest(page: &Code) -> u64 {
