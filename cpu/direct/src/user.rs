@@ -18,7 +18,7 @@ mod shadow_paging;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use doppel_memory::{AccessKind, probe};
+use doppel_memory::{AccessKind, PAGE_MASK, probe};
 use doppel_x86::{
     Cpu, CpuMode, Cr0, Cr4, EngineStats, Exception, Flushed, Kick, Left, Rflags, Seg, Segment,
     UserCode, host_tsc,
@@ -377,6 +377,14 @@ impl Direct {
         Left::Declined
     }
 
+    /// Whether the user code at RIP is executed directly. Where it is and was not called out, none of it ran: the kernel just returned, or a stop was seen to.
+    fn goes_directly(&self, cpu: &Cpu) -> bool {
+        let space = self.spaces.get(&root(cpu));
+        space.is_some_and(|s| {
+            s.account.is_direct() && !s.shadow.get(cpu.rip & !PAGE_MASK).is_sensitive()
+        })
+    }
+
     fn close(&mut self, root: u64) {
         let times = self.times;
         if let Some(space) = self.spaces.get_mut(&root)
@@ -404,7 +412,9 @@ impl UserCode for Direct {
         let translated = !std::mem::take(&mut self.kicked);
         if !reminded {
             self.pin.tick();
-            self.counts.found[usize::from(translated)] += 1;
+            if !translated || !self.goes_directly(cpu) {
+                self.counts.found[usize::from(translated)] += 1;
+            }
         }
         let space = self.spaces.get(&root(cpu));
         if space.is_some_and(|s| s.account.is_direct()) {

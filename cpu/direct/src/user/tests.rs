@@ -186,6 +186,25 @@ fn each_visit_to_sensitive_code_is_the_engines() {
 }
 
 #[test]
+fn interruptions_tell_where_user_code_was() {
+    let Some(mut rig) = Rig::new(DirectOptions::always(), calls) else {
+        return;
+    };
+    rig.put(OTHER, &[0xc3]);
+    rig.put(OTHER + 256, SENSITIVE);
+    assert_eq!(rig.run(), Some(Left::Declined));
+    let Rig { direct, cpu } = &mut rig;
+    direct.interrupted(cpu, 0);
+    assert_eq!(direct.counts.found, [0, 1], "in a page that is translated");
+    cpu.rip = CODE;
+    direct.interrupted(cpu, 0);
+    assert_eq!(direct.counts.found, [0, 1], "none of it ran");
+    direct.kicked = true;
+    direct.interrupted(cpu, 0);
+    assert_eq!(direct.counts.found, [1, 1], "called out of the child");
+}
+
+#[test]
 fn an_instruction_that_goes_on_in_sensitive_code_is_the_engines() {
     const LAST: u64 = NEXT - 2;
     let jump = |a: &mut CodeAssembler| {
