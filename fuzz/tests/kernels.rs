@@ -39,9 +39,11 @@ fn generated_kernels_do_on_every_engine_what_they_do_on_the_interpreter() {
     assert!(summary.records > 20 * summary.cases, "too few exceptions");
     assert!(summary.endless * 20 < summary.cases, "too many do not end");
     assert!(summary.too_slow * 20 < summary.cases, "too many are slow");
+    // Each kernel is compared on three engines.
     assert!(
-        summary.unspecified * 20 < summary.cases,
-        "too many not compared"
+        summary.unspecified * 20 < 3 * summary.cases,
+        "{} not compared",
+        summary.unspecified
     );
 }
 

@@ -436,7 +436,12 @@ fn run_case(
             }
             Verdict::NotCompared => {}
             Verdict::TooSlow => summary.too_slow += 1,
-            Verdict::Unspecified(_) => summary.unspecified += 1,
+            Verdict::Unspecified(why) => {
+                if plan.announce {
+                    eprintln!("  not specified on {engine}: {}", why.join("; "));
+                }
+                summary.unspecified += 1;
+            }
             Verdict::Different(found) => {
                 let failed = Failed {
                     plan,
