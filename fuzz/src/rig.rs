@@ -164,6 +164,10 @@ impl Rig {
             return Ok(verdict);
         }
         let native = self.run_natively(state, code);
+        if native.ending == Ending::TimedOut {
+            verdict.discarded = true;
+            return Ok(verdict);
+        }
         verdict.faulted = !matches!(native.ending, Ending::Exception { vector: 6, .. });
         for engine in engines {
             let EngineName::Translate(name) = engine else {
@@ -188,7 +192,8 @@ impl Rig {
     }
 
     /// The interpreter has ended the case, so the processor does too. Where it had no time for it, the host's kernel needed that for itself: one
-    /// that detects bus locks (LOCK on an operand in two cache lines) writes a line about each to its console, which may be slow.
+    /// that detects bus locks (LOCK on an operand in two cache lines) writes a line about each to its console, which may be slow. What never
+    /// has the time is not compared.
     fn run_natively(&mut self, state: &State, code: &[u8]) -> Outcome {
         const TRIES: u32 = 5;
         let mut run = self.native.run(state, code);

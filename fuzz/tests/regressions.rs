@@ -9,6 +9,12 @@ use doppel_fuzz::state::State;
 /// What was wrong, seed, case, code.
 const PROGRAMS: &[(&str, u64, u64, &str)] = &[
     (
+        "MASKMOVQ with a prefix for SS, which is ignored, to an address that is not canonical",
+        134000,
+        1978069,
+        "360ff7f80f0b",
+    ),
+    (
         "a dot product with an inexact product, which traps, and an exact one that is flushed to zero",
         72000,
         1021748,

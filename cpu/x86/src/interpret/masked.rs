@@ -7,7 +7,9 @@ use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::availability::Unit;
 use super::native::{host_has, host_layout};
-use super::operand::{linear, linear_displaced, linear_in, load, segment_of, store};
+use super::operand::{
+    implied_segment, linear, linear_displaced, linear_in, load, segment_of, store,
+};
 use super::register::{read_gpr, read_register, sign_extend};
 use super::vector::{self, Layout};
 use super::{Flow, Handler, Step};
@@ -385,7 +387,7 @@ fn mask_move_bytes(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
         _ => 8,
     };
     let offset = read_gpr(cpu, Gpr::Rdi as usize, address);
-    let segment = segment_of(i.memory_segment());
+    let segment = implied_segment(cpu, segment_of(i.memory_segment()));
     // The alignment that is checked for (#AC) is that of eight bytes, by AMD's processors too.
     let at = linear_in(cpu, segment, offset, 8, true)?;
     linear_in(cpu, segment, offset + (count as u64 - 8), 8, true)?;

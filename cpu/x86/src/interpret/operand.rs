@@ -123,6 +123,14 @@ fn uses_stack(base: Register) -> bool {
     )
 }
 
+/// The segment of an operand whose address the instruction implies: a prefix that 64-bit mode ignores does not make it an access to the stack.
+pub(crate) fn implied_segment(cpu: &Cpu, named: Seg) -> Seg {
+    match named {
+        Seg::Ss if cpu.mode() == CpuMode::Bits64 => Seg::Ds,
+        segment => segment,
+    }
+}
+
 /// The linear address of `offset` in a segment, checked for an access of `size` bytes in any mode.
 pub(crate) fn linear_in(
     cpu: &Cpu,

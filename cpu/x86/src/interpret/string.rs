@@ -10,10 +10,10 @@ use doppel_memory::HostPtr;
 use iced_x86::{Code, Instruction, OpKind};
 
 use super::flags;
-use super::operand::{linear_in, load, segment_of, store};
+use super::operand::{implied_segment, linear_in, load, segment_of, store};
 use super::register::{mask, read_gpr, write_gpr};
 use super::{Flow, Handler, Step};
-use crate::{Bus, Cpu, CpuMode, Exception, Gpr, Rflags, Seg};
+use crate::{Bus, Cpu, Exception, Gpr, Rflags, Seg};
 
 /// Units that a repeated instruction does in one step at most (a bulk copy counts as one).
 const BATCH: u32 = 64;
@@ -70,11 +70,7 @@ impl Shape {
 
     fn source(&self, cpu: &Cpu) -> Result<u64, Exception> {
         let offset = read_gpr(cpu, RSI, self.address);
-        // An ignored prefix does not make it an access to the stack.
-        let segment = match self.segment {
-            Seg::Ss if cpu.mode() == CpuMode::Bits64 => Seg::Ds,
-            s => s,
-        };
+        let segment = implied_segment(cpu, self.segment);
         linear_in(cpu, segment, offset, self.unit, false)
     }
 
