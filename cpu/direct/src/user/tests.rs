@@ -169,13 +169,19 @@ fn reads(a: &mut CodeAssembler) {
     a.syscall().unwrap();
 }
 
-#[test]
-fn each_visit_to_sensitive_code_is_the_engines() {
-    let Some(mut rig) = Rig::new(DirectOptions::always(), calls) else {
-        return;
-    };
+/// Executes directly what calls, again and again, into a page that is not.
+fn calls_sensitive_code() -> Option<Rig> {
+    let rig = Rig::new(DirectOptions::always(), calls)?;
     rig.put(OTHER, &[0xc3]);
     rig.put(OTHER + 256, SENSITIVE);
+    Some(rig)
+}
+
+#[test]
+fn each_visit_to_sensitive_code_is_the_engines() {
+    let Some(mut rig) = calls_sensitive_code() else {
+        return;
+    };
     for visit in 0..20 {
         let left = rig.run().unwrap();
         assert_eq!((left, rig.cpu.rip), (Left::Declined, OTHER), "{visit}");
@@ -187,11 +193,9 @@ fn each_visit_to_sensitive_code_is_the_engines() {
 
 #[test]
 fn interruptions_tell_where_user_code_was() {
-    let Some(mut rig) = Rig::new(DirectOptions::always(), calls) else {
+    let Some(mut rig) = calls_sensitive_code() else {
         return;
     };
-    rig.put(OTHER, &[0xc3]);
-    rig.put(OTHER + 256, SENSITIVE);
     assert_eq!(rig.run(), Some(Left::Declined));
     let Rig { direct, cpu } = &mut rig;
     direct.interrupted(cpu, 0);
