@@ -141,29 +141,43 @@ const BEHIND_OPCODE: usize = 3;
 
 /// What may be one, by the byte where its opcode begins.
 fn suspects(code: &[u8], hazards: Hazards) -> impl Iterator<Item = (usize, Found)> {
-    let escapes = memchr::memchr_iter(0x0f, code).map(move |at| (at, found(code, at, hazards)));
-    escapes.chain(transactions(code)).chain(tiles(code))
+    let last = code.len() - 1;
+    let pieces = (0..last)
+        .step_by(PIECE)
+        .map(move |from| from..last.min(from + PIECE));
+    let pieces =
+        pieces.filter(|piece| has_suspects(&code[piece.clone()], &code[piece.start + 1..]));
+    pieces.flatten().filter_map(move |at| {
+        let found = match code[at] {
+            0x0f => found(code, at, hazards),
+            0xc4 => when(is_of_tiles(&code[at..]), Telling),
+            // XABORT and XBEGIN, C6 F8 and C7 F8.
+            0xc6 | 0xc7 => when(code[at + 1] == 0xf8, Common),
+            _ => Nothing,
+        };
+        (found != Nothing).then_some((at, found))
+    })
 }
 
-/// XABORT and XBEGIN, C6 F8 and C7 F8.
-fn transactions(code: &[u8]) -> impl Iterator<Item = (usize, Found)> {
-    let modrm = memchr::memchr_iter(0xf8, code).filter_map(|at| at.checked_sub(1));
-    modrm
-        .filter(|at| matches!(code[*at], 0xc6 | 0xc7))
-        .map(|at| (at, Common))
+/// Bytes that are looked at at once.
+const PIECE: usize = 64;
+
+/// Whether there may be some: by their first two bytes, without a branch, so that a compiler looks at many at a time.
+fn has_suspects(first: &[u8], second: &[u8]) -> bool {
+    let pairs = first.iter().zip(second);
+    pairs.fold(false, |any, (a, b)| any | may_begin_one(*a, *b))
+}
+
+/// The cases of [`suspects`] and of [`found`].
+fn may_begin_one(a: u8, b: u8) -> bool {
+    let low = (b < 0x04) | (b == 0x0e) | (b == 0x0f) | (b == 0x34) | (b == 0x38);
+    let escaped = low | (b == 0xa2) | (b == 0xae) | (b == 0xc7);
+    (a == 0x0f) & escaped | (a & 0xfe == 0xc6) & (b == 0xf8) | (a == 0xc4) & (b & 0x1f == 2)
 }
 
 /// LDTILECFG, STTILECFG, TILERELEASE: opcode 49 of VEX's map 0F 38, without W, L and another operand.
-fn tiles(code: &[u8]) -> impl Iterator<Item = (usize, Found)> {
-    let is_one = |at: usize| match code[at..] {
-        [_, map, operand, opcode, ..] => {
-            map & 0x1f == 2 && matches!(operand, 0x78..=0x7b) && opcode == 0x49
-        }
-        _ => false,
-    };
-    memchr::memchr_iter(0xc4, code)
-        .filter(move |at| is_one(*at))
-        .map(|at| (at, Telling))
+fn is_of_tiles(code: &[u8]) -> bool {
+    matches!(code, [_, map, 0x78..=0x7b, 0x49, ..] if map & 0x1f == 2)
 }
 
 fn when(condition: bool, found: Found) -> Found {
@@ -254,6 +268,10 @@ const STARTS: (usize, usize) = (160, 96);
 const STEP: usize = 4;
 /// At least, where there is little.
 const LEAST: usize = 12;
+/// How far before a first glance starts: more than most code needs to fall into step, and a fraction of what all starts decode.
+const GLANCE: [usize; 8] = [72, 67, 61, 56, 50, 45, 39, 34];
+/// So many of them have to lead past.
+const ENOUGH: usize = 3;
 /// What is nearer to the beginning of a page has too little before it there to be judged alone.
 const EARLY: usize = STARTS.1;
 
@@ -345,12 +363,24 @@ impl<'a> Walk<'a> {
             let (there, _) = self.votes(0..=at, 1, at);
             return self.way(0, at) == Way::There || 2 * there > at + 1;
         }
+        if share == Share::Half && self.is_passed(at, near) {
+            return false;
+        }
         let starts = at.saturating_sub(STARTS.0)..=at - near;
         let (there, all) = self.votes(starts, STEP, at);
         match share {
             Share::Any => there > 0 || all == 0,
             Share::Half => there > 0 && 2 * there >= all,
         }
+    }
+
+    /// A first glance from a few starts nearby: true where each leads past the byte, as it is with nearly all that are part of an instruction. From where there is
+    /// an instruction, one of so many at least has fallen into step.
+    fn is_passed(&mut self, at: usize, near: usize) -> bool {
+        let mut known = Known::from(at - GLANCE[0].min(near));
+        let ways = GLANCE.map(|before| self.way_by(at - before.min(near), at, &mut known));
+        let past = ways.iter().filter(|way| **way == Way::Past).count();
+        past >= ENOUGH && !ways.contains(&Way::There)
     }
 
     /// How many of these starts lead there, and how many lead anywhere.
