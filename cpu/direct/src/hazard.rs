@@ -147,16 +147,20 @@ fn suspects(code: &[u8], hazards: Hazards) -> impl Iterator<Item = (usize, Found
         .map(move |from| from..last.min(from + PIECE));
     let pieces =
         pieces.filter(|piece| has_suspects(&code[piece.clone()], &code[piece.start + 1..]));
-    pieces.flatten().filter_map(move |at| {
-        let found = match code[at] {
-            0x0f => found(code, at, hazards),
-            0xc4 => when(is_of_tiles(&code[at..]), Telling),
-            // XABORT and XBEGIN, C6 F8 and C7 F8.
-            0xc6 | 0xc7 => when(code[at + 1] == 0xf8, Common),
-            _ => Nothing,
-        };
-        (found != Nothing).then_some((at, found))
-    })
+    let found = pieces
+        .flatten()
+        .map(move |at| (at, found_at(code, at, hazards)));
+    found.filter(|(_, found)| *found != Nothing)
+}
+
+fn found_at(code: &[u8], at: usize, hazards: Hazards) -> Found {
+    match code[at] {
+        0x0f => found(code, at, hazards),
+        0xc4 => when(is_of_tiles(&code[at..]), Telling),
+        // XABORT and XBEGIN, C6 F8 and C7 F8.
+        0xc6 | 0xc7 => when(code[at + 1] == 0xf8, Common),
+        _ => Nothing,
+    }
 }
 
 /// Bytes that are looked at at once.
@@ -168,7 +172,7 @@ fn has_suspects(first: &[u8], second: &[u8]) -> bool {
     pairs.fold(false, |any, (a, b)| any | may_begin_one(*a, *b))
 }
 
-/// The cases of [`suspects`] and of [`found`].
+/// The cases of [`found_at`] and of [`found`].
 fn may_begin_one(a: u8, b: u8) -> bool {
     let low = (b < 0x04) | (b == 0x0e) | (b == 0x0f) | (b == 0x34) | (b == 0x38);
     let escaped = low | (b == 0xa2) | (b == 0xae) | (b == 0xc7);
@@ -374,8 +378,8 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// A first glance from a few starts nearby: true where each leads past the byte, as it is with nearly all that are part of an instruction. From where there is
-    /// an instruction, one of so many at least has fallen into step.
+    /// A first glance from a few starts nearby: true where none leads there, and some lead past, as it is with nearly all that are part of an instruction. Before
+    /// one that is an instruction itself, some of so many have fallen into step.
     fn is_passed(&mut self, at: usize, near: usize) -> bool {
         let mut known = Known::from(at - GLANCE[0].min(near));
         let ways = GLANCE.map(|before| self.way_by(at - before.min(near), at, &mut known));
@@ -531,6 +535,26 @@ mod tests {
         page[at..].fill(0x90);
         page[at..at + code.len()].copy_from_slice(code);
         page
+    }
+
+    #[test]
+    fn two_bytes_tell_where_to_look() {
+        const PREFIXES: [u8; 4] = [0x90, 0x66, 0xf2, 0xf3];
+        let all = 0..=u8::MAX;
+        for (first, second) in all.clone().flat_map(|a| all.clone().map(move |b| (a, b))) {
+            if may_begin_one(first, second) {
+                continue;
+            }
+            for (prefix, third) in PREFIXES
+                .into_iter()
+                .flat_map(|p| all.clone().map(move |t| (p, t)))
+            {
+                let mut code = [prefix, first, second, third, 0x49, 0x90];
+                assert_eq!(found_at(&code, 1, ALL), Nothing, "{code:02x?}");
+                code[4] = 0x90;
+                assert_eq!(found_at(&code, 1, ALL), Nothing, "{code:02x?}");
+            }
+        }
     }
 
     const CODES: &[&[u8]] = &[
