@@ -141,7 +141,7 @@ const BEHIND_OPCODE: usize = 3;
 
 /// What may be one, by the byte where its opcode begins.
 fn suspects(code: &[u8], hazards: Hazards) -> impl Iterator<Item = (usize, Found)> {
-    let last = code.len() - 1;
+    let last = code.len().saturating_sub(1);
     let pieces = (0..last)
         .step_by(PIECE)
         .map(move |from| from..last.min(from + PIECE));
