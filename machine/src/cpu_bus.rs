@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use doppel_device::{Alarm, BusMaster, OnAlarm, Timers, Wired};
 use doppel_memory::{GuestRam, PAGE_MASK};
-use doppel_pc::{Acknowledged, CpuApic, I8259, Requests};
+use doppel_pc::{Acknowledged, CpuApic, I8259, NumericError, Requests};
 use doppel_x86::{Bus, Start};
 
 use crate::attention::Attention;
@@ -47,6 +47,7 @@ pub struct CpuBus {
     ports: BusMaster,
     memory: BusMaster,
     pic: Arc<Wired<I8259>>,
+    numeric_error: Arc<Wired<NumericError>>,
     apic: CpuApic,
     /// Its number.
     cpu: u32,
@@ -73,6 +74,7 @@ impl CpuBus {
             ports: BusMaster::new(pc.ports.clone()),
             memory: BusMaster::new(pc.memory.clone()),
             pic: pc.pic.clone(),
+            numeric_error: pc.numeric_error.clone(),
             apic,
             cpu,
             clock_pages: pc.clock_pages.clone(),
@@ -237,6 +239,12 @@ impl Bus for CpuBus {
 
     fn nmi_ends(&mut self) {
         self.apic.nmi_ends();
+    }
+
+    fn numeric_error(&mut self, error: bool) -> bool {
+        let cpu = self.cpu;
+        self.numeric_error
+            .with(|chip, _| chip.set_error(cpu, error))
     }
 
     fn spinning(&mut self) {

@@ -10,8 +10,8 @@ use doppel_memory::{GuestRam, HOLE_START};
 use doppel_pc::{
     AcpiPm, AcpiPmConfig, ApicBus, CpuApic, DebugExit, Ecam, FwCfg, HPET_LEGACY, HPET_LEN,
     HPET_REPLACES, HPET_ROUTES, HostBridge, Hpet, I8042, I8254, I8259, IoApic, Kick,
-    LocalApicConfig, Mc146818, PciBus, PciConfigPorts, Port92, TEST_LINES, TEST_MEMORY_LEN,
-    TestLines, TestMemory, TestPorts, Uart16550,
+    LocalApicConfig, Mc146818, NumericError, PciBus, PciConfigPorts, Port92, TEST_LINES,
+    TEST_MEMORY_LEN, TestLines, TestMemory, TestPorts, Uart16550,
 };
 use doppel_x86::APIC_BUS_HZ;
 
@@ -27,6 +27,8 @@ use crate::vcpu::Sleepers;
 use crate::virtio::VirtioDevices;
 
 const KEYBOARD_IRQ: u8 = 1;
+const NUMERIC_ERROR_IRQ: u8 = 13;
+const NUMERIC_ERROR: u16 = 0xf0;
 const ISA_IRQS: u8 = 16;
 const DEBUG_EXIT: u16 = 0xf4;
 /// QEMU's: pc-testdev's ports, those that decode single bytes, interrupt lines and memory; fw_cfg.
@@ -62,6 +64,8 @@ pub struct Pc {
     pub memory: Arc<Bus>,
     /// The 8259 pair.
     pub pic: Arc<Wired<I8259>>,
+    /// Where processors tell of x87 errors, with CR0.NE clear.
+    pub numeric_error: Arc<Wired<NumericError>>,
     /// Local APICs and I/O APIC.
     pub apics: Arc<ApicBus>,
     /// Alarms of all chips; somebody has to run them.
@@ -81,6 +85,8 @@ impl Pc {
             .map_err(|e| MachineError::Host("a timer cannot be made", e))?;
         let apics = new_apics(&parts, &timers);
         let pic = new_pic(&apics, &timers);
+        let pin = Line::new(isa_inputs(&pic, &apics, NUMERIC_ERROR_IRQ)).pin();
+        let numeric_error = Wired::new(NumericError::default(), vec![pin], &timers);
         let clock_pages = ClockPages::new(parts.ram.clone(), parts.config.cpus);
         let pages = clock_pages.clone();
         timers.when_late(move || pages.tell_of_stop());
@@ -94,6 +100,7 @@ impl Pc {
                 &timers,
             ),
             pic,
+            numeric_error,
             apics,
             timers,
             clock_pages,
@@ -122,9 +129,7 @@ impl Pc {
     }
 
     fn isa_inputs(&self, irq: u8) -> Vec<(Arc<dyn InterruptInput>, u32)> {
-        let irq = u32::from(irq);
-        let gsi = if irq == 0 { layout::PIT_GSI } else { irq };
-        vec![(self.pic.clone(), irq), (self.apics.clone(), gsi)]
+        isa_inputs(&self.pic, &self.apics, irq)
     }
 
     /// Makes `device` answer at blocks of ports: first port, number of ports, what the device calls the first.
@@ -142,6 +147,7 @@ impl Pc {
 
     fn attach_interrupt_controllers(&self) -> Result<(), BusError> {
         self.at_ports(&[(0x20, 2, 0), (0xa0, 2, 2), (0x4d0, 2, 4)], &self.pic)?;
+        self.at_ports(&[(NUMERIC_ERROR, 1, 0)], &self.numeric_error)?;
         let window = Region::new(layout::IO_APIC, 0x1000);
         self.memory.attach(window, self.apics.clone())
     }
@@ -270,6 +276,16 @@ fn new_apics(parts: &PcParts, timers: &Arc<Timers>) -> Arc<ApicBus> {
     };
     let cpus = parts.doorbells.iter().enumerate().map(cpu).collect();
     ApicBus::new(cpus, IoApic::new(layout::IO_APIC_ID), timers)
+}
+
+fn isa_inputs(
+    pic: &Arc<Wired<I8259>>,
+    apics: &Arc<ApicBus>,
+    irq: u8,
+) -> Vec<(Arc<dyn InterruptInput>, u32)> {
+    let irq = u32::from(irq);
+    let gsi = if irq == 0 { layout::PIT_GSI } else { irq };
+    vec![(pic.clone(), irq), (apics.clone(), gsi)]
 }
 
 /// The 8259s' INTR leads to LINT0 of every processor, as the I/O APIC's ExtINT does not.

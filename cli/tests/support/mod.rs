@@ -2,6 +2,8 @@
 
 #![allow(dead_code)] // each test file takes what it needs
 
+pub mod pvh;
+
 use doppel_cli::guest::cpio::Archive;
 use doppel_cli::guest::{self, Guest, package};
 use std::fs;

@@ -638,6 +638,7 @@ fn eligible(cpu: &Cpu) -> bool {
         && !cpu.steps_on_branches()
         && cpu.dr[7] & 0xff == 0
         && !cpu.cr0.intersects(Cr0::TS | Cr0::EM)
+        && cpu.cr0.contains(Cr0::NE)
         && cpu.cr4.contains(needed)
         && !cpu.cr4.intersects(Cr4::TSD | Cr4::PKE)
         && cpu.xcr0 == cpu.cpuid.xcr0().max(X87)

@@ -620,7 +620,9 @@ fn needs_checks(cpu: &Cpu) -> bool {
 }
 
 fn simd_of(cpu: &Cpu) -> Simd {
-    if cpu.cr0.intersects(Cr0::EM | Cr0::TS) || !cpu.cr4.contains(Cr4::OSFXSR) {
+    // With NE clear an x87 error is told of by a pin, which the interpreter sees to.
+    let switched_off = cpu.cr0.intersects(Cr0::EM | Cr0::TS) || !cpu.cr0.contains(Cr0::NE);
+    if switched_off || !cpu.cr4.contains(Cr4::OSFXSR) {
         return Simd::None;
     }
     match cpu.xcr0 {

@@ -42,6 +42,10 @@ pub trait Bus {
     fn take_nmi(&mut self) -> bool;
     /// NMIs are open again after one was taken: IRET was executed.
     fn nmi_ends(&mut self) {}
+    /// FERR#: whether an x87 error waits that no exception tells of (CR0.NE is clear). Returns IGNNE#: x87 instructions are executed all the same.
+    fn numeric_error(&mut self, _error: bool) -> bool {
+        false
+    }
     /// The CPU waits in a loop: another thread of the host may have better use for the processor.
     fn spinning(&mut self) {}
     /// KVM's paravirtual EOI: the machine may set bit 0 of the word at this physical address where an interrupt that it delivers needs

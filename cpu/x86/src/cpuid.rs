@@ -13,7 +13,7 @@ use doppel_memory::MONITOR_LINE;
 use crate::arch_host;
 use crate::tsc::TscFrequency;
 use crate::vendor::{Vendor, VendorTraits};
-use crate::{Cpu, Cr4, HiddenInstructions, pmu};
+use crate::{Cpu, CpuMode, Cr4, HiddenInstructions, pmu};
 
 /// EAX, EBX, ECX and EDX of one CPUID leaf.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -601,6 +601,7 @@ impl Cpu {
                 _ => model.get(leaf, subleaf),
             },
             0xb | 0x1f => model.topology(subleaf, self.id),
+            0x8000_0001 => self.cpuid_extended_features(),
             0x8000_001e if model.vendor == Vendor::Amd => CpuidLeaf {
                 eax: self.id,
                 ebx: self.id & 0xff,
@@ -637,6 +638,15 @@ impl Cpu {
         }
         if !self.has_monitor_now() {
             leaf.ecx &= !feature::LEAF1_ECX_MONITOR;
+        }
+        leaf
+    }
+
+    fn cpuid_extended_features(&self) -> CpuidLeaf {
+        let mut leaf = self.cpuid.get(0x8000_0001, 0);
+        let has_syscall = self.cpuid.traits.syscall_outside_64_bit_mode;
+        if !has_syscall && self.mode() != CpuMode::Bits64 {
+            leaf.edx &= !feature::EXTENDED_EDX_SYSCALL;
         }
         leaf
     }

@@ -81,6 +81,15 @@ fn what_is_emulated_is_offered_on_every_host() {
     assert_eq!(cpu.cpuid(0xd, 0), CpuidLeaf::default());
 }
 
+/// Intel SDM vol. 2A, CPUID: bit 11 is there in 64-bit mode alone.
+#[test]
+fn syscall_is_told_of_where_it_is() {
+    let told = |cpu: &Cpu| bit(cpu.cpuid(0x8000_0001, 0).edx, 11);
+    assert!(!told(&reset(INTEL)) && told(&reset(AMD)));
+    assert!(!told(&crate::testing::protected_mode()));
+    assert!(told(&crate::testing::long_mode(INTEL)));
+}
+
 #[test]
 fn simd_goes_with_the_registers_that_the_host_enables() {
     let read = |leaf, subleaf| host_leaf(INTEL, leaf, subleaf);

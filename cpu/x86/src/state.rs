@@ -447,6 +447,8 @@ pub struct Cpu {
     pub spaces: AddressSpaces,
     /// Permissions to write that were taken away since somebody last looked.
     pub given_up: GivenUp,
+    /// FERR# is asserted.
+    pub(crate) numeric_error: bool,
     /// User code executed CPUID since somebody last looked.
     pub asked_cpuid: bool,
     /// Physical memory as it is accessed without paging, where somebody accesses it that way.
@@ -535,6 +537,7 @@ impl Cpu {
             flushed: Flushed::default(),
             spaces: AddressSpaces::default(),
             given_up: GivenUp::default(),
+            numeric_error: false,
             asked_cpuid: false,
             window: None,
             pmu: Pmu::default(),

@@ -282,7 +282,9 @@ fn far_pointer_operand(
     i: &Instruction,
     size: usize,
 ) -> Result<FarPointer, Exception> {
-    let at = operand::linear(cpu, i, size + 2, false)?;
+    // Each part is aligned by itself: the offset to its size, as measured.
+    let at = operand::linear(cpu, i, size, false)?;
+    operand::linear_of_part(cpu, i, size as u64, 2, false)?;
     let mut image = [0; 10];
     let privilege = cpu.privilege();
     cpu.load_bytes(bus, at, privilege, &mut image[..size + 2])?;

@@ -17,6 +17,9 @@ pub(crate) struct TestBus {
     pub cr8: u64,
     pub apic_base: u64,
     pub calls: Vec<String>,
+    /// FERR# as it was told, and IGNNE#.
+    pub numeric_errors: Vec<bool>,
+    pub ignores_numeric_errors: bool,
 }
 
 impl Bus for TestBus {
@@ -47,6 +50,10 @@ impl Bus for TestBus {
     }
     fn interrupt_acknowledge(&mut self) -> Option<u8> {
         self.interrupt.take()
+    }
+    fn numeric_error(&mut self, error: bool) -> bool {
+        self.numeric_errors.push(error);
+        self.ignores_numeric_errors
     }
     fn take_nmi(&mut self) -> bool {
         std::mem::take(&mut self.nmi)

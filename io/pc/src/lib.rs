@@ -17,6 +17,7 @@ mod io_apic;
 mod local_apic;
 mod mc146818;
 mod message;
+mod numeric_error;
 mod pc_testdev;
 mod pci_host;
 mod port92;
@@ -40,6 +41,7 @@ pub use local_apic::{
 };
 pub use mc146818::{Mc146818, RTC_CENTURY};
 pub use message::{DeliveryMode, Destination, InterruptMessage};
+pub use numeric_error::NumericError;
 pub use pc_testdev::{
     LINES as TEST_LINES, MEMORY as TEST_MEMORY_LEN, TestLines, TestMemory, TestPorts,
 };

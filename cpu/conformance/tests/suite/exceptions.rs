@@ -604,6 +604,27 @@ fn emulation_and_missing_support_of_the_system_make_invalid_opcodes() {
         m.cpu_mut().cr4.remove(Cr4::OSFXSR);
         check(m, &fault("without OSFXSR", nothing, addps, 6, NONE));
         m.forget();
+        let mixed: [Emit; 4] = [
+            |a| a.movq2dq(xmm0, mm1),
+            |a| a.movdq2q(mm0, xmm1),
+            |a| a.cvtps2pi(mm0, xmm1),
+            |a| a.cvttps2pi(mm0, qword_ptr(DATA)),
+        ];
+        for emit in mixed {
+            check(
+                m,
+                &fault("MMX and XMM without OSFXSR", nothing, emit, 6, NONE),
+            );
+            m.forget();
+        }
+        let alone: Emit = |a| {
+            a.paddb(mm0, mm1)?;
+            a.pshufw(mm0, mm1, 0)?;
+            a.emms()
+        };
+        m.run_code(alone);
+        assert!(m.records().is_empty(), "MMX alone does not need it");
+        m.forget();
         m.cpu_mut().cr4.insert(Cr4::OSFXSR);
         m.cpu_mut().cr0.insert(Cr0::EM);
         check(m, &fault("with EM", nothing, addps, 6, NONE));
@@ -691,6 +712,29 @@ fn alignment_is_checked_for_users_who_ask() {
         m.to_user();
         m.run_user(load);
         assert!(m.records().is_empty(), "without AC");
+        // The offset of a far pointer is aligned to its size, as measured.
+        for (far, checked) in [
+            ((|a| a.lgs(ax, ptr(USER_DATA + 2))) as Emit, false),
+            (|a| a.lgs(eax, ptr(USER_DATA + 4)), false),
+            (|a| a.lgs(rax, ptr(USER_DATA + 8)), false),
+            (|a| a.lgs(ax, ptr(USER_DATA + 1)), true),
+            (|a| a.lgs(eax, ptr(USER_DATA + 2)), true),
+            (|a| a.lgs(rax, ptr(USER_DATA + 4)), true),
+        ] {
+            m.forget();
+            m.put_bytes(USER_DATA, &[0; 32]);
+            m.to_user();
+            m.cpu_mut().rflags.insert(Rflags::AC);
+            match checked {
+                true => {
+                    check(m, &fault("#AC of a far pointer", nothing, far, 17, 0));
+                }
+                false => {
+                    m.run_user(far);
+                    assert!(m.records().is_empty(), "aligned");
+                }
+            }
+        }
         // The same address and code in the kernel: no check.
         m.forget();
         m.cpu_mut().cr0.insert(Cr0::AM);

@@ -81,6 +81,7 @@ pub const EXTENDED_EDX: Word = Word {
     keep: bits(&[22]),
     set: bits(&[11, 20, 26, 27, 29]),
 };
+pub const EXTENDED_EDX_SYSCALL: u32 = bits(&[11]);
 /// XSAVEERPTR; set: SSB_NO, BTC_NO.
 pub const LEAF8_EBX_AMD: Word = Word {
     keep: bits(&[2]),

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use iced_x86::{CpuidFeature, EncodingKind, Instruction, Mnemonic, OpKind, Register};
 
+use super::numeric_error;
 use super::vector::component;
 use crate::{Cpu, Cr0, Cr4, Exception, arch_host, instruction_set};
 
@@ -17,6 +18,8 @@ pub(super) enum Unit {
     /// FWAIT.
     Wait,
     Mmx,
+    /// Between MMX registers and XMM ones, and conversions between floating point and integers in MMX registers: SSE that waits for an x87 exception.
+    MmxSse,
     Sse,
     Avx,
     Avx512,
@@ -48,6 +51,11 @@ impl Unit {
             EncodingKind::VEX if uses(Register::is_k) => Unit::Avx512,
             EncodingKind::VEX => Unit::Avx,
             EncodingKind::Legacy if needs(is_x87) => Unit::X87,
+            EncodingKind::Legacy
+                if uses(Register::is_mm) && (uses(Register::is_xmm) || converts_to_mmx(i)) =>
+            {
+                Unit::MmxSse
+            }
             EncodingKind::Legacy if uses(Register::is_mm) => Unit::Mmx,
             EncodingKind::Legacy if needs(is_sse) => Unit::Sse,
             _ => return None,
@@ -58,7 +66,7 @@ impl Unit {
     pub fn components(self, enabled: u64) -> u64 {
         match self {
             Unit::X87 | Unit::X87Control | Unit::Wait => component::X87,
-            Unit::Mmx => component::X87 | component::SSE,
+            Unit::Mmx | Unit::MmxSse => component::X87 | component::SSE,
             Unit::Sse => component::SSE,
             // VEX instructions clear what lies above their vectors.
             Unit::Avx => component::SSE | component::AVX | enabled & component::ZMM_HIGH,
@@ -69,7 +77,8 @@ impl Unit {
 
     /// True where SIMD floating-point exceptions are possible.
     pub fn simd(self) -> bool {
-        matches!(self, Unit::Mmx | Unit::Sse | Unit::Avx | Unit::Avx512)
+        use Unit::*;
+        matches!(self, Mmx | MmxSse | Sse | Avx | Avx512)
     }
 
     /// #UD or #NM where the guest has not switched the unit on; #MF where an x87 exception is pending.
@@ -89,6 +98,7 @@ impl Unit {
                 check_switched(cpu)?;
                 check_pending(cpu)
             }
+            Unit::MmxSse => Unit::Sse.check(cpu).and_then(|()| check_pending(cpu)),
             Unit::Sse => {
                 check_not_emulated(cpu)?;
                 require(cpu.cr4.contains(Cr4::OSFXSR))?;
@@ -142,14 +152,18 @@ fn check_extended(cpu: &Cpu, components: u64) -> Result<(), Exception> {
     check_switched(cpu)
 }
 
+/// From floating point in memory or an XMM register (Intel SDM vol. 3A, table 2-3: CR4.OSFXSR).
+fn converts_to_mmx(i: &Instruction) -> bool {
+    use Mnemonic::{Cvtpd2pi, Cvtps2pi, Cvttpd2pi, Cvttps2pi};
+    matches!(i.mnemonic(), Cvtpd2pi | Cvtps2pi | Cvttpd2pi | Cvttps2pi)
+}
+
 /// #MF where the x87 status word has an unmasked exception pending.
 fn check_pending(cpu: &Cpu) -> Result<(), Exception> {
-    const ERROR_SUMMARY: u8 = 0x80;
-    let in_use = super::vector::in_use(&cpu.fpu) & component::X87 != 0;
-    if in_use && cpu.fpu.bytes[2] & ERROR_SUMMARY != 0 {
-        return Err(Exception::MF);
+    match numeric_error::is_pending(cpu) {
+        true => Err(Exception::MF),
+        false => Ok(()),
     }
-    Ok(())
 }
 
 /// What the host has, asked once: where it is a virtual machine itself, CPUID leaves it, for as long as a thousand instructions take or more.

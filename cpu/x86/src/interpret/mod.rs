@@ -31,6 +31,7 @@ mod logic;
 mod masked;
 mod multiply_divide;
 mod native;
+mod numeric_error;
 pub(crate) mod operand;
 mod push_pop;
 mod quick;
@@ -75,6 +76,8 @@ pub(crate) enum Flow {
     Done,
     /// At the same instruction: a repeated string instruction was interrupted, its registers are updated.
     Repeat,
+    /// At the same instruction, of which nothing was executed, after an interrupt: the processor is frozen by an x87 error (`numeric_error`).
+    Freeze,
     /// HLT was executed; RIP goes to the next instruction.
     Halt,
     /// The same of MWAIT, which an interrupt that is masked ends too where `masked` says so.
@@ -159,7 +162,7 @@ fn execute_one(cpu: &mut Cpu, bus: &mut dyn Bus) -> (Outcome, bool) {
     }
     let outcome = match (decoded.handler)(cpu, bus, i) {
         Ok(flow) => {
-            if counted && flow != Flow::Repeat {
+            if counted && !matches!(flow, Flow::Repeat | Flow::Freeze) {
                 cpu.pmu.retire(1);
             }
             finish(cpu, bus, i, flow, next, before)
@@ -199,6 +202,11 @@ fn finish(
         // An event that comes now finds RF set, so that the rest is no new hit of an instruction breakpoint.
         Flow::Repeat if steps_without_rf(cpu) => {}
         Flow::Repeat => cpu.rflags |= Rflags::RF,
+        Flow::Freeze => {
+            cpu.rflags |= before & Rflags::RF;
+            cpu.activity = Activity::Halted;
+            return Outcome::Halted;
+        }
         Flow::Halt => {
             cpu.rip = next;
             cpu.activity = Activity::Halted;

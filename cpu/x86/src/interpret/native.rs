@@ -17,11 +17,12 @@ use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 use super::arch_native::{Bounce, CodeBuffer, Frame};
 use super::availability::{HostFeatures, Unit};
 use super::flags;
+use super::numeric_error;
 use super::operand::{linear, linear_displaced, linear_unchecked};
 use super::snippet::{self, Aligned, Memory, Plan, Snippet};
 use super::vector::{self, Layout};
 use super::{Flow, Step, decode, masked};
-use crate::{Bus, Cpu, Cr4, Exception, FpuArea, Gpr, Rflags};
+use crate::{Bus, Cpu, Cr0, Cr4, Exception, FpuArea, Gpr, Rflags};
 
 /// Bytes of the largest memory operand.
 pub(super) const BOUNCE_SIZE: usize = 128;
@@ -128,19 +129,38 @@ impl Host {
 
     fn execute(&mut self, cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
         let snippet = self.snippet(cpu, i).ok_or(Exception::UD)?;
-        snippet.plan.unit.check(cpu)?;
+        numeric_error::settle(cpu, bus);
+        let step = match snippet.plan.unit.check(cpu) {
+            Err(Exception::MF) if !cpu.cr0.contains(Cr0::NE) => {
+                numeric_error::report(cpu, bus, i, |cpu, bus| {
+                    self.execute_checked(cpu, bus, i, &snippet)
+                })
+            }
+            checked => checked.and_then(|()| self.execute_checked(cpu, bus, i, &snippet)),
+        };
+        numeric_error::settle(cpu, bus);
+        step
+    }
+
+    fn execute_checked(
+        &mut self,
+        cpu: &mut Cpu,
+        bus: &mut dyn Bus,
+        i: &Instruction,
+        snippet: &Snippet,
+    ) -> Step {
         let Some(memory) = snippet.plan.memory else {
-            self.run_in_steps(cpu, i, &snippet)?;
+            self.run_in_steps(cpu, i, snippet)?;
             return self.commit(cpu, i, &snippet.plan, 0);
         };
         let computes_first = cpu.cpuid.traits().vcvtps2ph_computes_before_store;
         if memory.write && i.mnemonic() == Mnemonic::Vcvtps2ph && computes_first {
             let before = cpu.fpu.clone();
-            self.run(cpu, &snippet)?;
+            self.run(cpu, snippet)?;
             cpu.fpu = before;
         }
         if i.op_mask() != Register::None {
-            return self.execute_masked(cpu, bus, i, &snippet);
+            return self.execute_masked(cpu, bus, i, snippet);
         }
         if let Some(before) = suppressible(cpu, &snippet.plan) {
             if cpu.cpuid.traits().suppressed_store_faults {
@@ -148,7 +168,7 @@ impl Host {
                 let at = self.memory_operand(cpu, i, &memory)?;
                 cpu.check_writable(at, memory.size, cpu.privilege())?;
             }
-            self.run(cpu, &snippet)?;
+            self.run(cpu, snippet)?;
             if store_suppressed(cpu, snippet.plan.unit) {
                 return self.commit(cpu, i, &snippet.plan, 0);
             }
@@ -163,7 +183,7 @@ impl Host {
             let size = memory.size.min(loaded(cpu, i));
             load(cpu, bus, at, &mut self.bounce.0[..size])?;
         }
-        self.run_in_steps(cpu, i, &snippet)?;
+        self.run_in_steps(cpu, i, snippet)?;
         if memory.write {
             cpu.store_bytes(bus, at, privilege, &self.bounce.0[..memory.size])?;
         }

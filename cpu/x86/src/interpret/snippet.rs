@@ -225,7 +225,7 @@ fn alignment(i: &Instruction, unit: Unit, size: usize) -> Aligned {
         Movups | Movupd | Movdqu | Lddqu | Pcmpistri | Pcmpistrm | Pcmpestri | Pcmpestrm
         | Pcmpestri64 | Pcmpestrm64 => Aligned::No,
         _ if i.cpuid_features().contains(&CpuidFeature::SHA) => Aligned::AsVendor,
-        _ if matches!(unit, Unit::Sse | Unit::Mmx) && size == 16 => Aligned::UnlessMxcsr,
+        _ if matches!(unit, Unit::Sse | Unit::MmxSse) && size == 16 => Aligned::UnlessMxcsr,
         _ => Aligned::No,
     }
 }
