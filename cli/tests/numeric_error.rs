@@ -118,10 +118,10 @@ fn program() -> Result<Vec<u8>, IcedError> {
         a.fld1()?;
         a.fldz()?;
         a.fdivp(st1, st0)?;
-        a.cmp(esi, n as i32 - 1)?;
+        a.cmp(esi, n - 1)?;
         a.jne(end)?;
         a.wait()?;
-        a.cmp(esi, n as i32)?;
+        a.cmp(esi, n)?;
         a.jne(end)?;
         a.fninit()?;
         a.fldcw(word_ptr(CONTROL_WORD))?;
