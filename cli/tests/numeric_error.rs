@@ -102,6 +102,7 @@ fn set_controllers(a: &mut CodeAssembler) -> Result<(), IcedError> {
 /// Ends with the number of the first step that did not go as it should.
 fn program() -> Result<Vec<u8>, IcedError> {
     const NE_TS_EM: i32 = 0x2c;
+    const OSFXSR: i32 = 1 << 9;
     let mut a = CodeAssembler::new(32)?;
     let mut end = a.create_label();
     set_tables(&mut a)?;
@@ -109,6 +110,10 @@ fn program() -> Result<Vec<u8>, IcedError> {
     a.mov(eax, cr0)?;
     a.and(eax, !NE_TS_EM)?;
     a.mov(cr0, eax)?;
+    // As an operating system of today has it: without it a translator leaves such instructions to the interpreter anyway.
+    a.mov(eax, cr4)?;
+    a.or(eax, OSFXSR)?;
+    a.mov(cr4, eax)?;
     a.xor(esi, esi)?;
     a.fninit()?;
     a.fldcw(word_ptr(CONTROL_WORD))?;

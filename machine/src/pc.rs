@@ -85,8 +85,7 @@ impl Pc {
             .map_err(|e| MachineError::Host("a timer cannot be made", e))?;
         let apics = new_apics(&parts, &timers);
         let pic = new_pic(&apics, &timers);
-        let pin = Line::new(isa_inputs(&pic, &apics, NUMERIC_ERROR_IRQ)).pin();
-        let numeric_error = Wired::new(NumericError::default(), vec![pin], &timers);
+        let numeric_error = new_numeric_error(&pic, &apics, &timers);
         let clock_pages = ClockPages::new(parts.ram.clone(), parts.config.cpus);
         let pages = clock_pages.clone();
         timers.when_late(move || pages.tell_of_stop());
@@ -276,6 +275,15 @@ fn new_apics(parts: &PcParts, timers: &Arc<Timers>) -> Arc<ApicBus> {
     };
     let cpus = parts.doorbells.iter().enumerate().map(cpu).collect();
     ApicBus::new(cpus, IoApic::new(layout::IO_APIC_ID), timers)
+}
+
+fn new_numeric_error(
+    pic: &Arc<Wired<I8259>>,
+    apics: &Arc<ApicBus>,
+    timers: &Arc<Timers>,
+) -> Arc<Wired<NumericError>> {
+    let pin = Line::new(isa_inputs(pic, apics, NUMERIC_ERROR_IRQ)).pin();
+    Wired::new(NumericError::default(), vec![pin], timers)
 }
 
 fn isa_inputs(

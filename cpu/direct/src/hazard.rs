@@ -367,7 +367,7 @@ impl<'a> Walk<'a> {
             let (there, _) = self.votes(0..=at, 1, at);
             return self.way(0, at) == Way::There || 2 * there > at + 1;
         }
-        if share == Share::Half && self.is_passed(at, near) {
+        if share == Share::Half && self.is_passed(at) {
             return false;
         }
         let starts = at.saturating_sub(STARTS.0)..=at - near;
@@ -380,9 +380,12 @@ impl<'a> Walk<'a> {
 
     /// A first glance from a few starts nearby: true where none leads there, and some lead past, as it is with nearly all that are part of an instruction. Before
     /// one that is an instruction itself, some of so many have fallen into step.
-    fn is_passed(&mut self, at: usize, near: usize) -> bool {
-        let mut known = Known::from(at - GLANCE[0].min(near));
-        let ways = GLANCE.map(|before| self.way_by(at - before.min(near), at, &mut known));
+    fn is_passed(&mut self, at: usize) -> bool {
+        let Some(first) = at.checked_sub(GLANCE[0]) else {
+            return false;
+        };
+        let mut known = Known::from(first);
+        let ways = GLANCE.map(|before| self.way_by(at - before, at, &mut known));
         let past = ways.iter().filter(|way| **way == Way::Past).count();
         past >= ENOUGH && !ways.contains(&Way::There)
     }

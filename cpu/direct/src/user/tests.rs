@@ -340,3 +340,23 @@ fn pages_that_no_process_may_have_are_the_engines() {
     assert_eq!(rig.cpu.gpr[0] & 0xff, 0x77);
     assert_eq!((rig.direct.failures, rig.direct.counts.unexplained), (0, 0));
 }
+
+#[test]
+fn a_state_that_a_process_cannot_have_is_not_executed_directly() {
+    let Some(mut rig) = Rig::new(DirectOptions::always(), |a| a.nop().unwrap()) else {
+        return;
+    };
+    type Spoil = (&'static str, fn(&mut Cpu));
+    let spoils: [Spoil; 4] = [
+        ("x87 errors by a pin", |cpu| cpu.cr0.remove(Cr0::NE)),
+        ("x87 switched off", |cpu| cpu.cr0.insert(Cr0::TS)),
+        ("RDTSC is privileged", |cpu| cpu.cr4.insert(Cr4::TSD)),
+        ("single steps", |cpu| cpu.rflags.insert(Rflags::TF)),
+    ];
+    for (what, spoil) in spoils {
+        begin(&mut rig.cpu);
+        assert!(rig.direct.takes(&rig.cpu), "before: {what}");
+        spoil(&mut rig.cpu);
+        assert!(!rig.direct.takes(&rig.cpu), "{what}");
+    }
+}
