@@ -296,6 +296,12 @@ impl FpuArea {
         self.bytes[Self::FIP..Self::FDP].copy_from_slice(&address.to_le_bytes());
     }
 
+    /// FDP.
+    pub fn fdp(&self) -> u64 {
+        let bytes = self.bytes[Self::FDP..].first_chunk();
+        bytes.copied().map_or(0, u64::from_le_bytes)
+    }
+
     /// Sets FDP.
     pub fn set_fdp(&mut self, address: u64) {
         self.bytes[Self::FDP..Self::FDP + 8].copy_from_slice(&address.to_le_bytes());

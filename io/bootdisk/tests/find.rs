@@ -376,22 +376,32 @@ fn damaged_disks_neither_crash_nor_hang() {
     assert!(found > count / 10);
 }
 
-/// The crate that reads it would ask for 150 GB at once, which ends the process. Without the feature of checksums a superblock needs none.
+/// The crate that reads it would ask for 150 GB at once, or for hundreds of blocks of 32 MiB, which ends the process. Without the feature of checksums a
+/// superblock needs none.
 #[test]
-fn a_file_system_of_too_many_groups_is_named() {
+fn a_file_system_that_takes_more_memory_than_any_is_named() {
+    const BLOCKS_COUNT: usize = 0x04;
+    const LOG_BLOCK_SIZE: usize = 0x18;
+    const BLOCKS_PER_GROUP: usize = 0x20;
     let scratch = Scratch::new();
-    let Some(mut root) = scratch.ext4(DEBIAN) else {
+    let Some(root) = scratch.ext4(DEBIAN) else {
         return;
     };
-    const SUPERBLOCK: usize = 1024;
-    let mut put = |at: usize, value: u32| {
-        root[SUPERBLOCK + at..][..4].copy_from_slice(&value.to_le_bytes());
+    let error_with = |words: &[(usize, u32)]| {
+        const SUPERBLOCK: usize = 1024;
+        const FEATURE_RO_COMPAT: usize = 0x64;
+        let mut root = root.clone();
+        for (at, value) in words.iter().chain(&[(FEATURE_RO_COMPAT, 0)]) {
+            root[SUPERBLOCK + at..][..4].copy_from_slice(&value.to_le_bytes());
+        }
+        find(&scratch.disk(&root), LIMIT).err().unwrap().to_string()
     };
-    put(0x04, u32::MAX); // s_blocks_count_lo
-    put(0x20, 1); // s_blocks_per_group
-    put(0x64, 0); // s_feature_ro_compat
-    let error = find(&scratch.disk(&root), LIMIT).err().unwrap();
-    assert!(error.to_string().contains("block groups"), "{error}");
+    let many = error_with(&[(BLOCKS_COUNT, u32::MAX), (BLOCKS_PER_GROUP, 1)]);
+    assert!(many.contains("block groups"), "{many}");
+    for log in [7, 15, u32::MAX] {
+        let large = error_with(&[(LOG_BLOCK_SIZE, log)]);
+        assert!(large.contains("64 KiB at most"), "{large}");
+    }
 }
 
 #[test]

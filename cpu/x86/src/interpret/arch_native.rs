@@ -40,6 +40,13 @@ const OPTIMIZE: usize = std::mem::offset_of!(Frame, optimize);
 #[repr(C, align(64))]
 pub(super) struct Bounce(pub [u8; 128]);
 
+impl Bounce {
+    /// Where a snippet finds it.
+    pub(super) fn address(&self) -> u64 {
+        self.0.as_ptr() as u64
+    }
+}
+
 /// Executable memory that snippets are appended to.
 pub(super) struct CodeBuffer {
     base: NonNull<u8>,

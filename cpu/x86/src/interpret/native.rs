@@ -12,13 +12,13 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
-use iced_x86::{Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Instruction, Mnemonic, Register};
 
 use super::arch_native::{Bounce, CodeBuffer, Frame};
 use super::availability::{HostFeatures, Unit};
 use super::flags;
 use super::numeric_error;
-use super::operand::{linear, linear_displaced, linear_unchecked};
+use super::operand::{effective_address, linear, linear_displaced, linear_unchecked};
 use super::snippet::{self, Aligned, Memory, Plan, Snippet};
 use super::vector::{self, Layout};
 use super::{Flow, Step, decode, masked};
@@ -151,7 +151,7 @@ impl Host {
     ) -> Step {
         let Some(memory) = snippet.plan.memory else {
             self.run_in_steps(cpu, i, snippet)?;
-            return self.commit(cpu, i, &snippet.plan, 0);
+            return self.commit(cpu, i, &snippet.plan);
         };
         let computes_first = cpu.cpuid.traits().vcvtps2ph_computes_before_store;
         if memory.write && i.mnemonic() == Mnemonic::Vcvtps2ph && computes_first {
@@ -170,7 +170,7 @@ impl Host {
             }
             self.run(cpu, snippet)?;
             if store_suppressed(cpu, snippet.plan.unit) {
-                return self.commit(cpu, i, &snippet.plan, 0);
+                return self.commit(cpu, i, &snippet.plan);
             }
             cpu.fpu = before;
         }
@@ -187,7 +187,7 @@ impl Host {
         if memory.write {
             cpu.store_bytes(bus, at, privilege, &self.bounce.0[..memory.size])?;
         }
-        self.commit(cpu, i, &snippet.plan, at)
+        self.commit(cpu, i, &snippet.plan)
     }
 
     /// The linear address of the memory operand.
@@ -244,7 +244,7 @@ impl Host {
         if memory.write {
             elements.store(cpu, bus, at, &self.bounce.0[..memory.size])?;
         }
-        self.commit(cpu, i, &snippet.plan, at)
+        self.commit(cpu, i, &snippet.plan)
     }
 
     fn snippet(&mut self, cpu: &mut Cpu, i: &Instruction) -> Option<Snippet> {
@@ -291,7 +291,7 @@ impl Host {
             frame.gpr[n] = cpu.reg(Gpr::Rsp);
         }
         if let Some(m) = &plan.memory {
-            frame.gpr[m.register] = self.bounce.0.as_ptr() as u64;
+            frame.gpr[m.register] = self.bounce.address();
         }
         let components = plan.components(cpu);
         let mxcsr = cpu.fpu.mxcsr();
@@ -380,7 +380,7 @@ impl Host {
         flags
     }
 
-    fn commit(&self, cpu: &mut Cpu, i: &Instruction, plan: &Plan, at: u64) -> Step {
+    fn commit(&self, cpu: &mut Cpu, i: &Instruction, plan: &Plan) -> Step {
         let bounce = plan.memory.map(|m| m.register);
         let frame = &self.frame;
         for n in (0..16).filter(|n| Some(*n) != bounce && Some(*n) != plan.stack_pointer) {
@@ -398,7 +398,7 @@ impl Host {
             Mnemonic::Fldcw | Mnemonic::Fldenv | Mnemonic::Frstor
         );
         if plan.unit == Unit::X87 && !controls {
-            set_x87_pointers(cpu, i, at);
+            set_x87_pointers(cpu, i, self.bounce.address());
         }
         Ok(Flow::Next)
     }
@@ -507,10 +507,11 @@ fn load(cpu: &mut Cpu, bus: &mut dyn Bus, at: u64, out: &mut [u8]) -> Result<(),
     }
 }
 
-/// FIP and FDP: the guest's addresses, not those of the snippet.
-fn set_x87_pointers(cpu: &mut Cpu, i: &Instruction, at: u64) {
+/// FIP and FDP: the guest's addresses, not those of the snippet and of its operand. FDP is the offset in the segment; whether each instruction notes it or
+/// only one with an exception that is not masked (CPUID's FDP_EXCPTN_ONLY), the processor has shown.
+fn set_x87_pointers(cpu: &mut Cpu, i: &Instruction, operand: u64) {
     cpu.fpu.set_fip(cpu.rip);
-    if i.op_kinds().any(|k| k == OpKind::Memory) {
-        cpu.fpu.set_fdp(at);
+    if cpu.fpu.fdp() == operand {
+        cpu.fpu.set_fdp(effective_address(cpu, i));
     }
 }

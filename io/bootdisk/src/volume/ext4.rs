@@ -17,6 +17,9 @@ const MAGIC: [u8; 2] = [0x53, 0xef];
 /// The crate makes room for all descriptors of block groups before it reads the first. So many are 32 TiB in blocks of 4 KiB.
 const GROUPS_MAX: u64 = 1 << 18;
 
+/// The crate's cache has a fixed number of blocks, of whatever size. The largest that Linux makes are 64 KiB (EXT4_MAX_BLOCK_LOG_SIZE).
+const LOG_BLOCK_SIZE_MAX: u32 = 16 - 10;
+
 /// An ext4 file system.
 pub struct Ext4(ext4_view::Ext4);
 
@@ -26,13 +29,8 @@ impl Ext4 {
         if reader.bytes(partition.start + MAGIC_AT).ok()? != MAGIC {
             return None;
         }
-        match groups(reader, partition.start + SUPERBLOCK_AT) {
-            Ok(groups) if groups > GROUPS_MAX => {
-                let many = format!("{groups} block groups, of {GROUPS_MAX} at most: damaged?");
-                return Some(Err(many));
-            }
-            Ok(_) => {}
-            Err(error) => return Some(Err(error.to_string())),
+        if let Err(refused) = check_size(reader, partition.start + SUPERBLOCK_AT) {
+            return Some(Err(refused));
         }
         let piece = Piece {
             reader: reader.clone(),
@@ -44,13 +42,29 @@ impl Ext4 {
     }
 }
 
-/// Block groups, by the superblock (Linux, Documentation/filesystems/ext4/super.rst).
-fn groups(reader: &Reader, superblock: u64) -> io::Result<u64> {
+/// Refuses what would take much memory to open, by the superblock (Linux, Documentation/filesystems/ext4/super.rst).
+fn check_size(reader: &Reader, superblock: u64) -> Result<(), String> {
     const BLOCKS_COUNT: (u64, u64) = (0x4, 0x150);
+    const LOG_BLOCK_SIZE: u64 = 0x18;
     const BLOCKS_PER_GROUP: u64 = 0x20;
-    let word = |at| Ok::<_, io::Error>(u32::from_le_bytes(reader.bytes(superblock + at)?));
+    let word = |at| {
+        let bytes = reader.bytes(superblock + at);
+        bytes.map(u32::from_le_bytes).map_err(|e| e.to_string())
+    };
     let blocks = u64::from(word(BLOCKS_COUNT.1)?) << 32 | u64::from(word(BLOCKS_COUNT.0)?);
-    Ok(blocks / u64::from(word(BLOCKS_PER_GROUP)?.max(1)))
+    let groups = blocks / u64::from(word(BLOCKS_PER_GROUP)?.max(1));
+    if groups > GROUPS_MAX {
+        return Err(format!(
+            "{groups} block groups, of {GROUPS_MAX} at most: damaged?"
+        ));
+    }
+    let log_size = word(LOG_BLOCK_SIZE)?;
+    if log_size > LOG_BLOCK_SIZE_MAX {
+        return Err(format!(
+            "blocks of 2^{log_size} KiB, of 64 KiB at most: damaged?"
+        ));
+    }
+    Ok(())
 }
 
 struct Piece {

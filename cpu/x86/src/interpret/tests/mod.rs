@@ -326,6 +326,21 @@ fn x87_control_instructions_leave_the_instruction_pointer() {
     assert_eq!(cpu.fpu.fip(), load);
 }
 
+/// Intel SDM vol. 1, 8.1.8: the operand's offset in its segment, at least where an exception is not masked.
+#[test]
+fn the_x87_operand_pointer_is_an_offset_in_the_segment() {
+    const SIGNALLING: u32 = 0x7fa0_0000;
+    let mut cpu = machine(64);
+    cpu.cr0 |= Cr0::NE;
+    cpu.seg[Seg::Gs as usize].base = DATA - 0x100;
+    cpu.gpr[3] = 0x100;
+    put(&cpu, DATA, &0x37e_u16.to_le_bytes());
+    run(&mut cpu, &[0x65, 0xd9, 0x2b]); // fldcw [gs:rbx]: invalid operation is not masked
+    put(&cpu, DATA, &SIGNALLING.to_le_bytes());
+    run(&mut cpu, &[0x65, 0xd9, 0x03]); // fld dword [gs:rbx]
+    assert_eq!(cpu.fpu.fdp(), 0x100);
+}
+
 #[test]
 fn an_instruction_that_was_decoded_before_is_within_the_limit_of_now() {
     let mut cpu = machine(32);
