@@ -83,7 +83,12 @@ impl Tcp {
             guest: SocketAddrV4::new(from, segment.source_port),
             remote: SocketAddrV4::new(to, segment.destination_port),
         };
-        match self.by_flow.get(&flow) {
+        let known = self.by_flow.get(&flow);
+        let called = known.and_then(|token| self.table.get(*token));
+        match known {
+            Some(_) if called.is_some_and(|c| c.is_mistaken(&segment)) => {
+                reject(network, flow, &segment);
+            }
             Some(&token) => {
                 let scarce = self.scarce();
                 let now = network.now;
@@ -114,7 +119,7 @@ impl Tcp {
             Ok(begun) => begun,
             Err(error) => return refused(network, Refusal::from_errno(error)),
         };
-        let first = self.first_sequence(flow);
+        let first = self.first_sequence(flow, network.now);
         let mut connection = Connection::new(flow, socket, State::Connecting, first, network.now);
         connection.take_syn(segment);
         if let Some(token) = self.insert(network, connection)
@@ -146,15 +151,15 @@ impl Tcp {
         let remote = SocketAddrV4::new(*client.ip(), port);
         let flow = Flow { guest, remote };
         prepare(&socket);
-        let first = self.first_sequence(flow);
+        let first = self.first_sequence(flow, network.now);
         let mut connection = Connection::new(flow, socket, State::Calling, first, network.now);
         connection.syn_due = true;
         self.insert(network, connection);
     }
 
-    /// RFC 6528 in spirit: a number that nobody guesses.
-    fn first_sequence(&self, flow: Flow) -> u32 {
-        self.secret.hash_one((flow, std::time::Instant::now())) as u32
+    /// RFC 6528: a number that nobody guesses, and beyond those of the last connection of the flow, at 16 MB/s as in Linux.
+    fn first_sequence(&self, flow: Flow, now: Nanos) -> u32 {
+        (self.secret.hash_one(flow) as u32).wrapping_add((now >> 6) as u32)
     }
 
     fn insert(&mut self, network: &mut Network, connection: Connection) -> Option<Token> {
@@ -190,10 +195,14 @@ impl Tcp {
             }
             connection.readable |= flags.intersects(readable);
             connection.ragged |= flags.intersects(ragged);
+            // Nothing is read behind the end that would tell of it.
+            if connection.host_ended && flags.contains(EventFlags::ERR) {
+                connection.deaf |= !matches!(sockopt::socket_error(&connection.socket), Ok(Ok(())));
+            }
             if flags.contains(EventFlags::OUT) {
                 return connection.flush();
             }
-            Fate::Lives
+            connection.fate()
         });
     }
 
@@ -266,6 +275,7 @@ impl Tcp {
         if fate != Fate::Lives {
             return self.end(network, token, fate);
         }
+        connection.persist(network.now);
         let deadline = connection.deadline();
         if connection.armed.is_none_or(|armed| deadline < armed) {
             if let Some(armed) = connection.armed.replace(deadline) {

@@ -2,6 +2,7 @@
 
 use std::io::IoSliceMut;
 
+use doppel_device::Nanos;
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{RecvAncillaryBuffer, RecvFlags, recvmsg};
 
@@ -126,7 +127,6 @@ impl Connection {
         let end = self.host_ended && !self.end_acknowledged;
         let end = end && self.in_flight() + n == self.out.len();
         if n == 0 && !end && !self.ack_due {
-            self.persist(network);
             return Received::Nothing;
         }
         let push = if n > 0 && n == unsent { PSH } else { 0 };
@@ -144,10 +144,12 @@ impl Connection {
         Received::Frame
     }
 
-    /// Data waits for a window that may have opened unheard.
-    fn persist(&mut self, network: &Network) {
-        if self.unsent() > 0 && self.retransmit_at.is_none() {
-            self.await_acknowledgement(network.now);
+    /// Data, here or in the host's socket, waits for a window that may have opened unheard (RFC 9293, 3.8.6.1).
+    pub fn persist(&mut self, now: Nanos) {
+        let more = self.unsent() > 0 || self.readable && !self.host_ended;
+        let closed = self.state == State::Open && self.allowed() == 0;
+        if closed && more && self.retransmit_at.is_none() {
+            self.await_acknowledgement(now);
         }
     }
 
