@@ -125,6 +125,174 @@ fn two_questions_at_once_from_one_socket_are_both_answered() {
     assert_eq!(answers, [&b"re: A"[..], b"re: AAAA"]);
 }
 
+/// A configuration with these name servers.
+fn resolving(dns: &[SocketAddr]) -> UserConfig {
+    UserConfig {
+        dns: dns.to_vec(),
+        ..UserConfig::default()
+    }
+}
+
+fn loopback(port: u16) -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], port))
+}
+
+/// What a guest sends arrives, and where from.
+fn heard(guest: &mut Guest, host: &UdpSocket) -> (Vec<u8>, SocketAddr) {
+    host.set_nonblocking(true).unwrap();
+    guest.until("a datagram at the host", |_| {
+        let mut buffer = [0; 100];
+        let (n, from) = host.recv_from(&mut buffer).ok()?;
+        Some((buffer[..n].to_vec(), from))
+    })
+}
+
+/// As resolvers do that take another port for each try.
+#[test]
+fn a_question_from_another_port_goes_to_the_next_name_server_too() {
+    let silent = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let port = server(1, |_| b"an address".to_vec());
+    let config = resolving(&[silent.local_addr().unwrap(), loopback(port)]);
+    let mut guest = Guest::new(&config, OFFLOADS[0]);
+    let handles = [5000, 5001].map(|port| guest.udp(port));
+    send(&mut guest, handles[0], endpoint(DNS, 53), b"a question");
+    heard(&mut guest, &silent);
+    std::thread::sleep(Duration::from_millis(1100));
+    send(&mut guest, handles[1], endpoint(DNS, 53), b"a question");
+    let (data, _) = answer(&mut guest, handles[1], "an answer");
+    assert_eq!(data, b"an address");
+}
+
+#[test]
+fn a_name_server_that_is_not_there_is_left_out() {
+    let free = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let refusing = free.local_addr().unwrap();
+    drop(free);
+    let port = server(1, |_| b"an address".to_vec());
+    let config = resolving(&[refusing, loopback(port)]);
+    let mut guest = Guest::new(&config, OFFLOADS[0]);
+    let handles = [5000, 5001].map(|port| guest.udp(port));
+    send(&mut guest, handles[0], endpoint(DNS, 53), b"a question");
+    let refused = (Icmpv4Message::DstUnreachable, 3);
+    assert_eq!(loop_for_icmp(&mut guest), refused);
+    send(&mut guest, handles[1], endpoint(DNS, 53), b"a question");
+    let (data, _) = answer(&mut guest, handles[1], "an answer");
+    assert_eq!(data, b"an address");
+}
+
+/// As one with an IPv6 address is on a host without a way there.
+#[test]
+fn a_name_server_that_the_host_cannot_reach_is_left_out() {
+    let out_of_reach = SocketAddr::from(([255, 255, 255, 255], 53));
+    let port = server(1, |_| b"an address".to_vec());
+    let config = resolving(&[out_of_reach, loopback(port)]);
+    let mut guest = Guest::new(&config, OFFLOADS[0]);
+    let handle = guest.udp(5000);
+    send(&mut guest, handle, endpoint(DNS, 53), b"a question");
+    let (data, _) = answer(&mut guest, handle, "an answer");
+    assert_eq!(data, b"an address");
+
+    let (to, host) = support::server(|mut client| std::io::Read::read(&mut client, &mut [0; 9]));
+    let config = resolving(&[out_of_reach, loopback(to.port())]);
+    let mut guest = Guest::new(&config, OFFLOADS[0]);
+    let handle = guest.connect(SocketAddrV4::new(DNS, 53), 5000);
+    guest.until("a connection", |g| g.tcp(handle).may_send().then_some(()));
+    guest.tcp(handle).send_slice(b"length").unwrap();
+    guest.until("a question", |_| host.is_finished().then_some(()));
+    assert_eq!(host.join().unwrap().unwrap(), 6);
+}
+
+#[test]
+fn the_only_name_server_may_take_its_time() {
+    let slow = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let config = resolving(&[slow.local_addr().unwrap()]);
+    let mut guest = Guest::new(&config, OFFLOADS[0]);
+    let handle = guest.udp(5000);
+    send(&mut guest, handle, endpoint(DNS, 53), b"a question");
+    let (_, from) = heard(&mut guest, &slow);
+    std::thread::sleep(Duration::from_millis(1100));
+    send(&mut guest, handle, endpoint(DNS, 53), b"a question");
+    heard(&mut guest, &slow);
+    // The first one's.
+    slow.send_to(b"an address", from).unwrap();
+    let (data, _) = answer(&mut guest, handle, "an answer");
+    assert_eq!(data, b"an address");
+}
+
+#[test]
+fn a_name_server_that_answers_no_more_is_left_by_those_that_it_answered() {
+    let first = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let port = server(1, |_| b"another".to_vec());
+    let config = resolving(&[first.local_addr().unwrap(), loopback(port)]);
+    let mut guest = Guest::new(&config, OFFLOADS[0]);
+    let handle = guest.udp(5000);
+    send(&mut guest, handle, endpoint(DNS, 53), b"a question");
+    let (_, from) = heard(&mut guest, &first);
+    first.send_to(b"an address", from).unwrap();
+    answer(&mut guest, handle, "an answer");
+    send(&mut guest, handle, endpoint(DNS, 53), b"a second one");
+    heard(&mut guest, &first);
+    std::thread::sleep(Duration::from_millis(1100));
+    send(&mut guest, handle, endpoint(DNS, 53), b"a second one");
+    let (data, _) = answer(&mut guest, handle, "another answer");
+    assert_eq!(data, b"another");
+}
+
+#[test]
+fn the_session_that_makes_room_is_the_one_that_was_silent_longest() {
+    let host = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let port = host.local_addr().unwrap().port();
+    let config = UserConfig {
+        sessions: 2,
+        ..UserConfig::default()
+    };
+    let mut guest = Guest::new(&config, OFFLOADS[0]);
+    let handles = [5000, 5001, 5002].map(|port| guest.udp(port));
+    let mut first = None;
+    for n in [0, 1, 0, 2] {
+        send(&mut guest, handles[n], endpoint(GATEWAY, port), b"hello");
+        let (_, from) = heard(&mut guest, &host);
+        let first = *first.get_or_insert(from);
+        assert_eq!(from == first, n == 0);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    host.send_to(b"still there", first.unwrap()).unwrap();
+    let (data, _) = answer(&mut guest, handles[0], "an answer");
+    assert_eq!(data, b"still there");
+}
+
+/// Their addresses may all be made up.
+#[test]
+fn clients_of_a_forwarded_port_leave_the_guests_own_sessions_alone() {
+    let free = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let forwarded = free.local_addr().unwrap();
+    drop(free);
+    let config = UserConfig {
+        sessions: 8,
+        forwards: vec![Forward {
+            transport: Transport::Udp,
+            host: forwarded,
+            guest: SocketAddrV4::new(Ipv4Addr::new(10, 0, 2, 15), 53),
+        }],
+        ..UserConfig::default()
+    };
+    let mut guest = Guest::new(&config, OFFLOADS[0]);
+    let host = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let port = host.local_addr().unwrap().port();
+    let own = guest.udp(5000);
+    send(&mut guest, own, endpoint(GATEWAY, port), b"a question");
+    let (_, from) = heard(&mut guest, &host);
+    let inside = guest.udp(53);
+    for _ in 0..20 {
+        let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+        client.send_to(b"flood", forwarded).unwrap();
+        answer(&mut guest, inside, "a client");
+    }
+    host.send_to(b"an answer", from).unwrap();
+    let (data, _) = answer(&mut guest, own, "an answer");
+    assert_eq!(data, b"an answer");
+}
+
 #[test]
 fn a_session_for_which_another_made_room_is_answered() {
     let port = server(3, |question| question.to_vec());

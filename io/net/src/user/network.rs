@@ -28,6 +28,7 @@ pub const BROADCAST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 255);
 /// The gateway's MAC address.
 pub const GATEWAY_MAC: EthernetAddress = EthernetAddress([0x52, 0x55, 10, 0, 2, 2]);
 
+const DNS_PORT: u16 = 53;
 const NEIGHBOURS_MAX: usize = 256;
 const OUTBOX_FRAMES: usize = 1024;
 const OUTBOX_BYTES: usize = 1 << 20;
@@ -143,17 +144,36 @@ impl Network {
     }
 
     /// Where on the host a packet to `to` goes.
-    pub fn target(&mut self, to: SocketAddrV4, attempt: usize) -> Result<SocketAddr, Refusal> {
+    pub fn target(&mut self, to: SocketAddrV4) -> Result<SocketAddr, Refusal> {
         if self.restrict {
             return Err(Refusal::PROHIBITED);
         }
         let ip = *to.ip();
         match ip {
             GATEWAY => Ok((Ipv4Addr::LOCALHOST, to.port()).into()),
-            DNS if to.port() == 53 => self.resolvers.get(attempt).ok_or(Refusal::HOST),
+            DNS if is_name_server(to) => self.resolvers.get(self.now).ok_or(Refusal::HOST),
             DNS => Err(Refusal::Refused),
             _ if is_local(ip) || !is_global_unicast(ip) => Err(Refusal::HOST),
             _ => Ok(SocketAddr::V4(to)),
+        }
+    }
+
+    /// Has `begin` turn to where a packet to `to` goes; from a name server that cannot be reached, to the next one.
+    pub fn reach<T>(
+        &mut self,
+        to: SocketAddrV4,
+        begin: impl Fn(SocketAddr) -> Result<T, Errno>,
+    ) -> Result<T, Refusal> {
+        let mut tried = 1;
+        loop {
+            let target = self.target(to)?;
+            match begin(target) {
+                Err(_) if is_name_server(to) && tried < self.resolvers.len() => {
+                    tried += 1;
+                    self.resolvers.failed(target, self.now);
+                }
+                result => return result.map_err(Refusal::from_errno),
+            }
         }
     }
 
@@ -244,6 +264,11 @@ impl Network {
             self.post(offload, frame);
         }
     }
+}
+
+/// Whether what is sent there is a question to the host's name servers.
+pub fn is_name_server(to: SocketAddrV4) -> bool {
+    *to.ip() == DNS && to.port() == DNS_PORT
 }
 
 /// Whether an address is in the guest's network.

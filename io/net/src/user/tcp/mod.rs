@@ -108,16 +108,15 @@ impl Tcp {
     fn open(&mut self, network: &mut Network, flow: Flow, segment: &Incoming) {
         let refused =
             |network: &mut Network, refusal| refuse(network, flow, segment.sequence, refusal);
-        let target = match network.target(flow.remote, 0) {
-            Ok(target) => target,
-            Err(refusal) => return refused(network, refusal),
-        };
+        if let Err(refusal) = network.target(flow.remote) {
+            return refused(network, refusal);
+        }
         if self.table.len() >= self.limit && !self.evict(network) {
             return refused(network, Refusal::Refused);
         }
-        let (socket, connected) = match connect(target) {
+        let (socket, connected) = match network.reach(flow.remote, connect) {
             Ok(begun) => begun,
-            Err(error) => return refused(network, Refusal::from_errno(error)),
+            Err(refusal) => return refused(network, refusal),
         };
         let first = self.first_sequence(flow, network.now);
         let mut connection = Connection::new(flow, socket, State::Connecting, first, network.now);
