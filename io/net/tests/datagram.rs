@@ -66,6 +66,30 @@ fn a_dhcp_client_gets_the_address_that_qemus_users_expect() {
 }
 
 #[test]
+fn who_has_an_address_is_informed_there_and_gets_none() {
+    let mut udp = vec![0, 68, 0, 67, 1, 0, 0, 0, 1, 1, 6, 0];
+    udp.resize(8 + 236, 0);
+    udp[8 + 12..][..4].copy_from_slice(&[10, 0, 2, 15]);
+    udp[8 + 28..][..6].copy_from_slice(&support::MAC);
+    // A magic number; a message that informs.
+    udp.extend_from_slice(&[99, 130, 83, 99, 53, 1, 8, 255]);
+    let len = udp.len() as u16;
+    udp[4..6].copy_from_slice(&len.to_be_bytes());
+    let frame = support::ip_frame(IpProtocol::Udp, Ipv4Addr::BROADCAST, &udp, 0, false);
+    let mut guest = Guest::new(&UserConfig::default(), OFFLOADS[0]);
+    guest.cable.link.send(Default::default(), &frame);
+    guest.cable.pull();
+    let (_, reply) = guest.cable.received.pop_front().unwrap();
+    let ip = Ipv4Packet::new_checked(&reply[14..]).unwrap();
+    assert_eq!(
+        (&reply[..6], ip.dst_addr()),
+        (&support::MAC[..], Ipv4Addr::new(10, 0, 2, 15))
+    );
+    let yours = &ip.payload()[8 + 16..][..4];
+    assert_eq!(yours, [0; 4]);
+}
+
+#[test]
 fn datagrams_find_their_way_and_back() {
     for accepts in OFFLOADS {
         let port = server(2, |question| [b"re: ", question].concat());
