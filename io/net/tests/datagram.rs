@@ -515,3 +515,39 @@ fn a_restricted_guest_reaches_nothing() {
     );
     assert!(silent.recv(&mut [0]).is_err());
 }
+
+/// IPv6 has room for more than IPv4, with its own header, takes.
+#[test]
+fn a_datagram_that_no_packet_of_the_guests_network_holds_is_lost() {
+    let Ok(free) = UdpSocket::bind("[::1]:0") else {
+        eprintln!("SKIPPED: this host has no IPv6");
+        return;
+    };
+    let host = free.local_addr().unwrap();
+    drop(free);
+    let config = UserConfig {
+        forwards: vec![Forward {
+            transport: Transport::Udp,
+            host,
+            guest: SocketAddrV4::new(Ipv4Addr::new(10, 0, 2, 15), 53),
+        }],
+        ..UserConfig::default()
+    };
+    let mut guest = Guest::new(&config, OFFLOADS[0]);
+    let client = UdpSocket::bind("[::1]:0").unwrap();
+    for len in [65_527, 65_507] {
+        client.send_to(&vec![7; len], host).unwrap();
+    }
+    let mut end = 0;
+    let start = std::time::Instant::now();
+    while end < 8 + 65_507 {
+        assert!(start.elapsed() < support::LIMIT, "{end} bytes come");
+        guest.cable.link.service();
+        guest.cable.pull();
+        for (_, frame) in std::mem::take(&mut guest.cable.received) {
+            let ip = Ipv4Packet::new_checked(&frame[14..]).unwrap();
+            end = usize::from(ip.frag_offset()) + ip.payload().len();
+            assert!(20 + end <= 65_535, "{end} bytes in fragments");
+        }
+    }
+}

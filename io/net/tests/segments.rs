@@ -435,3 +435,20 @@ fn the_numbers_of_a_new_connection_are_beyond_those_of_the_last_between_the_same
         wire.clock.advance(NANOS_PER_SECOND);
     }
 }
+
+/// A driver that follows another, as an operating system's follows its loader's.
+#[test]
+fn what_waits_is_finished_for_a_guest_that_takes_less_than_before() {
+    let (free, port) = listener();
+    drop(free);
+    let mut wire = Wire::to(port);
+    wire.send(ACK, PLENTY, b"of a connection that there is not");
+    wire.network.guest_accepts(Accepts::default());
+    let mut frames = Vec::new();
+    let mut sink = |offload, parts: &[&[u8]]| frames.push((offload, parts.concat()));
+    assert_eq!(wire.network.receive(65553, &mut sink), Received::Frame);
+    let (offload, frame) = frames.remove(0);
+    assert_eq!(offload, Offload::default());
+    let packet = TcpPacket::new_checked(&frame[34..]).unwrap();
+    assert!(packet.verify_checksum(&GATEWAY.into(), &GUEST.into()));
+}

@@ -294,7 +294,7 @@ impl Link for UserNetwork {
     }
 
     fn guest_accepts(&mut self, accepts: Accepts) {
-        self.network.accepts = accepts;
+        self.network.guest_accepts(accepts);
     }
 
     fn send(&mut self, _offload: Offload, frame: &[u8]) -> Sent {

@@ -8,6 +8,7 @@ use doppel_device::{Clock, Nanos};
 use rustix::io::Errno;
 use smoltcp::wire::{EthernetAddress, IpProtocol};
 
+use crate::finish::finish;
 use crate::link::{Accepts, Offload};
 use crate::user::poller::{Poller, Token};
 use crate::user::resolver::Resolvers;
@@ -30,6 +31,7 @@ pub const GATEWAY_MAC: EthernetAddress = EthernetAddress([0x52, 0x55, 10, 0, 2, 
 
 const DNS_PORT: u16 = 53;
 const NEIGHBOURS_MAX: usize = 256;
+const PACKET_MAX: usize = 65535;
 const OUTBOX_FRAMES: usize = 1024;
 const OUTBOX_BYTES: usize = 1 << 20;
 
@@ -196,6 +198,15 @@ impl Network {
         self.outbox.len() + frames <= OUTBOX_FRAMES && self.outbox_bytes + bytes <= OUTBOX_BYTES
     }
 
+    /// The guest takes such unfinished frames from now on, and those that wait were posted for one that may have taken others.
+    pub fn guest_accepts(&mut self, accepts: Accepts) {
+        self.accepts = accepts;
+        let frames = std::mem::take(&mut self.outbox).into_iter();
+        self.outbox = frames
+            .flat_map(|(offload, frame)| finish(offload, frame, accepts))
+            .collect();
+    }
+
     /// The next posted frame.
     pub fn posted(&self) -> Option<&(Offload, Vec<u8>)> {
         self.outbox.front()
@@ -234,7 +245,7 @@ impl Network {
         self.post_packet(&route, IpProtocol::Udp, offload, &bytes);
     }
 
-    /// Sends the payload of an IP packet to the guest, in fragments where it is too long.
+    /// Sends the payload of an IP packet to the guest, in fragments where it is too long for the network. What is longer than any packet is lost.
     pub fn post_packet(
         &mut self,
         route: &Route,
@@ -242,6 +253,9 @@ impl Network {
         offload: Offload,
         bytes: &[u8],
     ) {
+        if wire::IPV4 + bytes.len() > PACKET_MAX {
+            return;
+        }
         let whole = wire::IPV4 + bytes.len() <= self.mtu;
         let step = match whole {
             true => bytes.len().max(1),
