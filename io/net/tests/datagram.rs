@@ -386,6 +386,23 @@ fn a_ping_beyond_the_gateway_is_forbidden_where_the_host_forbids_it() {
     assert_eq!(refusal, (Icmpv4Message::DstUnreachable, 13));
 }
 
+/// RFC 1122, 3.2.2.
+#[test]
+fn there_are_no_errors_about_what_is_for_everybody() {
+    let mut guest = Guest::new(&UserConfig::default(), OFFLOADS[0]);
+    let mut call = vec![0; 20];
+    (call[1], call[3], call[12], call[13]) = (9, 9, 5 << 4, 2);
+    let echo = [8, 0, 0, 0, 0, 1, 0, 1];
+    for to in [[255; 4], [10, 0, 2, 255], [224, 0, 0, 1]] {
+        for (protocol, payload) in [(IpProtocol::Icmp, &echo[..]), (IpProtocol::Tcp, &call)] {
+            let frame = support::ip_frame(protocol, to.into(), payload, 0, false);
+            guest.cable.link.send(Default::default(), &frame);
+            guest.cable.pull();
+            assert!(guest.cable.received.is_empty(), "{protocol} to {to:?}");
+        }
+    }
+}
+
 /// The next ICMP message, seen on the cable: smoltcp would keep some to itself.
 fn loop_for_icmp(guest: &mut Guest) -> (Icmpv4Message, u8) {
     let start = std::time::Instant::now();

@@ -121,7 +121,7 @@ impl Network {
 
     /// Remembers who has `address`.
     pub fn learn(&mut self, address: Ipv4Addr, mac: EthernetAddress) {
-        if !is_local(address) || address == GATEWAY || address == DNS || !mac.is_unicast() {
+        if !may_be_guest(address) || !mac.is_unicast() {
             return;
         }
         if self.neighbours.len() < NEIGHBOURS_MAX || self.neighbours.contains_key(&address) {
@@ -288,6 +288,16 @@ pub fn is_name_server(to: SocketAddrV4) -> bool {
 /// Whether an address is in the guest's network.
 pub fn is_local(address: Ipv4Addr) -> bool {
     address & MASK == NETWORK
+}
+
+/// Whether a guest may have an address.
+pub fn may_be_guest(address: Ipv4Addr) -> bool {
+    is_local(address) && ![NETWORK, GATEWAY, DNS, BROADCAST].contains(&address)
+}
+
+/// Whether an address is that of many, about packets to which nobody is told of errors (RFC 1122, 3.2.2).
+pub fn is_for_many(address: Ipv4Addr) -> bool {
+    address.is_multicast() || address.is_broadcast() || address == BROADCAST
 }
 
 /// Whether packets of a guest may go there at all.
