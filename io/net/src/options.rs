@@ -14,7 +14,7 @@ use crate::link::Link;
 use crate::remote::RemoteLink;
 use crate::switch::{Switch, SwitchError};
 use crate::tap_unsafe::{Tap, TapError};
-use crate::user::{Forward, GUEST, Transport, UserConfig, UserError, UserNetwork};
+use crate::user::{Forward, GUEST, Transport, UserConfig, UserError, UserNetwork, may_be_guest};
 
 /// The address that the first card of a machine has where nobody gives it another; QEMU's.
 const FIRST_MAC: [u8; 6] = [0x52, 0x54, 0x00, 0x12, 0x34, 0x56];
@@ -261,7 +261,12 @@ fn forward(value: &str) -> Result<Forward, String> {
     let (guest, guest_port) = end(guest).ok_or_else(wrong)?;
     let guest = match guest {
         None => GUEST,
-        Some(IpAddr::V4(ip)) => ip,
+        Some(IpAddr::V4(ip)) if may_be_guest(ip) => ip,
+        Some(IpAddr::V4(ip)) => {
+            return Err(format!(
+                "{value:?} leads to no guest: {ip} is none of the addresses in 10.0.2.0/24 that a guest may have; without one, as in hostfwd=tcp::2222-:22, it is {GUEST}"
+            ));
+        }
         Some(IpAddr::V6(_)) => return Err(wrong()),
     };
     Ok(Forward {
@@ -318,6 +323,8 @@ mod tests {
             "tcp::22-:99999",
             "sctp::1-:2",
             "tcp::1-[::1]:2",
+            "tcp::1-192.0.2.1:2",
+            "tcp::1-10.0.2.2:2",
         ] {
             let message = format!("user,hostfwd={wrong}")
                 .parse::<NetConfig>()

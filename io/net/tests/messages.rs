@@ -261,3 +261,47 @@ fn the_monitor_takes_whatever_a_networks_process_says() {
         "it hangs"
     );
 }
+
+/// A guest that takes no frames hears nothing of its connections either, however often their process dies.
+#[test]
+fn what_the_monitor_asks_of_a_guest_that_takes_nothing_has_a_limit() {
+    const FLOWS: u16 = 4000;
+    let starts = Arc::new(AtomicU64::new(0));
+    let counted = starts.clone();
+    let start = move |socket: OwnedFd| -> io::Result<Child> {
+        counted.fetch_add(1, Ordering::Relaxed);
+        thread::spawn(move || {
+            let _ = send(&socket, &HELLO, SendFlags::NOSIGNAL);
+            let start = Instant::now();
+            let mut buffer = vec![0; 70_000];
+            while start.elapsed() < Duration::from_millis(150) {
+                let frame = recv(&socket, &mut buffer[..], RecvFlags::DONTWAIT);
+                if frame.is_err() {
+                    thread::sleep(Duration::from_millis(1));
+                }
+            }
+        });
+        Command::new("true").stdin(Stdio::null()).spawn()
+    };
+    let clock = Arc::new(HostClock::new());
+    let (mut link, _) = RemoteLink::new(Box::new(start), true, clock).unwrap();
+    link.service();
+    for port in 0..FLOWS {
+        let mut tcp = vec![0; 20];
+        tcp[..2].copy_from_slice(&(1024 + port).to_be_bytes());
+        (tcp[12], tcp[13]) = (5 << 4, 16);
+        let frame = support::ip_frame(IpProtocol::Tcp, GATEWAY, &tcp, 0, false);
+        while link.send(Offload::default(), &frame) == Sent::Full {
+            link.service();
+        }
+    }
+    let start = Instant::now();
+    while starts.load(Ordering::Relaxed) < 10 {
+        assert!(start.elapsed() < support::LIMIT, "it is not started again");
+        link.service();
+        thread::sleep(Duration::from_millis(1));
+    }
+    let mut frames = 0;
+    while link.receive(FRAME_MAX, &mut |_, _| frames += 1) == Received::Frame {}
+    assert!((1000..=2 * u32::from(FLOWS)).contains(&frames), "{frames}");
+}

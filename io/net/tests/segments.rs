@@ -2,17 +2,21 @@
 
 mod support;
 
+use std::collections::VecDeque;
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::net::{Shutdown, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use doppel_device::{FakeClock, NANOS_PER_SECOND};
-use doppel_net::{Accepts, Link, Offload, Received, UserConfig, UserNetwork};
-use rustix::net::SendFlags;
+use doppel_net::{
+    Accepts, Forward, GUEST, Link, Offload, Received, Transport, UserConfig, UserNetwork,
+};
+use rustix::net::{AddressFamily, SendFlags, SocketType, sockopt};
 use smoltcp::wire::{IpProtocol, TcpPacket};
 use support::{GATEWAY, LIMIT, MAC};
 
+const FIN: u8 = 1;
 const SYN: u8 = 2;
 const RST: u8 = 4;
 const ACK: u8 = 16;
@@ -24,7 +28,9 @@ const PLENTY: u16 = 0xffff;
 #[derive(Clone, Debug)]
 struct Segment {
     sequence: u32,
+    acknowledged: u32,
     flags: u8,
+    window: u16,
     data: Vec<u8>,
 }
 
@@ -33,7 +39,9 @@ impl Segment {
         let packet = TcpPacket::new_checked(&frame[34..]).unwrap();
         Segment {
             sequence: packet.seq_number().0 as u32,
+            acknowledged: packet.ack_number().0 as u32,
             flags: frame[34 + 13] & 0x3f,
+            window: packet.window_len(),
             data: packet.payload().to_vec(),
         }
     }
@@ -90,12 +98,16 @@ impl Wire {
     }
 
     fn send(&mut self, flags: u8, window: u16, data: &[u8]) {
-        let mut tcp = vec![0; 20];
+        self.send_with(&[], flags, window, data);
+    }
+
+    fn send_with(&mut self, options: &[u8], flags: u8, window: u16, data: &[u8]) {
+        let mut tcp = [&[0; 20], options].concat();
         tcp[..2].copy_from_slice(&self.ports.0.to_be_bytes());
         tcp[2..4].copy_from_slice(&self.ports.1.to_be_bytes());
         tcp[4..8].copy_from_slice(&self.next.to_be_bytes());
         tcp[8..12].copy_from_slice(&self.acknowledged.to_be_bytes());
-        (tcp[12], tcp[13]) = (5 << 4, flags);
+        (tcp[12], tcp[13]) = ((tcp.len() as u8 / 4) << 4, flags);
         tcp[14..16].copy_from_slice(&window.to_be_bytes());
         tcp.extend_from_slice(data);
         self.next += data.len() as u32;
@@ -289,5 +301,246 @@ fn what_a_connection_has_for_a_guest_without_room_can_be_thrown_away() {
     // It is lost as a network loses frames.
     wire.clock.advance(NANOS_PER_SECOND);
     wire.network.service();
+    assert_eq!(wire.pull().remove(0).flags, SYN | ACK);
+}
+
+/// What the host sent is still in its socket, for the guest has no room: its announcement of some may be lost.
+#[test]
+fn a_closed_window_is_probed_for_what_the_host_has_sent() {
+    let (mut wire, mut host) = connected(1000);
+    host.write_all(&[7; 3000]).unwrap();
+    wire.wait();
+    let taken: usize = wire.pull().iter().map(|segment| segment.data.len()).sum();
+    assert_eq!(taken, 1000);
+    wire.acknowledged = wire.acknowledged.wrapping_add(1000);
+    wire.send(ACK, 0, b"");
+    assert!(wire.pull().is_empty());
+    for n in 0..20 {
+        wire.clock.advance(31 * NANOS_PER_SECOND);
+        wire.network.service();
+        let probes = wire.pull();
+        assert_eq!(probes.len(), 1, "{n}");
+        wire.send(ACK, 0, b"");
+    }
+    wire.send(ACK, PLENTY, b"");
+    assert_eq!(wire.read(|data| data.len() >= 2000), [7; 2000]);
+}
+
+#[test]
+fn a_reset_behind_the_hosts_end_is_passed_on() {
+    let (mut wire, host) = connected(PLENTY);
+    wire.send(ACK, PLENTY, b"what nobody reads");
+    host.shutdown(Shutdown::Write).unwrap();
+    let (start, mut ended) = (Instant::now(), false);
+    while !ended {
+        assert!(start.elapsed() < LIMIT, "no end");
+        wire.network.service();
+        ended = wire.pull().iter().any(|segment| segment.has(FIN));
+    }
+    wire.acknowledged = wire.acknowledged.wrapping_add(1);
+    wire.send(ACK, PLENTY, b"");
+    wire.pull();
+    drop(host);
+    wire.wait();
+    assert!(wire.pull().iter().any(|segment| segment.has(RST)));
+}
+
+/// A guest that was slow once has what is sent again twice, and says so.
+#[test]
+fn what_was_sent_twice_for_once_does_not_lead_to_all_being_sent_twice() {
+    const TOTAL: usize = 1_000_000;
+    let (mut wire, mut host) = connected(PLENTY);
+    wire.network.guest_accepts(Accepts::default());
+    let host = std::thread::spawn(move || host.write_all(&[7; TOTAL]));
+    wire.wait();
+    let mut under_way = VecDeque::from([wire.pull()]);
+    wire.clock.advance(NANOS_PER_SECOND);
+    wire.network.service();
+    under_way.push_back(wire.pull());
+    let (start, mut sent, mut got) = (Instant::now(), 0, 0);
+    while got < TOTAL {
+        assert!(start.elapsed() < LIMIT, "only {got} bytes come");
+        for segment in under_way.pop_front().unwrap_or_default() {
+            sent += segment.data.len();
+            if segment.sequence == wire.acknowledged {
+                got += segment.data.len();
+                wire.acknowledged = segment.sequence.wrapping_add(segment.data.len() as u32);
+            }
+            wire.send(ACK, PLENTY, b"");
+        }
+        wire.network.service();
+        under_way.push_back(wire.pull());
+    }
+    host.join().unwrap().unwrap();
+    assert!(sent < TOTAL + 200_000, "{sent} bytes for {TOTAL}");
+}
+
+/// A guest whose port 22 is forwarded, and where on the host.
+fn forwarded() -> (Wire, SocketAddr) {
+    forwarded_with(UserConfig::default())
+}
+
+fn forwarded_with(config: UserConfig) -> (Wire, SocketAddr) {
+    let (free, _) = listener();
+    let host = free.local_addr().unwrap();
+    drop(free);
+    let config = UserConfig {
+        forwards: vec![Forward {
+            transport: Transport::Tcp,
+            host,
+            guest: SocketAddrV4::new(GUEST, 22),
+        }],
+        ..config
+    };
+    (Wire::with(&config, 0), host)
+}
+
+/// As from a connection of earlier, of which the guest waits for late segments.
+#[test]
+fn a_guest_that_takes_a_call_for_an_old_connection_is_reset_and_called_again() {
+    let (mut wire, host) = forwarded();
+    let client = TcpStream::connect(host).unwrap();
+    wire.ports = (22, client.local_addr().unwrap().port());
+    wire.wait();
+    let call = wire.pull().remove(0);
+    assert_eq!(call.flags, SYN);
+    wire.acknowledged = call.sequence.wrapping_sub(5000);
+    wire.send(ACK, PLENTY, b"");
+    let reset = wire.pull().remove(0);
+    assert_eq!((reset.flags, reset.sequence), (RST, wire.acknowledged));
+    wire.clock.advance(NANOS_PER_SECOND);
+    wire.network.service();
+    let again = wire.pull().remove(0);
+    assert_eq!((again.flags, again.sequence), (SYN, call.sequence));
+    wire.acknowledged = call.sequence.wrapping_add(1);
+    wire.send(SYN | ACK, PLENTY, b"");
+    let answer = wire.pull().remove(0);
+    assert_eq!(
+        (answer.flags, answer.acknowledged),
+        (ACK, wire.next.wrapping_add(1))
+    );
+}
+
+/// So that a guest that waits for late segments of an old one tells them apart (RFC 9293, 3.4.1).
+#[test]
+fn the_numbers_of_a_new_connection_are_beyond_those_of_the_last_between_the_same_ports() {
+    let (mut wire, host) = forwarded();
+    let mut last = None;
+    for n in 0..10 {
+        let client = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        sockopt::set_socket_reuseaddr(&client, true).unwrap();
+        let address = SocketAddrV4::new([127, 0, 0, 1].into(), wire.ports.1);
+        rustix::net::bind(&client, &address).unwrap();
+        rustix::net::connect(&client, &host).unwrap();
+        let client = TcpStream::from(client);
+        wire.ports = (22, client.local_addr().unwrap().port());
+        wire.wait();
+        let first = wire.pull().remove(0).sequence;
+        let beyond = last.is_none_or(|last: u32| (first.wrapping_sub(last) as i32) > 0);
+        assert!(beyond, "call {n}: {first} after {last:?}");
+        last = Some(first);
+        wire.acknowledged = first.wrapping_add(1);
+        wire.send(RST | ACK, 0, b"");
+        assert!((&client).read(&mut [0]).is_err());
+        wire.clock.advance(NANOS_PER_SECOND);
+    }
+}
+
+/// A driver that follows another, as an operating system's follows its loader's.
+#[test]
+fn what_waits_is_finished_for_a_guest_that_takes_less_than_before() {
+    let (free, port) = listener();
+    drop(free);
+    let mut wire = Wire::to(port);
+    wire.send(ACK, PLENTY, b"of a connection that there is not");
+    wire.network.guest_accepts(Accepts::default());
+    let mut frames = Vec::new();
+    let mut sink = |offload, parts: &[&[u8]]| frames.push((offload, parts.concat()));
+    assert_eq!(wire.network.receive(65553, &mut sink), Received::Frame);
+    let (offload, frame) = frames.remove(0);
+    assert_eq!(offload, Offload::default());
+    let packet = TcpPacket::new_checked(&frame[34..]).unwrap();
+    assert!(packet.verify_checksum(&GATEWAY.into(), &GUEST.into()));
+}
+
+/// As little as each gets when all together keep much. What comes on top is sent again too late.
+#[test]
+fn no_more_is_asked_for_than_is_taken_when_memory_is_scarce() {
+    let (listener, port) = listener();
+    let mut wire = Wire::to(port);
+    // Of these the guest acknowledges nothing.
+    let mut hosts = Vec::new();
+    for n in 0.. {
+        if wire.network.usage().2 > 32 << 20 {
+            break;
+        }
+        assert!(n < 60);
+        wire.ports.0 = 10_000 + n;
+        wire.next = FIRST;
+        wire.send_with(&[1, 3, 3, 7], SYN, PLENTY, b"");
+        wire.next += 1;
+        wire.wait();
+        let answer = wire.pull().remove(0);
+        wire.acknowledged = answer.sequence.wrapping_add(1);
+        wire.send(ACK, PLENTY, b"");
+        let (mut host, _) = listener.accept().unwrap();
+        hosts.push(std::thread::spawn(move || {
+            let _ = host.write_all(&[7; 3 << 20]);
+        }));
+        let (start, mut got) = (Instant::now(), 0);
+        while got < 1 << 20 && wire.network.usage().2 <= 32 << 20 {
+            assert!(start.elapsed() < LIMIT, "only {got} bytes come");
+            wire.network.service();
+            got += wire.pull().iter().map(|s| s.data.len()).sum::<usize>();
+        }
+    }
+    wire.ports.0 = 20_000;
+    wire.syn();
+    wire.wait();
+    let mut answer = wire.pull().remove(0);
+    wire.acknowledged = answer.sequence.wrapping_add(1);
+    wire.send(ACK, PLENTY, b"");
+    let (_slow, _) = listener.accept().unwrap();
+    let mut sent = 0;
+    while answer.window > 0 {
+        assert!(sent < 100 << 20, "nothing stops the guest");
+        let data = vec![7; usize::from(answer.window).min(60_000)];
+        wire.send(ACK, PLENTY, &data);
+        sent += data.len();
+        wire.network.service();
+        let ours = wire.pull().into_iter().filter(|s| s.data.is_empty());
+        answer = ours.last().unwrap();
+        assert_eq!(answer.acknowledged, wire.next, "after {sent} bytes");
+    }
+    drop(wire);
+    for host in hosts {
+        host.join().unwrap();
+    }
+}
+
+#[test]
+fn clients_of_a_forwarded_port_leave_the_guest_connections_of_its_own() {
+    let (mut wire, host) = forwarded_with(UserConfig {
+        connections: 8,
+        ..UserConfig::default()
+    });
+    let mut clients = Vec::new();
+    for _ in 0..20 {
+        let client = TcpStream::connect(host).unwrap();
+        wire.ports = (22, client.local_addr().unwrap().port());
+        clients.push(client);
+        wire.network.service();
+        // Others may have made room for it, or none.
+        if let Some(call) = wire.pull().into_iter().find(|s| s.flags == SYN) {
+            wire.acknowledged = call.sequence.wrapping_add(1);
+            wire.send(SYN | ACK, PLENTY, b"");
+            wire.pull();
+        }
+    }
+    assert_eq!(wire.network.usage().0, 6);
+    let (_listener, port) = listener();
+    wire.ports = (40_000, port);
+    wire.syn();
+    wire.wait();
     assert_eq!(wire.pull().remove(0).flags, SYN | ACK);
 }

@@ -16,7 +16,7 @@ use crate::user::tcp::{ACK, Flow, Incoming, Outgoing, RST};
 use crate::user::wire::Route;
 
 /// As many as a user network has connections at most.
-const FLOWS_MAX: usize = 4096;
+pub const FLOWS_MAX: usize = 4096;
 /// How often the guest is asked about each, and how long there is between.
 const QUESTIONS: u32 = 3;
 const INTERVAL: Nanos = 11 * NANOS_PER_SECOND / 10;

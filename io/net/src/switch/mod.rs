@@ -205,6 +205,11 @@ impl Link for Switch {
 
     fn guest_accepts(&mut self, accepts: Accepts) {
         self.accepts = accepts;
+        // Those that wait may be for another driver.
+        let frames = std::mem::take(&mut self.waiting).into_iter();
+        self.waiting = frames
+            .flat_map(|(offload, frame)| finish(offload, frame, accepts))
+            .collect();
     }
 
     fn send(&mut self, offload: Offload, frame: &[u8]) -> Sent {

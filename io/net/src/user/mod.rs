@@ -35,8 +35,8 @@ use dhcp::Dhcp;
 use forward::Forwards;
 pub use forward::{Forward, ForwardError, Transport};
 use fragments::Fragments;
-pub use network::GUEST;
-use network::{DNS, GATEWAY, GATEWAY_MAC, Network, is_local};
+use network::{DNS, GATEWAY, GATEWAY_MAC, Network, is_for_many};
+pub use network::{GUEST, may_be_guest};
 use poller::{Kind, Poller, Token};
 use resolver::Resolvers;
 use session::{Ends, Protocol, Sessions};
@@ -190,7 +190,7 @@ impl UserNetwork {
         if from.is_unspecified() {
             return self.boot_message(protocol, packet.payload());
         }
-        if !is_local(from) || [GATEWAY, DNS].contains(&from) {
+        if !may_be_guest(from) {
             return None;
         }
         self.network.learn(from, mac);
@@ -219,6 +219,7 @@ impl UserNetwork {
     ) -> Option<()> {
         let network = &mut self.network;
         match protocol {
+            IpProtocol::Tcp | IpProtocol::Icmp if is_for_many(to) => {}
             IpProtocol::Tcp => self.tcp.packet(network, from, to, bytes),
             IpProtocol::Udp => self.datagram(from, to, bytes)?,
             IpProtocol::Icmp => {
@@ -249,7 +250,7 @@ impl UserNetwork {
             guest: SocketAddrV4::new(from, datagram.src_port()),
             remote: SocketAddrV4::new(to, datagram.dst_port()),
         };
-        if network::is_global_unicast(to) && to != network::BROADCAST {
+        if network::is_global_unicast(to) && !is_for_many(to) {
             self.sessions.send(&mut self.network, ends, data);
         }
         Some(())
@@ -294,7 +295,7 @@ impl Link for UserNetwork {
     }
 
     fn guest_accepts(&mut self, accepts: Accepts) {
-        self.network.accepts = accepts;
+        self.network.guest_accepts(accepts);
     }
 
     fn send(&mut self, _offload: Offload, frame: &[u8]) -> Sent {

@@ -8,6 +8,7 @@ use doppel_device::{Clock, Nanos};
 use rustix::io::Errno;
 use smoltcp::wire::{EthernetAddress, IpProtocol};
 
+use crate::finish::finish;
 use crate::link::{Accepts, Offload};
 use crate::user::poller::{Poller, Token};
 use crate::user::resolver::Resolvers;
@@ -28,7 +29,9 @@ pub const BROADCAST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 255);
 /// The gateway's MAC address.
 pub const GATEWAY_MAC: EthernetAddress = EthernetAddress([0x52, 0x55, 10, 0, 2, 2]);
 
+const DNS_PORT: u16 = 53;
 const NEIGHBOURS_MAX: usize = 256;
+const PACKET_MAX: usize = 65535;
 const OUTBOX_FRAMES: usize = 1024;
 const OUTBOX_BYTES: usize = 1 << 20;
 
@@ -118,7 +121,7 @@ impl Network {
 
     /// Remembers who has `address`.
     pub fn learn(&mut self, address: Ipv4Addr, mac: EthernetAddress) {
-        if !is_local(address) || address == GATEWAY || address == DNS || !mac.is_unicast() {
+        if !may_be_guest(address) || !mac.is_unicast() {
             return;
         }
         if self.neighbours.len() < NEIGHBOURS_MAX || self.neighbours.contains_key(&address) {
@@ -143,17 +146,36 @@ impl Network {
     }
 
     /// Where on the host a packet to `to` goes.
-    pub fn target(&mut self, to: SocketAddrV4, attempt: usize) -> Result<SocketAddr, Refusal> {
+    pub fn target(&mut self, to: SocketAddrV4) -> Result<SocketAddr, Refusal> {
         if self.restrict {
             return Err(Refusal::PROHIBITED);
         }
         let ip = *to.ip();
         match ip {
             GATEWAY => Ok((Ipv4Addr::LOCALHOST, to.port()).into()),
-            DNS if to.port() == 53 => self.resolvers.get(attempt).ok_or(Refusal::HOST),
+            DNS if is_name_server(to) => self.resolvers.get(self.now).ok_or(Refusal::HOST),
             DNS => Err(Refusal::Refused),
             _ if is_local(ip) || !is_global_unicast(ip) => Err(Refusal::HOST),
             _ => Ok(SocketAddr::V4(to)),
+        }
+    }
+
+    /// Has `begin` turn to where a packet to `to` goes; from a name server that cannot be reached, to the next one.
+    pub fn reach<T>(
+        &mut self,
+        to: SocketAddrV4,
+        begin: impl Fn(SocketAddr) -> Result<T, Errno>,
+    ) -> Result<T, Refusal> {
+        let mut tried = 1;
+        loop {
+            let target = self.target(to)?;
+            match begin(target) {
+                Err(_) if is_name_server(to) && tried < self.resolvers.len() => {
+                    tried += 1;
+                    self.resolvers.failed(target, self.now);
+                }
+                result => return result.map_err(Refusal::from_errno),
+            }
         }
     }
 
@@ -174,6 +196,15 @@ impl Network {
     /// Whether so many more frames can be posted.
     fn has_room(&self, frames: usize, bytes: usize) -> bool {
         self.outbox.len() + frames <= OUTBOX_FRAMES && self.outbox_bytes + bytes <= OUTBOX_BYTES
+    }
+
+    /// The guest takes such unfinished frames from now on, and those that wait were posted for one that may have taken others.
+    pub fn guest_accepts(&mut self, accepts: Accepts) {
+        self.accepts = accepts;
+        let frames = std::mem::take(&mut self.outbox).into_iter();
+        self.outbox = frames
+            .flat_map(|(offload, frame)| finish(offload, frame, accepts))
+            .collect();
     }
 
     /// The next posted frame.
@@ -214,7 +245,7 @@ impl Network {
         self.post_packet(&route, IpProtocol::Udp, offload, &bytes);
     }
 
-    /// Sends the payload of an IP packet to the guest, in fragments where it is too long.
+    /// Sends the payload of an IP packet to the guest, in fragments where it is too long for the network. What is longer than any packet is lost.
     pub fn post_packet(
         &mut self,
         route: &Route,
@@ -222,6 +253,9 @@ impl Network {
         offload: Offload,
         bytes: &[u8],
     ) {
+        if wire::IPV4 + bytes.len() > PACKET_MAX {
+            return;
+        }
         let whole = wire::IPV4 + bytes.len() <= self.mtu;
         let step = match whole {
             true => bytes.len().max(1),
@@ -246,9 +280,24 @@ impl Network {
     }
 }
 
+/// Whether what is sent there is a question to the host's name servers.
+pub fn is_name_server(to: SocketAddrV4) -> bool {
+    *to.ip() == DNS && to.port() == DNS_PORT
+}
+
 /// Whether an address is in the guest's network.
 pub fn is_local(address: Ipv4Addr) -> bool {
     address & MASK == NETWORK
+}
+
+/// Whether a guest may have an address.
+pub fn may_be_guest(address: Ipv4Addr) -> bool {
+    is_local(address) && ![NETWORK, GATEWAY, DNS, BROADCAST].contains(&address)
+}
+
+/// Whether an address is that of many, about packets to which nobody is told of errors (RFC 1122, 3.2.2).
+pub fn is_for_many(address: Ipv4Addr) -> bool {
+    address.is_multicast() || address.is_broadcast() || address == BROADCAST
 }
 
 /// Whether packets of a guest may go there at all.

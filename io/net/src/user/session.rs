@@ -14,7 +14,7 @@ use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, 
 use smoltcp::wire::{Icmpv4Packet, IpProtocol};
 
 use crate::link::Offload;
-use crate::user::network::{DNS, GATEWAY, Network, Refusal};
+use crate::user::network::{DNS, GATEWAY, Network, Refusal, is_name_server};
 use crate::user::poller::{EventFlags, Kind, Token};
 use crate::user::table::Table;
 use crate::user::wire;
@@ -22,9 +22,6 @@ use crate::user::wire;
 const UNANSWERED: Nanos = 30 * NANOS_PER_SECOND;
 const ANSWERED: Nanos = 120 * NANOS_PER_SECOND;
 const DATAGRAM_MAX: usize = 65535;
-const DNS_PORT: u16 = 53;
-/// A question that comes sooner is another one: C libraries ask for both kinds of addresses at once, from one socket.
-const ASKED_AGAIN: Nanos = NANOS_PER_SECOND;
 
 /// The protocol of a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -68,9 +65,8 @@ struct Session {
     socket: Socket,
     heard: Nanos,
     answered: bool,
-    refused: bool,
-    // How many name servers were asked in vain.
-    attempt: usize,
+    // The host's, where it is with one.
+    name_server: Option<SocketAddr>,
     last_len: usize,
     armed: Nanos,
     queued: bool,
@@ -118,63 +114,69 @@ impl Sessions {
 
     /// The guest sends `data`: what UDP carries, or an ICMP packet.
     pub fn send(&mut self, network: &mut Network, ends: Ends, data: &[u8]) {
-        let mut attempt = 0;
         if let Some(&token) = self.by_ends.get(&ends) {
-            match self.next_server(token, network.now) {
-                Some(next) => attempt = next,
-                None => return self.pass_on(network, token, data),
+            if !self.is_with_another(network, token) {
+                return self.pass_on(network, token, data);
             }
             self.end(network, token);
         }
-        match self.open(network, ends, attempt) {
+        match self.open(network, ends) {
             Ok(token) => self.pass_on(network, token, data),
             Err(Refusal::Refused) => unreachable(network, ends, Refusal::PORT, data.len()),
             Err(Refusal::Unreachable(code)) => unreachable(network, ends, code, data.len()),
         }
     }
 
-    /// A question that the name server did not answer goes to the next one.
-    fn next_server(&mut self, token: Token, now: Nanos) -> Option<usize> {
-        let session = self.table.get_mut(token)?;
-        let dns = *session.ends.remote.ip() == DNS && session.ends.remote.port() == DNS_PORT;
-        let again = session.refused || now.saturating_sub(session.heard) >= ASKED_AGAIN;
-        (dns && again && !session.answered).then_some(session.attempt + 1)
+    /// Whether a session is with another name server than is asked now.
+    fn is_with_another(&self, network: &mut Network, token: Token) -> bool {
+        let session = self.table.get(token);
+        session.is_some_and(
+            |Session {
+                 ends, name_server, ..
+             }| {
+                name_server.is_some() && network.target(ends.remote).ok() != *name_server
+            },
+        )
     }
 
-    fn open(
-        &mut self,
-        network: &mut Network,
-        ends: Ends,
-        attempt: usize,
-    ) -> Result<Token, Refusal> {
-        let target = network.target(ends.remote, attempt)?;
-        let socket = connect(ends.protocol, target).map_err(Refusal::from_errno)?;
-        self.make_room(network);
+    fn open(&mut self, network: &mut Network, ends: Ends) -> Result<Token, Refusal> {
+        let begin = |target| Ok((target, connect(ends.protocol, target)?));
+        let (target, socket) = network.reach(ends.remote, begin)?;
+        self.make_room(network, false);
         let token = self.table.next_token();
         network
             .poller
             .add(&socket, token)
             .map_err(|_| Refusal::PROHIBITED)?;
-        Ok(self.insert(network, ends, Socket::Own(socket), attempt))
+        let token = self.insert(network, ends, Socket::Own(socket));
+        if let Some(session) = self.table.get_mut(token) {
+            session.name_server = Some(target).filter(|_| is_name_server(ends.remote));
+        }
+        Ok(token)
     }
 
-    /// Sees that there is a slot for another session: the oldest one goes.
-    fn make_room(&mut self, network: &mut Network) {
-        if self.table.len() >= self.limit
-            && let Some(&(_, oldest)) = self.deadlines.first()
-        {
-            self.end(network, oldest);
+    /// Sees that there is a slot for another session: the one whose time is up first goes. Clients of forwarded ports, whose
+    /// addresses may be made up, have half of them at most.
+    fn make_room(&mut self, network: &mut Network, forwarded: bool) {
+        let many = forwarded && self.by_client.len() >= self.limit.div_ceil(2);
+        if !many && self.table.len() < self.limit {
+            return;
+        }
+        let is_client = |s: &Session| matches!(s.socket, Socket::Forward(..));
+        let sessions = self.table.iter().filter(|(_, s)| !many || is_client(s));
+        let first = sessions.min_by_key(|(_, s)| s.deadline());
+        if let Some(token) = first.map(|(token, _)| token) {
+            self.end(network, token);
         }
     }
 
-    fn insert(&mut self, network: &Network, ends: Ends, socket: Socket, attempt: usize) -> Token {
+    fn insert(&mut self, network: &Network, ends: Ends, socket: Socket) -> Token {
         let mut session = Session {
             ends,
             socket,
             heard: network.now,
             answered: false,
-            refused: false,
-            attempt,
+            name_server: None,
             last_len: 0,
             armed: 0,
             queued: false,
@@ -194,6 +196,9 @@ impl Sessions {
         };
         session.heard = network.now;
         session.last_len = data.len();
+        if let Some(server) = session.name_server {
+            network.resolvers.asked(server, network.now);
+        }
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         let send = || match &session.socket {
             Socket::Own(socket) => rustix::net::send(socket, data, flags),
@@ -217,7 +222,9 @@ impl Sessions {
         let Some(session) = self.table.get_mut(token) else {
             return;
         };
-        session.refused = true;
+        if let Some(server) = session.name_server {
+            network.resolvers.failed(server, network.now);
+        }
         let (ends, len) = (session.ends, session.last_len);
         match (error, Refusal::from_errno(error)) {
             (Errno::CONNREFUSED, _) => unreachable(network, ends, Refusal::PORT, len),
@@ -252,6 +259,9 @@ impl Sessions {
             Ok((n, _)) => {
                 session.answered = true;
                 session.heard = network.now;
+                if let Some(server) = session.name_server {
+                    network.resolvers.answered(server);
+                }
                 deliver(network, session.ends, &mut self.buffer[..n]);
             }
             Err(Errno::AGAIN) => session.readable = false,
@@ -283,9 +293,9 @@ impl Sessions {
         let known = self.by_client.get(&(number, client)).copied();
         let token = known.or_else(|| {
             let ends = self.free_ends(seen, guest)?;
-            self.make_room(network);
+            self.make_room(network, true);
             let socket = Socket::Forward(socket.clone(), client);
-            let token = self.insert(network, ends, socket, 0);
+            let token = self.insert(network, ends, socket);
             self.by_client.insert((number, client), token);
             Some(token)
         });

@@ -101,6 +101,8 @@ pub struct Connection {
     pub flow: Flow,
     pub socket: OwnedFd,
     pub state: State,
+    /// The host's end is a client of a forwarded port.
+    pub is_client: bool,
     /// The first byte that the guest has not acknowledged, the next to send, and the end of what was ever sent.
     pub una: u32,
     pub next: u32,
@@ -113,6 +115,8 @@ pub struct Connection {
     pub host_ended: bool,
     pub end_acknowledged: bool,
     pub duplicates: u8,
+    /// What is before this may have been sent twice, and is then acknowledged twice too.
+    pub resent: Option<u32>,
     pub retransmit_at: Option<Nanos>,
     pub retransmissions: u32,
     /// What the guest sends next, and up to where it may.
@@ -149,6 +153,7 @@ impl Connection {
             flow,
             socket,
             state,
+            is_client: state == State::Calling,
             una: first,
             next: first,
             max: first,
@@ -159,6 +164,7 @@ impl Connection {
             host_ended: false,
             end_acknowledged: false,
             duplicates: 0,
+            resent: None,
             retransmit_at: None,
             retransmissions: 0,
             rcv: 0,
@@ -217,7 +223,7 @@ impl Connection {
 
     /// The guest answers our call.
     fn answer(&mut self, segment: &Incoming) -> Fate {
-        let ours = segment.has(ACK) && segment.acknowledged == self.next && self.next != self.una;
+        let ours = self.answers_call(segment);
         if segment.has(RST) {
             return if ours { Fate::ResetHost } else { Fate::Lives };
         }
@@ -226,6 +232,16 @@ impl Connection {
             self.open();
         }
         Fate::Lives
+    }
+
+    fn answers_call(&self, segment: &Incoming) -> bool {
+        segment.has(ACK) && segment.acknowledged == self.next && self.next != self.una
+    }
+
+    /// Whether the guest, which is called, takes that for something of an old connection.
+    pub fn is_mistaken(&self, segment: &Incoming) -> bool {
+        let answer = segment.has(ACK) && !segment.has(RST);
+        self.state == State::Calling && answer && !self.answers_call(segment)
     }
 
     fn open(&mut self) {
@@ -291,8 +307,9 @@ impl Connection {
             && !segment.has(FIN)
         {
             self.duplicates = self.duplicates.saturating_add(1);
-            if self.duplicates == 3 {
-                self.next = self.una;
+            // RFC 6582: those that answer what was sent again for once tell of no loss.
+            if self.duplicates == 3 && self.resent.is_none() {
+                self.go_back();
             }
         }
         self.window = window;
@@ -314,8 +331,15 @@ impl Connection {
             self.next = upto;
         }
         self.duplicates = 0;
+        self.resent = self.resent.filter(|end| !before(*end, upto));
         self.retransmissions = 0;
         self.retransmit_at = (self.in_flight() > 0).then_some(now + RETRANSMIT);
+    }
+
+    /// Sends again what is not acknowledged.
+    fn go_back(&mut self) {
+        self.next = self.una;
+        self.resent = Some(self.max);
     }
 
     fn take_data(&mut self, segment: &Incoming, scarce: bool) {
@@ -462,7 +486,7 @@ impl Connection {
         }
         match self.state {
             State::Open if self.window == 0 || self.in_flight() == 0 => self.probe_due = true,
-            State::Open => self.next = self.una,
+            State::Open => self.go_back(),
             _ => self.syn_due = true,
         }
         self.await_acknowledgement(now);
