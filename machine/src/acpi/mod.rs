@@ -1,6 +1,6 @@
 //! ACPI: the tables that tell the guest what hardware there is (ACPI 6.2).
 //!
-//! RSDP → XSDT → FADT (→ FACS, DSDT), MADT, MCFG, HPET, one after another in the firmware area below 1 MiB.
+//! RSDP → XSDT, and RSDT for who reads no other → FADT (→ FACS, DSDT), MADT, MCFG, HPET, one after another in the firmware area below 1 MiB.
 //! [`tables`] holds the fixed tables, [`dsdt`] the devices in AML.
 
 mod dsdt;
@@ -8,6 +8,7 @@ mod tables;
 
 use acpi_tables::Aml;
 use acpi_tables::rsdp::Rsdp;
+use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use doppel_memory::GuestRam;
 
@@ -40,14 +41,43 @@ pub fn place_tables(ram: &GuestRam, cpus: u32, virtio_mmio: u32) -> Result<u64, 
     };
     let facs = writer.put(&tables::facs())?;
     let dsdt = writer.put(&dsdt::dsdt(cpus, virtio_mmio))?;
+    let described = [
+        writer.put(&tables::fadt(facs as u32, dsdt as u32))?,
+        writer.put(&tables::madt(cpus))?,
+        writer.put(&tables::mcfg())?,
+        writer.put(&tables::hpet())?,
+    ];
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    xsdt.add_entry(writer.put(&tables::fadt(facs as u32, dsdt as u32))?);
-    xsdt.add_entry(writer.put(&tables::madt(cpus))?);
-    xsdt.add_entry(writer.put(&tables::mcfg())?);
-    xsdt.add_entry(writer.put(&tables::hpet())?);
+    described.iter().for_each(|table| xsdt.add_entry(*table));
     let xsdt = writer.put(&xsdt)?;
-    place(ram, rsdp, &bytes(&Rsdp::new(OEM_ID, xsdt)))?;
+    let rsdt = writer.put(&rsdt(&described))?;
+    place(ram, rsdp, &root(rsdt as u32, xsdt))?;
     Ok(rsdp)
+}
+
+/// What the XSDT says, in 32 bits (ACPI 6.2, 5.2.7).
+fn rsdt(described: &[u64]) -> Sdt {
+    const HEADER: u32 = 36;
+    let mut rsdt = Sdt::new(*b"RSDT", HEADER, 1, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    for table in described {
+        rsdt.append(*table as u32);
+    }
+    rsdt
+}
+
+/// The RSDP (ACPI 6.2, 5.2.5.3), which the crate makes without an RSDT.
+fn root(rsdt: u32, xsdt: u64) -> Vec<u8> {
+    const RSDT: usize = 16;
+    /// A checksum, and what it is over.
+    const CHECKSUMS: [(usize, usize); 2] = [(8, 20), (32, 36)];
+    let mut rsdp = bytes(&Rsdp::new(OEM_ID, xsdt));
+    rsdp[RSDT..][..4].copy_from_slice(&rsdt.to_le_bytes());
+    for (at, len) in CHECKSUMS {
+        rsdp[at] = 0;
+        let sum = rsdp[..len].iter().fold(0_u8, |sum, b| sum.wrapping_add(*b));
+        rsdp[at] = sum.wrapping_neg();
+    }
+    rsdp
 }
 
 fn bytes(table: &dyn Aml) -> Vec<u8> {
@@ -103,7 +133,10 @@ mod tests {
         assert_eq!(&r[..8], b"RSD PTR ");
         assert_eq!((sum(&r[..20]), sum(&r)), (0, 0));
         let xsdt = table(&ram, u64::from(u32_at(&r, 24)));
-        let mut found = vec![xsdt.clone()];
+        let rsdt = table(&ram, u64::from(u32_at(&r, 16)));
+        let (narrow, wide) = (rsdt[36..].chunks_exact(4), xsdt[36..].chunks_exact(8));
+        assert!(narrow.map(|e| u32_at(e, 0)).eq(wide.map(|e| u32_at(e, 0))));
+        let mut found = vec![rsdt, xsdt.clone()];
         for entry in xsdt[36..].chunks_exact(8) {
             let t = table(&ram, u64::from_le_bytes(entry.try_into().unwrap()));
             if &t[..4] == b"FACP" {
@@ -123,7 +156,9 @@ mod tests {
         let names: Vec<_> = tables.iter().map(|t| &t[..4]).collect();
         assert_eq!(
             names,
-            [b"XSDT", b"DSDT", b"FACP", b"APIC", b"MCFG", b"HPET"]
+            [
+                b"RSDT", b"XSDT", b"DSDT", b"FACP", b"APIC", b"MCFG", b"HPET"
+            ]
         );
         for t in &tables {
             assert_eq!(sum(t), 0, "{:?}", &t[..4]);
