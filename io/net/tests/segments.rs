@@ -30,6 +30,7 @@ struct Segment {
     sequence: u32,
     acknowledged: u32,
     flags: u8,
+    window: u16,
     data: Vec<u8>,
 }
 
@@ -40,6 +41,7 @@ impl Segment {
             sequence: packet.seq_number().0 as u32,
             acknowledged: packet.ack_number().0 as u32,
             flags: frame[34 + 13] & 0x3f,
+            window: packet.window_len(),
             data: packet.payload().to_vec(),
         }
     }
@@ -96,12 +98,16 @@ impl Wire {
     }
 
     fn send(&mut self, flags: u8, window: u16, data: &[u8]) {
-        let mut tcp = vec![0; 20];
+        self.send_with(&[], flags, window, data);
+    }
+
+    fn send_with(&mut self, options: &[u8], flags: u8, window: u16, data: &[u8]) {
+        let mut tcp = [&[0; 20], options].concat();
         tcp[..2].copy_from_slice(&self.ports.0.to_be_bytes());
         tcp[2..4].copy_from_slice(&self.ports.1.to_be_bytes());
         tcp[4..8].copy_from_slice(&self.next.to_be_bytes());
         tcp[8..12].copy_from_slice(&self.acknowledged.to_be_bytes());
-        (tcp[12], tcp[13]) = (5 << 4, flags);
+        (tcp[12], tcp[13]) = ((tcp.len() as u8 / 4) << 4, flags);
         tcp[14..16].copy_from_slice(&window.to_be_bytes());
         tcp.extend_from_slice(data);
         self.next += data.len() as u32;
@@ -451,4 +457,58 @@ fn what_waits_is_finished_for_a_guest_that_takes_less_than_before() {
     assert_eq!(offload, Offload::default());
     let packet = TcpPacket::new_checked(&frame[34..]).unwrap();
     assert!(packet.verify_checksum(&GATEWAY.into(), &GUEST.into()));
+}
+
+/// As little as each gets when all together keep much. What comes on top is sent again too late.
+#[test]
+fn no_more_is_asked_for_than_is_taken_when_memory_is_scarce() {
+    let (listener, port) = listener();
+    let mut wire = Wire::to(port);
+    // Of these the guest acknowledges nothing.
+    let mut hosts = Vec::new();
+    for n in 0.. {
+        if wire.network.usage().2 > 32 << 20 {
+            break;
+        }
+        assert!(n < 60);
+        wire.ports.0 = 10_000 + n;
+        wire.next = FIRST;
+        wire.send_with(&[1, 3, 3, 7], SYN, PLENTY, b"");
+        wire.next += 1;
+        wire.wait();
+        let answer = wire.pull().remove(0);
+        wire.acknowledged = answer.sequence.wrapping_add(1);
+        wire.send(ACK, PLENTY, b"");
+        let (mut host, _) = listener.accept().unwrap();
+        hosts.push(std::thread::spawn(move || {
+            let _ = host.write_all(&[7; 3 << 20]);
+        }));
+        let (start, mut got) = (Instant::now(), 0);
+        while got < 1 << 20 && wire.network.usage().2 <= 32 << 20 {
+            assert!(start.elapsed() < LIMIT, "only {got} bytes come");
+            wire.network.service();
+            got += wire.pull().iter().map(|s| s.data.len()).sum::<usize>();
+        }
+    }
+    wire.ports.0 = 20_000;
+    wire.syn();
+    wire.wait();
+    let mut answer = wire.pull().remove(0);
+    wire.acknowledged = answer.sequence.wrapping_add(1);
+    wire.send(ACK, PLENTY, b"");
+    let (_slow, _) = listener.accept().unwrap();
+    let mut sent = 0;
+    while answer.window > 0 {
+        assert!(sent < 100 << 20, "nothing stops the guest");
+        let data = vec![7; usize::from(answer.window).min(60_000)];
+        wire.send(ACK, PLENTY, &data);
+        sent += data.len();
+        wire.network.service();
+        answer = wire.pull().pop().unwrap();
+        assert_eq!(answer.acknowledged, wire.next, "after {sent} bytes");
+    }
+    drop(wire);
+    for host in hosts {
+        host.join().unwrap();
+    }
 }

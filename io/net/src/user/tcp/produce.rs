@@ -32,20 +32,22 @@ impl Connection {
             return (Received::TooLong(SYN_FRAME), Fate::Lives);
         }
         if self.syn_due {
-            self.send_syn(network, sink);
+            self.send_syn(network, scarce, sink);
             return (Received::Frame, Fate::Lives);
         }
         if self.state != State::Open {
             return (Received::Nothing, Fate::Lives);
         }
         if std::mem::take(&mut self.probe_due) {
-            self.send(network, self.una.wrapping_sub(1), ACK, 0, sink);
+            let before = self.una.wrapping_sub(1);
+            self.send(network, (before, ACK, 0), scarce, sink);
             return (Received::Frame, Fate::Lives);
         }
         if self.wants_data() && self.read(scarce).is_err() {
             return (Received::Nothing, Fate::ResetBoth);
         }
-        let received = self.send_data(network, self.longest(network, room), sink);
+        let longest = self.longest(network, room);
+        let received = self.send_data(network, longest, scarce, sink);
         (received, self.fate())
     }
 
@@ -117,7 +119,13 @@ impl Connection {
         Ok(())
     }
 
-    fn send_data(&mut self, network: &Network, longest: usize, sink: Sink) -> Received {
+    fn send_data(
+        &mut self,
+        network: &Network,
+        longest: usize,
+        scarce: bool,
+        sink: Sink,
+    ) -> Received {
         let unsent = self.unsent();
         let mut n = unsent.min(self.allowed()).min(longest);
         if n < unsent && n < self.mss.into() && self.in_flight() > 0 {
@@ -131,7 +139,7 @@ impl Connection {
         }
         let push = if n > 0 && n == unsent { PSH } else { 0 };
         let fin = if end { FIN } else { 0 };
-        self.send(network, self.next, ACK | push | fin, n, sink);
+        self.send(network, (self.next, ACK | push | fin, n), scarce, sink);
         if n > 0 || end {
             self.next = self.next.wrapping_add(n as u32 + u32::from(end));
             if super::segment::before(self.max, self.next) {
@@ -153,7 +161,7 @@ impl Connection {
         }
     }
 
-    fn send_syn(&mut self, network: &Network, sink: Sink) {
+    fn send_syn(&mut self, network: &Network, scarce: bool, sink: Sink) {
         self.syn_due = false;
         let answering = self.state == State::Answering;
         let flags = if answering { SYN | ACK } else { SYN };
@@ -163,7 +171,7 @@ impl Connection {
             shift,
         };
         // The window of a SYN is not scaled.
-        let window = WINDOW.min(u16::MAX.into()) as u16;
+        let window = self.inbox_room(scarce).min(u16::MAX.into()) as u16;
         self.edge = self.rcv.wrapping_add(window.into());
         self.emit(network, self.una, flags, window, Some(options), 0, sink);
         self.next = self.una.wrapping_add(1);
@@ -174,10 +182,22 @@ impl Connection {
         }
     }
 
-    fn send(&mut self, network: &Network, sequence: u32, flags: u8, n: usize, sink: Sink) {
+    /// What may be asked of the guest: what is more would be lost and sent again late.
+    fn inbox_room(&self, scarce: bool) -> usize {
+        let limit = if scarce { SHARE_WHEN_SCARCE } else { WINDOW };
+        limit.saturating_sub(self.inbox.len())
+    }
+
+    /// Sends a segment: its number, its flags, and how much data.
+    fn send(
+        &mut self,
+        network: &Network,
+        (sequence, flags, n): (u32, u8, usize),
+        scarce: bool,
+        sink: Sink,
+    ) {
         let shift = if self.scaled { SHIFT } else { 0 };
-        let room = WINDOW.saturating_sub(self.inbox.len());
-        let window = (room >> shift).min(u16::MAX.into());
+        let window = (self.inbox_room(scarce) >> shift).min(u16::MAX.into());
         let edge = self.rcv.wrapping_add((window << shift) as u32);
         // What was once allowed stays so, though the window in units of its scale may say a few bytes less.
         if super::segment::before(self.edge, edge) {
