@@ -377,6 +377,10 @@ fn what_was_sent_twice_for_once_does_not_lead_to_all_being_sent_twice() {
 
 /// A guest whose port 22 is forwarded, and where on the host.
 fn forwarded() -> (Wire, SocketAddr) {
+    forwarded_with(UserConfig::default())
+}
+
+fn forwarded_with(config: UserConfig) -> (Wire, SocketAddr) {
     let (free, _) = listener();
     let host = free.local_addr().unwrap();
     drop(free);
@@ -386,7 +390,7 @@ fn forwarded() -> (Wire, SocketAddr) {
             host,
             guest: SocketAddrV4::new(GUEST, 22),
         }],
-        ..UserConfig::default()
+        ..config
     };
     (Wire::with(&config, 0), host)
 }
@@ -511,4 +515,31 @@ fn no_more_is_asked_for_than_is_taken_when_memory_is_scarce() {
     for host in hosts {
         host.join().unwrap();
     }
+}
+
+#[test]
+fn clients_of_a_forwarded_port_leave_the_guest_connections_of_its_own() {
+    let (mut wire, host) = forwarded_with(UserConfig {
+        connections: 8,
+        ..UserConfig::default()
+    });
+    let mut clients = Vec::new();
+    for _ in 0..20 {
+        let client = TcpStream::connect(host).unwrap();
+        wire.ports = (22, client.local_addr().unwrap().port());
+        clients.push(client);
+        wire.network.service();
+        // Others may have made room for it, or none.
+        if let Some(call) = wire.pull().into_iter().find(|s| s.flags == SYN) {
+            wire.acknowledged = call.sequence.wrapping_add(1);
+            wire.send(SYN | ACK, PLENTY, b"");
+            wire.pull();
+        }
+    }
+    assert_eq!(wire.network.usage().0, 6);
+    let (_listener, port) = listener();
+    wire.ports = (40_000, port);
+    wire.syn();
+    wire.wait();
+    assert_eq!(wire.pull().remove(0).flags, SYN | ACK);
 }

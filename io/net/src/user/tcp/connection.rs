@@ -101,6 +101,8 @@ pub struct Connection {
     pub flow: Flow,
     pub socket: OwnedFd,
     pub state: State,
+    /// The host's end is a client of a forwarded port.
+    pub is_client: bool,
     /// The first byte that the guest has not acknowledged, the next to send, and the end of what was ever sent.
     pub una: u32,
     pub next: u32,
@@ -151,6 +153,7 @@ impl Connection {
             flow,
             socket,
             state,
+            is_client: state == State::Calling,
             una: first,
             next: first,
             max: first,

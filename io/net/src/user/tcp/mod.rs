@@ -37,6 +37,8 @@ pub struct Tcp {
     deadlines: BTreeSet<(Nanos, Token)>,
     memory: usize,
     limit: usize,
+    /// How many are with clients of forwarded ports.
+    clients: usize,
     secret: RandomState,
 }
 
@@ -49,6 +51,7 @@ impl Tcp {
             deadlines: BTreeSet::new(),
             memory: 0,
             limit: limit.max(1),
+            clients: 0,
             secret: RandomState::new(),
         }
     }
@@ -111,7 +114,7 @@ impl Tcp {
         if let Err(refusal) = network.target(flow.remote) {
             return refused(network, refusal);
         }
-        if self.table.len() >= self.limit && !self.evict(network) {
+        if self.table.len() >= self.limit && !self.evict(network, false) {
             return refused(network, Refusal::Refused);
         }
         let (socket, connected) = match network.reach(flow.remote, connect) {
@@ -136,7 +139,8 @@ impl Tcp {
         client: SocketAddrV4,
         guest: SocketAddrV4,
     ) {
-        if self.table.len() >= self.limit && !self.evict(network) {
+        let many = self.clients >= (self.limit * 3).div_ceil(4);
+        if (many || self.table.len() >= self.limit) && !self.evict(network, many) {
             return reset(&socket);
         }
         let free = |port: &u16| {
@@ -168,15 +172,17 @@ impl Tcp {
             reset(&connection.socket);
             return None;
         }
+        self.clients += usize::from(connection.is_client);
         self.by_flow.insert(connection.flow, token);
         self.table.insert(connection);
         self.with(network, token, |_, _| Fate::Lives);
         Some(token)
     }
 
-    /// Makes room: the connection that has waited longest for a host goes.
-    fn evict(&mut self, network: &mut Network) -> bool {
-        let waiting = self.table.iter().filter(|(_, c)| c.state != State::Open);
+    /// Makes room: the connection that has waited longest for a host goes, or of those with a client the one that has waited longest for the guest.
+    fn evict(&mut self, network: &mut Network, client: bool) -> bool {
+        let waits = |c: &Connection| c.state != State::Open && (c.is_client || !client);
+        let waiting = self.table.iter().filter(|(_, c)| waits(c));
         let oldest = waiting.min_by_key(|(_, c)| c.heard).map(|(t, _)| t);
         if let Some(token) = oldest {
             self.with(network, token, |_, _| Fate::ResetBoth);
@@ -296,6 +302,7 @@ impl Tcp {
             network.forget(token);
         }
         self.memory -= connection.memory();
+        self.clients -= usize::from(connection.is_client);
         self.by_flow.remove(&connection.flow);
         if let Some(armed) = connection.armed {
             self.deadlines.remove(&(armed, token));
