@@ -45,6 +45,8 @@ pub(crate) struct VendorTraits {
     /// An SS override of MONITOR's makes #SS of its #GP in 64-bit mode (SDM vol. 2B). Not so: seen.
     pub monitor_uses_stack_segment: bool,
 
+    /// No instruction breakpoint is met behind MOV SS and POP SS (SDM vol. 3A, 7.8.3), which hold no more than interrupts back in APM vol. 3 (MOV, POP) and traps in vol. 2 (15.21.5).
+    pub mov_ss_holds_instruction_breakpoints: bool,
     /// A single step between the iterations of a repeated string instruction sets RF in what it pushes, as an interrupt there does (SDM vol. 3B, instruction-breakpoint exception condition). Not so: seen.
     pub step_in_repetition_sets_rf: bool,
     /// CMPS and SCAS that fault between iterations leave the flags from before them (SDM vol. 2B, REP), not those of the last comparison. The latter: seen.
@@ -85,6 +87,7 @@ const INTEL: VendorTraits = VendorTraits {
     monitor_in_misc_enable: true,
     monitor_extensions_in_rcx: true,
     monitor_uses_stack_segment: true,
+    mov_ss_holds_instruction_breakpoints: true,
     step_in_repetition_sets_rf: true,
     repetition_sets_flags_at_end: true,
     prefetch_of_register: true,
@@ -112,6 +115,7 @@ const AMD: VendorTraits = VendorTraits {
     monitor_in_misc_enable: false,
     monitor_extensions_in_rcx: false,
     monitor_uses_stack_segment: false,
+    mov_ss_holds_instruction_breakpoints: false,
     step_in_repetition_sets_rf: false,
     repetition_sets_flags_at_end: false,
     prefetch_of_register: false,

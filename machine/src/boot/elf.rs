@@ -10,8 +10,6 @@ use super::{Boot, BootError};
 
 pub const PT_LOAD: u32 = 1;
 pub const PT_NOTE: u32 = 4;
-/// Kernels live above 1 MiB; what is below belongs to the machine.
-pub const LOWEST_LOAD: u64 = 0x10_0000;
 
 const ELFDATA2LSB: u8 = 1;
 const EHDR_SIZE: usize = 64;
@@ -131,7 +129,9 @@ impl Elf {
         let loaded = |s: &&Segment| s.kind == PT_LOAD && s.memsz > 0;
         for s in self.segments.iter().filter(loaded) {
             let end = s.paddr.checked_add(s.memsz);
-            let Some(end) = end.filter(|_| s.filesz <= s.memsz && s.paddr >= LOWEST_LOAD) else {
+            let Some(end) =
+                end.filter(|&end| s.filesz <= s.memsz && params::is_free(&(s.paddr..end)))
+            else {
                 return Err(boot.kernel.damaged("a segment has an impossible address"));
             };
             fits(boot, end)?;

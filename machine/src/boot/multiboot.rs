@@ -6,10 +6,12 @@
 use std::ops::Range;
 
 use super::bios;
-use super::elf::{self, Elf, LOWEST_LOAD, u32_at};
+use super::elf::{self, Elf, u32_at};
 use super::entry::Entry;
 use super::image::{Image, place};
-use super::params::{self, CMDLINE_AT, CMDLINE_ROOM, MEMMAP_AT, MODULES_AT, START_INFO_AT};
+use super::params::{
+    self, CMDLINE_AT, CMDLINE_ROOM, LOWEST_LOAD, MEMMAP_AT, MODULES_AT, START_INFO_AT,
+};
 use super::{Boot, BootError};
 
 const MAGIC: u32 = 0x1bad_b002;
@@ -109,7 +111,7 @@ fn load_by_addresses(boot: &Boot, header: &Header) -> Result<(Range<u64>, u64), 
         end => end.checked_sub(load).ok_or_else(damaged)?,
     };
     let end = bss_end.max(load + len);
-    if load < LOWEST_LOAD || len == 0 {
+    if len == 0 || !params::is_free(&(load..end)) {
         return Err(damaged());
     }
     elf::fits(boot, end)?;

@@ -33,6 +33,16 @@ pub const MODULES_AT: u64 = 0x6800;
 /// So many have room in the list.
 pub const MOST_MODULES: usize = 32;
 
+/// Kernels live above 1 MiB; what is below belongs to the machine.
+pub const LOWEST_LOAD: u64 = 0x10_0000;
+/// But for this: nothing that a kernel without `boot_params` and page tables is told lies here. Small kernels that go to real mode want it.
+const FREE_LOW: Range<u64> = 0x7000..CMDLINE_AT;
+
+/// True where a kernel may be loaded, as far as the machine and its boot information are concerned.
+pub fn is_free(kernel: &Range<u64>) -> bool {
+    kernel.start >= LOWEST_LOAD || (FREE_LOW.start <= kernel.start && kernel.end <= FREE_LOW.end)
+}
+
 /// Kinds of memory, with the numbers that e820 and PVH share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]

@@ -543,6 +543,46 @@ fn the_addresses_of_a_multiboot_header_place_the_file() {
     assert!(matches!(e, BootError::TooBig { .. }), "{e}");
 }
 
+/// Between the boot information and the command line, where a kernel that goes to real mode may want to be.
+#[test]
+fn kernels_without_boot_params_may_lie_in_conventional_memory() {
+    let ram = GuestRam::new(64 * MIB).unwrap();
+    let at = |paddr: u32, memsz: u32| {
+        let mut kernel = multiboot(0, [0; 5]);
+        put(&mut kernel, 52 + 12, &paddr.to_le_bytes());
+        put(&mut kernel, 52 + 20, &memsz.to_le_bytes());
+        kernel
+    };
+    let entry = boot(&ram, &at(0x8000, 0x1_8000), None).unwrap();
+    let Entry::Multiboot { eip, info } = entry else {
+        panic!("{entry:?}");
+    };
+    assert_eq!(eip, 0x8010);
+    assert_eq!(bytes(&ram, 0x8000, 3), [0, 1, 2]);
+    let text_at = ram.load::<u32>(u64::from(info) + 16).unwrap();
+    assert!(text_at >= 0x2_0000);
+    for (paddr, memsz) in [
+        (0x8000, 0x1_8001),
+        (0x6fff, 0x4000),
+        (0x500, 0x4000),
+        (0x3_0000, 0x4000),
+        (0x9_c000, 0x4000),
+        (0xf_f000, 0x4000),
+        (0x8000, 0x20_0000),
+    ] {
+        let e = boot(&ram, &at(paddr, memsz), None).unwrap_err();
+        assert!(matches!(e, BootError::Damaged { .. }), "{paddr:#x}: {e}");
+    }
+    let at = 0x8000;
+    let addresses = [at + 0x80, at, 0, at + 0x1000, at + 0x100];
+    let entry = boot(&ram, &multiboot(1 << 16, addresses), None).unwrap();
+    assert!(matches!(entry, Entry::Multiboot { eip, .. } if eip == at + 0x100));
+    assert_eq!(ram.load::<u32>(0x8080), Some(0x1bad_b002));
+    let addresses = [at + 0x80, at, 0, 0x2_0001, at + 0x100];
+    let e = boot(&ram, &multiboot(1 << 16, addresses), None).unwrap_err();
+    assert!(matches!(e, BootError::Damaged { .. }), "{e}");
+}
+
 #[test]
 fn a_command_line_stays_in_its_room() {
     let ram = GuestRam::new(64 * MIB).unwrap();

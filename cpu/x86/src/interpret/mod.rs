@@ -138,8 +138,8 @@ fn execute_one(cpu: &mut Cpu, bus: &mut dyn Bus) -> (Outcome, bool) {
     cpu.interrupt_shadow = false;
     cpu.mov_ss_shadow = false;
     let before = cpu.rflags;
-    // In the shadow of MOV SS no #DB is raised.
-    let breakpoints = if after_mov_ss {
+    // In the shadow of MOV SS no #DB is raised, but for the fault of an instruction breakpoint on AMD's processors.
+    let breakpoints = if after_mov_ss && cpu.cpuid.traits().mov_ss_holds_instruction_breakpoints {
         Ok(())
     } else {
         check_breakpoints(cpu)
@@ -150,6 +150,8 @@ fn execute_one(cpu: &mut Cpu, bus: &mut dyn Bus) -> (Outcome, bool) {
         .and(virtual_interrupt)
         .and_then(|()| decode::next(cpu, &mut decoded))
     {
+        // As of any instruction that faults: MOV SS before it may have left some.
+        cpu.breakpoint_hits = 0;
         return (exception::raise(cpu, bus, e, cpu.rip), true);
     }
     let i = &decoded.instruction;

@@ -178,6 +178,57 @@ fn a_gather_that_faults() {
 }
 
 #[test]
+fn an_instruction_breakpoint_behind_mov_ss() {
+    // mov ss, eax; pop rax.
+    let code: [u8; 3] = [0x8e, 0xd0, 0x58];
+    for (vendor, faults) in [(AMD, true), (INTEL, false)] {
+        let mut cpu = long_mode(vendor);
+        gate(&cpu, 1, 0x1_4000, 0xe, 0, 0);
+        for (at, byte) in (cpu.rip..).zip(code) {
+            put(&cpu, at, byte);
+        }
+        let rip = cpu.rip;
+        cpu.gpr[Gpr::Rax as usize] = 0x18;
+        cpu.dr[0] = rip + 2;
+        cpu.dr[7] = 0x402;
+        assert_eq!(step(&mut cpu, &mut EmptyBus), Outcome::Continue);
+        assert_eq!(cpu.rip, rip + 2, "no #DB of MOV SS itself");
+        assert_eq!(step(&mut cpu, &mut EmptyBus), Outcome::Continue);
+        if !faults {
+            assert_eq!(cpu.rip, rip + 3);
+            continue;
+        }
+        assert_eq!((cpu.rip, cpu.dr[6] & 0xf), (0x1_4000, 1));
+        assert_eq!(get(&cpu, cpu.gpr[Gpr::Rsp as usize]), rip + 2, "a fault");
+    }
+}
+
+/// MOV SS leaves a hit of a data breakpoint to the next instruction, and that faults: whether as it is fetched or as it executes, the hit is gone.
+#[test]
+fn a_fault_behind_mov_ss_takes_a_data_breakpoint_with_it() {
+    // mov ss, [rbx]; then ud2, or a byte that begins no instruction of 64-bit mode.
+    for behind in [[0x0fu8, 0x0b], [0x06, 0x90]] {
+        for vendor in [AMD, INTEL] {
+            let mut cpu = long_mode(vendor);
+            gate(&cpu, 6, 0x1_4000, 0xe, 0, 0);
+            gate(&cpu, 1, 0x1_5000, 0xe, 0, 0);
+            for (at, byte) in (cpu.rip..).zip([0x8e, 0x13].into_iter().chain(behind)) {
+                put(&cpu, at, byte);
+            }
+            put(&cpu, 0x1_4000, 0x90u8);
+            put(&cpu, DATA, 0x18u16);
+            cpu.gpr[Gpr::Rbx as usize] = DATA;
+            cpu.dr[0] = DATA;
+            cpu.dr[7] = 0x7_0402;
+            for _ in 0..3 {
+                step(&mut cpu, &mut EmptyBus);
+            }
+            assert_eq!(cpu.rip, 0x1_4001, "{behind:x?}");
+        }
+    }
+}
+
+#[test]
 fn single_steps_of_a_repetition() {
     for (vendor, sets_rf) in [(AMD, false), (INTEL, true)] {
         let mut cpu = user(vendor);
