@@ -334,12 +334,12 @@ fn deliver_long(cpu: &mut Cpu, bus: &mut dyn Bus, event: &Event) -> Result<(), E
     if attributes & (Segment::L | Segment::DB) != Segment::L {
         return Err(Exception::gp(code(selector) | ext));
     }
-    if !cpu.canonical(gate.gate_offset()) {
-        return Err(Exception::gp(ext));
-    }
     let cpl = handler_cpl(cpu, found.descriptor);
     let mut stack = long_stack(cpu, bus, cpl, gate.gate_ist(), ext)?;
     push_frame(cpu, bus, &mut stack, event, 8, true)?;
+    if !cpu.canonical(gate.gate_offset()) {
+        return Err(Exception::gp(ext));
+    }
     let descriptor = segment::mark_accessed(cpu, bus, found)?;
 
     stack.commit(cpu);
