@@ -105,11 +105,10 @@ impl Cpu {
     /// #DB, a fault, where an instruction breakpoint is enabled for RIP. (RF, which skips it, was looked at.)
     #[cold]
     pub(crate) fn check_instruction_breakpoints(&self) -> Result<(), Exception> {
-        let base = match self.mode() {
-            CpuMode::Bits64 => 0,
-            _ => self.segment(Seg::Cs).base,
+        let linear = match self.mode() {
+            CpuMode::Bits64 => self.rip,
+            _ => self.segment(Seg::Cs).base.wrapping_add(self.rip) & 0xffff_ffff,
         };
-        let linear = base.wrapping_add(self.rip);
         let hits = self
             .breakpoints()
             .filter(|&(n, kind, ..)| kind == Kind::Execute && self.dr[n] == linear)

@@ -80,7 +80,7 @@ impl Event {
     }
 
     /// EXT in the error codes of faults during delivery.
-    fn ext(&self) -> u32 {
+    pub fn ext(&self) -> u32 {
         u32::from(!self.is_software())
     }
 
@@ -96,13 +96,14 @@ impl Event {
         u32::from(self.vector) << 3 | 2 | self.ext()
     }
 
-    fn flags_image(&self, cpu: &Cpu) -> u64 {
+    /// The flags that are saved.
+    pub fn flags_image(&self, cpu: &Cpu) -> Rflags {
         let rf = if self.resume_flag {
             Rflags::RF
         } else {
             Rflags::empty()
         };
-        (cpu.rflags | rf).bits()
+        cpu.rflags | rf
     }
 }
 
@@ -334,12 +335,12 @@ fn deliver_long(cpu: &mut Cpu, bus: &mut dyn Bus, event: &Event) -> Result<(), E
     if attributes & (Segment::L | Segment::DB) != Segment::L {
         return Err(Exception::gp(code(selector) | ext));
     }
-    if !cpu.canonical(gate.gate_offset()) {
-        return Err(Exception::gp(ext));
-    }
     let cpl = handler_cpl(cpu, found.descriptor);
     let mut stack = long_stack(cpu, bus, cpl, gate.gate_ist(), ext)?;
     push_frame(cpu, bus, &mut stack, event, 8, true)?;
+    if !cpu.canonical(gate.gate_offset()) {
+        return Err(Exception::gp(ext));
+    }
     let descriptor = segment::mark_accessed(cpu, bus, found)?;
 
     stack.commit(cpu);
@@ -381,7 +382,7 @@ fn push_frame(
     size: u64,
     with_stack: bool,
 ) -> Result<(), Exception> {
-    let flags = event.flags_image(cpu);
+    let flags = event.flags_image(cpu).bits();
     let frame = [
         cpu.segment(Seg::Ss).selector.into(),
         cpu.gpr[crate::Gpr::Rsp as usize],
@@ -423,14 +424,7 @@ fn deliver_protected(cpu: &mut Cpu, bus: &mut dyn Bus, event: &Event) -> Result<
     ];
     check_gate(cpu, event, gate, &kinds)?;
     if gate.kind() == TASK_GATE {
-        return task::interrupt(
-            cpu,
-            bus,
-            gate.gate_selector(),
-            event.ext(),
-            event.return_rip,
-            event.error_code,
-        );
+        return task::interrupt(cpu, bus, gate.gate_selector(), event);
     }
     deliver_gate(cpu, bus, event, gate)
 }

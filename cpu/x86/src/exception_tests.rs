@@ -313,7 +313,7 @@ fn a_task_gate_switches_tasks_and_iret_returns() {
     let (mut cpu, mut bus) = (protected_mode(), TestBus::default());
     put(&cpu, GDT + 0x48, 0x67u64 | OTHER << 16 | 0x89 << 40);
     put(&cpu, GDT + 0x40, 0x67u64 | TSS << 16 | 0x8b << 40);
-    gate32(&cpu, 8, OTHER_SELECTOR, 0, 5, 0);
+    gate32(&cpu, 13, OTHER_SELECTOR, 0, 5, 0);
     for (offset, v) in [
         (0x20, HANDLER as u32),
         (0x24, 2),
@@ -328,7 +328,7 @@ fn a_task_gate_switches_tasks_and_iret_returns() {
     cpu.gpr[Gpr::Rbx as usize] = 0x1234_5678;
     cpu.rflags |= Rflags::VIF | Rflags::VIP;
     let before = (cpu.gpr, cpu.rip, cpu.rflags);
-    raise(&mut cpu, &mut bus, Exception::DF, 0);
+    raise(&mut cpu, &mut bus, Exception::gp(0), 0);
     assert_eq!(
         (cpu.rip, cpu.tr.selector, cpu.reg(Gpr::Rsp)),
         (HANDLER, OTHER_SELECTOR, 0x4ffc)
@@ -340,7 +340,8 @@ fn a_task_gate_switches_tasks_and_iret_returns() {
     iret::execute(&mut cpu, &mut bus, 4, HANDLER + 1).expect("task return");
     assert_eq!(
         (cpu.gpr, cpu.rip, cpu.rflags, cpu.tr.selector),
-        (before.0, before.1, before.2, TSS_SELECTOR)
+        (before.0, before.1, before.2 | Rflags::RF, TSS_SELECTOR),
+        "RF of a fault"
     );
     // The other task is available again, and will go on after its IRET.
     assert_eq!(cpu.ram.load::<u8>(GDT + 0x4d), Some(0x89));

@@ -96,12 +96,12 @@ fn to_protected(cpu: &mut Cpu, bus: &mut dyn Bus, size: u64) -> Result<(), Excep
     let writable = writable_flags(cpu, size);
     let from_long = cpu.mode() == CpuMode::Bits64;
     let outwards = target.cpl != cpu.cpl;
-    if outwards || from_long {
-        outer_stack(cpu, bus, stack, size, &target)?.commit(cpu);
-    } else {
-        stack.commit(cpu);
-    }
-    target.commit(cpu);
+    let stack = match outwards || from_long {
+        true => outer_stack(cpu, bus, stack, size, &target)?,
+        false => stack,
+    };
+    target.enter(cpu, bus)?;
+    stack.commit(cpu);
     set_flags(cpu, flags, writable);
     if outwards {
         segment::drop_privileged_data(cpu);
@@ -109,7 +109,7 @@ fn to_protected(cpu: &mut Cpu, bus: &mut dyn Bus, size: u64) -> Result<(), Excep
     Ok(())
 }
 
-/// The code segment and address that IRET or a far RET goes to, checked.
+/// Where IRET or a far RET goes, its code segment checked.
 pub(crate) fn return_target(
     cpu: &mut Cpu,
     bus: &mut dyn Bus,
@@ -131,7 +131,7 @@ pub(crate) fn return_target(
     if !d.is_code() || cpl < cpu.cpl || !privileged {
         return Err(refused);
     }
-    Target::checked(cpu, bus, selector, found, cpl, rip)
+    Target::checked(cpu, selector, found, cpl, rip)
 }
 
 /// Pops SS:RSP and checks them for the code that is returned to.
@@ -144,9 +144,8 @@ pub(crate) fn outer_stack(
 ) -> Result<Stack, Exception> {
     let rsp = stack.pop(cpu, bus, size)?;
     let selector = stack.pop(cpu, bus, size)? as u16;
-    let to_long = cpu.long_mode() && target.segment.long();
     let ss = if is_null(selector) {
-        let allowed = to_long && target.cpl != 3 && rpl(selector) == target.cpl;
+        let allowed = target.long && target.cpl != 3 && rpl(selector) == target.cpl;
         if !allowed {
             return Err(GP0);
         }
@@ -154,7 +153,7 @@ pub(crate) fn outer_stack(
     } else {
         segment::resolve_stack(cpu, bus, selector, target.cpl, Exception::gp)?
     };
-    Ok(Stack::new(cpu, ss, rsp, target.cpl, to_long))
+    Ok(Stack::new(cpu, ss, rsp, target.cpl, target.long))
 }
 
 fn to_v86_mode(

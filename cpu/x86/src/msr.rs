@@ -319,6 +319,13 @@ fn write_efer(cpu: &mut Cpu, v: u64) -> Option<()> {
     Some(())
 }
 
+/// What CPUID(1) does beside its answer: IA32_BIOS_SIGN_ID, which software has cleared, tells the revision again (Intel SDM vol. 3A, 10.11.7.1).
+pub(crate) fn load_microcode_revision(cpu: &mut Cpu) {
+    if has(cpu, INTEL) {
+        cpu.msr.microcode = cpu.cpuid.traits().microcode_revision;
+    }
+}
+
 /// SWAPGS. The caller checked the CPL.
 pub(crate) fn swap_gs(cpu: &mut Cpu) {
     std::mem::swap(

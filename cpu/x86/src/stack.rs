@@ -2,6 +2,7 @@
 
 use doppel_memory::Privilege;
 
+use crate::interpret::operand;
 use crate::{Bus, Cpu, CpuMode, Exception, Gpr, Rflags, Seg, Segment};
 
 /// A stack pointer that moves ahead of the CPU's until [`Stack::commit`].
@@ -59,18 +60,32 @@ impl Stack {
     fn linear(&self, cpu: &Cpu, sp: u64, size: u64) -> Result<u64, Exception> {
         let fault = Exception::ss(self.fault_code);
         let offset = sp & self.mask();
-        if self.long {
+        let linear = if self.long {
             let last = offset.wrapping_add(size - 1);
-            return if cpu.canonical(offset) && cpu.canonical(last) {
-                Ok(offset)
-            } else {
-                Err(fault)
-            };
+            if !(cpu.canonical(offset) && cpu.canonical(last)) {
+                return Err(fault);
+            }
+            offset
+        } else {
+            if !self.within(offset, offset + size - 1) {
+                return Err(fault);
+            }
+            self.ss.base.wrapping_add(offset) & 0xffff_ffff
+        };
+        self.check_alignment(cpu, linear, size)?;
+        Ok(linear)
+    }
+
+    /// #AC for a misaligned stack of CPL 3 where the guest asked for alignment checks. Its error code is EXT.
+    fn check_alignment(&self, cpu: &Cpu, linear: u64, size: u64) -> Result<(), Exception> {
+        const EXT: u32 = 1;
+        if self.privilege != Privilege::User || !cpu.rflags.contains(Rflags::AC) {
+            return Ok(());
         }
-        if !self.within(offset, offset + size - 1) {
-            return Err(fault);
-        }
-        Ok(self.ss.base.wrapping_add(offset) & 0xffff_ffff)
+        operand::alignment_checked(cpu, linear, size as usize).map_err(|e| Exception {
+            error_code: Some(self.fault_code & EXT),
+            ..e
+        })
     }
 
     fn within(&self, first: u64, last: u64) -> bool {

@@ -445,8 +445,13 @@ fn wrmsr(cpu: &mut Cpu, bus: &mut dyn Bus) -> Result<(), Exception> {
 }
 
 fn cpuid(cpu: &mut Cpu) -> Result<(), Exception> {
+    const SIGNATURE: u32 = 1;
     cpu.asked_cpuid |= cpu.cpl == 3;
-    let leaf = cpu.cpuid(cpu.reg(Gpr::Rax) as u32, ecx(cpu));
+    let n = cpu.reg(Gpr::Rax) as u32;
+    if n == SIGNATURE {
+        msr::load_microcode_revision(cpu);
+    }
+    let leaf = cpu.cpuid(n, ecx(cpu));
     cpu.gpr[Gpr::Rax as usize] = leaf.eax.into();
     cpu.gpr[Gpr::Rbx as usize] = leaf.ebx.into();
     cpu.gpr[Gpr::Rcx as usize] = leaf.ecx.into();

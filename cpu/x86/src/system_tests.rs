@@ -52,6 +52,20 @@ const GP: Step = Err(GP0);
 const UD: Step = Err(Exception::UD);
 
 #[test]
+fn cpuid_tells_the_microcodes_revision_as_software_asks_for_it() {
+    const BIOS_SIGN_ID: u32 = 0x8b;
+    let (mut cpu, mut bus) = (long_mode(INTEL), TestBus::default());
+    let revision = msr::read(&mut cpu, &mut bus, BIOS_SIGN_ID);
+    msr::write(&mut cpu, &mut bus, BIOS_SIGN_ID, 0).expect("cleared");
+    for (leaf, told) in [(0, Ok(0)), (1, revision)] {
+        cpu.gpr[Gpr::Rax as usize] = leaf;
+        assert_eq!(run(&mut cpu, &mut bus, |a| a.cpuid()), NEXT);
+        assert_eq!(msr::read(&mut cpu, &mut bus, BIOS_SIGN_ID), told);
+    }
+    assert_ne!(revision, Ok(0));
+}
+
+#[test]
 fn popf_changes_if_and_iopl_only_where_it_may() {
     let image = Rflags::IF | Rflags::IOPL | Rflags::CF | Rflags::ONE | Rflags::VM | Rflags::RF;
     let popf = |cpu: &mut Cpu, bus: &mut TestBus| {

@@ -5,6 +5,7 @@
 //! loaded) a fault is the old task's, which is restored. From then on, while descriptors are loaded, it is the new task's: it is raised
 //! at the new task's first instruction, and the handler sees the selectors, with nothing behind those that were not loaded yet.
 
+use crate::exception::Event;
 use crate::segment::{self, Found, code, is_null, rpl, system_type};
 use crate::stack::Stack;
 use crate::{Bus, Cpu, Cr0, Exception, Rflags, Seg, Segment};
@@ -153,18 +154,21 @@ pub(crate) fn interrupt(
     cpu: &mut Cpu,
     bus: &mut dyn Bus,
     selector: u16,
-    ext: u32,
-    return_rip: u64,
-    error_code: Option<u32>,
+    event: &Event,
 ) -> Result<(), Exception> {
+    let ext = event.ext();
     let to = To {
         selector,
         found: target(cpu, bus, selector, ext)?,
         reason: Reason::Nest,
         ext,
     };
-    let traps = switch(cpu, bus, to, return_rip)?;
-    if let Some(e) = error_code {
+    let left = Left {
+        rip: event.return_rip,
+        flags: event.flags_image(cpu),
+    };
+    let traps = switch(cpu, bus, to, left)?;
+    if let Some(e) = event.error_code {
         let size = if cpu.tr.kind() & 8 != 0 { 4 } else { 2 };
         let mut stack = Stack::current(cpu).with_code(ext);
         stack.push(cpu, bus, size, e.into())?;
@@ -205,7 +209,11 @@ pub(crate) fn far_switch(
         reason,
         ext: 0,
     };
-    let traps = switch(cpu, bus, to, next_rip)?;
+    let left = Left {
+        rip: next_rip,
+        flags: cpu.rflags,
+    };
+    let traps = switch(cpu, bus, to, left)?;
     cpu.note_task_switch(traps);
     Ok(())
 }
@@ -235,7 +243,11 @@ pub(crate) fn task_return(
         reason: Reason::Return,
         ext: 0,
     };
-    let traps = switch(cpu, bus, to, next_rip)?;
+    let left = Left {
+        rip: next_rip,
+        flags: cpu.rflags & !Rflags::NT,
+    };
+    let traps = switch(cpu, bus, to, left)?;
     cpu.note_task_switch(traps);
     Ok(())
 }
@@ -272,10 +284,17 @@ struct Image {
     traps: bool,
 }
 
+/// What is saved of the old task that the CPU does not hold.
+#[derive(Clone, Copy)]
+struct Left {
+    rip: u64,
+    flags: Rflags,
+}
+
 /// Tells whether the new task is one with T set.
-fn switch(cpu: &mut Cpu, bus: &mut dyn Bus, to: To, return_rip: u64) -> Result<bool, Exception> {
+fn switch(cpu: &mut Cpu, bus: &mut dyn Bus, to: To, left: Left) -> Result<bool, Exception> {
     let image = with_rollback(cpu, |cpu| {
-        let image = leave_old(cpu, bus, to, return_rip)?;
+        let image = leave_old(cpu, bus, to, left)?;
         load_registers(cpu, bus, to, &image)?;
         Ok(image)
     })?;
@@ -285,12 +304,7 @@ fn switch(cpu: &mut Cpu, bus: &mut dyn Bus, to: To, return_rip: u64) -> Result<b
 }
 
 /// Reads the new task's state and saves the old one's.
-fn leave_old(
-    cpu: &mut Cpu,
-    bus: &mut dyn Bus,
-    to: To,
-    return_rip: u64,
-) -> Result<Image, Exception> {
+fn leave_old(cpu: &mut Cpu, bus: &mut dyn Bus, to: To, left: Left) -> Result<Image, Exception> {
     let wide = to.found.descriptor.kind() & 8 != 0;
     let least = if wide { BUSY_LIMIT32 } else { BUSY_LIMIT16 };
     if to.found.descriptor.limit() < least {
@@ -298,7 +312,7 @@ fn leave_old(
     }
     let base = to.found.descriptor.base();
     let image = read_image(cpu, bus, base, wide)?;
-    save_image(cpu, bus, to.reason, return_rip)?;
+    save_image(cpu, bus, left)?;
     if to.reason == Reason::Nest {
         let old = cpu.tr.selector;
         cpu.store_table(bus, base, old)?;
@@ -343,23 +357,14 @@ fn read_image(cpu: &mut Cpu, bus: &mut dyn Bus, base: u64, wide: bool) -> Result
 }
 
 /// Saves the old task into its TSS.
-fn save_image(
-    cpu: &mut Cpu,
-    bus: &mut dyn Bus,
-    reason: Reason,
-    return_rip: u64,
-) -> Result<(), Exception> {
+fn save_image(cpu: &mut Cpu, bus: &mut dyn Bus, left: Left) -> Result<(), Exception> {
     let wide = cpu.tr.kind() & 8 != 0;
-    let mut flags = cpu.rflags;
-    if reason == Reason::Return {
-        flags.remove(Rflags::NT);
-    }
     let (first, step, first_selector) = if wide {
         (0x20, 4, 0x48)
     } else {
         (0x0e, 2, 0x22)
     };
-    let mut fields = vec![(first, return_rip), (first + step, flags.bits())];
+    let mut fields = vec![(first, left.rip), (first + step, left.flags.bits())];
     fields.extend((0..8).map(|n| (first + step * (2 + n), cpu.gpr[n as usize])));
     let held = if wide { 6 } else { 4 };
     fields.extend((0..held).map(|n| {

@@ -8,20 +8,22 @@ use crate::{Bus, Cpu, CpuMode, Exception, Gpr, Seg, Segment, iret};
 
 const GP0: Exception = Exception::gp(0);
 
-/// Where a far transfer goes, with all checks passed.
+/// Where a far transfer goes. The checks of its code segment have passed; those of its address are [`Target::enter`]'s.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Target {
-    pub segment: Segment,
+    selector: u16,
+    found: Found,
     pub cpl: u8,
-    pub rip: u64,
+    rip: u64,
+    /// 64-bit code.
+    pub long: bool,
 }
 
 impl Target {
-    /// The checks that every transfer makes last: present, a sane L and D, an address within the segment.
+    /// The checks of a code segment that every transfer makes last: a sane L and D, present.
     /// The caller checked the type and the privilege.
     pub fn checked(
-        cpu: &mut Cpu,
-        bus: &mut dyn Bus,
+        cpu: &Cpu,
         selector: u16,
         found: Found,
         cpl: u8,
@@ -29,34 +31,39 @@ impl Target {
     ) -> Result<Self, Exception> {
         const BOTH: u32 = Segment::L | Segment::DB;
         let d = found.descriptor;
-        let long = cpu.long_mode() && d.attributes() & Segment::L != 0;
         if cpu.long_mode() && d.attributes() & BOTH == BOTH {
             return Err(Exception::gp(code(selector)));
         }
         if !d.present() {
             return Err(Exception::np(code(selector)));
         }
-        let reachable = if long {
-            cpu.canonical(rip)
+        Ok(Target {
+            selector,
+            found,
+            cpl,
+            rip,
+            long: cpu.long_mode() && d.attributes() & Segment::L != 0,
+        })
+    }
+
+    /// Goes there, or finds that the address is not within the segment. Whatever the transfer pushes or pops comes before, and faults before.
+    pub fn enter(&self, cpu: &mut Cpu, bus: &mut dyn Bus) -> Result<(), Exception> {
+        let (rip, reachable) = if self.long {
+            (self.rip, cpu.canonical(self.rip))
         } else {
-            rip <= d.limit().into()
+            // An operand of 64 bits has no more for such code.
+            let eip = self.rip & 0xffff_ffff;
+            (eip, eip <= self.found.descriptor.limit().into())
         };
         if !reachable {
             return Err(GP0);
         }
-        let d = segment::mark_accessed(cpu, bus, found)?;
-        Ok(Target {
-            segment: d.segment(selector & !3 | u16::from(cpl)),
-            cpl,
-            rip,
-        })
-    }
-
-    /// Goes there.
-    pub fn commit(&self, cpu: &mut Cpu) {
-        cpu.seg[Seg::Cs as usize] = self.segment;
+        let d = segment::mark_accessed(cpu, bus, self.found)?;
+        let selector = self.selector & !3 | u16::from(self.cpl);
+        cpu.seg[Seg::Cs as usize] = d.segment(selector);
         cpu.cpl = self.cpl;
-        cpu.rip = self.rip;
+        cpu.rip = rip;
+        Ok(())
     }
 }
 
@@ -81,12 +88,7 @@ pub(crate) struct FarPointer {
 }
 
 /// The checks of a direct far JMP or CALL to a code segment.
-fn direct_target(
-    cpu: &mut Cpu,
-    bus: &mut dyn Bus,
-    p: FarPointer,
-    found: Found,
-) -> Result<Target, Exception> {
+fn direct_target(cpu: &Cpu, p: FarPointer, found: Found) -> Result<Target, Exception> {
     let d = found.descriptor;
     let allowed = if d.is_conforming() {
         d.dpl() <= cpu.cpl
@@ -96,8 +98,7 @@ fn direct_target(
     if !allowed {
         return Err(Exception::gp(code(p.selector)));
     }
-    let cpl = cpu.cpl;
-    Target::checked(cpu, bus, p.selector, found, cpl, p.offset)
+    Target::checked(cpu, p.selector, found, cpu.cpl, p.offset)
 }
 
 fn find(cpu: &mut Cpu, bus: &mut dyn Bus, selector: u16) -> Result<Found, Exception> {
@@ -124,8 +125,7 @@ pub(crate) fn jump(
     if !found.descriptor.is_code() {
         return Err(Exception::gp(code(p.selector)));
     }
-    direct_target(cpu, bus, p, found)?.commit(cpu);
-    Ok(())
+    direct_target(cpu, p, found)?.enter(cpu, bus)
 }
 
 fn jump_real(cpu: &mut Cpu, p: FarPointer) -> Result<(), Exception> {
@@ -157,10 +157,10 @@ pub(crate) fn call(
     if !found.descriptor.is_code() {
         return Err(Exception::gp(code(p.selector)));
     }
-    let target = direct_target(cpu, bus, p, found)?;
+    let target = direct_target(cpu, p, found)?;
     let stack = push_return(cpu, bus, Stack::current(cpu), p.size, next_rip)?;
+    target.enter(cpu, bus)?;
     stack.commit(cpu);
-    target.commit(cpu);
     Ok(())
 }
 
@@ -239,12 +239,14 @@ fn through_gate(
     }
     let cpl = if d.is_conforming() { cpu.cpl } else { d.dpl() };
     let mask = if size == 2 { 0xffff } else { u64::MAX };
-    let target = Target::checked(cpu, bus, selector, found, cpl, gate.gate_offset() & mask)?;
-    if reason == Reason::Nest {
-        let stack = gate_stack(cpu, bus, &target, size, gate.gate_parameters())?;
-        push_return(cpu, bus, stack, size, next_rip)?.commit(cpu);
+    let target = Target::checked(cpu, selector, found, cpl, gate.gate_offset() & mask)?;
+    if reason == Reason::Jump {
+        return target.enter(cpu, bus);
     }
-    target.commit(cpu);
+    let stack = gate_stack(cpu, bus, &target, size, gate.gate_parameters())?;
+    let stack = push_return(cpu, bus, stack, size, next_rip)?;
+    target.enter(cpu, bus)?;
+    stack.commit(cpu);
     Ok(())
 }
 
@@ -319,14 +321,14 @@ pub(crate) fn far_return(
     let target = iret::return_target(cpu, bus, selector, rip)?;
     stack.skip(released);
     if target.cpl == cpu.cpl {
+        target.enter(cpu, bus)?;
         stack.commit(cpu);
-        target.commit(cpu);
         return Ok(());
     }
     let mut outer = iret::outer_stack(cpu, bus, stack, size, &target)?;
+    target.enter(cpu, bus)?;
     outer.skip(released);
     outer.commit(cpu);
-    target.commit(cpu);
     segment::drop_privileged_data(cpu);
     Ok(())
 }

@@ -1,8 +1,8 @@
 //! The end of the lower half: what reaches beyond it is #GP(0), or #SS(0) through the stack segment, and never asks the page tables.
 
-use doppel_conformance::paging::A;
+use doppel_conformance::paging::{A, P, RW};
 use doppel_conformance::*;
-use doppel_x86::{Cr4, Seg, Vendor};
+use doppel_x86::{Cr4, Gpr, Seg, Vendor};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
@@ -416,6 +416,137 @@ fn a_stack_does_not_reach_behind_the_end() {
             let r = m.faults(prepare, code);
             assert_eq!((r.vector, r.error, r.rsp), (12, 0, stack));
             assert_not_walked(m, 4);
+        }
+    });
+}
+
+/// As measured on Intel's processors, of which the manual says the same.
+#[test]
+fn far_transfers_look_at_their_stack_before_their_target() {
+    const FRAME: u64 = X + 0x1000 - 24;
+    const NOT_MAPPED: u64 = X + 0x1800;
+    const ABSENT: u64 = ABSENT_DS | 3;
+    let frame: Emit = |a| {
+        a.mov(rsp, X + 0x1000)?;
+        push_all(a, &[2, USER_CS, END])?;
+        a.mov(rsp, FRAME)
+    };
+    let far_call: Emit = |a| a.db(&[0x48, 0xff, 0x1b]);
+    let cases: [(&str, Emit, Emit, u64, u64); 8] = [
+        ("IRET, no stack pointer", frame, |a| a.iretq(), 14, 0),
+        (
+            "IRET, bad stack segment",
+            |a| push_all(a, &[ABSENT, USER_STACK, 2, USER_CS, END]),
+            |a| a.iretq(),
+            13,
+            ABSENT_DS,
+        ),
+        (
+            "IRET, good stack",
+            |a| push_all(a, &[USER_DS, USER_STACK, 2, USER_CS, END]),
+            |a| a.iretq(),
+            13,
+            0,
+        ),
+        (
+            "RETF, bad stack segment",
+            |a| push_all(a, &[ABSENT, USER_STACK, USER_CS, END]),
+            |a| a.db(&[0x48, 0xcb]),
+            13,
+            ABSENT_DS,
+        ),
+        (
+            "CALL, no stack",
+            |a| {
+                a.mov(ebx, FAR as u32)?;
+                a.mov(rsp, NOT_MAPPED)
+            },
+            far_call,
+            14,
+            2,
+        ),
+        (
+            "CALL, stack behind the end",
+            |a| {
+                a.mov(ebx, FAR as u32)?;
+                a.mov(rsp, END + 64)
+            },
+            far_call,
+            12,
+            0,
+        ),
+        (
+            "CALL through a gate, no stack",
+            |a| {
+                a.mov(ebx, FAR_GATE as u32)?;
+                a.mov(rsp, NOT_MAPPED)
+            },
+            |a| a.db(&[0xff, 0x1b]),
+            14,
+            2,
+        ),
+        (
+            "CALL through a gate, stack behind the end",
+            |a| {
+                a.mov(ebx, FAR_GATE as u32)?;
+                a.mov(rsp, END + 64)
+            },
+            |a| a.db(&[0xff, 0x1b]),
+            12,
+            0,
+        ),
+    ];
+    each_engine(|m| {
+        put_ways_to_the_end(m);
+        m.map(0, SPARE, P | RW);
+        for vector in [12, 13, 14] {
+            m.gate_on_ist(vector, 1);
+        }
+        m.gate(STOP, STOPPED_AT, 0xe, 1, 3);
+        // AMD's far pointers have 32 bits of offset.
+        let intel = m.cpu().cpuid.vendor() == Vendor::Intel;
+        for (what, prepare, code, vector, error) in cases {
+            if !intel && what.starts_with("CALL, ") {
+                continue;
+            }
+            println!("{what}");
+            m.forget();
+            m.to_kernel();
+            let r = m.faults(prepare, code);
+            assert_eq!((r.vector, r.error, r.rip), (vector, error, CODE + 0x800));
+        }
+    });
+}
+
+/// As measured: of 64 bits compatibility mode takes 32.
+#[test]
+fn an_address_of_compatibility_mode_has_32_bits() {
+    const HIGH: u64 = 1 << 63;
+    let returns: [Emit; 2] = [
+        |a| {
+            push_all(a, &[USER_DS, USER_STACK, 2, USER_CS32, USER_CODE | HIGH])?;
+            a.iretq()
+        },
+        |a| {
+            push_all(a, &[USER_DS, USER_STACK, USER_CS32, USER_CODE | HIGH])?;
+            a.db(&[0x48, 0xcb])
+        },
+    ];
+    each_engine(|m| {
+        for code in returns {
+            m.forget();
+            m.to_kernel();
+            m.place(32, USER_CODE, |a: &mut CodeAssembler| {
+                // DEC EAX here, a REX prefix in 64-bit mode.
+                a.mov(eax, 5)?;
+                a.dec(eax)?;
+                machine::stop(a)
+            });
+            m.place(64, CODE, code);
+            m.go(CODE);
+            m.run();
+            assert!(m.records().is_empty());
+            assert_eq!(m.reg(Gpr::Rax), 4);
         }
     });
 }

@@ -741,6 +741,53 @@ fn alignment_is_checked_for_users_who_ask() {
     });
 }
 
+/// As measured.
+#[test]
+fn so_is_the_stack_of_far_transfers() {
+    const STACK: u64 = USER_STACK - 0x100;
+    let misaligned: Emit = |a| a.mov(rsp, STACK + 4);
+    let transfers: [(&str, Emit); 4] = [
+        ("RETF", |a| a.db(&[0x48, 0xcb])),
+        ("RETF with parameters", |a| a.db(&[0x48, 0xca, 8, 0])),
+        ("IRET", |a| a.iretq()),
+        ("CALL", |a| {
+            // 32 bits of offset, after which the stack is misaligned by 2.
+            a.call(fword_ptr(USER_DATA))
+        }),
+    ];
+    each_engine(|m| {
+        m.cpu_mut().cr0.insert(Cr0::AM);
+        for (what, code) in transfers {
+            let prepare: Emit = match what {
+                "CALL" => |a| a.mov(rsp, STACK + 2),
+                _ => misaligned,
+            };
+            m.forget();
+            m.put(USER_DATA, USER_CODE | USER_CS << 32);
+            m.put_bytes(STACK, &[0; 64]);
+            m.to_user();
+            m.cpu_mut().rflags.insert(Rflags::AC);
+            let r = check(m, &fault(what, prepare, code, 17, 0));
+            assert_eq!(r.rsp & !7, STACK, "{what}");
+            // Without AC the selector is looked at.
+            if what != "CALL" {
+                m.forget();
+                m.to_user();
+                check(m, &fault(what, prepare, code, 13, 0));
+            }
+        }
+        // Aligned to what is popped: the selector is looked at.
+        m.forget();
+        m.to_user();
+        m.cpu_mut().rflags.insert(Rflags::AC);
+        check(
+            m,
+            &fault("RETF of 32 bits", misaligned, |a| a.db(&[0xcb]), 13, 0),
+        );
+        m.cpu_mut().cr0.remove(Cr0::AM);
+    });
+}
+
 /// The branch itself faults, with RSP as it was.
 #[test]
 fn branches_to_addresses_that_are_not_canonical_fault() {

@@ -422,3 +422,19 @@ fn code_of_16_bits_that_changes_itself_is_seen() {
         });
     }
 }
+
+#[test]
+fn an_instruction_breakpoint_is_found_where_linear_addresses_wrap() {
+    each_legacy(Legacy::Protected(0), |m| {
+        m.set_segment(Seg::Cs, 0xffff_0000, 0xf_ffff, kind::CODE | kind::BIG);
+        m.cpu_mut().dr[0] = 0x1_0001;
+        m.cpu_mut().dr[7] = 0x401;
+        m.ram.ptr(0x1_0000).expect("RAM").write(&[0x90, 0x90, 0xf4]);
+        let expected = End {
+            vector: Some(1),
+            error: 0,
+            ip: 0x2_0001,
+        };
+        assert_eq!(m.run(0x2_0000), expected);
+    });
+}

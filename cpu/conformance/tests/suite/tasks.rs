@@ -211,3 +211,18 @@ fn the_instruction_that_switches_tasks_is_no_single_step() {
         },
     );
 }
+
+/// The instruction that it comes back to passes its breakpoint then.
+#[test]
+fn the_old_task_of_a_fault_has_rf_set() {
+    each_way(
+        3,
+        |m| m.cpu_mut().rflags |= Rflags::RF,
+        |m, way, end| {
+            const OLD_TSS: u64 = 0x5800;
+            assert_eq!(end.vector, None);
+            let flags = Rflags::from_bits_truncate(m.get::<u32>(OLD_TSS + 0x24).into());
+            assert_eq!(flags.contains(Rflags::RF), way == Way::Fault);
+        },
+    );
+}

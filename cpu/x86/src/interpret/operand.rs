@@ -177,8 +177,9 @@ fn check_alignment(cpu: &Cpu, linear: u64, size: usize) -> Result<(), Exception>
     Ok(())
 }
 
+/// The same where CPL and AC ask for it.
 #[cold]
-fn alignment_checked(cpu: &Cpu, linear: u64, size: usize) -> Result<(), Exception> {
+pub(crate) fn alignment_checked(cpu: &Cpu, linear: u64, size: usize) -> Result<(), Exception> {
     let unit = match size {
         1 | 2 | 4 | 8 => size,
         // An x87 number.
