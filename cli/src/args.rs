@@ -81,7 +81,7 @@ pub struct Run {
     /// A module for a kernel that takes them (PVH, Multiboot), after the initial RAM disk, with its command line: "FILE[ WORDS]".
     #[arg(long, value_name = "FILE[ WORDS]", value_parser = module)]
     pub module: Vec<(PathBuf, String)>,
-    /// The kernel's command line: "console=ttyS0" unless given, or what the disk says.
+    /// The kernel's command line: "console=ttyS0" unless given, nothing for a Multiboot kernel, or what the disk says.
     #[arg(long, value_name = "STRING")]
     pub cmdline: Option<String>,
     /// Added to the kernel's command line, whatever it is.

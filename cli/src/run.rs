@@ -21,7 +21,7 @@ use doppel_machine::share::{Limits, Share, ShareSpec};
 use doppel_machine::{
     Backed, BootDisk, CharLink, ConsoleBackend, Death, Ending, KernelSource, Machine,
     MachineConfig, SerialBackend, Stats, StopHandle, Switch, TranslateOptions, VsockSocket,
-    WindowSize,
+    WindowSize, is_multiboot,
 };
 use doppel_seccomp::{Kind, narrowed};
 use std::collections::BTreeSet;
@@ -196,7 +196,11 @@ impl Boot {
             return Ok(Boot {
                 kernel: kernel.into(),
                 initrd: args.initrd.clone(),
-                cmdline: given.unwrap_or_else(|| consoles(args)),
+                cmdline: given.unwrap_or_else(|| match is_multiboot(&kernel.into()) {
+                    Ok(true) => String::new(),
+                    // What is wrong with it is said when it is loaded.
+                    _ => consoles(args),
+                }),
             });
         }
         if let (Some(spec), Some(disk)) = (args.devices.disks().next(), disks.first()) {

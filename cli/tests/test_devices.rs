@@ -67,10 +67,10 @@ fn program(cpus: u8) -> Result<Vec<u8>, IcedError> {
     a.assemble(LOAD.into())
 }
 
-fn execute(flags: &[&str]) -> Finished {
+fn execute(kernel: Vec<u8>, flags: &[&str]) -> Finished {
     let scratch = Scratch::new();
     let path = scratch.path("kernel");
-    fs::write(&path, kernel(&program(2).unwrap())).unwrap();
+    fs::write(&path, kernel).unwrap();
     let mut command = Command::new(DOPPEL);
     command.args(["run", "--memory", "16M", "--net", "none", "--cpus", "2"]);
     command.args(["--engine", "translate"]);
@@ -81,6 +81,55 @@ fn execute(flags: &[&str]) -> Finished {
 #[test]
 fn they_are_there_when_asked_for_and_not_otherwise() {
     let status = |value: u32| (value as i32) << 1 | 1;
-    execute(&["--test-devices"]).expect(status(PASSED));
-    execute(&["--debug-exit"]).expect(status(1));
+    let program = || kernel(&program(2).unwrap());
+    execute(program(), &["--test-devices"]).expect(status(PASSED));
+    execute(program(), &["--debug-exit"]).expect(status(1));
+}
+
+/// A Multiboot kernel that writes its command line to the serial port.
+fn echo() -> Result<Vec<u8>, IcedError> {
+    const MAGIC: u32 = 0x1bad_b002;
+    const HAS_ADDRESSES: u32 = 1 << 16;
+    const CMDLINE: u32 = 16;
+    let mut a = CodeAssembler::new(32)?;
+    let (mut next, mut end) = (a.create_label(), a.create_label());
+    a.mov(esi, dword_ptr(ebx + CMDLINE))?;
+    a.mov(edx, 0x3f8)?;
+    a.set_label(&mut next)?;
+    a.lodsb()?;
+    a.test(al, al)?;
+    a.jz(end)?;
+    a.out(dx, al)?;
+    a.jmp(next)?;
+    a.set_label(&mut end)?;
+    a.mov(eax, i32::from(b']'))?;
+    a.out(dx, al)?;
+    a.xor(eax, eax)?;
+    a.mov(edx, 0xf4)?;
+    a.out(dx, eax)?;
+    a.hlt()?;
+    let entry = LOAD + 32;
+    let sum = 0u32.wrapping_sub(MAGIC + HAS_ADDRESSES);
+    let header = [MAGIC, HAS_ADDRESSES, sum, LOAD, LOAD, 0, 0, entry];
+    let mut kernel: Vec<_> = header.iter().flat_map(|word| word.to_le_bytes()).collect();
+    kernel.extend(a.assemble(entry.into())?);
+    Ok(kernel)
+}
+
+#[test]
+fn words_for_a_multiboot_kernel_are_those_that_were_given() {
+    let words = |flags: &[&str]| {
+        let finished = execute(echo().unwrap(), &[&["--debug-exit"], flags].concat()).expect(1);
+        let console = finished.console;
+        let (_, words) = console
+            .split_once("kernel")
+            .unwrap_or_else(|| panic!("{console}"));
+        words.trim_end().to_owned()
+    };
+    assert_eq!(words(&[]), "]");
+    assert_eq!(words(&["--append", "one two"]), " one two]");
+    assert_eq!(
+        words(&["--cmdline", "zero", "--append", "one"]),
+        " zero one]"
+    );
 }

@@ -45,7 +45,7 @@ mod stats;
 mod vcpu;
 mod virtio;
 
-pub use boot::{BootDisk, BootError, KernelSource};
+pub use boot::{BootDisk, BootError, KernelSource, is_multiboot};
 pub use config::MachineConfig;
 pub use control::StopHandle;
 pub use death::{Death, DeathCause};

@@ -160,6 +160,14 @@ pub(crate) struct Boot<'a> {
     pub rsdp: RsdpAddress,
 }
 
+/// True for a kernel that is booted by Multiboot: the words of its command line are its own, and no Linux's.
+///
+/// # Errors
+/// The file cannot be read, or is no kernel.
+pub fn is_multiboot(kernel: &BootFile) -> Result<bool, BootError> {
+    Ok(matches!(kind(&Image::open(kernel)?)?, Kind::Multiboot(_)))
+}
+
 enum Kind {
     BzImage,
     Elf,
