@@ -5,16 +5,16 @@ use doppel_conformance::*;
 use doppel_x86::{Cr0, Cr4, Exit, Gpr, Rflags, Vendor};
 use iced_x86::code_asm::*;
 
-type Emit = fn(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>;
+pub(super) type Emit = fn(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>;
 
-fn nothing(_: &mut CodeAssembler) -> Result<(), iced_x86::IcedError> {
+pub(super) fn nothing(_: &mut CodeAssembler) -> Result<(), iced_x86::IcedError> {
     Ok(())
 }
 
 const NONE: u64 = Record::NO_ERROR;
 const NOT_CANONICAL: u64 = 0x8000_0000_0000_0000;
 
-struct Fault {
+pub(super) struct Fault {
     what: &'static str,
     prepare: Emit,
     code: Emit,
@@ -22,7 +22,13 @@ struct Fault {
     error: u64,
 }
 
-const fn fault(what: &'static str, prepare: Emit, code: Emit, vector: u64, error: u64) -> Fault {
+pub(super) const fn fault(
+    what: &'static str,
+    prepare: Emit,
+    code: Emit,
+    vector: u64,
+    error: u64,
+) -> Fault {
     Fault {
         what,
         prepare,
@@ -33,7 +39,7 @@ const fn fault(what: &'static str, prepare: Emit, code: Emit, vector: u64, error
 }
 
 /// Runs one fault and checks everything that all faults share.
-fn check(m: &mut Machine, f: &Fault) -> Record {
+pub(super) fn check(m: &mut Machine, f: &Fault) -> Record {
     let user = m.cpu().cpl == 3;
     let before = m.cpu().rflags;
     println!("{}", f.what);
@@ -697,94 +703,6 @@ fn unmasked_simd_and_x87_exceptions() {
         );
         m.forget();
         check(m, &fault("#MF at WAIT", mf, |a| a.wait(), 16, NONE));
-    });
-}
-
-#[test]
-fn alignment_is_checked_for_users_who_ask() {
-    each_engine(|m| {
-        m.cpu_mut().cr0.insert(Cr0::AM);
-        m.to_user();
-        m.cpu_mut().rflags.insert(Rflags::AC);
-        let load: Emit = |a| a.mov(eax, dword_ptr(USER_DATA + 1));
-        check(m, &fault("#AC", nothing, load, 17, 0));
-        m.forget();
-        m.to_user();
-        m.run_user(load);
-        assert!(m.records().is_empty(), "without AC");
-        // The offset of a far pointer is aligned to its size, as measured.
-        for (far, checked) in [
-            ((|a| a.lgs(ax, ptr(USER_DATA + 2))) as Emit, false),
-            (|a| a.lgs(eax, ptr(USER_DATA + 4)), false),
-            (|a| a.lgs(rax, ptr(USER_DATA + 8)), false),
-            (|a| a.lgs(ax, ptr(USER_DATA + 1)), true),
-            (|a| a.lgs(eax, ptr(USER_DATA + 2)), true),
-            (|a| a.lgs(rax, ptr(USER_DATA + 4)), true),
-        ] {
-            m.forget();
-            m.put_bytes(USER_DATA, &[0; 32]);
-            m.to_user();
-            m.cpu_mut().rflags.insert(Rflags::AC);
-            match checked {
-                true => {
-                    check(m, &fault("#AC of a far pointer", nothing, far, 17, 0));
-                }
-                false => {
-                    m.run_user(far);
-                    assert!(m.records().is_empty(), "aligned");
-                }
-            }
-        }
-        // The same address and code in the kernel: no check.
-        m.forget();
-        m.cpu_mut().cr0.insert(Cr0::AM);
-    });
-}
-
-/// As measured.
-#[test]
-fn so_is_the_stack_of_far_transfers() {
-    const STACK: u64 = USER_STACK - 0x100;
-    let misaligned: Emit = |a| a.mov(rsp, STACK + 4);
-    let transfers: [(&str, Emit); 4] = [
-        ("RETF", |a| a.db(&[0x48, 0xcb])),
-        ("RETF with parameters", |a| a.db(&[0x48, 0xca, 8, 0])),
-        ("IRET", |a| a.iretq()),
-        ("CALL", |a| {
-            // 32 bits of offset, after which the stack is misaligned by 2.
-            a.call(fword_ptr(USER_DATA))
-        }),
-    ];
-    each_engine(|m| {
-        m.cpu_mut().cr0.insert(Cr0::AM);
-        for (what, code) in transfers {
-            let prepare: Emit = match what {
-                "CALL" => |a| a.mov(rsp, STACK + 2),
-                _ => misaligned,
-            };
-            m.forget();
-            m.put(USER_DATA, USER_CODE | USER_CS << 32);
-            m.put_bytes(STACK, &[0; 64]);
-            m.to_user();
-            m.cpu_mut().rflags.insert(Rflags::AC);
-            let r = check(m, &fault(what, prepare, code, 17, 0));
-            assert_eq!(r.rsp & !7, STACK, "{what}");
-            // Without AC the selector is looked at.
-            if what != "CALL" {
-                m.forget();
-                m.to_user();
-                check(m, &fault(what, prepare, code, 13, 0));
-            }
-        }
-        // Aligned to what is popped: the selector is looked at.
-        m.forget();
-        m.to_user();
-        m.cpu_mut().rflags.insert(Rflags::AC);
-        check(
-            m,
-            &fault("RETF of 32 bits", misaligned, |a| a.db(&[0xcb]), 13, 0),
-        );
-        m.cpu_mut().cr0.remove(Cr0::AM);
     });
 }
 

@@ -1,5 +1,6 @@
 //! The conformance suite: one module per concern, every test on every engine.
 
+mod alignment;
 mod canonical;
 mod counters;
 mod cpu_models;
