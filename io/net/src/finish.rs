@@ -1,5 +1,7 @@
 //! Finishing frames for a guest that takes no unfinished ones: checksums, and cutting up segments.
 
+use std::collections::VecDeque;
+
 use crate::checksum;
 use crate::link::{Accepts, Offload, Segment, Segmentation};
 
@@ -22,6 +24,12 @@ pub fn finish(offload: Offload, frame: Vec<u8>, accepts: Accepts) -> Vec<(Offloa
         Some((Offload::default(), frame))
     });
     summed.collect()
+}
+
+/// The same of frames that wait, which may have been kept for a guest that accepted more.
+pub fn finish_waiting(frames: &mut VecDeque<(Offload, Vec<u8>)>, accepts: Accepts) {
+    let waiting = std::mem::take(frames).into_iter();
+    frames.extend(waiting.flat_map(|(offload, frame)| finish(offload, frame, accepts)));
 }
 
 fn sum(offload: Offload, frame: &mut [u8]) -> Option<()> {

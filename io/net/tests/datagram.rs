@@ -483,11 +483,7 @@ fn a_forwarded_udp_port_leads_into_the_guest_and_back_to_each_client() {
     let host = free.local_addr().unwrap();
     drop(free);
     let config = UserConfig {
-        forwards: vec![Forward {
-            transport: Transport::Udp,
-            host,
-            guest: SocketAddrV4::new(Ipv4Addr::new(10, 0, 2, 15), 53),
-        }],
+        forwards: support::forwarded(Transport::Udp, host, 53),
         ..UserConfig::default()
     };
     let mut guest = Guest::new(&config, OFFLOADS[0]);
@@ -543,11 +539,7 @@ fn a_datagram_that_no_packet_of_the_guests_network_holds_is_lost() {
     let host = free.local_addr().unwrap();
     drop(free);
     let config = UserConfig {
-        forwards: vec![Forward {
-            transport: Transport::Udp,
-            host,
-            guest: SocketAddrV4::new(Ipv4Addr::new(10, 0, 2, 15), 53),
-        }],
+        forwards: support::forwarded(Transport::Udp, host, 53),
         ..UserConfig::default()
     };
     let mut guest = Guest::new(&config, OFFLOADS[0]);

@@ -9,9 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use doppel_device::{FakeClock, NANOS_PER_SECOND};
-use doppel_net::{
-    Accepts, Forward, GUEST, Link, Offload, Received, Transport, UserConfig, UserNetwork,
-};
+use doppel_net::{Accepts, GUEST, Link, Offload, Received, Transport, UserConfig, UserNetwork};
 use rustix::net::{AddressFamily, SendFlags, SocketType, sockopt};
 use smoltcp::wire::{IpProtocol, TcpPacket};
 use support::{GATEWAY, LIMIT, MAC};
@@ -385,11 +383,7 @@ fn forwarded_with(config: UserConfig) -> (Wire, SocketAddr) {
     let host = free.local_addr().unwrap();
     drop(free);
     let config = UserConfig {
-        forwards: vec![Forward {
-            transport: Transport::Tcp,
-            host,
-            guest: SocketAddrV4::new(GUEST, 22),
-        }],
+        forwards: support::forwarded(Transport::Tcp, host, 22),
         ..config
     };
     (Wire::with(&config, 0), host)

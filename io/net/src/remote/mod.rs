@@ -30,7 +30,7 @@ use rustix::net::{
     RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, recv, sendmsg, shutdown, sockopt,
 };
 
-use crate::finish::finish;
+use crate::finish::{finish, finish_waiting};
 use crate::link::{Accepts, Link, Offload, Received, Sent, Sink};
 use flows::{FLOWS_MAX, Flows};
 use message::{Hello, Message, RECORD_MAX, prefix};
@@ -289,10 +289,7 @@ impl Link for RemoteLink {
     fn guest_accepts(&mut self, accepts: Accepts) {
         self.guest = accepts;
         // What came before it said so.
-        let frames = std::mem::take(&mut self.finished).into_iter();
-        self.finished = frames
-            .flat_map(|(offload, frame)| finish(offload, frame, accepts))
-            .collect();
+        finish_waiting(&mut self.finished, accepts);
         if let Some((_, len)) = self.kept.take() {
             self.take(len);
         }

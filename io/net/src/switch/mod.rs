@@ -21,7 +21,7 @@ use rustix::event::epoll;
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, sendmsg};
 
-use crate::finish::finish;
+use crate::finish::{finish, finish_waiting};
 use crate::header::HEADER;
 use crate::link::{Accepts, FRAME_MAX, Link, Offload, Received, Sent, Sink};
 use directory::Place;
@@ -206,10 +206,7 @@ impl Link for Switch {
     fn guest_accepts(&mut self, accepts: Accepts) {
         self.accepts = accepts;
         // Those that wait may be for another driver.
-        let frames = std::mem::take(&mut self.waiting).into_iter();
-        self.waiting = frames
-            .flat_map(|(offload, frame)| finish(offload, frame, accepts))
-            .collect();
+        finish_waiting(&mut self.waiting, accepts);
     }
 
     fn send(&mut self, offload: Offload, frame: &[u8]) -> Sent {

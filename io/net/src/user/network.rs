@@ -8,7 +8,7 @@ use doppel_device::{Clock, Nanos};
 use rustix::io::Errno;
 use smoltcp::wire::{EthernetAddress, IpProtocol};
 
-use crate::finish::finish;
+use crate::finish::finish_waiting;
 use crate::link::{Accepts, Offload};
 use crate::user::poller::{Poller, Token};
 use crate::user::resolver::Resolvers;
@@ -201,10 +201,8 @@ impl Network {
     /// The guest takes such unfinished frames from now on, and those that wait were posted for one that may have taken others.
     pub fn guest_accepts(&mut self, accepts: Accepts) {
         self.accepts = accepts;
-        let frames = std::mem::take(&mut self.outbox).into_iter();
-        self.outbox = frames
-            .flat_map(|(offload, frame)| finish(offload, frame, accepts))
-            .collect();
+        finish_waiting(&mut self.outbox, accepts);
+        self.outbox_bytes = self.outbox.iter().map(|(_, frame)| frame.len()).sum();
     }
 
     /// The next posted frame.

@@ -129,14 +129,11 @@ impl Sessions {
 
     /// Whether a session is with another name server than is asked now.
     fn is_with_another(&self, network: &mut Network, token: Token) -> bool {
-        let session = self.table.get(token);
-        session.is_some_and(
-            |Session {
-                 ends, name_server, ..
-             }| {
-                name_server.is_some() && network.target(ends.remote).ok() != *name_server
-            },
-        )
+        let Some(session) = self.table.get(token) else {
+            return false;
+        };
+        let server = session.name_server;
+        server.is_some() && network.target(session.ends.remote).ok() != server
     }
 
     fn open(&mut self, network: &mut Network, ends: Ends) -> Result<Token, Refusal> {

@@ -2,13 +2,15 @@
 #![allow(dead_code, reason = "each test uses its part")]
 
 use std::collections::VecDeque;
-use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use doppel_device::HostClock;
-use doppel_net::{Accepts, Link, Offload, Received, Sent, UserConfig, UserNetwork};
+use doppel_net::{
+    Accepts, Forward, GUEST, Link, Offload, Received, Sent, Transport, UserConfig, UserNetwork,
+};
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
 use smoltcp::phy::{ChecksumCapabilities, Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::socket::tcp::State;
@@ -313,4 +315,13 @@ pub fn exchange(guest: &mut Guest, to: SocketAddrV4, port: u16, data: &[u8]) -> 
     });
     guest.sockets.remove(handle);
     received
+}
+
+/// Leads an address of the host to a port of the guest.
+pub fn forwarded(transport: Transport, host: SocketAddr, port: u16) -> Vec<Forward> {
+    vec![Forward {
+        transport,
+        host,
+        guest: SocketAddrV4::new(GUEST, port),
+    }]
 }
