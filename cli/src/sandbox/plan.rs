@@ -55,6 +55,12 @@ const ALWAYS: &[(&str, Right, &str)] = &[
         Right::Read,
         "the host's limits, and how busy it is",
     ),
+    (
+        "/sys/devices/system/cpu/possible",
+        Right::Read,
+        "what RDTSCP may tell on this host",
+    ),
+    ("/sys/devices/system/node/possible", Right::Read, "the same"),
     ("/dev/null", Right::Write, "standard output of processes"),
 ];
 

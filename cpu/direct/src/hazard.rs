@@ -1,19 +1,17 @@
 //! Instructions that neither trap in user mode nor behave there as in the guest: what must not be executed directly.
 //!
-//! Popek and Goldberg's theorem wants every sensitive instruction to trap; on x86 some do not, and tell user code of the host. A page that holds one
-//! is not made executable. Three kinds of them:
+//! Popek and Goldberg's theorem wants every sensitive instruction to trap; on x86 some do not, and tell user code of the host. Three kinds of them:
 //!
-//! * *Telling* ones, which hardly occur by chance (RDPID, XSAVE …): an instruction may begin at any byte, so every byte of the
+//! * *Telling* ones, which hardly occur by chance (XSAVE, PTWRITE …): an instruction may begin at any byte, so every byte of the
 //!   page counts as the beginning of one. An XSAVE does not tell where the code sets its mask right before, to components that host and guest both
 //!   have: so the dynamic linker's lazy binding does it. An XRSTOR is as one: it would load the process's own PKRU.
 //! * *Common* ones, whose bytes are part of other instructions (`0f 00`, `0f 02`, `0f 03`: SLDT, LSL, VERW and the like, which tell of
-//!   descriptors that all 64-bit Linux systems have alike, and of the number of the processor; `0f 01 f9`: RDTSCP, which tells that too, or an AND with 15 and an ADD; XGETBV): they count where decoding
-//!   leads to them. x86 code decoded from a wrong
-//!   byte falls into step within some instructions, so it is decoded from many bytes before; most starts lead to an instruction that is one, and
-//!   hardly any to one that is none.
-//! * CPUID is between the two: its two bytes stand by chance in 14 of the 5,059 pages of GCC's compiler proper, which comes by two of them all the time. It counts
+//!   descriptors that all 64-bit Linux systems have alike, and of the number of the processor; `0f 01 f9`: RDTSCP, which tells that too, or an AND with 15 and an ADD; XGETBV), and RDPID, which tells no more than RDTSCP: they count where decoding
+//!   leads to them (`ways`).
+//! * CPUID is between the two, and RDTSCP as Linux's vDSO has it. CPUID's two bytes stand by chance in 14 of the 5,059 pages of GCC's compiler proper, which comes by two of them all the time. It counts
 //!   unless decoding leads past it from everywhere (stops at sensitive pages in a build of 17 files of C, all of it direct, 12.6 : 5.7 million).
-//!   Where it was executed, it is taken out of a copy of the page (`patched`).
+//!
+//! A page that holds one is not executed itself, but most often a copy can be that has something else in its place (`patch`).
 //!
 //! Instructions of the host's that no guest is offered are looked for in the same way, whether this host has them or not: transactions (XBEGIN,
 //! XABORT, XSUSLDTRK, XRESLDTRK; XTEST says that there is none, and 38 of them are in the C library, in routines that are not chosen), AMX's LDTILECFG, STTILECFG and TILERELEASE (the rest of AMX traps in a process that has not asked for it), MOVDIRI,
@@ -29,14 +27,10 @@
 //! Not here, for they trap or are the same in the guest: RDTSC (the guest's TSC is the host's), CPUID where the host makes it fault, PUSHF and POPF (user code changes and sees the same bits), reads of selectors (equal by condition), RDPMC,
 //! far transfers and loads of selectors (a load that does not fault is looked at when user code stops).
 
-use std::ops::RangeInclusive;
-
 use doppel_x86::HiddenInstructions;
-use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
 use crate::hidden::{self, Where};
-use crate::length::{self, Kind, LONGEST, Length};
-use crate::patched::Code;
+use crate::ways::{EARLY, Share, Walk, is_prefix};
 
 /// Which of them count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,12 +72,16 @@ pub enum Verdict {
 
 /// Looks a page through.
 pub fn verdict(page: &[u8], hazards: Hazards) -> Verdict {
+    verdict_without(page, &[], hazards)
+}
+
+/// The same, but for what is known to stand at these bytes.
+pub fn verdict_without(page: &[u8], known: &[u16], hazards: Hazards) -> Verdict {
     let mut verdict = Verdict::Harmless;
-    let mut walk = Walk::new(page);
-    for (at, found) in suspects(page, hazards) {
+    for (at, found) in that_count(page, hazards) {
         match found {
-            found if !walk.counts(at, found, hazards) => {}
-            Avoidable | Common if at < EARLY => verdict = Verdict::Early,
+            _ if known.iter().any(|known| usize::from(*known) == at) => {}
+            Masked | Avoidable | Common if at < EARLY => verdict = Verdict::Early,
             _ => return Verdict::Sensitive,
         }
     }
@@ -94,19 +92,27 @@ pub fn verdict(page: &[u8], hazards: Hazards) -> Verdict {
     }
 }
 
-/// The page with undefined instructions in place of CPUIDs that are known to stand at these bytes, where that makes it one that may be executed; and what it holds
-/// then.
-pub fn without_cpuid(page: &Code, known: &[u16], hazards: Hazards) -> Option<(Code, Verdict)> {
-    const CPUID: &[u8] = &[0x0f, 0xa2];
-    const UD2: &[u8] = &[0x0f, 0x0b];
-    let mut copy = *page;
-    for at in known.iter().map(|at| usize::from(*at)) {
-        if page.get(at..at + CPUID.len()) == Some(CPUID) {
-            copy[at..at + UD2.len()].copy_from_slice(UD2);
-        }
+/// The bytes where the opcodes of sensitive instructions begin.
+pub fn opcodes(page: &[u8], hazards: Hazards) -> impl Iterator<Item = usize> {
+    that_count(page, hazards).map(|(at, _)| at)
+}
+
+fn that_count(page: &[u8], hazards: Hazards) -> impl Iterator<Item = (usize, Found)> {
+    let mut walk = Walk::new(page);
+    suspects(page, hazards).filter(move |(at, found)| counts(&mut walk, *at, *found, hazards))
+}
+
+/// Whether what was found at the byte is to be reckoned with.
+fn counts(walk: &mut Walk, at: usize, found: Found, hazards: Hazards) -> bool {
+    match found {
+        Nothing => false,
+        Telling => true,
+        Masked => walk
+            .mask_before(at)
+            .is_none_or(|mask| mask & hazards.components != 0),
+        Avoidable => walk.leads_to(at, Share::Any),
+        Common => walk.leads_to(at, Share::Half),
     }
-    let verdict = verdict(&copy, hazards);
-    (copy != *page && verdict != Verdict::Sensitive).then_some((copy, verdict))
 }
 
 /// Bytes of a page that matter to the page beside it: so many at its end, and at its beginning.
@@ -115,10 +121,13 @@ pub const AROUND: (usize, usize) = (96, 160);
 /// The end of a page, and the beginning of the one behind it.
 pub type Border = ([u8; AROUND.0], [u8; AROUND.1]);
 
+/// Code so near to the beginning of a page has next to nothing before it there.
+const NEAREST: usize = 12;
+
 /// True where such code begins at the end of a page and goes on at the beginning of another, or begins there.
 pub fn is_sensitive_across(border: &Border, hazards: Hazards) -> bool {
     // Those that begin behind the border have little before them in their page.
-    is_sensitive_until(LEAST, border, hazards)
+    is_sensitive_until(NEAREST, border, hazards)
 }
 
 /// True where what makes a page [`Verdict::Early`] is such code, as the end of the page before tells.
@@ -132,7 +141,7 @@ fn is_sensitive_until(behind: usize, (end, beginning): &Border, hazards: Hazards
     let around = end.len() - BEHIND_OPCODE..end.len() + behind;
     let mut walk = Walk::new(&code);
     let mut suspects = suspects(&code, hazards).filter(|(at, _)| around.contains(at));
-    suspects.any(|(at, found)| walk.counts(at, found, hazards))
+    suspects.any(|(at, found)| counts(&mut walk, at, found, hazards))
         || hidden::is_across(&code, end.len(), hazards.hidden)
 }
 
@@ -204,6 +213,7 @@ fn found(page: &[u8], at: usize, h: Hazards) -> Found {
         // SLDT, STR; VERR, VERW.
         0x00 => when(matches!(reg, 0 | 1 | 4 | 5), Common),
         0x01 if matches!(modrm, 0xe8 | 0xe9) => when(may_have(page, at, 0xf2), Common),
+        0x01 if page[at..].starts_with(TELLS_TIME) => Avoidable,
         0x01 => group_7(modrm, h),
         // LAR, LSL.
         0x02 | 0x03 => Common,
@@ -213,7 +223,10 @@ fn found(page: &[u8], at: usize, h: Hazards) -> Found {
         0x34 => Common,
         0xa2 => when(h.cpuid, Avoidable),
         // MOVDIR64B, ENQCMD; MOVDIRI.
-        0x38 => when(matches!(modrm, 0xf8 | 0xf9), Telling),
+        0x38 => when(
+            matches!(modrm, 0xf8 | 0xf9) && byte(3).is_none_or(|modrm| modrm < 0xc0),
+            Telling,
+        ),
         // PTWRITE.
         0xae if reg == 4 && may_have(page, at, 0xf3) => Telling,
         // TPAUSE, UMWAIT, UMONITOR; without a prefix, MFENCE.
@@ -225,10 +238,13 @@ fn found(page: &[u8], at: usize, h: Hazards) -> Found {
         0xae => when(h.components != 0 && memory && matches!(reg, 4..=6), Masked),
         // XSAVEC; RDPID.
         0xc7 if memory => when(h.components != 0 && reg == 4, Masked),
-        0xc7 => when(reg == 7 && may_have(page, at, 0xf3), Telling),
+        0xc7 => when(reg == 7 && may_have(page, at, 0xf3), Common),
         _ => Nothing,
     }
 }
+
+/// RDTSCP, and XCHG AX, AX with which Linux's vDSO fills the place of LFENCE and RDTSC.
+pub(crate) const TELLS_TIME: &[u8] = &[0x0f, 0x01, 0xf9, 0x66, 0x90];
 
 /// SGDT, SIDT, SMSW, and instructions without operands.
 fn group_7(modrm: u8, h: Hazards) -> Found {
@@ -245,268 +261,17 @@ fn group_7(modrm: u8, h: Hazards) -> Found {
 
 /// Whether a prefix may stand before the opcode, with others in between.
 fn may_have(page: &[u8], at: usize, prefix: u8) -> bool {
-    for byte in page[..at].iter().rev() {
-        match byte {
-            found if *found == prefix => return true,
-            0x40..=0x4f
-            | 0x66
-            | 0x67
-            | 0xf2
-            | 0xf3
-            | 0x26
-            | 0x2e
-            | 0x36
-            | 0x3e
-            | 0x64
-            | 0x65
-            | 0xf0 => {}
-            _ => return false,
-        }
-    }
-    true
-}
-
-/// How far before an instruction decoding starts, at most and at least: far enough to have fallen into step where there is so much before.
-const STARTS: (usize, usize) = (160, 96);
-/// Every so many bytes there is a start.
-const STEP: usize = 4;
-/// At least, where there is little.
-const LEAST: usize = 12;
-/// How far before a first glance starts: more than most code needs to fall into step, and a fraction of what all starts decode.
-const GLANCE: [usize; 8] = [72, 67, 61, 56, 50, 45, 39, 34];
-/// So many of them have to lead past.
-const ENOUGH: usize = 3;
-/// What is nearer to the beginning of a page has too little before it there to be judged alone.
-const EARLY: usize = STARTS.1;
-
-/// Where decoding leads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Way {
-    /// To a common one.
-    There,
-    /// To something else.
-    Past,
-    /// Through what is no code of user programs.
-    Nowhere,
-}
-
-/// Where decoding leads from the bytes before one: from the first on, and from no more than [`STARTS`] says.
-struct Known {
-    first: usize,
-    ways: [Option<Way>; STARTS.0 + 1],
-}
-
-impl Known {
-    fn from(first: usize) -> Self {
-        let ways = [None; STARTS.0 + 1];
-        Known { first, ways }
-    }
-
-    fn at(&mut self, at: usize) -> &mut Option<Way> {
-        &mut self.ways[at - self.first]
-    }
-}
-
-/// How many of the ways count.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Share {
-    Any,
-    Half,
-}
-
-/// Ways through code. What was decoded is kept: most ways are the same after some instructions.
-struct Walk<'a> {
-    code: &'a [u8],
-    /// What begins at each byte, where that was asked.
-    met: Vec<Option<Length>>,
-}
-
-impl<'a> Walk<'a> {
-    fn new(code: &'a [u8]) -> Self {
-        let met = Vec::new();
-        Walk { code, met }
-    }
-
-    /// Whether what was found at the byte is to be reckoned with.
-    fn counts(&mut self, at: usize, found: Found, hazards: Hazards) -> bool {
-        match found {
-            Nothing => false,
-            Telling => true,
-            Masked => self
-                .mask_before(at)
-                .is_none_or(|mask| mask & hazards.components != 0),
-            Avoidable => self.leads_to(at, Share::Any),
-            Common => self.leads_to(at, Share::Half),
-        }
-    }
-
-    /// The mask in EDX:EAX, where the code right before the opcode sets it and then does nothing but store.
-    fn mask_before(&mut self, at: usize) -> Option<u64> {
-        /// Bytes before, that decoding starts at.
-        const BEFORE: RangeInclusive<usize> = 64..=96;
-        let starts = at.checked_sub(*BEFORE.end())?..=at - BEFORE.start();
-        let start = { starts }.find(|start| self.way(*start, at) == Way::Past)?;
-        let decoder = Decoder::with_ip(64, &self.code[start..], 0, DecoderOptions::NONE);
-        let mut mask = Mask::default();
-        let mut end = start;
-        for instruction in decoder {
-            end += instruction.len();
-            if end > at {
-                return mask.value().filter(|_| has_mask(instruction.mnemonic()));
-            }
-            mask.follow(&instruction);
-        }
-        None
-    }
-
-    /// True where decoding the code before leads to one at the byte, from so many of the starts.
-    fn leads_to(&mut self, at: usize, share: Share) -> bool {
-        let near = LEAST.max(STARTS.1.min(at / 2));
-        if at < near {
-            // Little is known of what comes before; perhaps nothing does.
-            let (there, _) = self.votes(0..=at, 1, at);
-            return self.way(0, at) == Way::There || 2 * there > at + 1;
-        }
-        if share == Share::Half && self.is_passed(at) {
-            return false;
-        }
-        let starts = at.saturating_sub(STARTS.0)..=at - near;
-        let (there, all) = self.votes(starts, STEP, at);
-        match share {
-            Share::Any => there > 0 || all == 0,
-            Share::Half => there > 0 && 2 * there >= all,
-        }
-    }
-
-    /// A first glance from a few starts nearby: true where none leads there, and some lead past, as it is with nearly all that are part of an instruction. Before
-    /// one that is an instruction itself, some of so many have fallen into step.
-    fn is_passed(&mut self, at: usize) -> bool {
-        let Some(first) = at.checked_sub(GLANCE[0]) else {
-            return false;
-        };
-        let mut known = Known::from(first);
-        let ways = GLANCE.map(|before| self.way_by(at - before, at, &mut known));
-        let past = ways.iter().filter(|way| **way == Way::Past).count();
-        past >= ENOUGH && !ways.contains(&Way::There)
-    }
-
-    /// How many of these starts lead there, and how many lead anywhere.
-    fn votes(&mut self, starts: RangeInclusive<usize>, step: usize, at: usize) -> (usize, usize) {
-        let mut known = Known::from(*starts.start());
-        let (mut there, mut all) = (0, 0);
-        for start in starts.step_by(step) {
-            let way = self.way_by(start, at, &mut known);
-            there += usize::from(way == Way::There);
-            all += usize::from(way != Way::Nowhere);
-        }
-        (there, all)
-    }
-
-    fn way(&mut self, start: usize, at: usize) -> Way {
-        self.way_by(start, at, &mut Known::from(start))
-    }
-
-    /// Where decoding leads, as it is known of an instruction on the way, or is then.
-    fn way_by(&mut self, start: usize, at: usize, known: &mut Known) -> Way {
-        let mut here = start;
-        let way = loop {
-            if let Some(way) = *known.at(here) {
-                break way;
-            }
-            let Length { bytes, kind } = self.instruction(here);
-            let next = here + usize::from(bytes);
-            if next > at {
-                let rest = &self.code[next.min(self.code.len())..];
-                break match kind == Kind::Common && goes_on(rest) {
-                    true => Way::There,
-                    false => Way::Past,
-                };
-            }
-            if kind == Kind::NoCode {
-                break Way::Nowhere;
-            }
-            here = next;
-        };
-        let (mut met, last) = (start, here);
-        while met <= last {
-            *known.at(met) = Some(way);
-            met += usize::from(self.instruction(met).bytes);
-        }
-        way
-    }
-
-    fn instruction(&mut self, at: usize) -> Length {
-        if self.met.is_empty() {
-            self.met = vec![None; self.code.len()];
-        }
-        let code = &self.code[at..];
-        *self.met[at].get_or_insert_with(|| length::decode(code))
-    }
-}
-
-fn has_mask(mnemonic: Mnemonic) -> bool {
-    use Mnemonic::{Xrstor, Xrstor64, Xsave, Xsave64, Xsavec, Xsavec64, Xsaveopt, Xsaveopt64};
-    matches!(
-        mnemonic,
-        Xsave | Xsave64 | Xsavec | Xsavec64 | Xsaveopt | Xsaveopt64 | Xrstor | Xrstor64
-    )
-}
-
-/// EDX and EAX, as far as constants tell.
-#[derive(Default)]
-struct Mask {
-    eax: Option<u32>,
-    edx: Option<u32>,
-}
-
-impl Mask {
-    fn follow(&mut self, i: &Instruction) {
-        let constant = match (i.mnemonic(), i.op0_kind(), i.op1_kind()) {
-            (Mnemonic::Mov, OpKind::Memory, _) => return,
-            (Mnemonic::Mov, OpKind::Register, OpKind::Immediate32) => Some(i.immediate32()),
-            (Mnemonic::Xor, OpKind::Register, OpKind::Register)
-                if i.op0_register() == i.op1_register() =>
-            {
-                Some(0)
-            }
-            _ => None,
-        };
-        match (i.op0_register(), constant) {
-            (Register::EAX, Some(_)) => self.eax = constant,
-            (Register::EDX, Some(_)) => self.edx = constant,
-            _ => *self = Mask::default(),
-        }
-    }
-
-    fn value(&self) -> Option<u64> {
-        Some(u64::from(self.edx?) << 32 | u64::from(self.eax?))
-    }
-}
-
-/// True where what comes next is code as user programs have it, as far as it can be told: tables between code hardly ever are.
-fn goes_on(code: &[u8]) -> bool {
-    const INSTRUCTIONS: usize = 8;
-    let decoder = Decoder::with_ip(64, code, 0, DecoderOptions::NONE);
-    for i in decoder.into_iter().take(INSTRUCTIONS) {
-        if i.is_invalid() {
-            return i.len() == code.len() || code.len() < LONGEST;
-        }
-        let ends = [
-            FlowControl::Return,
-            FlowControl::UnconditionalBranch,
-            FlowControl::IndirectBranch,
-        ];
-        if ends.contains(&i.flow_control()) {
-            return true;
-        }
-    }
-    true
+    let before = page[..at].iter().rev();
+    let mut prefixes = before.take_while(|byte| is_prefix(**byte));
+    let all = prefixes.clone().count() == at;
+    prefixes.any(|byte| *byte == prefix) || all
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use iced_x86::Mnemonic;
+    use crate::ways::has_mask;
+    use iced_x86::{Decoder, DecoderOptions, Mnemonic};
 
     const ALL: Hazards = Hazards {
         cpuid: true,
@@ -689,14 +454,15 @@ mod tests {
             &[0x0f, 0xae, 0xf8],                               // sfence
             &[0x0f, 0xae, 0xf0],                               // mfence
             &[0x0f, 0xae, 0x3f],                               // clflush
-            &[0x0f, 0x01, 0x17],                               // lgdt, which traps
-            &[0x0f, 0x01, 0xd6],                               // xtest
-            &[0x0f, 0x01, 0xe8],                               // serialize
-            &[0x89, 0xc7, 0xf8, 0xf5],                         // mov edi, eax; clc; cmc
-            &[0xc7, 0x45, 0xf8, 0xc7, 0xf8, 0, 0],             // mov dword [rbp - 8], 0xf8c7
-            &[0xf3, 0x0f, 0xae, 0xd0],                         // wrfsbase eax
-            &[0xe8, 0x0f, 0xa2, 0x10, 0xff],                   // call, over CPUID
-            &[0x48, 0x8b, 0x3d, 0x4a, 0x0f, 0xa2, 0x01],       // mov rdi, [rip + 0x1a20f4a]
+            &[0x0f, 0x38, 0xf9, 0xff], // movdiri of a register, which is undefined
+            &[0x0f, 0x01, 0x17],       // lgdt, which traps
+            &[0x0f, 0x01, 0xd6],       // xtest
+            &[0x0f, 0x01, 0xe8],       // serialize
+            &[0x89, 0xc7, 0xf8, 0xf5], // mov edi, eax; clc; cmc
+            &[0xc7, 0x45, 0xf8, 0xc7, 0xf8, 0, 0], // mov dword [rbp - 8], 0xf8c7
+            &[0xf3, 0x0f, 0xae, 0xd0], // wrfsbase eax
+            &[0xe8, 0x0f, 0xa2, 0x10, 0xff], // call, over CPUID
+            &[0x48, 0x8b, 0x3d, 0x4a, 0x0f, 0xa2, 0x01], // mov rdi, [rip + 0x1a20f4a]
             &[0x83, 0xe2, 0x0f, 0x01, 0xd0, 0x0f, 0xbe, 0xc0], // and edx, 15; add eax, edx
             &[0x83, 0xe1, 0x0f, 0x01, 0xf9, 0x0f, 0xbe, 0xc0], // and ecx, 15; add ecx, edi
         ];
@@ -791,6 +557,19 @@ mod tests {
         assert!(begins_sensitive(&border(&lar), ALL));
     }
 
+    #[test]
+    fn a_mask_may_be_set_in_the_page_before() {
+        let known = [0xb8, 0xee, 0, 0, 0, 0x31, 0xd2]; // mov eax, 0xee; xor edx, edx
+        let half = [0xb8, 0xee, 0, 0, 0, 0x89, 0xc2]; // mov edx, eax
+        for (mask, is_sensitive) in [(known, false), (half, true)] {
+            let second = page(&lazy_binding(&[], &[]), 0);
+            assert_eq!(verdict(&second, ALL), Verdict::Early);
+            let mut border: Border = ([0x90; AROUND.0], second[..AROUND.1].try_into().unwrap());
+            border.0[AROUND.0 - mask.len()..].copy_from_slice(&mask);
+            assert_eq!(begins_sensitive(&border, ALL), is_sensitive);
+        }
+    }
+
     fn is_common(mnemonic: Mnemonic) -> bool {
         use Mnemonic::{Lar, Lsl, Sgdt, Sidt, Sldt, Smsw, Str, Sysenter, Verr, Verw};
         matches!(
@@ -836,7 +615,7 @@ mod tests {
                 if is_one(instruction.mnemonic()) {
                     count += 1;
                     let found = found(&code, at, ALL);
-                    let counts = Walk::new(&code).counts(at, found, ALL);
+                    let counts = counts(&mut Walk::new(&code), at, found, ALL);
                     assert!(counts, "{:x?}", &code[64..]);
                 }
             }

@@ -3,10 +3,11 @@
 use std::sync::{Arc, OnceLock};
 
 use doppel_memory::{GuestRam, PAGE_MASK, PAGE_SIZE};
-use doppel_x86::{CpuidModel, XCR0_PKRU, host_xcr0};
+use doppel_x86::{Cpu, CpuidModel, XCR0_PKRU, host_xcr0};
 use raw_cpuid::native_cpuid::cpuid_count;
 
 use crate::hazard::Hazards;
+use crate::patch::Patch;
 use crate::patched::{Code, PatchedPage, PatchedPages};
 use crate::prices::Prices;
 use crate::space::END_OF_USER;
@@ -29,6 +30,7 @@ pub struct DirectHost {
     prices: OnceLock<Prices>,
     patched: Arc<PatchedPages>,
     hides_code: OnceLock<bool>,
+    numbers_are_short: bool,
 }
 
 impl DirectHost {
@@ -39,6 +41,7 @@ impl DirectHost {
         Ok(DirectHost {
             patched: Arc::new(PatchedPages::behind(file, ram.size())?),
             hides_code: OnceLock::new(),
+            numbers_are_short: numbers_are_short(),
             zygote,
             most_mappings: most_mappings(),
             lowest: lowest(),
@@ -53,10 +56,16 @@ impl DirectHost {
     }
 
     /// A page that children execute in place of another, where this host has code that can be executed and not read, and there is room.
-    pub(crate) fn patched_page(&self, code: &Code) -> Option<PatchedPage> {
+    pub(crate) fn patched_page(&self, patch: Patch) -> Option<PatchedPage> {
         let hides = || self.hides_code().unwrap_or(false);
         self.hides_code.get_or_init(hides).then_some(())?;
-        self.patched.page(code)
+        self.patched.page(patch)
+    }
+
+    /// The number of the guest's processor, where a copy can put it in place of the host's behind RDTSCP.
+    pub(crate) fn number_in_copies(&self, cpu: &Cpu) -> Option<u8> {
+        let number = u8::try_from(cpu.msr.tsc_aux).ok();
+        number.filter(|_| self.numbers_are_short)
     }
 
     /// Has a child execute code that reads itself: whether that faults, for the protection key.
@@ -66,7 +75,7 @@ impl DirectHost {
         const PROTECTION_KEY: u32 = 1 << 5;
         let mut code: Code = [0; PAGE_SIZE as usize];
         code[..READS_ITSELF.len()].copy_from_slice(&READS_ITSELF);
-        let page = self.patched.page(&code)?;
+        let page = self.patched.page(Patch::as_is(code))?;
         let mut child = self.spawn().ok()?;
         let at = child.reserved().end;
         let map = Change::MapPatched {
@@ -105,6 +114,17 @@ impl DirectHost {
     pub(crate) fn most_mappings(&self) -> usize {
         self.most_mappings
     }
+}
+
+/// Whether RDTSCP tells numbers of eight bits alone here: Linux has it tell the processor's, and from the twelfth bit on its node's.
+fn numbers_are_short() -> bool {
+    let last = |kind: &str| {
+        let all = std::fs::read_to_string(format!("/sys/devices/system/{kind}/possible")).ok()?;
+        let last = all.trim().rsplit(['-', ',']).next()?;
+        last.parse::<u32>().ok()
+    };
+    // Where it has no nodes, Linux has no such file.
+    last("cpu").is_some_and(|cpu| cpu <= u8::MAX.into()) && last("node").unwrap_or(0) == 0
 }
 
 /// XGETBV of the host's processor takes ECX = 1.

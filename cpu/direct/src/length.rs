@@ -136,6 +136,7 @@ const TWO: [Form; 256] = {
     t = each(t, &[0x34, 0xa2], COMMON);
     t = each(t, &[0x70, 0xa4, 0xac, 0xc2, 0xc4, 0xc5, 0xc6], M | IMM8);
     t = each(t, &[0x71, 0x72, 0x73, 0xba], M | IMM8 | GROUP);
+    t[0xc7] = M | GROUP;
     t = each(t, &[0x78, 0x79], M | NO_CODE);
     t = fill(t, 0x80, 0x8f, REL32);
     fill(t, 0xc8, 0xcf, 0)
@@ -167,6 +168,8 @@ fn group_kind(map: u8, opcode: u8, modrm: u8) -> Kind {
         (2, 0x71 | 0x72) => memory || !matches!(reg, 2 | 4 | 6),
         (2, 0x73) => memory || !matches!(reg, 2 | 3 | 6 | 7),
         (2, 0xba) => reg < 4,
+        // RDPID; RDSEED, which is nothing of the kind, but nobody asks about it.
+        (2, 0xc7) if reg == 7 && !memory => return Kind::Common,
         _ => false,
     };
     match no_code {
@@ -412,12 +415,14 @@ mod tests {
     #[test]
     fn common_ones_are_the_full_decoders() {
         use Mnemonic::{Clzero, Cpuid, Femms, Mcommit, Monitorx, Mwaitx, Vmgexit};
-        use Mnemonic::{Lar, Lsl, Rdpkru, Rdpru, Rdtscp, Sgdt, Sidt, Sldt, Smsw, Str, Sysenter};
+        use Mnemonic::{
+            Lar, Lsl, Rdpid, Rdpkru, Rdpru, Rdseed, Rdtscp, Sgdt, Sidt, Sldt, Smsw, Str, Sysenter,
+        };
         use Mnemonic::{Serialize, Verr, Verw, Vmcall, Vmmcall, Wrpkru, Xgetbv};
         use Mnemonic::{Xabort, Xbegin, Xresldtrk, Xsusldtrk};
         let descriptors = [Lar, Lsl, Sysenter, Verr, Verw, Sgdt, Sidt, Sldt, Smsw, Str];
         let others = [
-            Cpuid, Vmcall, Vmmcall, Rdpkru, Wrpkru, Rdtscp, Rdpru, Xgetbv,
+            Cpuid, Vmcall, Vmmcall, Rdpid, Rdseed, Rdpkru, Wrpkru, Rdtscp, Rdpru, Xgetbv,
         ];
         let amd = [Clzero, Femms, Mcommit, Monitorx, Mwaitx, Vmgexit];
         let transactions = [Xbegin, Xabort, Xsusldtrk, Xresldtrk, Serialize];

@@ -22,6 +22,7 @@ mod hidden;
 mod host;
 mod kick_unsafe;
 mod length;
+mod patch;
 mod patched;
 mod pin;
 mod policy;
@@ -35,6 +36,7 @@ mod state;
 mod transfer;
 mod unexplained;
 mod user;
+mod ways;
 mod zygote;
 
 pub use change::Change;

@@ -1,19 +1,17 @@
-//! Patched pages: code that the processor executes in place of a page in which a CPUID stands.
+//! Patched pages: code that the processor executes in place of a page in which a sensitive instruction stands.
 //!
-//! Problem: CPUID does not trap in user mode, and a host that is a virtual machine itself cannot make it trap. Programs ask it once, at their start, but the code that asks may lie in one page with code that
+//! Problem: CPUID and others do not trap in user mode, and a host that is a virtual machine itself cannot make CPUID trap. Programs ask it once, at their start, but the code that asks may lie in one page with code that
 //! is hot: GCC's lexer does, and each file that it compiled came by some 50,000 times, a stop each.
-//! Idea: what other monitors do to kernels that were not made for them. A copy of the page has an undefined instruction in CPUID's place, UD2, which is as long and
+//! Idea: what other monitors do to kernels that were not made for them. A copy of the page has something else in its place ([`Patch`]), most often an instruction that
 //! traps; then the instruction that the guest has there is interpreted. The guest must not see the copy, so it is mapped to be executed and not read: Linux makes such a mapping of
-//! PROT_EXEC alone, by a protection key, where the processor has them. A read faults, and is interpreted with what the guest has there.
+//! PROT_EXEC alone, by a protection key, where the processor has them. A read faults, and is interpreted with what the guest has there. Until it is executed the page is mapped to be read.
 //!
 //! Invariants:
-//! * only bytes that were executed as CPUID are patched ([`doppel_x86::UserCode::asked_cpuid`]). To take for one what is part of another instruction would change that one,
-//!   and no decoding from elsewhere is sure. What was seen holds for the page as it was, which a digest tells;
-//! * what is executed holds no sensitive instruction: the copy is looked through like any page ([`hazard::without_cpuid`](crate::hazard::without_cpuid));
+//! * what is executed holds no sensitive instruction: the copy is looked through like any page;
 //! * a copy is as good as its page: both are given up when the page is written, before that is done;
 //! * no mapping is made unless one was seen to be unreadable on this host ([`crate::DirectHost`] tries, once).
 //!
-//! Cost: a stop for each CPUID; a page of host memory for each page patched, 256 a machine at most, which all its children map.
+//! Cost: a page of host memory for each page patched, 1,024 a machine at most, which all its children map.
 
 use std::fs::File;
 use std::ops::Range;
@@ -24,9 +22,10 @@ use rustix::fs::ftruncate;
 
 use crate::DirectError;
 use crate::exchange::Shared;
+use crate::patch::Patch;
 
 /// Bytes of all that a machine has.
-const SIZE: u64 = 1 << 20;
+const SIZE: u64 = 4 << 20;
 
 /// Where they are in the file of guest RAM, which children map anyway: behind the RAM.
 pub(crate) fn range(ram_size: u64) -> Range<u64> {
@@ -50,6 +49,7 @@ pub(crate) struct PatchedPages {
 pub(crate) struct PatchedPage {
     slot: u64,
     pages: Arc<PatchedPages>,
+    pub patch: Patch,
 }
 
 impl PatchedPages {
@@ -73,12 +73,13 @@ impl PatchedPages {
     }
 
     /// A page with this code, where there is room for one.
-    pub fn page(self: &Arc<Self>, code: &Code) -> Option<PatchedPage> {
+    pub fn page(self: &Arc<Self>, patch: Patch) -> Option<PatchedPage> {
         let slot = self.free().pop()?;
-        self.memory.write((slot * PAGE_SIZE) as usize, code);
+        self.memory.write((slot * PAGE_SIZE) as usize, &patch.code);
         Some(PatchedPage {
             slot,
             pages: self.clone(),
+            patch,
         })
     }
 }

@@ -72,7 +72,7 @@ struct Asked {
 pub struct DirectOptions {
     /// Always, whether that is faster or not: for tests.
     pub always: bool,
-    /// Pages with a CPUID are not executed, even where a patched copy could be.
+    /// Pages with sensitive code are not executed, even where a patched copy could be.
     pub unpatched: bool,
 }
 
@@ -116,6 +116,8 @@ pub struct Direct {
     /// The program that runs, and how many there were.
     life: u64,
     lives: u64,
+    /// The CPU's number as RDTSCP tells it, which some copies of pages have in them.
+    number: u64,
     /// How often pages that were executed were written.
     turns: FxHashMap<u64, u32>,
     /// Guest physical pages that may be in some shadow, a bit each.
@@ -160,6 +162,7 @@ impl Direct {
             spaces: BTreeMap::new(),
             claims: FxHashMap::default(),
             asked_cpuid: FxHashMap::default(),
+            number: cpu.msr.tsc_aux,
             life: 0,
             lives: 0,
             turns: FxHashMap::default(),
@@ -297,7 +300,10 @@ impl Direct {
                 space.child = None;
                 space.empty();
             }
-            Ok(_) => transfer::store(user, cpu),
+            Ok(_) => {
+                transfer::store(user, cpu);
+                self.complete_number(cpu, root);
+            }
         }
         Ok((stop?, stretch))
     }
@@ -491,6 +497,7 @@ impl UserCode for Direct {
         self.life = self.spaces.get(&root).map_or(0, |s| s.life);
         self.kicked = false;
         self.ambition = MAPPINGS.0;
+        self.follow_number(cpu);
         self.map_missed(cpu, root);
         loop {
             self.kicker.0.clear();

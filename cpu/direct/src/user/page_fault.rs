@@ -56,7 +56,10 @@ impl Direct {
         let old = self.space(root)?.shadow.get(linear);
         if old.is_patched() && old.gpa() == leaf.gpa && kind == AccessKind::Read {
             self.read_patched(leaf.gpa);
-            return Some(Left::Interpret);
+            // Code that reads its own page would come by for ever.
+            if cpu.rip & !PAGE_MASK == linear {
+                return Some(Left::Interpret);
+            }
         }
         let entry = self.entry_at(cpu, root, linear, &leaf, kind);
         let sensitive = entry.is_sensitive() && kind == AccessKind::Execute;
@@ -113,7 +116,7 @@ impl Direct {
         }
     }
 
-    /// User code reads a page of which it executes a copy. A page that is read again and again is not executed any more.
+    /// User code reads a page of which it executes a copy: the page itself is mapped until it executes it again. One for which that goes on and on is not executed any more.
     fn read_patched(&mut self, gpa: u64) {
         self.counts.patched_reads += 1;
         *self.turns.entry(gpa).or_default() += 1;

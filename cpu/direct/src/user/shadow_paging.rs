@@ -5,11 +5,12 @@ use std::hash::Hasher;
 use doppel_memory::{
     AccessKind, Leaf, PAGE_MASK, PAGE_SIZE, Paging, REGION_PAGES, REGION_SHIFT, Survey, probe,
 };
-use doppel_x86::Cpu;
+use doppel_x86::{Cpu, Gpr};
 use rustc_hash::FxHasher;
 
 use super::{Asked, Claim, Direct, MAPPINGS, MOST_ASKING, MOST_TURNS};
 use crate::hazard::{self, Verdict};
+use crate::patch::Patch;
 use crate::patched::{Code, PatchedPage};
 use crate::shadow::{Entry, Revoked};
 use crate::space::Space;
@@ -44,9 +45,12 @@ impl Direct {
                 Verdict::Early => self.begins_sensitive(cpu, linear, leaf.gpa),
                 Verdict::Sensitive => true,
             };
+            let patched = self.patched(leaf.gpa).is_some();
             return match sensitive {
                 true => entry.sensitive(),
-                false if self.patched(leaf.gpa).is_some() => entry.patched(),
+                // It cannot be read then: not before somebody executes it.
+                false if patched && !asked => entry,
+                false if patched => entry.patched(),
                 false => entry.execute(true),
             };
         }
@@ -116,17 +120,55 @@ impl Direct {
     fn look_through(&mut self, cpu: &Cpu, gpa: u64) -> (Verdict, Option<PatchedPage>) {
         let page = code(cpu, gpa);
         let verdict = hazard::verdict(&page, self.hazards);
+        if verdict == Verdict::Harmless || self.options.unpatched {
+            return (verdict, None);
+        }
         let known = self.asked_cpuid.get(&gpa);
-        let known = known.filter(|_| verdict != Verdict::Harmless);
         let known = known.filter(|k| k.code == digest(&page));
-        let without = known.and_then(|k| hazard::without_cpuid(&page, &k.at, self.hazards));
-        let patched = without.and_then(|(copy, v)| Some((v, self.host.patched_page(&copy)?)));
-        match patched {
-            Some((verdict, patched)) => {
+        let executed: &[u16] = known.map_or(&[], |k| &k.at);
+        if verdict == Verdict::Early && executed.is_empty() {
+            return (verdict, None);
+        }
+        let number = self.host.number_in_copies(cpu);
+        let patch = Patch::of(&page, executed, self.hazards, number);
+        match patch.and_then(|patch| self.host.patched_page(patch)) {
+            Some(patched) => {
                 self.counts.patched += 1;
-                (verdict, Some(patched))
+                (patched.patch.verdict, Some(patched))
             }
             None => (verdict, None),
+        }
+    }
+
+    /// Gives up the copies that have the number of a processor in them, if that is another now.
+    pub(super) fn follow_number(&mut self, cpu: &Cpu) {
+        let number = cpu.msr.tsc_aux;
+        if std::mem::replace(&mut self.number, number) == number {
+            return;
+        }
+        let has_number =
+            |claim: &Claim| claim.patched.as_ref().is_some_and(|p| p.patch.has_number());
+        let with = self.claims.extract_if(|_, claim| has_number(claim));
+        let pages: Vec<_> = with.map(|(page, _)| page).collect();
+        for page in pages {
+            cpu.ram.tracker().release_code(page, &cpu.peer);
+            self.revoke(page, Revoked::Execute);
+        }
+    }
+
+    /// Gives ECX the number of the guest's processor, where the child stopped before it did so itself.
+    pub(super) fn complete_number(&mut self, cpu: &mut Cpu, root: u64) {
+        let Some(space) = self.spaces.get(&root) else {
+            return;
+        };
+        let entry = space.shadow.get(cpu.rip & !PAGE_MASK);
+        if !entry.is_patched() {
+            return;
+        }
+        let at = (cpu.rip & PAGE_MASK) as u16;
+        let page = self.patched(entry.gpa());
+        if page.is_some_and(|page| page.patch.is_before_number(at)) {
+            cpu.gpr[Gpr::Rcx as usize] = cpu.msr.tsc_aux;
         }
     }
 

@@ -21,8 +21,8 @@ const NEXT: u64 = CODE + PAGE_SIZE;
 const OTHER: u64 = 0x10_8000;
 const DATA: u64 = 0x11_0000;
 const STACK: u64 = 0x12_0000;
-/// RDPID EAX.
-const SENSITIVE: &[u8] = &[0xf3, 0x0f, 0xc7, 0xf8];
+/// MOVDIRI [RDI], EAX, of which nothing before tells whether it is one.
+const SENSITIVE: &[u8] = &[0x0f, 0x38, 0xf9, 0x07];
 
 /// User code at [`CODE`], about to be run directly.
 struct Rig {

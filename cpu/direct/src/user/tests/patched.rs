@@ -1,6 +1,7 @@
-//! Pages of code in which a CPUID stands.
+//! Pages of code in which a CPUID stands, or an RDTSCP.
 
 use super::*;
+use crate::patch::Patch;
 
 /// CPUID; RET.
 const ASKS: &[u8] = &[0x0f, 0xa2, 0xc3];
@@ -28,7 +29,8 @@ fn rig(options: DirectOptions, beside: &[u8]) -> Option<Rig> {
         eprintln!("SKIPPED: CPUID faults here");
         return None;
     }
-    if rig.direct.host.patched_page(&[0x90; 4096]).is_none() {
+    let any = Patch::as_is([0x90; PAGE_SIZE as usize]);
+    if rig.direct.host.patched_page(any).is_none() {
         eprintln!("SKIPPED: this host has no code that can be executed and not read");
         return None;
     }
@@ -42,7 +44,10 @@ const GATE: u64 = NEXT;
 /// Runs until it has gone round so often.
 fn rounds(rig: &mut Rig, count: u64) {
     let end = rig.cpu.gpr[12] + count;
+    let mut left = 20 * count;
     while rig.cpu.gpr[12] < end {
+        assert!(left > 0, "{:#x}: {:?}", rig.cpu.rip, rig.direct.counts);
+        left -= 1;
         let left = rig.run().unwrap();
         rig.follow(left);
     }
@@ -156,4 +161,68 @@ fn what_was_not_seen_executed_is_not_changed() {
     rounds(&mut rig, 5);
     let counts = rig.direct.counts;
     assert_eq!((counts.sensitive, counts.patched), (10 + 5, 0));
+}
+
+/// RDTSCP, the NOP that Linux has behind it in the vDSO; MOV R13D, ECX; RET.
+const TELLS_TIME: &[u8] = &[0x0f, 0x01, 0xf9, 0x66, 0x90, 0x41, 0x89, 0xcd, 0xc3];
+
+#[test]
+fn the_time_is_told_without_a_stop_and_with_the_guests_number() {
+    let Some(mut rig) = rig(DirectOptions::always(), TELLS_TIME) else {
+        return;
+    };
+    rig.put(OTHER, &[0xc3]);
+    rig.put(OTHER + 1, &[0x90; 0xff]);
+    if rig.direct.host.number_in_copies(&rig.cpu).is_none() {
+        return eprintln!("SKIPPED: this host's processors have numbers of more than eight bits");
+    }
+    for number in [0, 5, 200, 5] {
+        rig.cpu.msr.tsc_aux = number;
+        rounds(&mut rig, 2);
+        let before = (rig.direct.counts, rig.cpu.gpr[0]);
+        rounds(&mut rig, 20);
+        let counts = rig.direct.counts;
+        assert_eq!(rig.cpu.gpr[13], number);
+        assert_eq!(
+            counts.sensitive,
+            before.0.sensitive + 20,
+            "the gate's alone"
+        );
+        assert_eq!(counts.other_traps, before.0.other_traps);
+    }
+    // The child is stopped right behind RDTSCP.
+    let (root, rip) = (root(&rig.cpu), rig.cpu.rip);
+    for (at, left) in [(BESIDE + 3, 5), (BESIDE + 5, 0x1234), (BESIDE, 0x1234)] {
+        (rig.cpu.rip, rig.cpu.gpr[1]) = (at, 0x1234);
+        rig.direct.complete_number(&mut rig.cpu, root);
+        assert_eq!(rig.cpu.gpr[1], left, "{at:#x}");
+    }
+    rig.cpu.rip = rip;
+    // A number of more bits than the copy has room for: each is a stop.
+    rig.cpu.msr.tsc_aux = 0x1001;
+    rounds(&mut rig, 2);
+    let before = rig.direct.counts;
+    rounds(&mut rig, 20);
+    assert_eq!(rig.cpu.gpr[13], 0x1001);
+    assert_eq!(rig.direct.counts.other_traps, before.other_traps + 20);
+}
+
+#[test]
+fn a_page_is_read_as_it_is_until_it_is_executed() {
+    let Some(mut rig) = rig(DirectOptions::always(), &[0xc3]) else {
+        return;
+    };
+    rounds(&mut rig, 3);
+    assert_eq!(rig.direct.counts.patched_reads, 0);
+    let root = root(&rig.cpu);
+    let entry = |rig: &Rig| rig.direct.spaces[&root].shadow.get(OTHER);
+    assert!(entry(&rig).is_patched());
+    let Rig { direct, cpu } = &mut rig;
+    // As the engine would for a read of user code elsewhere.
+    cpu.rip = CODE;
+    assert_eq!(direct.fault(cpu, root, OTHER, 4), None);
+    assert!(!entry(&rig).is_patched() && !entry(&rig).may_execute());
+    rounds(&mut rig, 3);
+    assert!(entry(&rig).is_patched());
+    assert_eq!(rig.direct.counts.patched_reads, 1);
 }
