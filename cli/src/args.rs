@@ -123,7 +123,7 @@ pub struct Run {
     #[arg(long, value_name = "N")]
     pub translate_limit: Option<u64>,
     /// When the engine direct has the processor run user code: where that is faster, or always (for tests). With ",unpatched" pages of code in which
-    /// a CPUID stands are translated, always.
+    /// an instruction stands that would tell of the host are translated, always.
     #[arg(long, value_name = "WHEN[,unpatched]", default_value = "faster", value_parser = parse_direct)]
     pub direct: DirectOptions,
     /// Bound of the translated code that is kept and of the records of it, with suffix K, M or G: from 256K to 1G.

@@ -9,6 +9,7 @@
 //! * only what is known to be an instruction is changed: a CPUID that was executed, and what decoding comes to for certain ([`Walk::is_certain`]). To take for one what is part of another instruction would
 //!   change that one;
 //! * a copy that still has a sensitive instruction is none;
+//! * the NOP behind RDTSCP is only executed after it: no branch of the page goes to it;
 //! * what RDTSCP leaves in ECX is the guest's once the MOV is executed, if the host's number has eight bits, which is looked at first (`host`). Where the
 //!   processor is stopped between the two, [`Patch::is_before_number`] says so.
 //!
@@ -52,7 +53,8 @@ impl Patch {
             if !walk.is_certain(at).unwrap_or(unknown) {
                 continue;
             }
-            match number.filter(|_| tells_time) {
+            let number = number.filter(|_| tells_time && !is_target(page, at + RDTSCP, &mut walk));
+            match number {
                 Some(number) => {
                     code[at + RDTSCP..at + TELLS_TIME.len()].copy_from_slice(&[MOV_CL, number]);
                     counters.push(at as u16);
@@ -93,6 +95,26 @@ impl Patch {
         let counter = at.checked_sub(RDTSCP as u16);
         counter.is_some_and(|counter| self.counters.contains(&counter))
     }
+}
+
+/// Whether code of the page branches to the byte.
+fn is_target(page: &Code, to: usize, walk: &mut Walk) -> bool {
+    let target = |at: usize| match page[at..] {
+        [0x70..=0x7f | 0xe0..=0xe3 | 0xeb, short, ..] => {
+            Some(at + 2).zip(Some(i32::from(short as i8)))
+        }
+        [0xe8 | 0xe9, a, b, c, d, ..] => Some(at + 5).zip(Some(i32::from_le_bytes([a, b, c, d]))),
+        [0x0f, 0x80..=0x8f, a, b, c, d, ..] => {
+            Some(at + 6).zip(Some(i32::from_le_bytes([a, b, c, d])))
+        }
+        _ => None,
+    };
+    let branches = |at: &usize| {
+        target(*at).is_some_and(|(end, by)| end.wrapping_add_signed(by as isize) == to)
+    };
+    (0..page.len())
+        .filter(branches)
+        .any(|at| walk.is_certain(at) != Some(false))
 }
 
 #[cfg(test)]
@@ -210,6 +232,26 @@ mod tests {
                 "it may be part of another: {at}"
             );
             assert_ne!(hazard::verdict(&page, HAZARDS), Verdict::Harmless);
+        }
+    }
+
+    /// What a branch comes to with another ECX must leave it as it is.
+    #[test]
+    fn a_nop_that_is_branched_to_stays() {
+        // The branch, and where its displacement is.
+        let branches: [(&[u8], usize); 3] = [
+            (&[0x75, 0xfa], 1),
+            (&[0xe9, 0xf7, 0xff, 0xff, 0xff], 1),
+            (&[0x0f, 0x85, 0xf6, 0xff, 0xff, 0xff], 2),
+        ];
+        for (branch, displacement) in branches {
+            // INC EAX is between.
+            let mut code = [TELLS_TIME, &[0xff, 0xc0], branch].concat();
+            let to_nop = page(BEFORE, 2000, &code);
+            assert_eq!(changes(&to_nop, Some(7)), Some(vec![(2001, UD2[1])]));
+            code[TELLS_TIME.len() + 2 + displacement] += 2;
+            let behind = changes(&page(BEFORE, 2000, &code), Some(7));
+            assert_eq!(behind, Some(vec![(2003, MOV_CL), (2004, 7)]));
         }
     }
 
