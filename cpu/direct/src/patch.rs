@@ -11,7 +11,7 @@
 //! * a copy that still has a sensitive instruction is none;
 //! * the NOP behind RDTSCP is only executed after it: no branch of the page goes to it;
 //! * what RDTSCP leaves in ECX is the guest's once the MOV is executed, if the host's number has eight bits, which is looked at first (`host`). Where the
-//!   processor is stopped between the two, [`Patch::is_before_number`] says so.
+//!   processor is stopped between the two, [`Counters::is_before_number`] says so.
 //!
 //! Cost: a stop for each UD2, none for the vDSO's RDTSCP: clock_gettime takes 16 us without a patch where a stop takes so much, and some 30 ns with it.
 
@@ -32,9 +32,12 @@ const MOV_CL: u8 = 0xb1;
 pub(crate) struct Patch {
     pub code: Code,
     pub verdict: Verdict,
-    /// Where an RDTSCP is executed.
-    counters: Vec<u16>,
+    pub counters: Counters,
 }
+
+/// Where an RDTSCP is executed in a copy.
+#[derive(Debug, Default)]
+pub(crate) struct Counters(Vec<u16>);
 
 impl Patch {
     /// Of a page in which these CPUIDs were executed, on a processor of the guest with this number.
@@ -68,6 +71,7 @@ impl Patch {
             }
         }
         let verdict = hazard::verdict_without(&code, &counters, hazards);
+        let counters = Counters(counters);
         let patch = Patch {
             code,
             verdict,
@@ -81,19 +85,21 @@ impl Patch {
         Patch {
             code,
             verdict: Verdict::Harmless,
-            counters: Vec::new(),
+            counters: Counters::default(),
         }
     }
+}
 
-    /// Whether the number of the processor is part of it.
-    pub fn has_number(&self) -> bool {
-        !self.counters.is_empty()
+impl Counters {
+    /// Whether there are any, so that the number of the processor is part of the copy.
+    pub fn any(&self) -> bool {
+        !self.0.is_empty()
     }
 
     /// Whether this is right behind an RDTSCP, where ECX is the host's yet.
     pub fn is_before_number(&self, at: u16) -> bool {
         let counter = at.checked_sub(RDTSCP as u16);
-        counter.is_some_and(|counter| self.counters.contains(&counter))
+        counter.is_some_and(|counter| self.0.contains(&counter))
     }
 }
 
@@ -220,9 +226,9 @@ mod tests {
             let ud2 = vec![(at + 1, UD2[1])];
             assert_eq!(changes(&page, None), Some(ud2), "no number: {at}");
             let patch = Patch::of(&page, &[], HAZARDS, Some(7)).unwrap();
-            let behind = (0..PAGE_SIZE as u16).filter(|at| patch.is_before_number(*at));
+            let behind = (0..PAGE_SIZE as u16).filter(|at| patch.counters.is_before_number(*at));
             assert_eq!(behind.collect::<Vec<_>>(), [at as u16 + 3]);
-            assert!(patch.has_number());
+            assert!(patch.counters.any());
         }
         for (before, at) in [(DATA, 14), (&[][..], 2000)] {
             let page = page(before, at, TELLS_TIME);

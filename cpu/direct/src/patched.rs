@@ -22,7 +22,7 @@ use rustix::fs::ftruncate;
 
 use crate::DirectError;
 use crate::exchange::Shared;
-use crate::patch::Patch;
+use crate::patch::{Counters, Patch};
 
 /// Bytes of all that a machine has.
 const SIZE: u64 = 4 << 20;
@@ -49,7 +49,7 @@ pub(crate) struct PatchedPages {
 pub(crate) struct PatchedPage {
     slot: u64,
     pages: Arc<PatchedPages>,
-    pub patch: Patch,
+    pub counters: Counters,
 }
 
 impl PatchedPages {
@@ -79,7 +79,7 @@ impl PatchedPages {
         Some(PatchedPage {
             slot,
             pages: self.clone(),
-            patch,
+            counters: patch.counters,
         })
     }
 }

@@ -131,10 +131,11 @@ impl Direct {
         }
         let number = self.host.number_in_copies(cpu);
         let patch = Patch::of(&page, executed, self.hazards, number);
-        match patch.and_then(|patch| self.host.patched_page(patch)) {
-            Some(patched) => {
+        let patched = patch.and_then(|p| Some((p.verdict, self.host.patched_page(p)?)));
+        match patched {
+            Some((verdict, patched)) => {
                 self.counts.patched += 1;
-                (patched.patch.verdict, Some(patched))
+                (verdict, Some(patched))
             }
             None => (verdict, None),
         }
@@ -146,8 +147,7 @@ impl Direct {
         if std::mem::replace(&mut self.number, number) == number {
             return;
         }
-        let has_number =
-            |claim: &Claim| claim.patched.as_ref().is_some_and(|p| p.patch.has_number());
+        let has_number = |claim: &Claim| claim.patched.as_ref().is_some_and(|p| p.counters.any());
         let with = self.claims.extract_if(|_, claim| has_number(claim));
         let pages: Vec<_> = with.map(|(page, _)| page).collect();
         for page in pages {
@@ -167,7 +167,7 @@ impl Direct {
         }
         let at = (cpu.rip & PAGE_MASK) as u16;
         let page = self.patched(entry.gpa());
-        if page.is_some_and(|page| page.patch.is_before_number(at)) {
+        if page.is_some_and(|page| page.counters.is_before_number(at)) {
             cpu.gpr[Gpr::Rcx as usize] = cpu.msr.tsc_aux;
         }
     }
