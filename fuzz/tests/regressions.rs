@@ -57,6 +57,12 @@ const PROGRAMS: &[(&str, u64, u64, &str)] = &[
         "41bc002f2010490fae4424000f0b",
     ),
     (
+        "FXRSTOR from two pages that are not there",
+        191000,
+        439176,
+        "0fae0d98ef1f000f0b",
+    ),
+    (
         "a masked broadcast across the canonical boundary with alignment checks",
         1,
         1,

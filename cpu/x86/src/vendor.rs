@@ -66,6 +66,9 @@ pub(crate) struct VendorTraits {
     pub sha_needs_alignment: bool,
     /// Unpacks and shifts of SSE load half of a 16-byte operand where they need no more. Seen.
     pub loads_needed_half_alone: bool,
+    /// Stores of the processor's state look at the last byte of all that was asked for before anything else, FXRSTOR too, and XRSTOR at XCOMP_BV: so that byte has to be there even if it is not
+    /// written, and of two pages that are not, its page is told. Seen.
+    pub state_end_first: bool,
     /// VCVTPS2PH raises #XM before the faults of its store (SDM vol. 2C). The other way round: seen.
     pub vcvtps2ph_computes_before_store: bool,
     /// An x87 store that an unmasked exception suppresses raises its faults all the same. Seen.
@@ -97,6 +100,7 @@ const INTEL: VendorTraits = VendorTraits {
     half_precision_checked_for_alignment: false,
     sha_needs_alignment: true,
     loads_needed_half_alone: false,
+    state_end_first: true,
     vcvtps2ph_computes_before_store: true,
     suppressed_store_faults: false,
     faulting_gather_keeps_rest: false,
@@ -125,6 +129,7 @@ const AMD: VendorTraits = VendorTraits {
     half_precision_checked_for_alignment: true,
     sha_needs_alignment: false,
     loads_needed_half_alone: true,
+    state_end_first: false,
     vcvtps2ph_computes_before_store: false,
     suppressed_store_faults: true,
     faulting_gather_keeps_rest: true,

@@ -12,6 +12,8 @@ use super::native::host_layout;
 use super::operand::{linear, linear_of_part, read_operand, write_operand};
 use super::vector::{self, EXTENDED, HEADER, Layout, XMM, component};
 use super::{Flow, Handler, Step};
+use doppel_memory::AccessKind;
+
 use crate::{Bus, Cpu, CpuMode, Cr0, Cr4, Efer, Exception, FpuArea, Gpr, Rflags};
 
 pub(super) fn lookup(i: &Instruction) -> Option<Handler> {
@@ -36,6 +38,8 @@ const FXSAVE_END: usize = 416;
 const FX_SIZE: usize = 512;
 /// XCOMP_BV's bit that says that the area is compacted.
 const COMPACTED: u64 = 1 << 63;
+/// The second word of the header.
+const XCOMP_BV: usize = HEADER + 8;
 
 fn check_mxcsr(v: u32, mask: u32) -> Result<(), Exception> {
     if v & !mask == 0 {
@@ -139,7 +143,7 @@ fn fxsave(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     let end = if fast_fxsave(cpu) { XMM } else { xmm_end(cpu) };
     let privilege = cpu.privilege();
     // All 512 bytes have to be there, though the last are left alone.
-    for byte in [at, at + FX_SIZE as u64 - 1] {
+    for byte in fx_ends(cpu, at) {
         cpu.check_writable(byte, 1, privilege)?;
     }
     cpu.store_bytes(bus, at, privilege, &image[..end])?;
@@ -152,6 +156,10 @@ fn fxrstor(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     vector::settle(&mut cpu.fpu, &layout);
     let mut image = [0; FX_SIZE];
     let privilege = cpu.privilege();
+    if cpu.cpuid.traits().state_end_first {
+        let [last, _] = fx_ends(cpu, at);
+        cpu.translate(last, AccessKind::Read, privilege)?;
+    }
     cpu.load_bytes(bus, at, privilege, &mut image)?;
     check_mxcsr(image_mxcsr(&image), mask)?;
     let end = if fast_fxsave(cpu) { XMM } else { xmm_end(cpu) };
@@ -159,6 +167,15 @@ fn fxrstor(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     let in_use = vector::in_use(&cpu.fpu) | component::X87 | component::SSE;
     vector::set_in_use(&mut cpu.fpu, in_use);
     Ok(Flow::Next)
+}
+
+/// The first and the last byte of an area, in the order in which the processor looks at them.
+fn fx_ends(cpu: &Cpu, at: u64) -> [u64; 2] {
+    let last = at.wrapping_add(FX_SIZE as u64 - 1);
+    match cpu.cpuid.traits().state_end_first {
+        true => [last, at],
+        false => [at, last],
+    }
 }
 
 fn image_mxcsr(image: &[u8]) -> u32 {
@@ -259,6 +276,24 @@ impl Request {
     }
 }
 
+/// Looks at the end of the area where the processor does so before it stores.
+fn check_end(
+    cpu: &mut Cpu,
+    i: &Instruction,
+    r: &Request,
+    compaction: Option<u64>,
+) -> Result<(), Exception> {
+    if !cpu.cpuid.traits().state_end_first {
+        return Ok(());
+    }
+    let end = |n: usize| r.place(n, compaction) + r.layout.place(n).1;
+    let ends = Request::extended(r.components).map(end);
+    let last = ends.max().unwrap_or(EXTENDED) - 1;
+    let last = linear_of_part(cpu, i, last as u64, 1, true)?;
+    let privilege = cpu.privilege();
+    cpu.check_writable(last, 1, privilege)
+}
+
 /// The pieces of a save, in the order in which they are stored: `(offset in the area, bytes)`.
 type Pieces = Vec<(usize, Vec<u8>)>;
 
@@ -312,6 +347,7 @@ fn store(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction, pieces: &Pieces) -> 
 
 fn xsave(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     let r = Request::of(cpu, i, true)?;
+    check_end(cpu, i, &r, None)?;
     let in_use = in_use(cpu);
     let optimized = matches!(i.mnemonic(), Mnemonic::Xsaveopt | Mnemonic::Xsaveopt64);
     let stored = if optimized {
@@ -332,6 +368,7 @@ fn xsave(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
 
 fn xsave_compacted(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     let r = Request::of(cpu, i, true)?;
+    check_end(cpu, i, &r, Some(r.components))?;
     let stored = r.components & in_use_with_mxcsr(cpu);
     let mut pieces = pieces(cpu, i, &r, stored, Some(r.components));
     // XSTATE_BV and XCOMP_BV; the rest of the header stays as it is (Intel SDM vol. 1, 13.10 and 13.11).
@@ -378,6 +415,10 @@ fn xrstor(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     let r = Request::of(cpu, i, false)?;
     let privilege = cpu.privilege();
     let mut image = [0; EXTENDED];
+    if cpu.cpuid.traits().state_end_first {
+        let header = r.at.wrapping_add(XCOMP_BV as u64);
+        cpu.translate(header, AccessKind::Read, privilege)?;
+    }
     cpu.load_bytes(bus, r.at, privilege, &mut image)?;
     let header = Header::parse(&image, cpu.xcr0)?;
     let loaded = r.components & header.present;

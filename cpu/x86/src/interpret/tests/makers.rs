@@ -130,6 +130,43 @@ fn misaligned_operands_of_sha() {
 }
 
 #[test]
+fn where_the_state_is_looked_at_first() {
+    const FXSAVE: &[u8] = &[0x0f, 0xae, 0x07];
+    const FXRSTOR: &[u8] = &[0x0f, 0xae, 0x0f];
+    const XSAVE: &[u8] = &[0x0f, 0xae, 0x27];
+    const XSAVEC: &[u8] = &[0x0f, 0xc7, 0x27];
+    const XSAVEOPT: &[u8] = &[0x0f, 0xae, 0x37];
+    const XRSTOR: &[u8] = &[0x0f, 0xae, 0x2f];
+    /// An instruction at an address, and the bytes from there on that AMD's and Intel's find missing. AVX is in its initial state, and asked for.
+    const CASES: &[(&[u8], u64, Option<u64>, Option<u64>)] = &[
+        (FXSAVE, END + 0xff0, Some(0), Some(0x1ff)),
+        (FXRSTOR, END + 0xff0, Some(0), Some(0x1ff)),
+        (XSAVE, END + 0xfc0, Some(0x200), Some(0x33f)),
+        (XSAVEC, END + 0xfc0, Some(0), Some(0x33f)),
+        (XRSTOR, END + 0xfc0, Some(0), Some(0x208)),
+        // It is not stored.
+        (XSAVEC, END - 0x280, None, Some(0x33f)),
+        (XSAVEOPT, END - 0x280, None, Some(0x33f)),
+    ];
+    if Layout::of_host().supported & 4 == 0 {
+        return eprintln!("SKIPPED: this processor has no AVX");
+    }
+    for (code, at, by_amd, by_intel) in CASES {
+        if !possible("saves of the state", code) {
+            continue;
+        }
+        let [(amd, _), (intel, _)] = both(code, |cpu| {
+            cpu.gpr[Gpr::Rdi as usize] = *at;
+            (cpu.gpr[Gpr::Rax as usize], cpu.gpr[Gpr::Rdx as usize]) = (7, 0);
+        });
+        let missing = |by: &Option<u64>| by.map(|byte| at + byte);
+        assert_eq!(page_fault(&amd), missing(by_amd), "{code:x?}: {amd:?}");
+        assert_eq!(page_fault(&intel), missing(by_intel), "{code:x?}");
+        assert!(by_amd.is_some() || amd == DONE, "{code:x?}: {amd:?}");
+    }
+}
+
+#[test]
 fn an_x87_store_that_is_suppressed() {
     // fistp word [rdi] of an empty register; invalid operations are not masked.
     let [(amd, a), (intel, i)] = both(&[0xdf, 0x1f], |cpu| {
