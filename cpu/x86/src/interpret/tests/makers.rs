@@ -137,8 +137,9 @@ fn where_the_state_is_looked_at_first() {
     const XSAVEC: &[u8] = &[0x0f, 0xc7, 0x27];
     const XSAVEOPT: &[u8] = &[0x0f, 0xae, 0x37];
     const XRSTOR: &[u8] = &[0x0f, 0xae, 0x2f];
+    type Missing = Option<u64>;
     /// An instruction at an address, and the bytes from there on that AMD's and Intel's find missing. AVX is in its initial state, and asked for.
-    const CASES: &[(&[u8], u64, Option<u64>, Option<u64>)] = &[
+    const CASES: &[(&[u8], u64, Missing, Missing)] = &[
         (FXSAVE, END + 0xff0, Some(0), Some(0x1ff)),
         (FXRSTOR, END + 0xff0, Some(0), Some(0x1ff)),
         (XSAVE, END + 0xfc0, Some(0x200), Some(0x33f)),
@@ -159,7 +160,7 @@ fn where_the_state_is_looked_at_first() {
             cpu.gpr[Gpr::Rdi as usize] = *at;
             (cpu.gpr[Gpr::Rax as usize], cpu.gpr[Gpr::Rdx as usize]) = (7, 0);
         });
-        let missing = |by: &Option<u64>| by.map(|byte| at + byte);
+        let missing = |by: &Missing| by.map(|byte| at + byte);
         assert_eq!(page_fault(&amd), missing(by_amd), "{code:x?}: {amd:?}");
         assert_eq!(page_fault(&intel), missing(by_intel), "{code:x?}");
         assert!(by_amd.is_some() || amd == DONE, "{code:x?}: {amd:?}");
