@@ -267,6 +267,7 @@ fn the_session_that_makes_room_is_the_one_that_was_silent_longest() {
     let host = UdpSocket::bind("127.0.0.1:0").unwrap();
     let port = host.local_addr().unwrap().port();
     let config = UserConfig {
+        connections: 64,
         sessions: 2,
         ..UserConfig::default()
     };
@@ -292,6 +293,7 @@ fn clients_of_a_forwarded_port_leave_the_guests_own_sessions_alone() {
     let forwarded = free.local_addr().unwrap();
     drop(free);
     let config = UserConfig {
+        connections: 64,
         sessions: 8,
         forwards: vec![Forward {
             transport: Transport::Udp,
@@ -321,6 +323,7 @@ fn clients_of_a_forwarded_port_leave_the_guests_own_sessions_alone() {
 fn a_session_for_which_another_made_room_is_answered() {
     let port = server(3, |question| question.to_vec());
     let config = UserConfig {
+        connections: 64,
         sessions: 2,
         ..UserConfig::default()
     };

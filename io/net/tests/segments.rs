@@ -250,6 +250,7 @@ fn a_call_that_is_repeated_and_then_answered_is_not_answered_again() {
 fn flows_that_have_ended_leave_nothing_to_look_for() {
     let (_listener, port) = listener();
     let config = UserConfig {
+        connections: 256,
         sessions: 1,
         ..UserConfig::default()
     };
@@ -525,8 +526,10 @@ fn called(wire: &mut Wire) -> Segment {
 
 #[test]
 fn clients_of_a_forwarded_port_leave_the_guest_connections_of_its_own() {
+    // Few enough for a user who may have 1,024 descriptors.
     let (mut wire, host) = forwarded_with(UserConfig {
         connections: 8,
+        sessions: 8,
         ..UserConfig::default()
     });
     let mut clients = Vec::new();

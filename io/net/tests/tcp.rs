@@ -2,6 +2,7 @@
 
 mod support;
 
+use rustix::process::{Resource, getrlimit, setrlimit};
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
 use std::thread;
@@ -159,6 +160,10 @@ fn a_slow_reader_on_either_side_slows_the_other_down() {
 
 #[test]
 fn thousands_of_short_connections_leave_nothing_behind() {
+    // As the monitor does at its start.
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    let _ = setrlimit(Resource::Nofile, limit);
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let to = SocketAddrV4::new(GATEWAY, listener.local_addr().unwrap().port());
     const COUNT: u16 = 3000;
