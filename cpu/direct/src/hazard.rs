@@ -30,7 +30,7 @@
 use doppel_x86::HiddenInstructions;
 
 use crate::hidden::{self, Where};
-use crate::ways::{EARLY, Share, Walk, is_prefix};
+use crate::ways::{EARLY, LEAST, Share, Walk, is_prefix};
 
 /// Which of them count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,13 +121,10 @@ pub const AROUND: (usize, usize) = (96, 160);
 /// The end of a page, and the beginning of the one behind it.
 pub type Border = ([u8; AROUND.0], [u8; AROUND.1]);
 
-/// Code so near to the beginning of a page has next to nothing before it there.
-const NEAREST: usize = 12;
-
 /// True where such code begins at the end of a page and goes on at the beginning of another, or begins there.
 pub fn is_sensitive_across(border: &Border, hazards: Hazards) -> bool {
     // Those that begin behind the border have little before them in their page.
-    is_sensitive_until(NEAREST, border, hazards)
+    is_sensitive_until(LEAST, border, hazards)
 }
 
 /// True where what makes a page [`Verdict::Early`] is such code, as the end of the page before tells.
@@ -268,12 +265,12 @@ fn may_have(page: &[u8], at: usize, prefix: u8) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::ways::has_mask;
     use iced_x86::{Decoder, DecoderOptions, Mnemonic};
 
-    const ALL: Hazards = Hazards {
+    pub(crate) const ALL: Hazards = Hazards {
         cpuid: true,
         components: 0x200,
         in_use: true,
@@ -287,7 +284,7 @@ mod tests {
     };
 
     /// Code of a usual density, without any of them.
-    const BEFORE: &[u8] = &[
+    pub(crate) const BEFORE: &[u8] = &[
         0x48, 0x89, 0xe5, // mov rbp, rsp
         0x48, 0x8b, 0x47, 0x10, // mov rax, [rdi + 16]
         0x83, 0xf8, 0x05, // cmp eax, 5

@@ -126,24 +126,8 @@ fn is_target(page: &Code, to: usize, walk: &mut Walk) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hazard::tests::{ALL, BEFORE};
     use doppel_memory::PAGE_SIZE;
-    use doppel_x86::HiddenInstructions;
-
-    const HAZARDS: Hazards = Hazards {
-        cpuid: true,
-        components: 0x200,
-        in_use: true,
-        hidden: HiddenInstructions::NONE,
-    };
-
-    /// Code of a usual density, without any of them.
-    const BEFORE: &[u8] = &[
-        0x48, 0x89, 0xe5, // mov rbp, rsp
-        0x48, 0x8b, 0x47, 0x10, // mov rax, [rdi + 16]
-        0x83, 0xf8, 0x05, // cmp eax, 5
-        0x0f, 0x84, 0x10, 0x0f, 0x00, 0x00, // je, with 0f 00 in its displacement
-        0xe8, 0x12, 0x0f, 0x02, 0x00, // call
-    ];
 
     /// What is no code, wherever it begins.
     const DATA: &[u8] = &[0x06];
@@ -166,7 +150,7 @@ mod tests {
 
     /// The bytes that are changed, and to what.
     fn changes(page: &Code, number: Option<u8>) -> Option<Vec<(usize, u8)>> {
-        let patch = Patch::of(page, &[], HAZARDS, number)?;
+        let patch = Patch::of(page, &[], ALL, number)?;
         let changed = patch.code.iter().zip(page).enumerate();
         let changed = changed.filter(|(_, (new, old))| new != old);
         Some(changed.map(|(at, (new, _))| (at, *new)).collect())
@@ -225,7 +209,7 @@ mod tests {
             assert_eq!(changes(&page, Some(7)), Some(number), "{at}");
             let ud2 = vec![(at + 1, UD2[1])];
             assert_eq!(changes(&page, None), Some(ud2), "no number: {at}");
-            let patch = Patch::of(&page, &[], HAZARDS, Some(7)).unwrap();
+            let patch = Patch::of(&page, &[], ALL, Some(7)).unwrap();
             let behind = (0..PAGE_SIZE as u16).filter(|at| patch.counters.is_before_number(*at));
             assert_eq!(behind.collect::<Vec<_>>(), [at as u16 + 3]);
             assert!(patch.counters.any());
@@ -237,7 +221,7 @@ mod tests {
                 None,
                 "it may be part of another: {at}"
             );
-            assert_ne!(hazard::verdict(&page, HAZARDS), Verdict::Harmless);
+            assert_ne!(hazard::verdict(&page, ALL), Verdict::Harmless);
         }
     }
 
@@ -266,7 +250,7 @@ mod tests {
         let mut page = page(BEFORE, 2000, &[0x0f, 0xa2]);
         page[3000..3004].copy_from_slice(&[0x0f, 0x38, 0xf9, 0x07]);
         assert!(
-            Patch::of(&page, &[], HAZARDS, None).is_none(),
+            Patch::of(&page, &[], ALL, None).is_none(),
             "movdiri among zeros"
         );
     }

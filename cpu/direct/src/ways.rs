@@ -17,7 +17,7 @@ const STARTS: (usize, usize) = (160, 96);
 /// Every so many bytes there is a start.
 const STEP: usize = 4;
 /// At least, where there is little.
-const LEAST: usize = 12;
+pub(crate) const LEAST: usize = 12;
 /// How far before a first glance starts: more than most code needs to fall into step, and a fraction of what all starts decode.
 const GLANCE: [usize; 8] = [72, 67, 61, 56, 50, 45, 39, 34];
 /// So many of them have to lead past.

@@ -227,11 +227,7 @@ macro_rules! register {
 }
 
 /// RDTSCP with the NOP that Linux's vDSO has behind it.
-///
-/// # Safety
-///
-/// None is needed: it writes to the variable.
-unsafe fn as_the_vdso_does(aux: &mut u32) -> u64 {
+fn as_the_vdso_does(aux: &mut u32) -> u64 {
     let (low, high, number): (u64, u64, u64);
     // SAFETY: three registers alone change.
     unsafe { asm!("rdtscp", "xchg ax, ax", out("rax") low, out("rdx") high, out("rcx") number, options(nomem, nostack)) };

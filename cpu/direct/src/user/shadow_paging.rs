@@ -5,7 +5,7 @@ use std::hash::Hasher;
 use doppel_memory::{
     AccessKind, Leaf, PAGE_MASK, PAGE_SIZE, Paging, REGION_PAGES, REGION_SHIFT, Survey, probe,
 };
-use doppel_x86::{Cpu, Gpr};
+use doppel_x86::{Cpu, Gpr, UserCode};
 use rustc_hash::FxHasher;
 
 use super::{Asked, Claim, Direct, MAPPINGS, MOST_ASKING, MOST_TURNS};
@@ -148,12 +148,9 @@ impl Direct {
             return;
         }
         let has_number = |claim: &Claim| claim.patched.as_ref().is_some_and(|p| p.counters.any());
-        let with = self.claims.extract_if(|_, claim| has_number(claim));
-        let pages: Vec<_> = with.map(|(page, _)| page).collect();
-        for page in pages {
-            cpu.ram.tracker().release_code(page, &cpu.peer);
-            self.revoke(page, Revoked::Execute);
-        }
+        let with = self.claims.iter().filter(|(_, claim)| has_number(claim));
+        let pages: Vec<_> = with.map(|(page, _)| *page).collect();
+        pages.into_iter().for_each(|page| self.written(cpu, page));
     }
 
     /// Gives ECX the number of the guest's processor, where the child stopped before it did so itself.

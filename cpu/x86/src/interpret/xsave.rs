@@ -5,6 +5,7 @@
 //! supervisor components. PKRU is a register of the CPU's own, which is in its initial state where it is 0: its place in the state
 //! is filled in before a save and read after a restore, and XSTATE_BV of the state never has its bit.
 
+use doppel_memory::AccessKind;
 use iced_x86::{Instruction, Mnemonic};
 
 use super::availability::{check_not_emulated, check_switched};
@@ -12,8 +13,6 @@ use super::native::host_layout;
 use super::operand::{linear, linear_of_part, read_operand, write_operand};
 use super::vector::{self, EXTENDED, HEADER, Layout, XMM, component};
 use super::{Flow, Handler, Step};
-use doppel_memory::AccessKind;
-
 use crate::{Bus, Cpu, CpuMode, Cr0, Cr4, Efer, Exception, FpuArea, Gpr, Rflags};
 
 pub(super) fn lookup(i: &Instruction) -> Option<Handler> {
