@@ -267,6 +267,7 @@ impl FpuArea {
     /// Where FIP and FDP stand, the addresses of the last x87 instruction and of its operand.
     pub const FIP: usize = 8;
     const FDP: usize = 16;
+    const FOP: usize = 6;
 
     /// The state after reset or FNINIT: FCW 0x37f, MXCSR 0x1f80, everything else in its initial state.
     pub fn reset() -> Self {
@@ -283,6 +284,16 @@ impl FpuArea {
             self.bytes[26],
             self.bytes[27],
         ])
+    }
+
+    /// FOP, the opcode of the last x87 instruction: 11 bits.
+    pub fn fop(&self) -> u16 {
+        u16::from_le_bytes([self.bytes[Self::FOP], self.bytes[Self::FOP + 1]])
+    }
+
+    /// Sets FOP.
+    pub fn set_fop(&mut self, opcode: u16) {
+        self.bytes[Self::FOP..Self::FIP].copy_from_slice(&opcode.to_le_bytes());
     }
 
     /// FIP.

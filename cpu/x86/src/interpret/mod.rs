@@ -43,6 +43,7 @@ mod string;
 #[cfg(test)]
 mod tests;
 mod vector;
+mod x87_environment;
 mod xsave;
 
 use std::sync::atomic::AtomicBool;

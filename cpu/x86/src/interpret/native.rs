@@ -21,6 +21,7 @@ use super::numeric_error;
 use super::operand::{effective_address, linear, linear_displaced, linear_unchecked};
 use super::snippet::{self, Aligned, Memory, Plan, Snippet};
 use super::vector::{self, Layout};
+use super::x87_environment::Environment;
 use super::{Flow, Step, decode, masked};
 use crate::{Bus, Cpu, Cr0, Cr4, Exception, FpuArea, Gpr, Rflags};
 
@@ -183,7 +184,11 @@ impl Host {
             let size = memory.size.min(loaded(cpu, i));
             load(cpu, bus, at, &mut self.bounce.0[..size])?;
         }
+        let environment = Environment::before(cpu, i, &self.bounce.0);
         self.run_in_steps(cpu, i, snippet)?;
+        if let Some(environment) = environment {
+            environment.settle(&mut cpu.fpu, &mut self.bounce.0);
+        }
         if memory.write {
             cpu.store_bytes(bus, at, privilege, &self.bounce.0[..memory.size])?;
         }
