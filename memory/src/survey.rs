@@ -138,6 +138,7 @@ mod tests {
             global_pages: false,
             pkru: None,
             physical_bits: 46,
+            upper_global_reserved: false,
         }
     }
 

@@ -54,6 +54,8 @@ pub struct Paging {
     pub pkru: Option<u32>,
     /// Physical address width that CPUID announces (MAXPHYADDR).
     pub physical_bits: u32,
+    /// G is reserved in entries of the fourth and fifth level (APM vol. 2, 5.3.3), not ignored (SDM vol. 3A, 4.5).
+    pub upper_global_reserved: bool,
 }
 
 /// What an access does.
@@ -471,6 +473,9 @@ impl Walk<'_> {
         }
         if !leaf && level > 1 && f.large >> level & 1 == 0 {
             bits |= PS;
+        }
+        if level > 3 && self.p.upper_global_reserved {
+            bits |= G;
         }
         bits
     }

@@ -23,6 +23,7 @@ fn paging(mode: PagingMode) -> Paging {
         global_pages: true,
         pkru: None,
         physical_bits: 40,
+        upper_global_reserved: false,
     }
 }
 
@@ -108,6 +109,26 @@ fn large_pages_of_every_level() {
         Privilege::Supervisor,
     ));
     assert_eq!(e, PF_P | PF_W | PF_RSVD);
+}
+
+#[test]
+fn global_is_reserved_in_the_root_alone_and_as_the_maker_has_it() {
+    let ram = ram();
+    for reserved in [false, true] {
+        let p = Paging {
+            upper_global_reserved: reserved,
+            ..paging(PagingMode::Level4)
+        };
+        for level in 0..4 {
+            let mut bits = [ALL; 4];
+            bits[level] |= G;
+            level4(&ram, bits);
+            let wrong = reserved && level == 0;
+            let found = walk(&ram, &p, LINEAR, AccessKind::Read, Privilege::User);
+            let expected = if wrong { PF_P | PF_U | PF_RSVD } else { 0 };
+            assert_eq!(error(found), expected);
+        }
+    }
 }
 
 #[test]

@@ -309,6 +309,7 @@ mod tests {
             global_pages: false,
             pkru: None,
             physical_bits: 46,
+            upper_global_reserved: false,
         };
         for (at, to) in [(0x1000u64, 0x2000), (0x2000, 0x3000), (0x3000, 0x4000)] {
             ram.store(at, to | ALL).unwrap();

@@ -2,7 +2,7 @@
 //!
 //! Problem: a data breakpoint concerns every memory access, and an access is a hit in the software TLB.
 //! Idea: a page with a data breakpoint is never entered in the TLBs, so that every access to it takes the slow path, which looks here.
-//! Invariant: no TLB holds the page of an enabled data breakpoint; a write to a debug register flushes them.
+//! Invariant: no TLB holds the page of an enabled data breakpoint; a write to a debug register that enables one flushes them.
 //! Hits are collected while an instruction executes and raise one #DB, a trap, after it.
 
 use doppel_memory::PAGE_MASK;
@@ -153,8 +153,105 @@ impl Cpu {
         std::mem::take(&mut self.breakpoint_hits) & !TASK_SWITCHED
     }
 
-    /// Debug registers changed.
-    pub(crate) fn follow_breakpoints(&mut self) {
-        self.empty_tlbs();
+    /// The pages whose accesses are looked at one by one.
+    fn watched_pages(&self) -> [Option<u64>; 4] {
+        let mut pages = [None; 4];
+        if self.dr[7] & ENABLES != 0 {
+            for (n, kind, at, _) in self.breakpoints() {
+                let data = matches!(kind, Kind::Write | Kind::Access);
+                pages[n] = data.then_some(at & !PAGE_MASK);
+            }
+        }
+        pages
+    }
+
+    /// Sets a debug register. A page that is watched from now on leaves the TLBs.
+    pub(crate) fn set_debug_register(&mut self, n: usize, v: u64) {
+        let before = self.watched_pages();
+        self.dr[n] = v;
+        let new = |page: &Option<u64>| page.is_some() && !before.contains(page);
+        if self.watched_pages().iter().any(new) {
+            self.empty_tlbs();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use doppel_memory::Privilege;
+
+    use crate::control::{write, write_debug};
+    use crate::testing::{INTEL, TestBus, long_mode};
+    use crate::{Cpu, Cr4};
+
+    const PAGES: [u64; 2] = [0x9000, 0xa000];
+    const PORT: u64 = 2;
+    const ACCESS: u64 = 3;
+
+    /// DR7 with breakpoint `n` enabled.
+    fn enabled(n: u64, kind: u64) -> u64 {
+        1 << (2 * n) | kind << (16 + 4 * n)
+    }
+
+    fn set(cpu: &mut Cpu, n: usize, v: u64) {
+        write_debug(cpu, n, v).expect("a debug register");
+    }
+
+    /// Reads from both pages, of which the first is watched.
+    fn with_a_breakpoint() -> Box<Cpu> {
+        let mut cpu = long_mode(INTEL);
+        cpu.cr4 |= Cr4::DE;
+        set(&mut cpu, 0, PAGES[0] + 8);
+        set(&mut cpu, 7, enabled(0, ACCESS));
+        for at in PAGES {
+            let loaded =
+                cpu.load_bytes(&mut TestBus::default(), at, Privilege::Supervisor, &mut [0]);
+            loaded.expect("a page");
+        }
+        cpu
+    }
+
+    fn in_tlb(cpu: &Cpu) -> [bool; 2] {
+        let tlb = &cpu.tlb[Privilege::Supervisor as usize];
+        PAGES.map(|at| tlb.lookup_read(at, 1).is_some())
+    }
+
+    #[test]
+    fn a_watched_page_is_not_in_the_tlb() {
+        assert_eq!(in_tlb(&with_a_breakpoint()), [false, true]);
+    }
+
+    #[test]
+    fn a_page_leaves_the_tlb_when_it_is_watched() {
+        let mut cpu = with_a_breakpoint();
+        set(&mut cpu, 1, PAGES[1]);
+        assert_eq!(in_tlb(&cpu), [false, true], "it is not enabled");
+        set(&mut cpu, 7, enabled(0, ACCESS) | enabled(1, ACCESS));
+        assert_eq!(in_tlb(&cpu), [false; 2]);
+
+        let mut cpu = with_a_breakpoint();
+        set(&mut cpu, 0, PAGES[1]);
+        assert_eq!(in_tlb(&cpu), [false; 2], "the breakpoint has moved");
+    }
+
+    #[test]
+    fn the_tlb_stays_where_no_page_is_watched_anew() {
+        let mut cpu = with_a_breakpoint();
+        set(&mut cpu, 0, PAGES[0] + 16);
+        set(&mut cpu, 6, 0);
+        set(&mut cpu, 1, PAGES[1]);
+        set(&mut cpu, 7, enabled(0, ACCESS) | enabled(1, PORT));
+        set(&mut cpu, 7, 0);
+        assert_eq!(in_tlb(&cpu), [false, true]);
+    }
+
+    #[test]
+    fn what_was_a_port_is_an_address_without_de() {
+        let mut cpu = with_a_breakpoint();
+        set(&mut cpu, 1, PAGES[1]);
+        set(&mut cpu, 7, enabled(1, PORT));
+        let cr4 = cpu.cr4.difference(Cr4::DE).bits();
+        write(&mut cpu, &mut TestBus::default(), 4, cr4).expect("CR4");
+        assert_eq!(in_tlb(&cpu), [false; 2]);
     }
 }

@@ -190,7 +190,7 @@ fn write_cr4(cpu: &mut Cpu, bus: &mut dyn Bus, v: u64) -> Result<(), Exception> 
     cpu.cr4 = new;
     if changed.intersects(paging | Cr4::SMAP | Cr4::PCIDE) {
         cpu.flush_tlb(true);
-    } else if changed.contains(Cr4::PKE) {
+    } else if changed.intersects(Cr4::PKE | Cr4::DE) {
         cpu.empty_tlbs();
     }
     Ok(())
@@ -234,12 +234,12 @@ pub(crate) fn write_debug(cpu: &mut Cpu, n: usize, v: u64) -> Result<(), Excepti
     if n >= 6 && v >> 32 != 0 {
         return Err(GP0);
     }
-    cpu.dr[n] = match n {
+    let v = match n {
         6 => (v & DR6_WRITABLE) | DR6_ONES,
         7 => (v & DR7_WRITABLE) | DR7_ONE,
         _ => v,
     };
-    cpu.follow_breakpoints();
+    cpu.set_debug_register(n, v);
     Ok(())
 }
 

@@ -14,7 +14,6 @@ fn unknown_registers_fault_and_say_nothing() {
             0x345,
             0x38f,
             0x480,
-            0xc001_0000,
             0xc001_0200,
             0xdead_beef,
         ] {
@@ -26,6 +25,17 @@ fn unknown_registers_fault_and_say_nothing() {
     assert_eq!(read(&mut intel, &mut bus, 0xc001_0015), Err(GP0));
     let mut amd = long_mode(AMD);
     assert_eq!(read(&mut amd, &mut bus, 0x10a), Err(GP0));
+}
+
+#[test]
+fn the_first_four_counters_of_amd_exist_and_count_nothing() {
+    let (mut amd, mut intel) = (long_mode(AMD), long_mode(INTEL));
+    let mut bus = TestBus::default();
+    for msr in 0xc001_0000..=0xc001_0007 {
+        assert_eq!(write(&mut amd, &mut bus, msr, 0x53_00c0), Ok(()));
+        assert_eq!(read(&mut amd, &mut bus, msr), Ok(0), "{msr:#x}");
+        assert_eq!(read(&mut intel, &mut bus, msr), Err(GP0), "{msr:#x}");
+    }
 }
 
 #[test]

@@ -286,8 +286,20 @@ fn register(cpu: &Cpu, msr: u32) -> Option<Register> {
     cpu.cpuid.has_counters().then_some(found)
 }
 
+/// The first four of AMD's, of which CPUID does not tell: their registers exist on all its processors.
+const AMD_FIRST_FOUR: std::ops::RangeInclusive<u32> = 0xc001_0000..=0xc001_0007;
+
+/// Registers that are there though no counter is: they are zero, and forget what is written, as under KVM without counters.
+fn without_counter(cpu: &Cpu, msr: u32) -> bool {
+    let amd = cpu.cpuid.vendor() == Vendor::Amd;
+    amd && !cpu.cpuid.has_counters() && AMD_FIRST_FOUR.contains(&msr)
+}
+
 /// RDMSR; `None` is none of the counters' registers.
 pub(crate) fn read_msr(cpu: &mut Cpu, msr: u32) -> Option<u64> {
+    if without_counter(cpu, msr) {
+        return Some(0);
+    }
     let register = register(cpu, msr)?;
     cpu.sync_counters();
     let pmu = &cpu.pmu;
@@ -304,6 +316,9 @@ pub(crate) fn read_msr(cpu: &mut Cpu, msr: u32) -> Option<u64> {
 /// WRMSR; `None` is #GP(0), or none of the counters' registers.
 pub(crate) fn write_msr(cpu: &mut Cpu, msr: u32, v: u64) -> Option<()> {
     const FIXED_BITS: u64 = 0xbbb;
+    if without_counter(cpu, msr) {
+        return Some(());
+    }
     let register = register(cpu, msr)?;
     let vendor = cpu.cpuid.vendor();
     let intel = vendor == Vendor::Intel;

@@ -631,6 +631,7 @@ impl Cpu {
             global_pages: self.cr4.contains(Cr4::PGE),
             pkru: self.cr4.contains(Cr4::PKE).then_some(self.pkru),
             physical_bits: self.physical_bits,
+            upper_global_reserved: self.cpuid.traits().upper_global_reserved,
         }
     }
 

@@ -38,6 +38,9 @@ pub(crate) struct VendorTraits {
     /// SYSEXIT looks at the privilege before anything else. Seen.
     pub sysexit_checks_privilege_first: bool,
 
+    /// Bit 8 of PML4 and PML5 entries is reserved (APM vol. 2, 5.3.3), not ignored (SDM vol. 3A, 4.5).
+    pub upper_global_reserved: bool,
+
     /// IA32_MISC_ENABLE switches MONITOR and MWAIT on (SDM vol. 4), not HWCR off, and to user code (APM vol. 3).
     pub monitor_in_misc_enable: bool,
     /// The extensions of MONITOR and MWAIT are all of RCX in 64-bit mode (SDM vol. 2B), not ECX (APM vol. 3).
@@ -87,6 +90,7 @@ const INTEL: VendorTraits = VendorTraits {
     sysret_checks_address: true,
     sysenter_in_long_mode: true,
     sysexit_checks_privilege_first: false,
+    upper_global_reserved: false,
     monitor_in_misc_enable: true,
     monitor_extensions_in_rcx: true,
     monitor_uses_stack_segment: true,
@@ -116,6 +120,7 @@ const AMD: VendorTraits = VendorTraits {
     sysret_checks_address: false,
     sysenter_in_long_mode: false,
     sysexit_checks_privilege_first: true,
+    upper_global_reserved: true,
     monitor_in_misc_enable: false,
     monitor_extensions_in_rcx: false,
     monitor_uses_stack_segment: false,
