@@ -552,3 +552,58 @@ fn clients_of_a_forwarded_port_leave_the_guest_connections_of_its_own() {
     wire.wait();
     assert_eq!(wire.pull().remove(0).flags, SYN | ACK);
 }
+
+/// Opens a connection to each of the ports of the guest, and says what was answered.
+fn open(wire: &mut Wire, ports: std::ops::Range<u16>) -> Vec<u8> {
+    let mut answers = Vec::new();
+    for port in ports {
+        wire.ports.0 = port;
+        wire.acknowledged = 0;
+        wire.syn();
+        wire.wait();
+        let answer = wire.pull().remove(0);
+        wire.acknowledged = answer.sequence.wrapping_add(1);
+        if answer.flags == SYN | ACK {
+            wire.send(ACK, PLENTY, b"");
+        }
+        answers.push(answer.flags);
+    }
+    answers
+}
+
+#[test]
+fn connections_that_both_sides_have_ended_make_room_for_new_ones() {
+    const MOST: u16 = 4;
+    let (listener, port) = listener();
+    let config = UserConfig {
+        connections: MOST.into(),
+        sessions: 4,
+        ..UserConfig::default()
+    };
+    let mut wire = Wire::with(&config, port);
+    assert_eq!(
+        open(&mut wire, 10_001..10_001 + MOST),
+        [SYN | ACK; MOST as usize]
+    );
+    let refused = open(&mut wire, 20_000..20_001)[0];
+    assert_eq!(refused & (SYN | RST), RST, "all of them live");
+
+    // The last one is ended by the host and by the guest, which does not hear of the first.
+    let hosts: Vec<_> = (0..MOST).map(|_| listener.accept().unwrap().0).collect();
+    wire.ports.0 = 10_000 + MOST;
+    hosts[usize::from(MOST) - 1]
+        .shutdown(Shutdown::Write)
+        .unwrap();
+    wire.wait();
+    let end = wire.pull().remove(0);
+    assert!(end.has(FIN), "{end:?}");
+    wire.next = FIRST + 1;
+    wire.acknowledged = end.sequence;
+    wire.send(FIN | ACK, PLENTY, b"");
+    wire.pull();
+    assert_eq!(wire.network.usage().0, MOST.into());
+
+    assert_eq!(open(&mut wire, 20_000..20_001), [SYN | ACK]);
+    assert_eq!(wire.network.usage().0, MOST.into());
+    assert_eq!(open(&mut wire, 20_001..20_002)[0] & (SYN | RST), RST);
+}

@@ -442,6 +442,12 @@ impl Connection {
         self.end_acknowledged && self.shut && !self.ack_due
     }
 
+    /// Nothing is missing but the guest's acknowledgement of the host's end.
+    pub fn is_ended(&self) -> bool {
+        let end_sent = self.host_ended && self.out.is_empty() && self.max != self.una;
+        self.state == State::Open && end_sent && self.shut && !self.ack_due
+    }
+
     /// When time itself has something to do.
     pub fn deadline(&self) -> Nanos {
         let quiet = match (self.state, self.probes) {

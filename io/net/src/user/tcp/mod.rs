@@ -179,15 +179,20 @@ impl Tcp {
         Some(token)
     }
 
-    /// Makes room: the connection that has waited longest for a host goes, or of those with a client the one that has waited longest for the guest.
+    /// Makes room: a connection goes that both sides have ended, or else the one that has waited longest for a host, or of those with a client for the guest.
     fn evict(&mut self, network: &mut Network, client: bool) -> bool {
-        let waits = |c: &Connection| c.state != State::Open && (c.is_client || !client);
-        let waiting = self.table.iter().filter(|(_, c)| waits(c));
-        let oldest = waiting.min_by_key(|(_, c)| c.heard).map(|(t, _)| t);
-        if let Some(token) = oldest {
-            self.with(network, token, |_, _| Fate::ResetBoth);
-        }
-        oldest.is_some()
+        let oldest = |may_go: fn(&Connection) -> bool| {
+            let of_kind = self.table.iter().filter(|(_, c)| c.is_client || !client);
+            let found = of_kind.filter(|(_, c)| may_go(c));
+            found.min_by_key(|(_, c)| c.heard).map(|(t, _)| t)
+        };
+        let ended = oldest(Connection::is_ended).map(|t| (t, Fate::Done));
+        let waiting = || oldest(|c| c.state != State::Open).map(|t| (t, Fate::ResetBoth));
+        let Some((token, fate)) = ended.or_else(waiting) else {
+            return false;
+        };
+        self.with(network, token, |_, _| fate);
+        true
     }
 
     /// Something happened at a host socket.
