@@ -25,6 +25,7 @@ const US: u64 = 1 << 2;
 const A: u64 = 1 << 5;
 const D: u64 = 1 << 6;
 const PS: u64 = 1 << 7;
+const G: u64 = 1 << 8;
 const XD: u64 = 1 << 63;
 
 /// Bits of PKRU for a key: no access, no writes.
@@ -80,6 +81,8 @@ fn paging(random: &mut Rng) -> Paging {
         global_pages: random.bool(),
         pkru: random.bool().then(|| random.u32(..) & random.u32(..)),
         physical_bits: pick(random, &[32, 36, 40, 46, 52]),
+        // Half of the entries have that bit.
+        upper_global_reserved: random.u8(..8) == 0,
     }
 }
 
@@ -162,6 +165,7 @@ impl Model<'_> {
         }
         if level >= 4 {
             bits |= PS;
+            bits |= G * u64::from(self.p.upper_global_reserved);
         }
         bits
     }

@@ -21,7 +21,7 @@ pub(crate) const JUMP_CACHES: usize = 4;
 #[repr(C, align(64))]
 pub(crate) struct Bounce(pub [u8; 128]);
 
-/// See [`crate::user_return`]. Zero in `code`: nothing is known.
+/// See [`crate::interrupt_return`]. Zero in `code`: nothing is known.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct ReturnSegments {

@@ -24,6 +24,7 @@ pub mod explain;
 mod flags;
 mod frontend;
 mod huge_unsafe;
+mod interrupt_return;
 mod jump_cache;
 mod lookup;
 mod mirror_unsafe;
@@ -41,7 +42,6 @@ mod stats;
 mod table_unsafe;
 mod thunk;
 mod translator;
-mod user_return;
 mod window;
 mod x87_pointers;
 

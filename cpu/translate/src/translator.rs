@@ -25,6 +25,7 @@ use crate::enter_unsafe::enter;
 use crate::explain::Observers;
 use crate::flags::{FlagPlace, pack, unpack};
 use crate::frontend::{GuestBlock, Simd};
+use crate::interrupt_return::DescriptorPage;
 use crate::narrow::Mode;
 use crate::recipes::Lost;
 use crate::rewrite::{Base, Rewriter};
@@ -33,7 +34,6 @@ use crate::slot_links::SlotLinks;
 use crate::spaces::Spaces;
 use crate::stats::Counts;
 use crate::thunk::{EXIT_ACCESS, EXIT_FAULT, EXIT_INDIRECT, Thunks};
-use crate::user_return::DescriptorPage;
 
 /// What [`crate::Translate`] owns; generated code calls back into it.
 pub(crate) struct Translator {

@@ -298,24 +298,32 @@ impl FpuArea {
 
     /// FIP.
     pub fn fip(&self) -> u64 {
-        let bytes = self.bytes[Self::FIP..].first_chunk();
-        bytes.copied().map_or(0, u64::from_le_bytes)
+        self.word(Self::FIP)
     }
 
     /// Sets FIP.
     pub fn set_fip(&mut self, address: u64) {
-        self.bytes[Self::FIP..Self::FDP].copy_from_slice(&address.to_le_bytes());
+        self.set_word(Self::FIP, address);
     }
 
     /// FDP.
     pub fn fdp(&self) -> u64 {
-        let bytes = self.bytes[Self::FDP..].first_chunk();
-        bytes.copied().map_or(0, u64::from_le_bytes)
+        self.word(Self::FDP)
     }
 
     /// Sets FDP.
     pub fn set_fdp(&mut self, address: u64) {
-        self.bytes[Self::FDP..Self::FDP + 8].copy_from_slice(&address.to_le_bytes());
+        self.set_word(Self::FDP, address);
+    }
+
+    /// Eight bytes of the area.
+    pub(crate) fn word(&self, at: usize) -> u64 {
+        let bytes = self.bytes[at..].first_chunk();
+        bytes.copied().map_or(0, u64::from_le_bytes)
+    }
+
+    fn set_word(&mut self, at: usize, v: u64) {
+        self.bytes[at..at + 8].copy_from_slice(&v.to_le_bytes());
     }
 }
 

@@ -136,13 +136,6 @@ impl Queue {
         }
     }
 
-    /// Notes how far somebody else got who served the rings.
-    pub fn set_progress(&mut self, taken: u16, used: u16) {
-        self.ring.set_next_avail(taken);
-        self.ring.set_next_used(used);
-        self.announced = used;
-    }
-
     /// The next request, if there is one. One that is broken stays where it is. `ram` is the memory that the queue was made with.
     pub fn pop<'r>(&mut self, ram: &'r GuestRam) -> Result<Option<Chain<'r>>, Broken> {
         const TOO_MANY: Broken = Broken("a ring with more requests than descriptors");

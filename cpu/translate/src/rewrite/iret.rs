@@ -3,7 +3,7 @@
 //! Problem: IRET checks a frame of five words, two descriptors in memory and four segment registers, and the interpreter takes longer
 //! for it than for the rest of the way back.
 //! Idea: Linux comes back to the same two pairs of selectors each time. When the interpreter has executed such an IRET, the host addresses of the
-//! two descriptors are noted (`user_return`), and from then on the code here only looks whether everything is as usual: those selectors,
+//! two descriptors are noted (`interrupt_return`), and from then on the code here only looks whether everything is as usual: those selectors,
 //! flat descriptors, ordinary flags, no data segment that would have to be dropped. The kernel's SS may be null as well, as an interrupt of
 //! user code leaves it.
 //! Invariant: what is not as usual is found before anything has changed, and is interpreted.

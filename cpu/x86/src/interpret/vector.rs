@@ -91,16 +91,9 @@ impl Layout {
     }
 }
 
-/// A 64-bit field of the area.
-pub(super) fn word(fpu: &FpuArea, at: usize) -> u64 {
-    let mut bytes = [0; 8];
-    bytes.copy_from_slice(&fpu.bytes[at..at + 8]);
-    u64::from_le_bytes(bytes)
-}
-
 /// The components that are not in their initial state (XSTATE_BV).
 pub(super) fn in_use(fpu: &FpuArea) -> u64 {
-    word(fpu, HEADER)
+    fpu.word(HEADER)
 }
 
 /// Sets XSTATE_BV.
@@ -184,7 +177,7 @@ pub(super) fn read_mask(fpu: &FpuArea, layout: &Layout, n: usize) -> u64 {
     if in_use(fpu) & component::OPMASK & layout.supported == 0 {
         return 0;
     }
-    word(fpu, layout.place(5).0 + 8 * (n & 7))
+    fpu.word(layout.place(5).0 + 8 * (n & 7))
 }
 
 /// Writes mask register `n`.
@@ -215,5 +208,5 @@ pub(super) fn enter_mmx(fpu: &mut FpuArea) {
 
 /// MMX register `n`, after [`enter_mmx`].
 pub(super) fn read_mmx(fpu: &FpuArea, n: usize) -> u64 {
-    word(fpu, 32 + 16 * (n & 7))
+    fpu.word(32 + 16 * (n & 7))
 }
