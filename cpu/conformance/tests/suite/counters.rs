@@ -158,8 +158,12 @@ fn without_the_request_there_are_none() {
     each_engine_and_vendor(|m| {
         assert_eq!(m.cpu().cpuid(0xa, 0).eax, 0);
         assert_eq!(m.cpu().cpuid(0x8000_0001, 0).ecx & CORE_COUNTERS, 0);
-        let of_amd = [AMD, AMD_CORE].map(|set| [set.select, set.counter]);
-        for msr in [&of_amd.concat()[..], &[INTEL.select, GLOBAL_CONTROL]].concat() {
+        for msr in [
+            AMD_CORE.select,
+            AMD_CORE.counter,
+            INTEL.select,
+            GLOBAL_CONTROL,
+        ] {
             m.forget();
             m.to_kernel();
             let r = m.faults(|a| a.mov(ecx, msr), |a| a.rdmsr());
