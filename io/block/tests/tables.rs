@@ -2,8 +2,11 @@
 
 mod support;
 
+use std::io::IoSlice;
+
 use doppel_block::info;
-use support::{Made, Scratch, complaint, open_path, read, write};
+use fastrand::Rng;
+use support::{Guest, Made, Scratch, complaint, open_path, read, write};
 
 /// The crate that writes looks for a free cluster one after the other: 2^40 of them here, in an image of 34 MiB.
 #[test]
@@ -59,5 +62,41 @@ fn tables_of_a_chain_have_room_together() {
     let of_info = info(&path, None).unwrap_err().to_string();
     for says in [complaint(&path, ",ro"), of_info] {
         assert!(says.contains("too long together"), "{says}");
+    }
+}
+
+/// A guest whose image counts its clusters in a piece of the guest's own disk: it says that the header is free, and the next write takes its place.
+#[test]
+fn a_guest_does_not_reach_the_header_of_its_image() {
+    const USED: u32 = 5;
+    const CLUSTER: u64 = 1 << 16;
+    const COPIED: u64 = 1 << 63;
+    let scratch = Scratch::new();
+    let image = || {
+        let mut image = Made::new(16, 1 << 30, 2);
+        let [counts, of_disk] = [3, 4].map(|n| image.place(n));
+        image.refcounts(2, 1);
+        image.table(2, [counts]);
+        image.put(counts as usize, &[(1 << USED) - 1]);
+        image.table(1, [of_disk | COPIED]);
+        image.table(4, [counts | COPIED]);
+        image.0.resize(USED as usize * CLUSTER as usize, 0);
+        image
+    };
+    let header = image().0[..CLUSTER as usize].to_vec();
+    let other = vec![b'x'; CLUSTER as usize];
+    let guest = Guest::new(1 << 20);
+    for by_guest in [true, false] {
+        let path = scratch.file("own-counts.qcow2", &image().0);
+        let disk = open_path(&path, "").unwrap();
+        write(&*disk, 0, &[0; 512]);
+        let taken = match by_guest {
+            true => guest.try_write(&*disk, CLUSTER, &other, &mut Rng::with_seed(1)),
+            false => disk.write_at(CLUSTER, &[IoSlice::new(&other)]),
+        };
+        let error = taken.unwrap_err().to_string();
+        assert!(error.contains("its own header"), "{error}");
+        drop(disk);
+        assert_eq!(std::fs::read(&path).unwrap()[..header.len()], header);
     }
 }

@@ -173,8 +173,10 @@ fn open_qcow2(file: HostFile, below: Below, room: Room) -> Result<Chain, BlockEr
     }
     let file = Arc::new(file);
     let storage = ImageFile::new(file.clone(), header.cluster_size);
+    let seal = storage.seal();
     let mut driver =
         Driver::open_image(storage, file.writable()).map_err(|error| unreadable(&path, error))?;
+    seal.close(header.cluster_size);
     driver.set_data_file(None);
     let backing = backing_of(&driver, &path);
     let image = open_below(&path, backing.as_ref(), below, room)?;

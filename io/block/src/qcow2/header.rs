@@ -6,7 +6,7 @@ use std::ops::Range;
 
 /// Bytes of a version 2 header, and of the version 3 fields that matter here.
 pub(crate) const LEN: usize = 104;
-const LEN_V2: usize = 72;
+pub(super) const LEN_V2: usize = 72;
 
 /// Bytes of the largest L1 table and refcount table that QEMU opens.
 const TABLE_MAX: u64 = 32 << 20;

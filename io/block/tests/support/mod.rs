@@ -170,17 +170,25 @@ impl Guest {
         pieces
     }
 
+    pub fn write(&self, disk: &dyn BlockBackend, offset: u64, bytes: &[u8], random: &mut Rng) {
+        self.try_write(disk, offset, bytes, random).unwrap();
+    }
+
     /// Without waiting if that is possible.
-    pub fn write(&self, disk: &dyn BlockBackend, offset: u64, mut bytes: &[u8], random: &mut Rng) {
+    pub fn try_write(
+        &self,
+        disk: &dyn BlockBackend,
+        offset: u64,
+        mut bytes: &[u8],
+        random: &mut Rng,
+    ) -> std::io::Result<()> {
         let pieces = self.pieces(bytes.len(), random);
         for piece in &pieces {
             piece.copy_from(&bytes[..piece.len()]);
             bytes = &bytes[piece.len()..];
         }
-        match disk.try_write_from_guest(offset, &pieces) {
-            Some(result) => result.unwrap(),
-            None => disk.write_from_guest(offset, &pieces).unwrap(),
-        }
+        let at_once = disk.try_write_from_guest(offset, &pieces);
+        at_once.unwrap_or_else(|| disk.write_from_guest(offset, &pieces))
     }
 
     /// Without waiting if that is possible.
