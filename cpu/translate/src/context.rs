@@ -54,7 +54,7 @@ pub(crate) struct Context {
     /// Loaded through at each back edge; a kick makes it point where no memory is.
     pub poll: AtomicU64,
     pub poll_target: u64,
-    /// What indirect branches mask their target's address with; a kick makes it 0, so that they find nothing.
+    /// What indirect branches mask their target's address with; a kick makes it [`KICKED_MASK`](crate::jump_cache::KICKED_MASK), so that they find nothing.
     pub jump_mask: AtomicU32,
     pub host_rsp: u64,
     pub host_mxcsr: u32,

@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 use doppel_x86::{Cpu, Kick};
 
 use crate::context::{Context, SLOTS};
-use crate::jump_cache::FIRST_INDEX_MASK;
+use crate::jump_cache::{FIRST_INDEX_MASK, KICKED_MASK};
 use crate::table_unsafe::{NAMED, name_page};
 
 /// The owned context, at a fixed address; shared with kickers, which touch nothing but `poll`.
@@ -230,7 +230,7 @@ impl Shared {
         let context = self.at.as_ptr();
         // SAFETY: the context lives as long as `shared`; both fields are atomic and the only ones that are touched.
         unsafe {
-            (*context).jump_mask.store(0, Ordering::SeqCst);
+            (*context).jump_mask.store(KICKED_MASK, Ordering::SeqCst);
             (*context).poll.store(NOWHERE, Ordering::SeqCst);
         }
         if let Some(user_code) = self.user_code.get() {

@@ -7,8 +7,9 @@
 //! Invariants: an entry's address leads to a block that is alive and that the guest's page tables give for its linear address.
 //! Whatever is in the first level is in the second or was brought from the code map; the second lists the slots it uses, and a
 //! bit for each slot of the first says that such was brought there, so that emptying both (each change of
-//! address space does) costs what was entered since. Slot 0 of the first level is always empty: a kick makes every look-up
-//! end there, and the thunk looks for kicks. An unused entry is all zeros but in the slots where address 0 belongs.
+//! address space does) costs what was entered since. The first two slots of the first level are always empty: a kick leaves one bit
+//! of the mask, so that every look-up ends in one of them, and the thunk looks for kicks. What stands in either is an address that belongs in the other,
+//! under the whole mask as under that bit, so that no branch finds it. An unused entry is all zeros but in the slots where address 0 belongs.
 
 use std::ops::Range;
 
@@ -23,6 +24,10 @@ const SECOND: usize = 1 << SECOND_BITS;
 pub(crate) const FIRST_SHIFT: u8 = 2;
 /// Generated code ands a linear address with this and scales by 4 to reach its entry in the first level.
 pub(crate) const FIRST_INDEX_MASK: i32 = (FIRST as i32 - 1) << FIRST_SHIFT;
+/// The mask while a kick waits.
+pub(crate) const KICKED_MASK: u32 = 1 << FIRST_SHIFT;
+/// What stands in the slots of the first level that a look-up under that mask ends in.
+const ALWAYS_EMPTY: [u64; 2] = [KICKED_MASK as u64, 0];
 /// Slots of the second level where an address may be.
 const WAYS: usize = 2;
 /// The number of a pair of slots of the second level is the top bits of the 32-bit product of the linear address and this.
@@ -38,7 +43,7 @@ pub(crate) struct JumpEntry {
     pub host: u64,
 }
 
-/// An address that belongs in another slot of either level than address 0. (One that is not canonical would not do: a guest may jump
+/// An address that belongs in another slot of the second level than address 0. (One that is not canonical would not do: a guest may jump
 /// to any.)
 const NOT_IN_SLOT_0: u64 = 8;
 /// No block begins there.
@@ -47,7 +52,7 @@ const FORGOTTEN: u32 = 1;
 impl JumpEntry {
     /// An entry that no address finds, since its own belongs in another slot.
     fn empty(slot: usize) -> JumpEntry {
-        let linear = if slot == 0 { NOT_IN_SLOT_0 } else { 0 };
+        let linear = ALWAYS_EMPTY.get(slot).copied().unwrap_or(0);
         JumpEntry { linear, host: 0 }
     }
 }
@@ -63,7 +68,7 @@ pub(crate) struct SecondEntry {
 }
 
 impl SecondEntry {
-    /// As [`JumpEntry::empty`].
+    /// An entry that no address finds.
     fn empty(slot: usize) -> SecondEntry {
         let linear = if slot < WAYS { NOT_IN_SLOT_0 } else { 0 };
         SecondEntry {
@@ -112,7 +117,9 @@ fn second_slots(linear: u64) -> Range<usize> {
 impl JumpCache {
     /// Makes a zeroed cache an empty one.
     pub fn initialize(&mut self) {
-        self.first[0] = JumpEntry::empty(0);
+        for slot in 0..ALWAYS_EMPTY.len() {
+            self.first[slot] = JumpEntry::empty(slot);
+        }
         for slot in 0..WAYS {
             self.second[slot] = SecondEntry::empty(slot);
         }
@@ -147,9 +154,9 @@ impl JumpCache {
             block,
         };
         self.put(slot, entry);
-        match first_slot(linear) {
-            0 => {}
-            slot => self.first[slot] = JumpEntry { linear, host },
+        let slot = first_slot(linear);
+        if slot >= ALWAYS_EMPTY.len() {
+            self.first[slot] = JumpEntry { linear, host };
         }
     }
 
@@ -327,14 +334,20 @@ mod tests {
         assert_eq!(cache.find(u64::MAX), None);
     }
 
+    /// Where generated code looks while a kick waits.
+    fn kicked_slot(linear: u64) -> usize {
+        (linear as u32 & KICKED_MASK) as usize >> FIRST_SHIFT
+    }
+
     #[test]
     fn a_vacant_entry_is_found_by_no_address() {
-        assert!(first_slot(NOT_IN_SLOT_0) >= WAYS && second_slots(NOT_IN_SLOT_0).start >= WAYS);
+        assert!(second_slots(NOT_IN_SLOT_0).start >= WAYS);
         let mut cache = empty();
         for _ in 0..2 {
-            for linear in [0, 2, 4, 1 << 63, u64::MAX, 1 << 47] {
+            for linear in (0..256).chain([1 << 63, u64::MAX, 1 << 47]) {
                 assert_eq!(cache.find(linear), None);
                 assert_ne!(cache.first[first_slot(linear)].linear, linear);
+                assert_ne!(cache.first[kicked_slot(linear)].linear, linear);
                 cache.insert(linear, BASE + 7, 1);
                 cache.forget(linear);
             }

@@ -23,7 +23,7 @@ use crate::code_map;
 use crate::context::{self as ctx, JUMP_CACHES};
 use crate::engine::TranslateOptions;
 use crate::flags::FlagPlace;
-use crate::jump_cache::{FIRST_INDEX_MASK, FIRST_SHIFT, SECOND_FACTOR, SECOND_SHIFT};
+use crate::jump_cache::{FIRST_INDEX_MASK, FIRST_SHIFT, KICKED_MASK, SECOND_FACTOR, SECOND_SHIFT};
 use crate::rewrite::{TLB_INDEX_MASK, check_len};
 
 /// Exit numbers that are not indices of the exit table.
@@ -382,7 +382,7 @@ fn ask_monitor(asm: &mut Asm, simd: bool, xsaveopt: bool, leave: usize) {
 /// Goes on at the guest address in S0, which the first level of the jump cache does not know. The code cache begins at `base`.
 fn lookup(asm: &mut Asm, number: u8, (base, exit): (u64, u64), how: How) {
     let (first, second) = (ctx::jump_cache(number), ctx::second_jump_cache(number));
-    asm.alu_gs_imm32(Alu::Cmp, ctx::JUMP_MASK, 0);
+    asm.alu_gs_imm32(Alu::Cmp, ctx::JUMP_MASK, KICKED_MASK as i32);
     let kicked = asm.jcc(CC_E);
     let unasked = (!how.second_jump_cache).then(|| asm.jmp());
     asm.imul_imm32(S1, S0, SECOND_FACTOR);
@@ -399,11 +399,7 @@ fn lookup(asm: &mut Asm, number: u8, (base, exit): (u64, u64), how: How) {
     asm.load32_indexed8(RAX, S1, second + 8);
     asm.mov_imm(S1, base);
     asm.add64(RAX, S1);
-    asm.mov32(S1, S0);
-    asm.alu_imm32(Alu::And, S1, FIRST_INDEX_MASK);
-    let stays_empty = asm.jcc(CC_E);
-    asm.store_indexed4(S1, first, S0);
-    asm.store_indexed4(S1, first + 8, RAX);
+    let stays_empty = enter_first(asm, first);
     asm.bind(stays_empty);
     let stays = asm.pos();
     if number == Privilege::User as u8 || number == NARROW_USER {
@@ -423,6 +419,17 @@ fn lookup(asm: &mut Asm, number: u8, (base, exit): (u64, u64), how: How) {
     asm.store(ctx::SPILL + 8, S0);
     asm.store_imm32(ctx::EXIT, EXIT_INDIRECT);
     asm.jmp_to(exit);
+}
+
+/// Enters that the linear address in S0 leads to RAX; the jump that is returned is taken where its slot stays empty. S1 is the slot's place.
+fn enter_first(asm: &mut Asm, first: i32) -> Fixup {
+    asm.mov32(S1, S0);
+    asm.alu_imm32(Alu::And, S1, FIRST_INDEX_MASK);
+    asm.alu_imm32(Alu::Cmp, S1, KICKED_MASK as i32);
+    let stays_empty = asm.jcc(CC_BE);
+    asm.store_indexed4(S1, first, S0);
+    asm.store_indexed4(S1, first + 8, RAX);
+    stays_empty
 }
 
 /// RAX = the host address of user code at the linear address in S0; where the code map does not know it, a jump is taken of those that are
@@ -456,11 +463,7 @@ fn look_at_code_map(asm: &mut Asm, number: u8, (base, found): (u64, usize)) {
     let first = ctx::jump_cache(number);
     asm.store(ctx::SPILL, RAX);
     let unknown = find_in_map(asm, base);
-    asm.mov32(S1, S0);
-    asm.alu_imm32(Alu::And, S1, FIRST_INDEX_MASK);
-    let stays_empty = asm.jcc(CC_E);
-    asm.store_indexed4(S1, first, S0);
-    asm.store_indexed4(S1, first + 8, RAX);
+    let stays_empty = enter_first(asm, first);
     asm.shr32(S1, FIRST_SHIFT);
     asm.set_bit_gs(S1, ctx::brought(number));
     for jump in [asm.jmp(), stays_empty] {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use doppel_conformance::bus::{PORT_INTERRUPT, PORT_NMI};
 use doppel_conformance::machine::wrmsr;
-use doppel_conformance::paging::{P, US};
+use doppel_conformance::paging::{P, RW, US};
 use doppel_conformance::*;
 use doppel_x86::{Exit, Gpr, Rflags};
 use iced_x86::IcedError;
@@ -400,6 +400,62 @@ fn cli_and_sti_in_a_tight_loop_let_interrupts_in() {
             a.jmp(again)
         });
         m.go(CODE);
+        with_timer(m, |m| m.run());
+        assert_eq!(m.reg(Gpr::R12), 20);
+    });
+}
+
+/// A kick makes branches look where nothing is, and that has an address as well.
+#[test]
+fn branches_to_the_lowest_addresses_let_interrupts_in() {
+    each_engine(|m| {
+        for low in (0..24).step_by(4) {
+            counting_handler(m);
+            m.set_reg(Gpr::R12, 0);
+            m.place(64, low, |a: &mut CodeAssembler| a.jmp(rbx));
+            m.place(64, CODE, |a: &mut CodeAssembler| {
+                a.sti()?;
+                a.mov(rbx, CODE)?;
+                a.mov(ecx, 1)?;
+                for _ in 0..50 {
+                    a.xor(edx, edx)?;
+                    a.div(rcx)?;
+                }
+                a.mov(rax, low)?;
+                a.jmp(rax)
+            });
+            m.go(CODE);
+            with_timer(m, |m| m.run());
+            assert_eq!(m.reg(Gpr::R12), 20, "{low:#x}");
+        }
+    });
+}
+
+/// Three of them come back to where they began, by 4 GiB.
+#[test]
+fn jumps_forwards_around_32_bits_let_interrupts_in() {
+    const PLACES: [u64; 3] = [0x1000_0000, 0x6000_0000, 0xb000_0000];
+    const LARGE: u64 = 0x80;
+    each_engine(|m| {
+        counting_handler(m);
+        m.set_reg(Gpr::R12, 0);
+        for (n, at) in PLACES.into_iter().enumerate() {
+            let directory = match at >> 30 {
+                0 => PD,
+                gib => TABLES + 0x1000 * gib,
+            };
+            let page = SPARE + 0x20_0000 * n as u64;
+            m.put(PDPT + 8 * (at >> 30), directory | P | RW | US);
+            m.put(
+                directory + 8 * (at >> 21 & 0x1ff),
+                page | P | RW | US | LARGE,
+            );
+            let next = PLACES[(n + 1) % PLACES.len()];
+            let by = (next as u32).wrapping_sub(at as u32 + 5);
+            m.put_bytes(page, &[&[0xe9], &by.to_le_bytes()[..]].concat());
+        }
+        m.to_user32();
+        m.cpu_mut().rip = PLACES[0];
         with_timer(m, |m| m.run());
         assert_eq!(m.reg(Gpr::R12), 20);
     });

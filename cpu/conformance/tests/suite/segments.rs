@@ -135,3 +135,76 @@ fn loading_a_selector_sets_the_base_of_its_descriptor() {
         assert_eq!((m.reg(Gpr::Rbx), m.reg(Gpr::Rcx)), (0x99, 0));
     });
 }
+
+/// Changes of a base between accesses by the same registers.
+type Change = fn(&mut CodeAssembler) -> Result<(), IcedError>;
+
+#[test]
+fn accesses_by_the_same_registers_follow_a_base_that_changes() {
+    const PLACES: [u64; 2] = [DATA, DATA + 0x1000];
+    const CHANGES: &[(&str, Change)] = &[
+        ("WRFSBASE", |a| {
+            a.mov(rax, qword_ptr(rdi).fs())?;
+            a.wrfsbase(rsi)?;
+            a.mov(rdx, qword_ptr(rdi).fs())?;
+            a.mov(qword_ptr(rdi + 8).fs(), rdi)
+        }),
+        ("WRGSBASE", |a| {
+            a.mov(rax, qword_ptr(rdi).gs())?;
+            a.wrgsbase(rsi)?;
+            a.mov(rdx, qword_ptr(rdi).gs())?;
+            a.mov(qword_ptr(rdi + 8).gs(), rdi)
+        }),
+        ("SWAPGS", |a| {
+            a.mov(rax, qword_ptr(rdi).gs())?;
+            a.swapgs()?;
+            a.mov(rdx, qword_ptr(rdi).gs())?;
+            a.mov(qword_ptr(rdi + 8).gs(), rdi)?;
+            a.swapgs()
+        }),
+        ("SWAPGS between many", |a| {
+            for _ in 0..4 {
+                a.mov(rax, qword_ptr(rdi).gs())?;
+                a.mov(rax, qword_ptr(rbx))?;
+                a.mov(rax, qword_ptr(rdi).gs())?;
+                a.swapgs()?;
+                a.mov(rdx, qword_ptr(rdi).gs())?;
+                a.mov(qword_ptr(rdi + 8).gs(), rdi)?;
+                a.mov(rdx, qword_ptr(rbx))?;
+                a.mov(rdx, qword_ptr(rdi).gs())?;
+                a.swapgs()?;
+            }
+            Ok(())
+        }),
+    ];
+    each_engine(|m| {
+        m.enable(Cr4::FSGSBASE);
+        for (what, change) in CHANGES {
+            for (n, at) in PLACES.into_iter().enumerate() {
+                m.put(at + 16, n as u64 + 1);
+                m.put(at + 24, 0u64);
+            }
+            m.run_code(|a| {
+                wrmsr(a, KERNEL_GS_BASE, PLACES[1])?;
+                a.mov(rcx, PLACES[0])?;
+                a.mov(rsi, PLACES[1])?;
+                a.mov(rbx, DATA + 0x2000)?;
+                for r in [rcx, rsi, rbx] {
+                    a.mov(qword_ptr(r), r)?;
+                }
+                a.mov(edi, 16)?;
+                let mut again = a.create_label();
+                a.mov(ebp, 100)?;
+                a.set_label(&mut again)?;
+                a.wrfsbase(rcx)?;
+                a.wrgsbase(rcx)?;
+                change(a)?;
+                a.dec(ebp)?;
+                a.jnz(again)
+            });
+            let found = [Gpr::Rax, Gpr::Rdx].map(|r| m.reg(r));
+            let written = PLACES.map(|at| m.get(at + 24));
+            assert_eq!((found, written), ([1, 2], [0, 16]), "{what}");
+        }
+    });
+}

@@ -723,3 +723,38 @@ fn behind_a_page_at_several_addresses_is_what_follows_each() {
         });
     }
 }
+
+/// The lowest of several accesses may lie further below its base than a displacement says.
+#[test]
+fn accesses_two_gibibytes_below_a_register_that_moves() {
+    const BELOW: u64 = 1 << 31;
+    const LARGE: u64 = 0x80;
+    each_engine(|m| {
+        m.map(0, SPARE, P | RW);
+        m.put(SPARE + 0x100, 1u64);
+        m.put(SPARE + 0xf8, 2u64);
+        // What lies 4 GiB further on.
+        m.put(X_PDPT + 8 * 4, TABLES | P | RW);
+        m.put(TABLES, SPARE + 0x20_0000 | P | RW | LARGE);
+        m.run_code(|a| {
+            let mut again = a.create_label();
+            for page in [X, X + 2 * BELOW] {
+                a.mov(rbx, page)?;
+                a.mov(qword_ptr(rbx), rbx)?;
+            }
+            a.mov(edx, 100)?;
+            a.set_label(&mut again)?;
+            a.mov(rbx, X + BELOW + 0x100)?;
+            // mov rax, [rbx - 2^31]; then 8 bytes further down, read and written.
+            a.db(&[0x48, 0x8b, 0x83, 0, 0, 0, 0x80])?;
+            a.lea(rbx, ptr(rbx - 8))?;
+            a.db(&[0x48, 0x8b, 0x8b, 0, 0, 0, 0x80])?;
+            a.lea(rbx, ptr(rbx - 8))?;
+            a.db(&[0x48, 0x89, 0x8b, 0, 0, 0, 0x80])?;
+            a.dec(edx)?;
+            a.jnz(again)
+        });
+        assert_eq!((m.reg(Gpr::Rax), m.reg(Gpr::Rcx)), (1, 2));
+        assert_eq!(m.get(SPARE + 0xf0), 2);
+    });
+}

@@ -1,7 +1,8 @@
 //! Control flow: direct exits, the jump cache, polls at back edges.
 //!
 //! A kick must end every cycle of linked blocks. A cycle has a direct branch backwards, which polls, or an indirect branch, which a
-//! kick makes miss the jump cache.
+//! kick makes miss the jump cache. In flat 32-bit code three branches forwards may come back by 4 GiB, so those that leave their page poll too.
+//! (What falls through goes no further than the last page, which is not translated.)
 
 use doppel_memory::PAGE_MASK;
 
@@ -16,23 +17,28 @@ impl Work<'_> {
         a.load_mem(S1, S1, 0);
     }
 
-    pub(super) fn poll_if_backward(&mut self, i: &GuestInstruction, target: i64) {
-        if target <= i64::from(i.offset) {
+    /// Polls where that is needed, and says where a direct branch leads, from the beginning of the page.
+    fn polled_target(&mut self, i: &GuestInstruction) -> i64 {
+        if self.may_close_cycle(i) && !self.has_polled() {
             self.poll();
         }
+        i.decoded.near_branch64() as i64
+    }
+
+    /// A direct branch that no cycle of other direct branches is without.
+    pub(super) fn may_close_cycle(&self, i: &GuestInstruction) -> bool {
+        let target = i.decoded.near_branch64() as i64;
+        let wraps = self.is_narrow() && !self.s.mode.is_placed();
+        target <= i64::from(i.offset) || wraps && target > PAGE_MASK as i64
     }
 
     pub(super) fn jump(&mut self, i: &GuestInstruction) {
-        let target = i.decoded.near_branch64() as i64;
-        self.poll_if_backward(i, target);
+        let target = self.polled_target(i);
         self.direct_exit(target);
     }
 
     pub(super) fn conditional(&mut self, i: &GuestInstruction) {
-        let target = i.decoded.near_branch64() as i64;
-        if !self.has_polled() {
-            self.poll_if_backward(i, target);
-        }
+        let target = self.polled_target(i);
         self.before_own(i);
         if matches!(i.class, Class::Conditional) {
             // iced-x86 counts conditions in the order of their encoding, from 1.
@@ -276,8 +282,7 @@ impl Work<'_> {
     }
 
     pub(super) fn call(&mut self, i: &GuestInstruction) {
-        let target = i.decoded.near_branch64() as i64;
-        self.poll_if_backward(i, target);
+        let target = self.polled_target(i);
         self.push_return_address(i);
         self.direct_exit(target);
     }

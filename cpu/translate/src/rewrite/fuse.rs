@@ -34,7 +34,7 @@ impl Work<'_> {
         let Some(branch) = self.fused_branch() else {
             return;
         };
-        if branch.decoded.near_branch64() <= u64::from(branch.offset) {
+        if self.may_close_cycle(branch) {
             self.end_residence();
             self.poll();
             self.polled = Some(self.at + 1);

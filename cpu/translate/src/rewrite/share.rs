@@ -75,6 +75,12 @@ impl Root {
     fn uses(&self, registers: u16) -> bool {
         self.registers & registers != 0
     }
+
+    /// It counts from the base of FS or GS.
+    fn has_base(&self) -> bool {
+        let [.., segment] = self.parts.to_le_bytes();
+        segment != Register::None as u8
+    }
 }
 
 /// The one memory access of an instruction, where it may share a check. [`GuestInstruction::reference`] holds it.
@@ -174,13 +180,16 @@ impl Run {
     /// Follows the root through an instruction; false where it is lost.
     #[inline]
     pub fn follow(&mut self, i: &GuestInstruction) -> bool {
-        let may_change = self.root.uses(i.writes) || matches!(i.class, Class::Leave);
+        let may_change = self.root.uses(i.writes) || changes_unseen(i);
         !may_change || self.follow_change(i)
     }
 
     fn follow_change(&mut self, i: &GuestInstruction) -> bool {
         if matches!(i.class, Class::Leave) {
             return self.follow_leave(i.word.into());
+        }
+        if changes_base(i) && self.root.has_base() {
+            return false;
         }
         let (moves, by) = i.moves;
         if self.root.uses(i.writes & !moves) {
@@ -208,6 +217,19 @@ impl Run {
         let wide = Register::RAX as u8 + register.trailing_zeros() as u8;
         i64::from(base == wide) + i64::from(index == wide) * i64::from(scale)
     }
+}
+
+/// It changes what roots are made of, and that is no general register that it is known to write.
+fn changes_unseen(i: &GuestInstruction) -> bool {
+    matches!(i.class, Class::Leave) || changes_base(i)
+}
+
+/// It changes the base of FS or GS.
+fn changes_base(i: &GuestInstruction) -> bool {
+    matches!(
+        i.class,
+        Class::Swapgs | Class::SegmentBase { write: true, .. }
+    )
 }
 
 /// The register that an instruction moves by a constant (as a mask), and by how much.
@@ -283,13 +305,14 @@ impl Stretch {
         })
     }
 
-    /// With what another reference of the run touches; `None` where it would be too long.
+    /// With what another reference of the run touches; `None` where it would be too long, or where its lowest byte is no displacement.
     pub fn with(&self, run: &Run, r: &Reference) -> Option<Self> {
         let from = r.disp.checked_add(run.moved)?;
         let low = self.low.min(from);
         let high = self.high.max(from.checked_add(i64::from(r.size))?);
         let write = self.write || r.write;
-        (high - low <= LONGEST).then_some(Stretch { low, high, write })
+        let fits = high - low <= LONGEST && i32::try_from(low).is_ok();
+        fits.then_some(Stretch { low, high, write })
     }
 }
 
