@@ -335,6 +335,8 @@ fn special(i: &Instruction, how: Decoding) -> Option<Class> {
         | Rdpmc | Xgetbv | Rdfsbase | Rdgsbase | Wrfsbase | Wrgsbase | Rdpkru | Wrpkru => {
             Class::Interpret
         }
+        // Of registers 8 to 15 too, as the host executes them.
+        Vzeroall | Vzeroupper if how.mode.is_narrow() => Class::Interpret,
         Rdtsc => Class::Rdtsc,
         Serialize => Class::Serialize,
         Pause if how.yield_spins => Class::Pause,

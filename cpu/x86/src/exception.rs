@@ -165,9 +165,14 @@ pub fn raise(cpu: &mut Cpu, bus: &mut dyn Bus, e: Exception, next_rip: u64) -> O
 }
 
 /// Delivers an event, and the faults that come of it, to the end.
+///
+/// #AC may meet #AC without end, where its handler is user code with a misaligned stack; a processor then does nothing else any more. Here what is delivered is given
+/// up after a while, so that whoever has to can stop the CPU: an instruction that faults does so again at once.
 pub(crate) fn deliver_or_fault(cpu: &mut Cpu, bus: &mut dyn Bus, mut event: Event) -> Outcome {
     const MOST_TASK_TRAPS: u32 = 4;
-    let mut task_traps = 0;
+    /// Without #AC a chain of faults has a few.
+    const MOST_FAULTS: u32 = 16;
+    let (mut task_traps, mut faults) = (0, 0);
     loop {
         let Err(second) = deliver(cpu, bus, &event) else {
             // #DB's own task may have T set, and the TSS be made to look idle again: what is left then waits for an instruction.
@@ -185,6 +190,10 @@ pub(crate) fn deliver_or_fault(cpu: &mut Cpu, bus: &mut dyn Bus, mut event: Even
             continue;
         };
         note(cpu, &second);
+        faults += 1;
+        if faults == MOST_FAULTS {
+            return Outcome::Continue;
+        }
         let first = (event.source == Source::Exception).then_some(event.vector);
         let e = match combine(first, second.vector as u8) {
             Combined::Serial => second,

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::testing::*;
-use crate::{Activity, CpuMode, Gpr, Rflags, event, iret};
+use crate::{Activity, CpuMode, Cr0, Gpr, Rflags, event, iret};
 
 const HANDLER: u64 = 0x1_1000;
 
@@ -248,6 +248,36 @@ fn a_bad_stack_segment_in_the_tss_is_an_invalid_tss() {
     let event = Event::exception(&cpu, &Exception::gp(0), 0);
     let e = deliver(&mut cpu, &mut bus, &event);
     assert_eq!(e, Err(Exception::ts(u32::from(USER_DS & 0xfffc) | 1)));
+}
+
+/// #AC, or a fault that leads to it, has a handler that is user code with a misaligned stack: each delivery meets #AC.
+#[test]
+fn alignment_checks_that_meet_themselves_without_end_do_not_hold_the_processor() {
+    const NO_GATE: u64 = 0;
+    for (handled, raised) in [(&[17][..], Exception::AC), (&[13], Exception::gp(0))] {
+        let (mut cpu, mut bus) = (protected_mode(), TestBus::default());
+        for vector in [13, 17] {
+            put(&cpu, IDT + 8 * vector, NO_GATE);
+        }
+        for vector in handled {
+            gate32(&cpu, *vector, USER_CS32, HANDLER, 0xe, 0);
+        }
+        cpu.seg = [crate::segment::flat(USER_DS, 0xc093, 3); 6];
+        cpu.seg[Seg::Cs as usize] = crate::segment::flat(USER_CS32, 0xc09b, 3);
+        cpu.cpl = 3;
+        cpu.cr0 |= Cr0::AM;
+        cpu.rflags |= Rflags::AC;
+        cpu.gpr[Gpr::Rsp as usize] = USER_STACK + 1;
+        let before = (cpu.seg, cpu.gpr, cpu.rflags, cpu.cpl, cpu.rip);
+        let (done, ended) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let outcome = raise(&mut cpu, &mut bus, raised, 0);
+            let after = (cpu.seg, cpu.gpr, cpu.rflags, cpu.cpl, cpu.rip);
+            done.send((outcome, after)).expect("the test waits");
+        });
+        let ended = ended.recv_timeout(std::time::Duration::from_secs(10));
+        assert_eq!(ended, Ok((Outcome::Continue, before)));
+    }
 }
 
 #[test]

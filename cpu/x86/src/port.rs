@@ -112,7 +112,8 @@ fn transfer_item(
     let pointer = if form.input { Gpr::Rdi } else { Gpr::Rsi };
     let offset = cpu.reg(pointer) & mask;
     let size = usize::from(form.size);
-    let at = operand::linear_in(cpu, form.segment, offset, size, form.input)?;
+    let segment = operand::implied_segment(cpu, form.segment);
+    let at = operand::linear_in(cpu, segment, offset, size, form.input)?;
     cpu.counters.port_accesses += 1;
     if form.input {
         check_writable(cpu, at, size as u64)?;

@@ -258,7 +258,13 @@ impl Chip for Hpet {
             STATUS => self.status &= !(bits & mask),
             COUNTER => self.set_counter(new),
             _ => match timer(at) {
-                Some((n, 0)) => self.timers[n].configure(new),
+                Some((n, 0)) => {
+                    self.timers[n].configure(new);
+                    // An edge has no status, and one that is left would hide the next.
+                    if !self.timers[n].has(LEVEL) {
+                        self.status &= !(1 << n);
+                    }
+                }
                 Some((n, COMPARATOR)) => self.timers[n].compare(merge),
                 _ => {}
             },
@@ -416,6 +422,18 @@ mod tests {
         assert_eq!(hpet.next_deadline(), None);
         assert_eq!(hpet.read(STATUS, 8, MS), 1 << 2);
         assert_eq!(hpet.outputs().level, 0);
+    }
+
+    #[test]
+    fn a_status_that_nobody_cleared_does_not_hide_edges() {
+        let mut hpet = counting();
+        hpet.write(TIMER_2, 4, 11 << 9 | LEVEL, 0);
+        hpet.write(TIMER_2 + COMPARATOR, 8, 100_000, 0);
+        hpet.advance(MS);
+        hpet.write(TIMER_2, 4, to_input_11(0), MS);
+        hpet.write(TIMER_2 + COMPARATOR, 8, 200_000, MS);
+        assert_eq!(hpet.outputs().level, 0);
+        assert_eq!(rises(&mut hpet, 3 * MS), [(2 * MS, 1 << 11)]);
     }
 
     #[test]

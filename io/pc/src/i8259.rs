@@ -103,11 +103,12 @@ impl Half {
         if self.special_mask {
             in_service &= !self.imr;
         }
-        if self.special_fully_nested && self.master {
-            in_service &= !(1 << CASCADE);
-        }
         let wanted = self.priority(self.irr & !self.imr);
-        (wanted < self.priority(in_service)).then(|| self.input_of(wanted))
+        let current = self.priority(in_service);
+        // The slave asks only for what is above what it has in service.
+        let nests = self.special_fully_nested && self.master && wanted == current;
+        let within_slave = nests && wanted < 8 && self.input_of(wanted) == CASCADE;
+        (wanted < current || within_slave).then(|| self.input_of(wanted))
     }
 
     fn acknowledge(&mut self, input: u8) {
@@ -162,7 +163,9 @@ impl Half {
         match value >> 5 {
             0 | 4 => self.rotate_on_auto_eoi = value & 0x80 != 0,
             command @ (1 | 5) => {
-                let highest = self.priority(self.isr);
+                // What is masked is left, in special mask mode.
+                let kept = if self.special_mask { self.imr } else { 0 };
+                let highest = self.priority(self.isr & !kept);
                 if highest < 8 {
                     self.end(self.input_of(highest), command == 5);
                 }
@@ -492,6 +495,39 @@ mod tests {
         pic.write(1, 1, 0x01, 0);
         pic.write(0, 1, 0x68, 0);
         assert_eq!(pic.acknowledge(), 0x36);
+    }
+
+    #[test]
+    fn special_mask_mode_ends_what_is_not_masked() {
+        let mut pic = initialized();
+        pulse(&mut pic, 3);
+        assert_eq!(pic.acknowledge(), 0x33);
+        pic.write(1, 1, 0x08, 0);
+        pic.write(0, 1, 0x68, 0);
+        pulse(&mut pic, 5);
+        assert_eq!(pic.acknowledge(), 0x35);
+        pic.write(0, 1, 0x20, 0);
+        pic.write(0, 1, 0x0b, 0);
+        assert_eq!(pic.read(0, 1, 0), 0x08, "in service");
+        pulse(&mut pic, 6);
+        assert_eq!(pic.acknowledge(), 0x36);
+    }
+
+    #[test]
+    fn special_fully_nested_the_slave_alone_nests() {
+        let mut pic = initialized();
+        for (offset, value) in [(0, 0x11), (1, 0x30), (1, 0x04), (1, 0x11)] {
+            pic.write(offset, 1, value, 0);
+        }
+        pulse(&mut pic, 10);
+        assert_eq!(pic.acknowledge(), 0x3a);
+        pulse(&mut pic, 4);
+        pulse(&mut pic, 12);
+        assert!(!pic.intr(), "both are lower");
+        pulse(&mut pic, 9);
+        assert_eq!(pic.acknowledge(), 0x39);
+        pulse(&mut pic, 1);
+        assert_eq!(pic.acknowledge(), 0x31);
     }
 
     #[test]

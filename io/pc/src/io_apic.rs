@@ -93,7 +93,7 @@ impl IoApic {
             let shift = 32 * u32::from(index & 1);
             let writable = WRITABLE & 0xffff_ffff << shift;
             *entry = *entry & !writable | u64::from(value) << shift & writable;
-            if *entry & LEVEL_TRIGGERED == 0 {
+            if !is_level(*entry) {
                 *entry &= !REMOTE_IRR;
             }
             self.refused &= !(1 << pin);
@@ -111,7 +111,7 @@ impl IoApic {
             self.refused &= !bit;
         } else if self.lines & bit == 0 {
             self.lines |= bit;
-            if entry & (MASKED | LEVEL_TRIGGERED) == 0 {
+            if entry & MASKED == 0 && !is_level(*entry) {
                 self.edges |= bit;
             }
         }
@@ -120,7 +120,7 @@ impl IoApic {
     /// A local APIC (or the guest, by the EOI register) says that the level-triggered interrupt `vector` is handled.
     pub fn end_of_interrupt(&mut self, vector: u8) {
         for entry in &mut self.entries {
-            if *entry as u8 == vector && *entry & LEVEL_TRIGGERED != 0 {
+            if *entry as u8 == vector && is_level(*entry) {
                 *entry &= !REMOTE_IRR;
             }
         }
@@ -141,8 +141,7 @@ impl IoApic {
         while let Some(pin) = (0..IO_APIC_PINS).find(|&pin| self.wants_to_send(pin)) {
             self.edges &= !(1 << pin);
             let entry = &mut self.entries[pin];
-            let level_triggered = *entry & LEVEL_TRIGGERED != 0;
-            if level_triggered {
+            if is_level(*entry) {
                 *entry |= REMOTE_IRR;
             }
             if let Some(message) = message(*entry) {
@@ -161,7 +160,7 @@ impl IoApic {
 
     fn wants_to_send(&self, pin: usize) -> bool {
         let entry = self.entries[pin];
-        let pending = if entry & LEVEL_TRIGGERED != 0 {
+        let pending = if is_level(entry) {
             (self.lines & !self.refused) >> pin & 1 != 0 && entry & REMOTE_IRR == 0
         } else {
             self.edges >> pin & 1 != 0
@@ -191,8 +190,15 @@ fn message(entry: u64) -> Option<InterruptMessage> {
         destination: Destination::from_8_bits((entry >> 56) as u8, entry & LOGICAL != 0),
         mode: DeliveryMode::from_register(entry as u32)?,
         vector: entry as u8,
-        level_triggered: entry & LEVEL_TRIGGERED != 0,
+        level_triggered: is_level(entry),
     })
+}
+
+/// What is no vector is an edge, even if it is programmed as a level: nothing would end it (82093AA, 3.2.4, delivery mode).
+fn is_level(entry: u64) -> bool {
+    use DeliveryMode::{Fixed, LowestPriority};
+    let mode = DeliveryMode::from_register(entry as u32);
+    entry & LEVEL_TRIGGERED != 0 && matches!(mode, Some(Fixed | LowestPriority))
 }
 
 #[cfg(test)]
@@ -284,6 +290,20 @@ mod tests {
         chip.end_of_interrupt(0x5a);
         assert_eq!(next(&mut chip), None);
         assert_eq!(entry(&mut chip, 10), LEVEL_TRIGGERED | 0x5a);
+    }
+
+    #[test]
+    fn an_nmi_is_an_edge_even_as_a_level() {
+        let mut chip = IoApic::new(0);
+        redirect(&mut chip, 5, LEVEL_TRIGGERED | 0x400);
+        for _ in 0..3 {
+            chip.set_input(5, true);
+            let message = next(&mut chip).unwrap();
+            assert_eq!(message.mode, DeliveryMode::Nmi);
+            assert_eq!(next(&mut chip), None);
+            chip.set_input(5, false);
+            assert_eq!(entry(&mut chip, 5), LEVEL_TRIGGERED | 0x400);
+        }
     }
 
     #[test]

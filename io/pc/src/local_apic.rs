@@ -247,7 +247,8 @@ impl LocalApic {
     fn deliverable(&self) -> Option<u8> {
         let vector = self.irr.highest()?;
         let above = u32::from(vector) & 0xf0 > self.processor_priority() & 0xf0;
-        (self.software_enabled() && above).then_some(vector)
+        // What it has accepted it delivers, even if software has disabled it since (SDM vol. 3A, 11.4.7.2).
+        (self.enabled() && above).then_some(vector)
     }
 
     fn external_request(&self) -> bool {

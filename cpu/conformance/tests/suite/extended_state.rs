@@ -1,5 +1,7 @@
 //! x87, SSE and AVX state: saved and restored whole, by the kernel between programs too; what the XSAVE family refuses.
 
+use std::ops::Range;
+
 use doppel_conformance::paging::{P, RW};
 use doppel_conformance::*;
 use doppel_x86::{CpuModel, Cr0, Cr4, Gpr};
@@ -616,4 +618,142 @@ fn xgetbv_knows_no_register_that_cpuid_does_not_show() {
         Ok(model) => each_engine_with(&model, |m| check(m, &[1, 2])),
         Err(e) => eprintln!("SKIPPED: {e}"),
     }
+}
+
+/// What 32-bit code has of the vectors, and what it has not: places in an area that XSAVE writes.
+struct Halves {
+    /// XMM0 to XMM7, and the rest of registers 0 to 7.
+    xmm: Range<u64>,
+    tops: Vec<Range<u64>>,
+    beyond: Vec<Range<u64>>,
+}
+
+impl Halves {
+    fn of(m: &Machine) -> Halves {
+        let xcr0 = m.cpu().cpuid.xcr0();
+        let mut halves = Halves {
+            xmm: 160..288,
+            tops: Vec::new(),
+            beyond: Vec::from([288..416]),
+        };
+        for n in [2, 6, 7].into_iter().filter(|n| xcr0 >> n & 1 != 0) {
+            let leaf = m.cpu().cpuid(0xd, n);
+            let (at, size) = (u64::from(leaf.ebx), u64::from(leaf.eax));
+            let half = if n == 7 { 0 } else { size / 2 };
+            halves.tops.push(at..at + half);
+            halves.beyond.push(at + half..at + size);
+        }
+        halves
+    }
+
+    fn all(&self) -> impl Iterator<Item = u64> {
+        let parts = self.tops.iter().chain(&self.beyond).cloned();
+        parts.chain([self.xmm.clone()]).flatten()
+    }
+}
+
+/// As a processor with AVX-512 did it, in 32-bit code of a 64-bit process.
+#[test]
+fn vectors_that_32_bit_code_has_not_stay_as_they_are() {
+    const BEFORE: u64 = USER_DATA;
+    const OTHER: u64 = USER_DATA + 0x1000;
+    const INITIAL: u64 = USER_DATA + 0x2000;
+    const AFTER: u64 = USER_DATA + 0x3000;
+    const SAVED: u64 = USER_DATA + 0x4000;
+    const UNTOUCHED: u8 = 0xcc;
+    const VECTORS: u32 = 0xe6;
+    const HEADER: u64 = 512;
+    /// What it does, what is then in XMM0 to XMM7, in the rest of registers 0 to 7, and whether it saves.
+    const CODES: &[(Emit, u8, u8, bool)] = &[
+        (|a| a.vzeroall(), 0, 0, false),
+        (|a| a.vzeroupper(), 0x77, 0, false),
+        (
+            |a| {
+                a.mov(edi, OTHER as u32)?;
+                a.xrstor(ptr(edi))
+            },
+            0x55,
+            0x55,
+            false,
+        ),
+        (
+            |a| {
+                a.mov(edi, INITIAL as u32)?;
+                a.xrstor(ptr(edi))
+            },
+            0,
+            0,
+            false,
+        ),
+        (
+            |a| {
+                a.mov(edi, SAVED as u32)?;
+                a.xsave(ptr(edi))
+            },
+            0x77,
+            0x77,
+            true,
+        ),
+    ];
+    each_engine(|m| {
+        if !has_avx(m) || !enable_xsave(m) {
+            return;
+        }
+        let halves = Halves::of(m);
+        let held = u64::from(VECTORS) & m.cpu().cpuid.xcr0() & !0x20;
+        for (n, (code, xmm, tops, saves)) in CODES.iter().enumerate() {
+            println!("code {n}");
+            for (area, byte) in [(BEFORE, 0x77u8), (OTHER, 0x55), (SAVED, UNTOUCHED)] {
+                m.put_bytes(area, &[0; 0x1000]);
+                halves.all().for_each(|at| m.put(area + at, byte));
+                m.put(area + HEADER, if area == SAVED { 0 } else { held });
+            }
+            for area in [INITIAL, AFTER] {
+                m.put_bytes(area, &[0; 0x1000]);
+            }
+            m.to_kernel();
+            m.run_code(|a| {
+                a.mov(eax, VECTORS)?;
+                a.xor(edx, edx)?;
+                a.mov(rdi, BEFORE)?;
+                a.xrstor64(ptr(rdi))
+            });
+            m.to_user32();
+            m.place(32, USER_CODE, |a: &mut CodeAssembler| {
+                a.mov(eax, VECTORS)?;
+                a.xor(edx, edx)?;
+                code(a)?;
+                a.int(0x81)
+            });
+            m.go(USER_CODE);
+            m.run();
+            assert!(m.records().is_empty());
+            m.to_kernel();
+            m.run_code(|a| {
+                a.mov(eax, VECTORS)?;
+                a.xor(edx, edx)?;
+                a.mov(rdi, AFTER)?;
+                a.xsave64(ptr(rdi))
+            });
+            let (area, beyond) = match saves {
+                true => (SAVED, UNTOUCHED),
+                false => (AFTER, 0x77),
+            };
+            let is = |range: &Range<u64>, byte| {
+                let found = |at: &u64| m.ram.load::<u8>(area + at).expect("RAM");
+                let wrong = range.clone().find(|at| found(at) != byte);
+                assert_eq!(
+                    wrong,
+                    None,
+                    "of {range:?}, {:x?}",
+                    wrong.map(|at| found(&at))
+                );
+            };
+            is(&halves.xmm, *xmm);
+            halves.tops.iter().for_each(|range| is(range, *tops));
+            halves.beyond.iter().for_each(|range| is(range, beyond));
+            let high = m.get(area + HEADER) & 1 << 7;
+            assert_eq!(high, if *saves { 0 } else { held & 1 << 7 });
+        }
+    });
 }

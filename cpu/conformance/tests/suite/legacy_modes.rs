@@ -438,3 +438,38 @@ fn an_instruction_breakpoint_is_found_where_linear_addresses_wrap() {
         assert_eq!(m.run(0x2_0000), expected);
     });
 }
+
+#[test]
+fn enter_of_32_bits_takes_all_of_esp_though_the_stack_has_16() {
+    each_mode(|m| {
+        m.set(Gpr::Rsp, 0x5a5a_1000);
+        m.set(Gpr::Rbp, 0x7777_2000);
+        m.finish(0x100, |a| {
+            a.db(&[0x66, 0xc8, 8, 0, 2])?;
+            a.mov(edx, esp)
+        });
+        assert_eq!(m.reg(Gpr::Rbp), 0x5a5a_0ffc);
+        assert_eq!(m.reg(Gpr::Rdx), 0x5a5a_0ffc - 8 - 8);
+        assert_eq!(m.get::<u32>(STACK + 0xffc), 0x7777_2000);
+        assert_eq!(m.get::<u32>(STACK + 0xff4), 0x5a5a_0ffc);
+    });
+}
+
+/// An instruction that goes beyond its segment is #GP, whatever the bytes there would make of it, and whether they are there.
+#[test]
+fn what_lies_beyond_a_code_segment_is_not_looked_at() {
+    const LIMIT: u32 = 0xfff;
+    // mov eax, imm; an opcode of two bytes of which the second would be none.
+    for code in [&[0x66, 0xb8][..], &[0x0f]] {
+        for mode in [Legacy::Protected(0), Legacy::Protected(3)] {
+            each_legacy(mode, |m| {
+                let at = u64::from(LIMIT) + 1 - code.len() as u64;
+                m.set_segment(Seg::Cs, CODE, LIMIT, kind::CODE);
+                for (byte, n) in code.iter().chain(&[0x04u8; 16]).zip(at..) {
+                    m.put(CODE + n, *byte);
+                }
+                assert_eq!(m.run(at), fault(13, 0, at));
+            });
+        }
+    }
+}

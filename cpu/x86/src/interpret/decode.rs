@@ -300,7 +300,7 @@ fn cached(cpu: &Cpu, mode: CpuMode, gpa: u64) -> bool {
     if e.gpa != gpa || i.ip() != cpu.rip || e.mode != mode {
         return false;
     }
-    if check_limit(cpu, mode, i.len()).is_err() {
+    if i.len() > within_limit(cpu, mode) {
         return false;
     }
     let m = masks(i.len());
@@ -333,19 +333,20 @@ fn to_words(bytes: &[u8; 16]) -> [u64; 2] {
 #[cold]
 fn decode(cpu: &mut Cpu, mode: CpuMode, linear: u64, gpa: u64) -> Result<Decoded, Exception> {
     let mut bytes = [0; 16];
-    let mut available = on_page(cpu, gpa, &mut bytes);
+    let within = within_limit(cpu, mode);
+    let mut available = on_page(cpu, gpa, &mut bytes).min(within);
     let (mut instruction, mut error) = decode_bytes(cpu, mode, &bytes[..available]);
-    if error == DecoderError::NoMoreBytes && available < LONGEST {
-        available = cpu.fetch(linear, &mut bytes)?;
+    if error == DecoderError::NoMoreBytes && available < within {
+        available = cpu.fetch(linear, &mut bytes)?.min(within);
         (instruction, error) = decode_bytes(cpu, mode, &bytes[..available]);
     }
     if instruction.is_invalid() {
-        if too_long(cpu, mode, &bytes[..available]) {
+        let beyond = error == DecoderError::NoMoreBytes && available == within;
+        if beyond || too_long(cpu, mode, &bytes[..available]) {
             return Err(Exception::gp(0));
         }
         return Err(invalid(cpu, linear, available, error));
     }
-    check_limit(cpu, mode, instruction.len())?;
     let (handler, system) = match cpu.cpuid.hidden().has(&instruction) {
         true => (super::hint::undefined as Handler, false),
         false => dispatch::resolve(&instruction, mode),
@@ -423,12 +424,13 @@ fn invalid(cpu: &mut Cpu, linear: u64, available: usize, why: DecoderError) -> E
     }
 }
 
-fn check_limit(cpu: &Cpu, mode: CpuMode, len: usize) -> Result<(), Exception> {
-    let last = cpu.rip.wrapping_add(len as u64 - 1);
-    if mode != CpuMode::Bits64 && last > cpu.seg[Seg::Cs as usize].limit.into() {
-        return Err(Exception::gp(0));
+/// Bytes at RIP that an instruction may have: what lies beyond the segment is not looked at.
+fn within_limit(cpu: &Cpu, mode: CpuMode) -> usize {
+    let limit = u64::from(cpu.seg[Seg::Cs as usize].limit);
+    match mode {
+        CpuMode::Bits64 => LONGEST,
+        _ => LONGEST.min((limit + 1).saturating_sub(cpu.rip) as usize),
     }
-    Ok(())
 }
 
 /// Enters what was decoded, unless it reaches into a second page.

@@ -4,7 +4,7 @@ use iced_x86::{EncodingKind, Instruction};
 
 use super::{
     Handler, Step, arithmetic, atomic, bcd, bit, bmi, control, data_transfer, hint, logic, masked,
-    multiply_divide, native, push_pop, shift, string, xsave,
+    multiply_divide, native, push_pop, shift, string, xsave, zero_vectors,
 };
 use crate::{Bus, Cpu, CpuMode, Exception};
 
@@ -24,8 +24,12 @@ const INTEGER: [fn(&Instruction) -> Option<Handler>; 12] = [
 ];
 
 /// Hints, and instructions on the extended state that the host does not execute as they are.
-const STATE: [fn(&Instruction) -> Option<Handler>; 3] =
-    [hint::lookup, xsave::lookup, masked::lookup];
+const STATE: [fn(&Instruction) -> Option<Handler>; 4] = [
+    hint::lookup,
+    xsave::lookup,
+    masked::lookup,
+    zero_vectors::lookup,
+];
 
 /// The function that executes the instruction, and whether it may make an interrupt deliverable.
 pub(super) fn resolve(i: &Instruction, mode: CpuMode) -> (Handler, bool) {

@@ -335,7 +335,7 @@ fn shifts_by_memory(i: &Instruction) -> bool {
 }
 
 /// What a handler here begins with: the host has the instruction, and the unit is there and switched on.
-fn begin(cpu: &mut Cpu, i: &Instruction) -> Result<Layout, Exception> {
+pub(super) fn begin(cpu: &mut Cpu, i: &Instruction) -> Result<Layout, Exception> {
     host_has(cpu, i)?;
     Unit::of(i).ok_or(Exception::UD)?.check(cpu)?;
     Ok(host_layout(cpu)?.0)

@@ -45,6 +45,7 @@ mod tests;
 mod vector;
 mod x87_environment;
 mod xsave;
+mod zero_vectors;
 
 use std::sync::atomic::AtomicBool;
 

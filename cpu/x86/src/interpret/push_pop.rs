@@ -114,7 +114,8 @@ fn enter_frame(
 ) -> Result<(), Exception> {
     let mut display = read_gpr(cpu, RBP, stack_size(cpu));
     push(cpu, bus, size, read_gpr(cpu, RBP, size))?;
-    let frame = stack_pointer(cpu);
+    // All of ESP, though the stack may be one of SP.
+    let frame = read_gpr(cpu, RSP, size);
     for _ in 1..level {
         display = display.wrapping_sub(size as u64) & mask(stack_size(cpu));
         let at = stack_linear(cpu, display, size, false)?;

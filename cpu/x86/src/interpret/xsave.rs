@@ -102,6 +102,20 @@ fn xmm_end(cpu: &Cpu) -> usize {
     }
 }
 
+/// Bytes of an extended component that the mode has: outside 64-bit mode the halves of registers 0 to 7 alone (Intel SDM vol. 1, 13.5.3
+/// and 13.5.5; measured).
+fn used(cpu: &Cpu, n: usize, size: usize) -> usize {
+    match 1 << n {
+        _ if cpu.mode() == CpuMode::Bits64 => size,
+        component::AVX | component::ZMM_HIGH => size / 2,
+        component::HIGH_ZMM => 0,
+        _ => size,
+    }
+}
+
+/// The components of which outside 64-bit mode some registers stay as they are.
+const PARTIAL: u64 = component::SSE | component::AVX | component::ZMM_HIGH | component::HIGH_ZMM;
+
 /// The legacy region as the guest sees it saved.
 fn legacy_image(fpu: &FpuArea, i: &Instruction, mxcsr_mask: u32) -> [u8; FXSAVE_END] {
     let mut image = [0; FXSAVE_END];
@@ -212,10 +226,18 @@ fn pkru_of<'a>(fpu: &'a mut FpuArea, layout: &Layout) -> &'a mut [u8] {
     &mut fpu.bytes[at..at + 4]
 }
 
+/// A component that the mode has nothing of, and that is in its initial state there (13.6).
+fn hidden(cpu: &Cpu) -> u64 {
+    match cpu.mode() {
+        CpuMode::Bits64 => 0,
+        _ => component::HIGH_ZMM,
+    }
+}
+
 /// The components that are not in their initial state.
 fn in_use(cpu: &Cpu) -> u64 {
     let pkru = if cpu.pkru == 0 { 0 } else { component::PKRU };
-    vector::in_use(&cpu.fpu) | pkru
+    vector::in_use(&cpu.fpu) & !hidden(cpu) | pkru
 }
 
 /// The same for the compacted format and XGETBV, to which MXCSR belongs to SSE (Intel SDM vol. 1, 13.6).
@@ -319,10 +341,10 @@ fn pieces(cpu: &Cpu, i: &Instruction, r: &Request, stored: u64, compaction: Opti
     }
     for n in Request::extended(stored) {
         let (at, size) = r.layout.place(n);
-        pieces.push((
-            r.place(n, compaction),
-            cpu.fpu.bytes[at..at + size].to_vec(),
-        ));
+        let bytes = &cpu.fpu.bytes[at..at + used(cpu, n, size)];
+        if !bytes.is_empty() {
+            pieces.push((r.place(n, compaction), bytes.to_vec()));
+        }
     }
     pieces
 }
@@ -429,6 +451,10 @@ fn xrstor(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     let mut fpu = cpu.fpu.clone();
     for n in Request::extended(loaded) {
         let (at, size) = r.layout.place(n);
+        let size = used(cpu, n, size);
+        if size == 0 {
+            continue;
+        }
         let from = r.place(n, header.compaction) as u64;
         let from = linear_of_part(cpu, i, from, size, false)?;
         cpu.load_bytes(bus, from, privilege, &mut fpu.bytes[at..at + size])?;
@@ -436,12 +462,16 @@ fn xrstor(cpu: &mut Cpu, bus: &mut dyn Bus, i: &Instruction) -> Step {
     restore_legacy(&mut fpu, i, &image, r.components, loaded, xmm_end(cpu));
     for n in Request::extended(r.components & !loaded) {
         let (at, size) = r.layout.place(n);
-        fpu.bytes[at..at + size].fill(0);
+        fpu.bytes[at..at + used(cpu, n, size)].fill(0);
     }
     if let Some(v) = mxcsr {
         vector::set_mxcsr(&mut fpu, v);
     }
-    let in_use = vector::in_use(&fpu) & !r.components | loaded;
+    let kept = match cpu.mode() {
+        CpuMode::Bits64 => !r.components,
+        _ => !r.components | PARTIAL,
+    };
+    let in_use = vector::in_use(&fpu) & kept | loaded & !hidden(cpu);
     vector::set_in_use(&mut fpu, in_use & !component::PKRU);
     if r.asks(component::PKRU) {
         let mut pkru = [0; 4];

@@ -127,6 +127,17 @@ fn software_disabled_it_takes_no_vectors_and_masks_its_own() {
 }
 
 #[test]
+fn software_disabled_it_delivers_what_it_had_accepted() {
+    let mut apic = enabled();
+    fixed(&mut apic, 0x50);
+    set(&mut apic, SVR, 0xff);
+    fixed(&mut apic, 0x60);
+    assert_eq!(apic.requests(), Requests::INTERRUPT);
+    assert!(apic.acknowledge().is_some());
+    assert!(apic.requests().is_empty());
+}
+
+#[test]
 fn one_nmi_runs_and_one_waits() {
     let mut apic = enabled();
     let send = |apic: &mut LocalApic, count| {
