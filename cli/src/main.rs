@@ -26,7 +26,8 @@ fn main() -> ExitCode {
         Command::Watchdog => terminal::watch().map(|()| 0),
     };
     ExitCode::from(result.unwrap_or_else(|error| {
-        eprintln!("doppel: {}", with_advice(&format!("{error:#}")));
+        let text = with_advice(&format!("{error:#}"));
+        eprintln!("doppel: {}", terminal::printable(&text));
         ERROR
     }))
 }

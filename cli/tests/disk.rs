@@ -159,3 +159,28 @@ fn images_are_made_shown_and_copied() {
         .expect(1)
         .says("is there already");
 }
+
+/// The header of an image names its backing file as a stranger likes, there or not.
+#[test]
+fn names_that_a_stranger_chose_give_a_terminal_no_orders() {
+    let scratch = Scratch::new();
+    let (top, below) = (scratch.path("top.qcow2"), scratch.path("\x1b[2J"));
+    let image = |words: &[&str]| {
+        let mut command = Command::new(DOPPEL);
+        run(command.arg("image").args(words), MINUTE)
+    };
+    let text = top.to_str().unwrap();
+    image(&["create", text, "64M"]).expect(0);
+    let name = b"\x1b[2J";
+    let file = fs::OpenOptions::new().write(true).open(&top).unwrap();
+    file.write_all_at(name, 4096).unwrap();
+    file.write_all_at(&4096u64.to_be_bytes(), 8).unwrap();
+    file.write_all_at(&(name.len() as u32).to_be_bytes(), 16)
+        .unwrap();
+    let missing = image(&["info", text]).expect(1);
+    fs::write(below, [0; 4096]).unwrap();
+    for shown in [missing, image(&["info", text]).expect(0)] {
+        let shown = shown.says("\\u{1b}[2J");
+        assert!(![shown.console, shown.stderr].concat().contains('\x1b'));
+    }
+}

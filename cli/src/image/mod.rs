@@ -24,6 +24,8 @@ use std::time::Instant;
 use tree::Tree;
 use work::Work;
 
+use crate::terminal::printable;
+
 /// Does what was asked for.
 pub fn image(what: &Image) -> Result<()> {
     match what {
@@ -213,7 +215,8 @@ fn info(args: &Info) -> Result<()> {
     }
     if let Some((name, format)) = info.backing {
         let format = format.unwrap_or_else(|| "guessed".to_owned());
-        println!("stands on:   {name} (format: {format})");
+        let below = printable(&format!("{name} (format: {format})"));
+        println!("stands on:   {below}");
     }
     Ok(())
 }

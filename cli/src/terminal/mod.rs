@@ -7,6 +7,9 @@
 
 pub mod console;
 pub mod escape;
+mod printable;
+
+pub use printable::printable;
 
 use anyhow::{Context, Result};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
@@ -59,7 +62,8 @@ fn raw(settings: &Termios) -> Termios {
 
 /// Shows a message of the monitor's in between; a raw terminal needs carriage returns.
 pub(crate) fn say(message: &str) {
-    eprint!("\r\n{}\r\n", message.replace('\n', "\r\n"));
+    let shown = printable(message).replace('\n', "\r\n");
+    eprint!("\r\n{shown}\r\n");
 }
 
 /// Standard input in raw mode for as long as this lives.

@@ -634,7 +634,7 @@ impl Halves {
         let mut halves = Halves {
             xmm: 160..288,
             tops: Vec::new(),
-            beyond: Vec::from([288..416]),
+            beyond: std::iter::once(288..416).collect(),
         };
         for n in [2, 6, 7].into_iter().filter(|n| xcr0 >> n & 1 != 0) {
             let leaf = m.cpu().cpuid(0xd, n);

@@ -735,7 +735,7 @@ fn accesses_two_gibibytes_below_a_register_that_moves() {
         m.put(SPARE + 0xf8, 2u64);
         // What lies 4 GiB further on.
         m.put(X_PDPT + 8 * 4, TABLES | P | RW);
-        m.put(TABLES, SPARE + 0x20_0000 | P | RW | LARGE);
+        m.put(TABLES, (SPARE + 0x20_0000) | P | RW | LARGE);
         m.run_code(|a| {
             let mut again = a.create_label();
             for page in [X, X + 2 * BELOW] {

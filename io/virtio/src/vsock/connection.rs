@@ -236,7 +236,8 @@ impl Connection {
             let front = front.to_vec();
             match self.write(&front) {
                 0 => return,
-                n => drop(self.buffer.drain(..n)),
+                // A host that takes nothing any more has had the rest thrown away.
+                n => drop(self.buffer.drain(..n.min(self.buffer.len()))),
             }
         }
         self.buffer = VecDeque::new();
@@ -425,5 +426,23 @@ impl Connection {
             Some(stream) => stream.read(bytes),
             None => Ok(0),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// It had said that it sends no more, and closes while bytes wait for it.
+    #[test]
+    fn a_host_that_is_gone_takes_what_waited_with_it() {
+        let (ours, theirs) = UnixStream::pair().expect("a pair of sockets");
+        let mut connection = Connection::accepted(ours, 1, &Header::default());
+        connection.host_shut = NO_SEND;
+        connection.buffer.extend([1; 100]);
+        drop(theirs);
+        connection.flush();
+        assert!(connection.buffer.is_empty() && connection.stream.is_none());
+        assert_eq!(connection.host_shut, NO_SEND | NO_RECEIVE);
     }
 }
