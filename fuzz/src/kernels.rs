@@ -51,6 +51,9 @@ pub struct Kernels {
     /// Tell each case on standard error before it runs: shows where an engine crashes.
     #[arg(long)]
     announce: bool,
+    /// Kick the engines after each of so many microseconds, which must change nothing.
+    #[arg(long, value_name = "MICROSECONDS")]
+    kicks: Option<u64>,
     /// Write into this file which instructions and exceptions were reached on which engine, and which were not.
     #[arg(long)]
     coverage: Option<PathBuf>,
@@ -67,6 +70,9 @@ impl Kernels {
             return Ok(ExitCode::SUCCESS);
         }
         let mut rig = Rig::new()?;
+        if let Some(period) = self.kicks {
+            rig.pester(Duration::from_micros(period));
+        }
         match self.case {
             Some(number) => self.one(&mut rig, number),
             None => self.many(&mut rig),

@@ -15,6 +15,7 @@ pub mod catalogue;
 pub mod compare;
 pub mod coverage;
 pub mod features;
+pub mod gadfly;
 pub mod generate;
 pub mod guest;
 pub mod kernel;

@@ -1,7 +1,7 @@
 //! Ends cases that do not end.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use doppel_x86::Kick;
@@ -12,6 +12,8 @@ pub struct Watchdog(Arc<Watched>);
 struct Watched {
     /// Odd while a case runs.
     turn: AtomicU64,
+    /// Kicks in this turn.
+    bites: AtomicU32,
     ended: AtomicBool,
 }
 
@@ -28,6 +30,7 @@ impl Watchdog {
     pub fn with_period(kick: Arc<dyn Kick>, period: Duration) -> Self {
         let watched = Arc::new(Watched {
             turn: AtomicU64::new(0),
+            bites: AtomicU32::new(0),
             ended: AtomicBool::new(false),
         });
         let seen_by_thread = watched.clone();
@@ -37,6 +40,7 @@ impl Watchdog {
                 std::thread::sleep(period);
                 let turn = seen_by_thread.turn.load(Relaxed);
                 if turn % 2 == 1 && turn == last {
+                    seen_by_thread.bites.fetch_add(1, Relaxed);
                     kick.kick();
                 }
                 last = turn;
@@ -47,7 +51,13 @@ impl Watchdog {
 
     /// A case begins.
     pub fn start(&self) {
+        self.0.bites.store(0, Relaxed);
         self.0.turn.fetch_add(1, Relaxed);
+    }
+
+    /// How often it was kicked for taking long.
+    pub fn bites(&self) -> u32 {
+        self.0.bites.load(Relaxed)
     }
 
     /// It has ended.

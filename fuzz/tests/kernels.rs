@@ -1,5 +1,7 @@
 //! A short campaign of generated kernels with a fixed seed; `cargo xtask fuzz kernels` runs longer ones.
 
+use std::time::Duration;
+
 use doppel_fuzz::kernel::campaign::{Plan, Rig, run};
 use doppel_fuzz::kernel::case::Case;
 use doppel_fuzz::kernel::layout::{
@@ -48,6 +50,23 @@ fn generated_kernels_do_on_every_engine_what_they_do_on_the_interpreter() {
         "{} not compared",
         summary.unspecified
     );
+}
+
+/// Timers and other CPUs call an engine out of its code all the time.
+#[test]
+fn kicks_in_any_moment_change_nothing() {
+    let mut rig = Rig::new().unwrap();
+    rig.pester(Duration::from_micros(50));
+    let plan = Plan {
+        seed: 8,
+        limits: Limits::asked(Some(60), Some(SLOW_HOST), 3),
+        ..plan()
+    };
+    let summary = run(&mut rig, &plan).unwrap();
+    let reports: String = summary.failures.iter().map(|f| f.report.as_str()).collect();
+    assert!(reports.is_empty(), "{reports}");
+    assert!(summary.cases > 30, "only {} kernels in time", summary.cases);
+    assert!(summary.too_slow * 10 < summary.cases, "too many are slow");
 }
 
 #[test]

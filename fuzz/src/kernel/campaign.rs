@@ -17,6 +17,7 @@ use super::layout::is_supervisors;
 use super::machine::{Ending, Final, Kind, Runner};
 use super::trace::{Trace, Tracer};
 use super::write::Offered;
+use crate::gadfly::Gadfly;
 use crate::limits::Limits;
 use crate::rig::variants;
 
@@ -82,6 +83,7 @@ pub struct Rig {
     model: CpuidModel,
     kinds: Vec<(&'static str, Kind)>,
     runners: BTreeMap<(&'static str, u8), Runner>,
+    gadfly: Option<Arc<Gadfly>>,
     kvm: Option<KvmRunner>,
     /// Cases that KVM ran to their end, and those in which it met with what it cannot do.
     pub kvm_runs: u64,
@@ -134,6 +136,7 @@ impl Rig {
             model,
             kinds: kinds(),
             runners: BTreeMap::new(),
+            gadfly: None,
             kvm: None,
             kvm_runs: 0,
             kvm_refused: 0,
@@ -171,6 +174,11 @@ impl Rig {
         Case::of_words(&self.supervisors, kernel, steps, self.offered)
     }
 
+    /// Has all engines that are made from now on kicked while they run.
+    pub fn pester(&mut self, period: Duration) {
+        self.gadfly = Some(Arc::new(Gadfly::new(period)));
+    }
+
     /// What has run: engine, cases, instructions where they are counted, processor time.
     pub fn runners(&self) -> impl Iterator<Item = &Runner> {
         self.runners.values()
@@ -185,7 +193,8 @@ impl Rig {
         let key = (name, features.bits());
         if !self.runners.contains_key(&key) {
             match Runner::new(name, kind, &self.model(features)?) {
-                Ok(runner) => {
+                Ok(mut runner) => {
+                    runner.pester(self.gadfly.clone());
                     self.runners.insert(key, runner);
                 }
                 Err(e) if name == DIRECT => {

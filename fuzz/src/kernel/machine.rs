@@ -10,11 +10,12 @@ use doppel_translate::{Translate, TranslateOptions};
 use doppel_x86::interpret::Interpret;
 use doppel_x86::{
     Activity, Bus, Cpu, CpuidModel, Cr0, Cr4, Dtr, Efer, Engine, EngineStats, Exit, FpuArea, Gpr,
-    Msrs, Rflags, Seg, Segment,
+    Kick, Msrs, Rflags, Seg, Segment,
 };
 
 use super::image::Image;
 use super::layout::*;
+use crate::gadfly::Gadfly;
 use crate::time_unsafe::thread_time;
 use crate::watchdog::{WATCH_PERIOD, Watchdog};
 use crate::xsave::{Vectors, XsaveLayout};
@@ -153,7 +154,8 @@ pub struct Runner {
     ram: Arc<GuestRam>,
     layout: XsaveLayout,
     watchdog: Watchdog,
-    /// Kicks after which a case is ended: the interpreter decides which cases do not end.
+    gadfly: Option<Arc<Gadfly>>,
+    /// Kicks of the watchdog after which a case is ended: the interpreter decides which cases do not end.
     most_kicks: u32,
     /// Processor time of its runs.
     pub spent: Duration,
@@ -209,6 +211,7 @@ impl Runner {
                 _ => 80,
             },
             watchdog: Watchdog::with_period(engine.kicker(), WATCH_PERIOD / 4),
+            gadfly: None,
             engine,
             bus: KernelBus::new(ram.clone()),
             ram,
@@ -237,7 +240,9 @@ impl Runner {
         let before = self.engine.cpu().counters.interpreted_instructions;
         let began = thread_time();
         self.watchdog.start();
+        self.set_gadfly_on(Some(self.engine.kicker()));
         let ending = self.run_to_end();
+        self.set_gadfly_on(None);
         self.watchdog.stop();
         self.spent += thread_time().saturating_sub(began);
         self.runs += 1;
@@ -247,12 +252,22 @@ impl Runner {
         self.take(ending, expected, instructions)
     }
 
+    /// Has it kicked while it runs.
+    pub fn pester(&mut self, gadfly: Option<Arc<Gadfly>>) {
+        self.gadfly = gadfly;
+    }
+
+    fn set_gadfly_on(&self, victim: Option<Arc<dyn Kick>>) {
+        if let Some(gadfly) = &self.gadfly {
+            gadfly.set_on(victim);
+        }
+    }
+
     fn run_to_end(&mut self) -> Ending {
-        let (mut kicks, mut wakes) = (0, 0);
+        let mut wakes = 0;
         loop {
             match self.engine.run(&mut self.bus) {
-                // One may be left over from the case before.
-                Exit::Kicked if kicks < self.most_kicks => kicks += 1,
+                Exit::Kicked if self.watchdog.bites() < self.most_kicks => {}
                 Exit::Kicked => return Ending::TimedOut,
                 Exit::Shutdown => return Ending::Shutdown,
                 Exit::Halted if is_finished(self.engine.cpu()) => return Ending::Finished,
