@@ -30,6 +30,8 @@ pub enum Cause {
 #[derive(Default)]
 struct State {
     cause: Option<Cause>,
+    /// The host has asked for the end, be it the cause or not.
+    stopped: bool,
     doorbells: Vec<Arc<Doorbell>>,
 }
 
@@ -50,6 +52,7 @@ impl Control {
     pub fn end(&self, cause: Cause) {
         let mut state = self.lock();
         state.cause.get_or_insert(cause);
+        state.stopped |= cause == Cause::Stop;
         self.ending.store(true, Ordering::Release);
         for doorbell in &state.doorbells {
             doorbell.ring();
@@ -96,10 +99,8 @@ impl Control {
     /// Forgets the cause before the machine starts again, unless the host asked for the end.
     pub fn restart(&self) {
         let mut state = self.lock();
-        if state.cause != Some(Cause::Stop) {
-            state.cause = None;
-            self.ending.store(false, Ordering::Release);
-        }
+        state.cause = state.stopped.then_some(Cause::Stop);
+        self.ending.store(state.stopped, Ordering::Release);
     }
 }
 
@@ -145,6 +146,17 @@ mod tests {
         let control = Arc::new(Control::default());
         StopHandle::new(control.clone()).stop();
         control.restart();
+        assert_eq!(control.wait(), Cause::Stop);
+    }
+
+    #[test]
+    fn a_stop_is_not_lost_while_the_guest_restarts() {
+        let control = Arc::new(Control::default());
+        control.request(PowerRequest::Reset);
+        StopHandle::new(control.clone()).stop();
+        assert_eq!(control.wait(), Cause::Power(PowerRequest::Reset));
+        control.restart();
+        assert!(control.is_ending());
         assert_eq!(control.wait(), Cause::Stop);
     }
 

@@ -86,7 +86,7 @@ impl<B: Bus> Vcpu<B> {
             self.time.running += start.elapsed();
             match exit {
                 Exit::Kicked => self.exits.kicked += 1,
-                Exit::Halted => self.halt(),
+                Exit::Halted => self.halt_unless_woken(),
                 Exit::Shutdown => {
                     self.exits.shutdown += 1;
                     self.control.end(Cause::TripleFault);
@@ -119,6 +119,14 @@ impl<B: Bus> Vcpu<B> {
         if wanted && let Some(nanoseconds) = delay.now_and_then() {
             let cpu = self.engine.cpu_mut();
             cpu.tell_steal_time(&mut self.bus, nanoseconds);
+        }
+    }
+
+    /// Sleeps. A wake that came before the HLT, while the engine was left for another reason, is for this halt.
+    fn halt_unless_woken(&mut self) {
+        self.follow_wake();
+        if self.engine.cpu().activity != Activity::Active {
+            self.halt();
         }
     }
 
@@ -179,6 +187,9 @@ mod tests {
     impl Engine for Scripted {
         fn run(&mut self, _: &mut dyn Bus) -> Exit {
             let exit = self.script.pop().unwrap_or(Exit::Kicked);
+            if exit == Exit::Halted && self.cpu.activity == Activity::Active {
+                self.cpu.activity = Activity::Halted;
+            }
             let _ = self.ran.send(exit);
             exit
         }
@@ -277,6 +288,26 @@ mod tests {
     }
 
     #[test]
+    fn a_wake_that_is_noticed_before_the_halt_ends_it() {
+        let script = vec![Exit::Halted, Exit::Kicked];
+        let bus = WakingBus {
+            wake: true,
+            ..WakingBus::default()
+        };
+        let (mut vcpu, seen) = vcpu_on(bus, script, Rflags::IF, 2);
+        let control = vcpu.control.clone();
+        let thread = std::thread::spawn(move || {
+            vcpu.run();
+            vcpu
+        });
+        for exit in [Exit::Kicked, Exit::Halted, Exit::Kicked] {
+            assert_eq!(seen.recv_timeout(SOON), Ok(exit));
+        }
+        control.end(Cause::Stop);
+        assert_eq!(thread.join().unwrap().exits.halted, 0);
+    }
+
+    #[test]
     fn a_stop_wakes_a_halted_vcpu() {
         let (mut vcpu, seen) = vcpu(vec![Exit::Halted], Rflags::IF, 1);
         let control = vcpu.control.clone();
@@ -300,10 +331,14 @@ mod tests {
         assert_eq!(vcpu.control.wait(), Cause::Halted);
     }
 
-    /// Nothing but a device that may send an NMI.
-    struct NmiBus;
+    /// Nothing but a device that may send an NMI, or another CPU that has asked once for the end of a halt.
+    #[derive(Default)]
+    struct WakingBus {
+        nmi: bool,
+        wake: bool,
+    }
     #[rustfmt::skip]
-    impl Bus for NmiBus {
+    impl Bus for WakingBus {
         fn port_read(&mut self, _: u16, _: u8) -> u32 { 0 }
         fn port_write(&mut self, _: u16, _: u8, _: u32) {}
         fn mmio_read(&mut self, _: u64, _: u8) -> u64 { 0 }
@@ -315,12 +350,17 @@ mod tests {
         fn interrupt_pending(&mut self) -> bool { false }
         fn interrupt_acknowledge(&mut self) -> Option<u8> { None }
         fn take_nmi(&mut self) -> bool { false }
-        fn device_ends_any_halt(&mut self) -> bool { true }
+        fn device_ends_any_halt(&mut self) -> bool { self.nmi }
+        fn take_wake(&mut self) -> bool { std::mem::take(&mut self.wake) }
     }
 
     #[test]
     fn an_nmi_of_a_device_may_still_wake_one_that_halted_with_interrupts_off() {
-        let (mut vcpu, seen) = vcpu_on(NmiBus, vec![Exit::Halted], Rflags::empty(), 1);
+        let bus = WakingBus {
+            nmi: true,
+            ..WakingBus::default()
+        };
+        let (mut vcpu, seen) = vcpu_on(bus, vec![Exit::Halted], Rflags::empty(), 1);
         let (doorbell, control) = (vcpu.doorbell.clone(), vcpu.control.clone());
         let thread = std::thread::spawn(move || vcpu.run());
         assert_eq!(seen.recv_timeout(SOON), Ok(Exit::Halted));

@@ -3,7 +3,7 @@
 //! A survey goes down the upper levels once; each page then costs one load. It changes nothing: what it tells of are pages that a
 //! processor could hold in its TLB already, since all their accessed bits are set, and writable ones where the dirty bit is.
 
-use crate::walk::{A, D, FORMAT_64, P, PS, RW, US, Walk, XD};
+use crate::walk::{A, D, FORMAT_64, G, P, PS, RW, US, Walk, XD};
 use crate::{GuestRam, PAGE_SIZE, Paging, Privilege};
 
 /// Pages in one survey.
@@ -89,6 +89,11 @@ impl<'a> Survey<'a> {
         Lowest::Table(table, rights)
     }
 
+    /// The region lies in a large page, of which each INVLPG within drops all.
+    pub fn is_large(&self) -> bool {
+        matches!(self.lowest, Lowest::Large(..))
+    }
+
     /// The page with this number in the region.
     pub fn page(&self, index: usize) -> Option<Leaf> {
         let (gpa, entry) = match self.lowest {
@@ -105,7 +110,9 @@ impl<'a> Survey<'a> {
                 (gpa, entry & !(RW | US | XD) | combine(rights, entry))
             }
         };
-        (entry & US != 0).then_some(Leaf {
+        // Who has walked to a page that is global has noted that.
+        let global = self.paging.global_pages && entry & G != 0;
+        (entry & US != 0 && !global).then_some(Leaf {
             gpa,
             write: entry & (RW | D) == RW | D,
             writable: entry & RW != 0,

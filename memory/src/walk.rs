@@ -159,7 +159,7 @@ pub(crate) const US: u64 = 1 << 2;
 pub(crate) const A: u64 = 1 << 5;
 pub(crate) const D: u64 = 1 << 6;
 pub(crate) const PS: u64 = 1 << 7;
-const G: u64 = 1 << 8;
+pub(crate) const G: u64 = 1 << 8;
 pub(crate) const XD: u64 = 1 << 63;
 
 const PF_P: u32 = 1;
@@ -410,7 +410,9 @@ impl Walk<'_> {
     fn user_code(&self, table: u64, index: u64) -> Option<u64> {
         let entry = self.load(&FORMAT_64, table + index * FORMAT_64.entry_size);
         let right = entry & (P | US | A) == P | US | A;
-        let wrong = entry & (self.reserved(&FORMAT_64, 1, true) | XD);
+        // One that is global is to be walked to, which is noted.
+        let global = if self.p.global_pages { G } else { 0 };
+        let wrong = entry & (self.reserved(&FORMAT_64, 1, true) | XD | global);
         (right && wrong == 0).then(|| entry & self.address_mask())
     }
 

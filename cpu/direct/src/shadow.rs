@@ -11,7 +11,9 @@
 
 use std::collections::BTreeMap;
 
-use doppel_memory::{GuestRam, PAGE_MASK, PAGE_SIZE, Paging, REGION_PAGES, REGION_SHIFT, Survey};
+use doppel_memory::{
+    GuestRam, LargePages, PAGE_MASK, PAGE_SIZE, Paging, REGION_PAGES, REGION_SHIFT, Survey,
+};
 
 use crate::changes::Changes;
 
@@ -136,6 +138,8 @@ struct Region {
 pub struct Shadow {
     regions: BTreeMap<u64, Region>,
     pages: usize,
+    /// Where pieces of large pages are mapped.
+    large: LargePages,
 }
 
 fn index(linear: u64) -> usize {
@@ -168,6 +172,17 @@ impl Shadow {
     pub fn clear(&mut self) {
         self.regions.clear();
         self.pages = 0;
+        self.large.clear();
+    }
+
+    /// A piece of a large page is mapped from now on.
+    pub fn note_large(&mut self, linear: u64) {
+        self.large.note(linear);
+    }
+
+    /// False where no piece of a large page near this address can be mapped.
+    pub fn may_hold_large(&self, linear: u64) -> bool {
+        self.large.may_hold(linear)
     }
 
     /// Unmaps a page.
@@ -211,9 +226,13 @@ impl Shadow {
     /// not use as it is here.
     pub fn revise(&mut self, ram: &GuestRam, paging: &Paging, changes: &mut Changes) -> Revision {
         let mut revision = Revision::default();
+        self.large.clear();
         for (number, region) in &mut self.regions {
             let start = number << REGION_SHIFT;
             let survey = Survey::of(ram, paging, start);
+            if survey.is_large() {
+                self.large.note(start);
+            }
             for (n, entry) in region.entries.iter_mut() {
                 if !entry.is_mapped() {
                     continue;

@@ -550,10 +550,13 @@ impl UserCode for Direct {
         }
         // Pages of the address space that was and is current.
         if let Some(space) = self.spaces.get_mut(&root(cpu)) {
+            // Of large pages all goes, which the next comparison finds.
+            let large = |page: &u64| space.shadow.may_hold_large(*page);
+            let of_large = flushed.pages.iter().any(large);
             for page in &flushed.pages {
                 space.shadow.unmap(*page, &mut space.changes);
             }
-            if space.id == before {
+            if space.id == before && !of_large {
                 space.id = id;
             }
         }

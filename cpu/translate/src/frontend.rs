@@ -258,11 +258,15 @@ pub(crate) struct GuestBlock {
 }
 
 impl GuestBlock {
-    /// True where the block writes memory in an instruction that must be atomic.
-    pub fn is_atomic(&self) -> bool {
-        self.instructions
-            .iter()
-            .any(|i| i.decoded.has_lock_prefix() || i.decoded.mnemonic() == Mnemonic::Xchg)
+    /// True where the block writes memory in an instruction that must be atomic, or that under a mask writes some of its bytes alone: the others may
+    /// be somebody else's.
+    pub fn must_write_in_place(&self) -> bool {
+        self.instructions.iter().any(|i| {
+            let d = &i.decoded;
+            let writes = matches!(i.class, Class::Memory { write: true, .. });
+            let masked = writes && d.op_mask() != Register::None;
+            d.has_lock_prefix() || d.mnemonic() == Mnemonic::Xchg || masked
+        })
     }
 
     /// The bytes of one of its instructions.

@@ -335,7 +335,7 @@ impl Translator {
             if key.form == Form::TwoPages {
                 guest.keep_first(how.flag_liveness);
             }
-            return (key.form != Form::TwoPages || !guest.is_atomic()).then_some(None);
+            return (key.form != Form::TwoPages || !guest.must_write_in_place()).then_some(None);
         }
         if !whole_page {
             return None;

@@ -77,6 +77,7 @@ impl Cpu {
         if global_too {
             self.spaces.kept.clear();
             self.large_pages.clear();
+            self.global_user_pages = false;
         }
         self.code.flush(global_too);
         for tlb in &mut self.tlb {
@@ -90,7 +91,8 @@ impl Cpu {
 
     /// Forgets the cached translation of one page of any size, global or not (INVLPG).
     pub fn flush_tlb_page(&mut self, linear: u64) {
-        if self.large_pages.may_hold(linear) {
+        // What translators keep of the user's pages of a PCID goes as a whole, though INVLPG reaches what is global of all.
+        if self.large_pages.may_hold(linear) || self.global_user_pages {
             return self.flush_tlb(true);
         }
         self.spaces.renew();

@@ -40,6 +40,7 @@ impl Cpu {
         if t.page_shift > 12 {
             self.large_pages.note(linear);
         }
+        self.global_user_pages |= t.global && t.rights_user;
         if kind == AccessKind::Write {
             self.ram.tracker().mark_dirty(t.gpa);
         }

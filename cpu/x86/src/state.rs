@@ -466,6 +466,8 @@ pub struct Cpu {
     pub cpuid: Arc<CpuidModel>,
     /// Where INVLPG has to forget more than one page.
     pub large_pages: LargePages,
+    /// A page of the user's that is global may be cached, in whatever is kept of other PCIDs too.
+    pub global_user_pages: bool,
     /// What was flushed since a translator last looked: it keeps linear addresses of code itself.
     pub flushed: Flushed,
     /// Whose translations the TLBs hold, and what is kept of others.
@@ -559,6 +561,7 @@ impl Cpu {
             code_writes: Vec::new(),
             cpuid,
             large_pages: LargePages::default(),
+            global_user_pages: false,
             flushed: Flushed::default(),
             spaces: AddressSpaces::default(),
             given_up: GivenUp::default(),

@@ -758,3 +758,82 @@ fn accesses_two_gibibytes_below_a_register_that_moves() {
         assert_eq!(m.get(SPARE + 0xf0), 2);
     });
 }
+
+/// Of two large pages that user code has touched the second changes, and nothing has been looked up since all was flushed.
+#[test]
+fn a_large_page_of_the_user_is_dropped_as_a_whole_after_a_flush_of_everything() {
+    const LARGE: u64 = 0x80;
+    const SIZE: u64 = 2 << 20;
+    const WITHIN: u64 = 0x5000;
+    each_engine(|m| {
+        let frames = [0, 1, 2].map(|n| SPARE + SIZE * n);
+        for (n, frame) in frames.into_iter().enumerate() {
+            m.put(frame + WITHIN, n as u64 + 1);
+        }
+        for (n, frame) in frames[..2].iter().enumerate() {
+            m.put(X_PD + 8 * (n as u64 + 1), frame | P | RW | US | LARGE);
+        }
+        // Not placed anew: it is code all the time.
+        m.place(64, USER_CODE, |a: &mut CodeAssembler| {
+            a.mov(rbx, X + SIZE + WITHIN)?;
+            a.mov(rsi, qword_ptr(rbx))?;
+            a.add(rbx, SIZE as i32)?;
+            a.mov(rdi, qword_ptr(rbx))?;
+            a.int(0x81)
+        });
+        let read = |m: &mut Machine| {
+            m.to_user();
+            m.go(USER_CODE);
+            m.run();
+            [Gpr::Rsi, Gpr::Rdi].map(|r| m.reg(r))
+        };
+        assert_eq!(read(m), [1, 2]);
+        m.to_kernel();
+        m.run_code(|a| toggle_cr4(a, Cr4::PGE));
+        assert_eq!(read(m), [1, 2]);
+        m.to_kernel();
+        m.run_code(|a| {
+            a.mov(r8, frames[2] | P | RW | US | LARGE)?;
+            a.mov(r9, X_PD + 16)?;
+            a.mov(qword_ptr(r9), r8)?;
+            a.mov(r9, X + 2 * SIZE)?;
+            a.invlpg(byte_ptr(r9))
+        });
+        assert_eq!(read(m), [1, 3]);
+    });
+}
+
+#[test]
+fn a_global_page_of_the_user_is_dropped_whatever_the_pcid() {
+    const KEEP: u64 = 1 << 63;
+    each_engine(|m| {
+        m.enable(Cr4::PCIDE);
+        m.map(0, SPARE, P | US | G);
+        for (n, frame) in [SPARE, OTHER].into_iter().enumerate() {
+            m.place_at(64, frame, X, |a: &mut CodeAssembler| {
+                a.mov(eax, n as u32 + 1)?;
+                a.int(0x81)
+            });
+        }
+        m.cpu_mut().cr3 = PML4 | 1;
+        m.cpu_mut().flush_tlb(true);
+        let run = |m: &mut Machine| {
+            m.to_user();
+            m.go(X);
+            m.run();
+            m.reg(Gpr::Rax)
+        };
+        assert_eq!((run(m), run(m)), (1, 1));
+        m.to_kernel();
+        m.run_code(|a| {
+            a.mov(rcx, PML4 | 2 | KEEP)?;
+            a.mov(cr3, rcx)?;
+            a.mov(rbx, X)?;
+            remap(a, OTHER | P | US | G)?;
+            a.invlpg(byte_ptr(rbx))?;
+            a.mov(rcx, PML4 | 1 | KEEP)?;
+            a.mov(cr3, rcx)
+        });
+        assert_eq!(run(m), 2);
+    });
+}

@@ -34,8 +34,9 @@ impl Direct {
             self.missed = Some((root, linear, kind));
             return Some(Left::Interpret);
         };
+        cpu.global_user_pages |= t.global;
         if t.page_shift > 12 {
-            cpu.large_pages.note(linear);
+            self.space(root)?.shadow.note_large(linear);
         }
         if cpu.ram.file_offset(t.gpa).is_none() {
             return Some(Left::Interpret);
@@ -111,6 +112,11 @@ impl Direct {
         let survey = Survey::of(&ram, &cpu.paging(), linear);
         let leaf = survey.page((linear / PAGE_SIZE) as usize % REGION_PAGES);
         if let Some(leaf) = leaf.filter(|l| ram.is_ram(l.gpa)) {
+            if survey.is_large()
+                && let Some(space) = self.space(root)
+            {
+                space.shadow.note_large(linear);
+            }
             let entry = self.entry_at(cpu, root, linear, &leaf, kind);
             self.map(cpu, root, linear, entry);
         }

@@ -263,6 +263,49 @@ fn a_mapping_that_is_gone_is_made_again() {
     assert_eq!((counts.unexplained, counts.page_faults - faults), (3, 3));
 }
 
+/// The pieces of a large page outlive a flush of everything where nothing has changed, and one INVLPG later drops them all.
+#[test]
+fn a_large_page_is_dropped_as_a_whole_after_a_flush_of_everything() {
+    const DIRECTORY_ENTRY: u64 = 0x3000 + 8;
+    const OTHER_TABLE: u64 = 0x5000;
+    const LARGE: u64 = 0x80;
+    const AT: u64 = 2 << 20;
+    const WITHIN: u64 = 5 * PAGE_SIZE;
+    let read = |a: &mut CodeAssembler| {
+        a.mov(rbx, AT + WITHIN).unwrap();
+        a.mov(al, byte_ptr(rbx)).unwrap();
+        a.syscall().unwrap();
+    };
+    let Some(mut rig) = Rig::new(DirectOptions::always(), read) else {
+        return;
+    };
+    let flush = |rig: &mut Rig, flush: fn(&mut Cpu)| {
+        flush(&mut rig.cpu);
+        let flushed = std::mem::take(&mut rig.cpu.flushed);
+        rig.direct.flushed(&rig.cpu, &flushed);
+    };
+    let ram = rig.cpu.ram.clone();
+    ram.store(DIRECTORY_ENTRY, AT | P | RW | US | LARGE)
+        .unwrap();
+    rig.put(AT + WITHIN, &[1]);
+    rig.put(DATA, &[2]);
+    ram.store(OTHER_TABLE + 8 * 5, DATA | P | US | XD).unwrap();
+    let runs = |rig: &mut Rig| {
+        rig.cpu.rip = CODE;
+        assert_eq!(rig.run(), Some(Left::Interpret));
+        rig.cpu.gpr[0] as u8
+    };
+    assert_eq!(runs(&mut rig), 1);
+    flush(&mut rig, |cpu| cpu.flush_tlb(true));
+    let faults = rig.direct.counts.page_faults;
+    assert_eq!(runs(&mut rig), 1);
+    assert_eq!(rig.direct.counts.page_faults, faults, "it is still mapped");
+    ram.store(DIRECTORY_ENTRY, OTHER_TABLE | P | RW | US)
+        .unwrap();
+    flush(&mut rig, |cpu| cpu.flush_tlb_page(AT));
+    assert_eq!(runs(&mut rig), 2);
+}
+
 #[test]
 fn a_fault_that_stays_leads_to_translation() {
     const WRITE: u32 = 6;

@@ -221,8 +221,10 @@ impl RemoteLink {
         match send_now(socket, parts) {
             Ok(()) => true,
             Err(Errno::AGAIN | Errno::NOBUFS) => false,
+            // Longer than the host lets records be: it is lost.
+            Err(Errno::MSGSIZE) => true,
             Err(_) => {
-                self.socket = None;
+                self.give_up();
                 true
             }
         }

@@ -18,6 +18,17 @@ const BACKLOG: i32 = 128;
 /// Clients that are let in before others have their turn.
 const AT_ONCE: usize = 64;
 
+/// Who is left at a forwarded port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Waiting {
+    /// Nobody; the poller tells of the next.
+    Nobody,
+    /// There may be more.
+    More,
+    /// Somebody, for whom the host has no room now. The poller tells of them no more.
+    WithoutRoom,
+}
+
 /// The protocol of a forwarded port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transport {
@@ -80,10 +91,10 @@ impl Forwards {
         })
     }
 
-    /// Lets clients in. True if there may be more.
-    pub fn accept(&self, token: Token, network: &mut Network, tcp: &mut Tcp) -> bool {
+    /// Lets clients in.
+    pub fn accept(&self, token: Token, network: &mut Network, tcp: &mut Tcp) -> Waiting {
         let Some((forward, listener)) = self.ports.get(token.index() as usize) else {
-            return false;
+            return Waiting::Nobody;
         };
         for _ in 0..AT_ONCE {
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -94,23 +105,24 @@ impl Forwards {
                     tcp.call(network, socket, seen_from_guest(client), forward.guest);
                 }
                 Err(Errno::INTR | Errno::CONNABORTED) => {}
-                // Nobody is there, or the host has no descriptor left: then the next client's arrival tries again.
-                Err(_) => return false,
+                Err(Errno::AGAIN) => return Waiting::Nobody,
+                // The host has no descriptor or no memory left.
+                Err(_) => return Waiting::WithoutRoom,
             }
         }
-        true
+        Waiting::More
     }
 
-    /// Passes datagrams on. True if there may be more.
+    /// Passes datagrams on.
     pub fn receive(
         &mut self,
         token: Token,
         network: &mut Network,
         sessions: &mut Sessions,
-    ) -> bool {
+    ) -> Waiting {
         let number = token.index();
         let Some((forward, socket)) = self.ports.get(number as usize) else {
-            return false;
+            return Waiting::Nobody;
         };
         for _ in 0..AT_ONCE {
             let buffer = &mut self.datagram[..];
@@ -124,12 +136,12 @@ impl Forwards {
                         sessions.forward(network, (number, socket), seen, forward.guest, data);
                     }
                 }
-                Err(Errno::AGAIN) => return false,
+                Err(Errno::AGAIN) => return Waiting::Nobody,
                 // The error of an earlier answer.
                 Err(_) => {}
             }
         }
-        true
+        Waiting::More
     }
 }
 

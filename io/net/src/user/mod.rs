@@ -18,13 +18,13 @@ mod table;
 pub mod tcp;
 pub mod wire;
 
-use std::collections::VecDeque;
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use doppel_device::{Clock, Nanos};
+use doppel_device::{Clock, NANOS_PER_SECOND, Nanos};
 use smoltcp::wire::{
     ArpOperation, ArpPacket, ArpRepr, EthernetAddress, EthernetFrame, EthernetProtocol,
     EthernetRepr, Icmpv4Packet, IpProtocol, Ipv4Packet, UdpPacket,
@@ -32,8 +32,8 @@ use smoltcp::wire::{
 
 use crate::link::{Accepts, Link, Offload, Received, Sent, Sink};
 use dhcp::Dhcp;
-use forward::Forwards;
 pub use forward::{Forward, ForwardError, Transport};
+use forward::{Forwards, Waiting};
 use fragments::Fragments;
 use network::{DNS, GATEWAY, GATEWAY_MAC, Network, is_for_many};
 pub use network::{GUEST, may_be_guest};
@@ -43,6 +43,8 @@ use session::{Ends, Protocol, Sessions};
 use tcp::{SYN_FRAME, Tcp};
 
 const ECHO_REQUEST: u8 = 8;
+/// After so long a port is looked at again at which somebody waits for whom the host had no room.
+const WITHOUT_ROOM: Nanos = NANOS_PER_SECOND / 5;
 
 /// What a user network is like.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -96,8 +98,8 @@ pub struct UserNetwork {
     sessions: Sessions,
     fragments: Fragments,
     forwards: Forwards,
-    /// Forwarded ports at which more clients wait than were let in.
-    crowded: VecDeque<Token>,
+    /// Forwarded ports at which more clients wait than were let in, and when they are looked at again.
+    crowded: BTreeMap<Token, Nanos>,
 }
 
 impl UserNetwork {
@@ -123,7 +125,7 @@ impl UserNetwork {
             sessions: Sessions::new(sessions),
             fragments: Fragments::default(),
             forwards,
-            crowded: VecDeque::new(),
+            crowded: BTreeMap::new(),
         })
     }
 
@@ -257,7 +259,7 @@ impl UserNetwork {
     }
 
     fn let_in(&mut self, token: Token) {
-        let more = match token.kind() {
+        let waiting = match token.kind() {
             Some(Kind::Listener) => self
                 .forwards
                 .accept(token, &mut self.network, &mut self.tcp),
@@ -265,11 +267,14 @@ impl UserNetwork {
                 self.forwards
                     .receive(token, &mut self.network, &mut self.sessions)
             }
-            _ => false,
+            _ => Waiting::Nobody,
         };
-        if more && !self.crowded.contains(&token) {
-            self.crowded.push_back(token);
-        }
+        let again = match waiting {
+            Waiting::Nobody => return,
+            Waiting::More => self.network.now,
+            Waiting::WithoutRoom => self.network.now + WITHOUT_ROOM,
+        };
+        self.crowded.insert(token, again);
     }
 
     /// Gives a posted frame to `sink`, if there is one.
@@ -350,16 +355,16 @@ impl Link for UserNetwork {
     }
 
     fn deadline(&self) -> Option<Nanos> {
-        if !self.crowded.is_empty() {
-            return Some(self.network.now);
-        }
-        let deadlines = [self.tcp.deadline(), self.sessions.deadline()];
+        let crowded = self.crowded.values().min().copied();
+        let deadlines = [crowded, self.tcp.deadline(), self.sessions.deadline()];
         deadlines.into_iter().flatten().min()
     }
 
     fn service(&mut self) -> bool {
         self.network.now = self.network.clock.now();
-        for token in std::mem::take(&mut self.crowded) {
+        let now = self.network.now;
+        let due = self.crowded.extract_if(.., |_, again| *again <= now);
+        for (token, _) in due.collect::<Vec<_>>() {
             self.let_in(token);
         }
         for (token, flags) in self.network.poller.events() {

@@ -38,14 +38,14 @@ impl Control {
         }
     }
 
-    /// Carries out what there is, at most `limit` commands: a driver waits for each before the next.
-    pub fn drain(&mut self, ram: &GuestRam, limit: usize) -> Result<(), Broken> {
+    /// Carries out what there is, at most `limit` commands: a driver waits for each before the next. True if there may be more.
+    pub fn drain(&mut self, ram: &GuestRam, limit: usize) -> Result<bool, Broken> {
         for _ in 0..limit {
             let Some(chain) = self.queue.pop(ram)? else {
                 if self.queue.listen()? {
                     continue;
                 }
-                return Ok(());
+                return Ok(false);
             };
             let mut command = [0; COMMAND_MAX];
             let n = chain.readable.read(&mut command);
@@ -54,7 +54,7 @@ impl Control {
             self.queue.push(chain.head, written as u32)?;
             self.queue.announce()?;
         }
-        Ok(())
+        Ok(true)
     }
 
     fn command(&self, command: &[u8]) -> u8 {

@@ -361,10 +361,14 @@ impl Active {
 
     /// Carries out what the driver wants.
     fn carry_out(&self) {
-        if let Some(control) = lock(&self.control).as_mut()
-            && let Err(broken) = control.drain(&self.ram, AT_ONCE)
-        {
-            self.give_up(&control.queue, broken);
+        let mut control = lock(&self.control);
+        let Some(control) = control.as_mut() else {
+            return;
+        };
+        match control.drain(&self.ram, AT_ONCE) {
+            Ok(true) => self.hand_over(CONTROL),
+            Ok(false) => {}
+            Err(broken) => self.give_up(&control.queue, broken),
         }
     }
 
