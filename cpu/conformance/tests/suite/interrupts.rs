@@ -405,6 +405,57 @@ fn cli_and_sti_in_a_tight_loop_let_interrupts_in() {
     });
 }
 
+/// Nothing but the instruction behind STI is between it and an interrupt that has come meanwhile, whatever that is.
+#[test]
+fn no_interrupt_comes_right_behind_sti() {
+    const BEHIND: [Emit; 2] = [|_| Ok(()), |a| a.cmp(rbx, rbx)];
+    /// Works with interrupts off, lets them in, and does so again.
+    fn code(a: &mut CodeAssembler, behind: Emit) -> Result<(), IcedError> {
+        let (mut again, mut work) = (a.create_label(), a.create_label());
+        a.set_label(&mut again)?;
+        a.cli()?;
+        a.mov(ecx, 50)?;
+        a.set_label(&mut work)?;
+        a.dec(ecx)?;
+        a.jnz(work)?;
+        a.sti()?;
+        behind(a)?;
+        a.je(again)?;
+        a.hlt()
+    }
+    let handler = CODE + 0x800;
+    each_engine(|m| {
+        for behind in BEHIND {
+            let code = |a: &mut CodeAssembler| code(a, behind);
+            let bytes = machine::assemble(64, CODE, code);
+            let sti = bytes.iter().position(|byte| *byte == 0xfb).expect("STI");
+            let wrong = CODE + sti as u64 + 1;
+            m.place(64, CODE, code);
+            m.place(64, handler, |a: &mut CodeAssembler| {
+                let (mut leave, mut right) = (a.create_label(), a.create_label());
+                a.inc(r12)?;
+                a.mov(r13, wrong)?;
+                a.cmp(qword_ptr(rsp), r13)?;
+                a.jne(right)?;
+                a.inc(r14)?;
+                a.set_label(&mut right)?;
+                a.cmp(r12, 40)?;
+                a.jb(leave)?;
+                a.hlt()?;
+                a.set_label(&mut leave)?;
+                a.iretq()
+            });
+            m.gate(VECTOR, handler, 0xe, 1, 0);
+            for r in [Gpr::R12, Gpr::R14] {
+                m.set_reg(r, 0);
+            }
+            m.go(CODE);
+            with_timer(m, |m| m.run());
+            assert_eq!((m.reg(Gpr::R12), m.reg(Gpr::R14)), (40, 0));
+        }
+    });
+}
+
 /// A kick makes branches look where nothing is, and that has an address as well.
 #[test]
 fn branches_to_the_lowest_addresses_let_interrupts_in() {

@@ -21,17 +21,33 @@ fn fuses(i: &GuestInstruction) -> bool {
 }
 
 impl Work<'_> {
-    /// The instruction being translated, if it fuses with the branch behind it.
-    fn fused_branch(&self) -> Option<&GuestInstruction> {
+    /// The branch behind an instruction of the block that fuses with it.
+    fn fused_branch(&self, at: usize) -> Option<&GuestInstruction> {
         let code = &self.block.instructions;
-        let next = code.get(self.at + 1)?;
-        let both = matches!(next.class, Class::Conditional) && fuses(&code[self.at]);
+        let next = code.get(at + 1)?;
+        let both = matches!(next.class, Class::Conditional) && fuses(&code[at]);
         (both && self.s.options.fuse).then_some(next)
+    }
+
+    /// True where the translation of an instruction of the block polls before it does anything else.
+    pub(super) fn polls_first(&self, at: usize) -> bool {
+        use Class::*;
+        let Some(i) = self.block.instructions.get(at) else {
+            return false;
+        };
+        match i.class {
+            Serialize => true,
+            Jump | Conditional | Counted | Call => self.may_close_cycle(i),
+            _ => {
+                let branch = self.fused_branch(at);
+                branch.is_some_and(|branch| self.may_close_cycle(branch))
+            }
+        }
     }
 
     /// Polls for the branch that follows, where that is to stand right behind this instruction.
     pub(super) fn poll_early(&mut self) {
-        let Some(branch) = self.fused_branch() else {
+        let Some(branch) = self.fused_branch(self.at) else {
             return;
         };
         if self.may_close_cycle(branch) {

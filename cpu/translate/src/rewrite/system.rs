@@ -47,8 +47,13 @@ impl Work<'_> {
         self.asm().raw(&[0xf3, 0x90]);
     }
 
+    /// Interrupts wait until the instruction behind it is done. What polls does so at its beginning, and there a kick would let them in: then the
+    /// interpreter executes it.
     pub(super) fn sti(&mut self, i: &GuestInstruction) {
         self.before_check(i);
+        if self.polls_first(self.at + 1) {
+            return self.interpret(i);
+        }
         self.leave_if_interrupt_waits(i);
         self.asm().alu_gs_imm32(Alu::Or, ctx::RFLAGS, IF);
     }
