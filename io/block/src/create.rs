@@ -67,7 +67,7 @@ pub fn info(path: &Path, format: Option<Format>) -> Result<Info, BlockError> {
         format: chain.format,
         disk_len: chain.disk_len(),
         host_len: metadata.blocks() * 512,
-        cluster_size: chain.header.map(|header| header.cluster_size),
+        cluster_size: chain.header().map(|header| header.cluster_size),
         backing: chain.backing.map(|b| (b.name, b.format)),
     })
 }

@@ -126,3 +126,42 @@ fn kill_one(path: &Path, options: &str, round: u64) -> u64 {
     }
     count
 }
+
+/// The file as it is when the process is killed, before anything was flushed and after: each new table of 512 MiB is named by one that is
+/// written at another time.
+#[test]
+fn tables_that_are_new_are_named_when_they_are_counted() {
+    const PLACES: [u64; 3] = [0, 600 << 20, 3 << 30];
+    let scratch = Scratch::new();
+    let path = scratch.path("wide.qcow2");
+    create(&path, Format::Qcow2, 4 << 30).unwrap();
+    let disk = open_path(&path, "").unwrap();
+    let killed = |name: &str| {
+        let copy = scratch.path(name);
+        std::fs::copy(&path, &copy).unwrap();
+        if has_qemu_img() {
+            let state = check(&copy);
+            assert!(state == 0 || state == 3, "{name}: check says {state}");
+        }
+        copy
+    };
+    for (n, at) in PLACES.into_iter().enumerate() {
+        let bytes = content(1, n as u64);
+        disk.write_at(at, &[IoSlice::new(&bytes)]).unwrap();
+        let copy = open_path(&killed(&format!("unflushed-{n}")), "").unwrap();
+        // What is free there is free.
+        copy.write_at(1 << 30, &[IoSlice::new(&bytes)]).unwrap();
+        copy.flush().unwrap();
+        for (m, at) in PLACES[..n].iter().enumerate() {
+            assert!(read(&*copy, *at, BLOCK as usize) == content(1, m as u64));
+        }
+        disk.flush().unwrap();
+        let copy = open_path(&killed(&format!("flushed-{n}")), "").unwrap();
+        assert!(read(&*copy, at, BLOCK as usize) == bytes);
+    }
+    let bytes = content(1, 99);
+    disk.write_at(2 << 30, &[IoSlice::new(&bytes)]).unwrap();
+    drop(disk);
+    let disk = open_path(&path, "").unwrap();
+    assert!(read(&*disk, 2 << 30, BLOCK as usize) == bytes, "let go of");
+}

@@ -14,6 +14,7 @@ use imago::format::builder::{FormatCreateBuilder, FormatDriverBuilder};
 use imago::{DenyImplicitOpenGate, FormatAccess};
 
 use super::Qcow2;
+use super::gate::Gate;
 use super::header::{self, Header};
 use super::refcounts;
 use super::storage_unsafe::ImageFile;
@@ -65,7 +66,8 @@ pub(crate) struct Chain {
     pub format: Format,
     /// What the header says of the backing file.
     pub backing: Option<Backing>,
-    pub header: Option<Header>,
+    /// Of a qcow2 image its header, and what decides about writes to that.
+    pub(super) open: Option<(Header, Gate)>,
 }
 
 /// A backing file as an image names it.
@@ -94,8 +96,8 @@ pub(crate) fn open_over(file: HostFile, base: Chain) -> Result<Qcow2, BlockError
 }
 
 fn finish(chain: Chain, path: &Path) -> Result<Qcow2, BlockError> {
-    match chain.header {
-        Some(header) => Ok(Qcow2::new(chain, header)),
+    match chain.open.clone() {
+        Some((header, gate)) => Ok(Qcow2::new(chain, header, gate)),
         None => Err(damaged(path, "it has no header")),
     }
 }
@@ -114,6 +116,11 @@ impl Chain {
     /// Opens an image of any format for reading, and all below it.
     pub fn open(path: &Path, format: Option<Format>) -> Result<Chain, BlockError> {
         open_chain(path, format, Below::Named, Room::MAX)
+    }
+
+    /// What the header of a qcow2 image says.
+    pub fn header(&self) -> Option<Header> {
+        self.open.as_ref().map(|(header, _)| *header)
     }
 
     /// Bytes of the disk, whole sectors.
@@ -149,7 +156,7 @@ fn open_raw(file: HostFile) -> Result<Chain, BlockError> {
         file,
         format: Format::Raw,
         backing: None,
-        header: None,
+        open: None,
     })
 }
 
@@ -173,10 +180,11 @@ fn open_qcow2(file: HostFile, below: Below, room: Room) -> Result<Chain, BlockEr
     }
     let file = Arc::new(file);
     let storage = ImageFile::new(file.clone(), header.cluster_size);
-    let seal = storage.seal();
+    let gate = storage.gate();
     let mut driver =
         Driver::open_image(storage, file.writable()).map_err(|error| unreadable(&path, error))?;
-    seal.close(header.cluster_size);
+    gate.close(&head, header.cluster_size)
+        .map_err(|what| damaged(&path, what))?;
     driver.set_data_file(None);
     let backing = backing_of(&driver, &path);
     let image = open_below(&path, backing.as_ref(), below, room)?;
@@ -186,7 +194,7 @@ fn open_qcow2(file: HostFile, below: Below, room: Room) -> Result<Chain, BlockEr
         image: FormatAccess::new(driver),
         format: Format::Qcow2,
         backing,
-        header: Some(header),
+        open: Some((header, gate)),
     })
 }
 

@@ -6,7 +6,7 @@
 //! **Order.** A write into a cluster that is mapped goes straight to the file. One that needs a new cluster takes one (its reference count
 //! in memory goes up), writes the data, and then enters the mapping into the L2 table in memory. [`BlockBackend::flush`] writes tables out in
 //! the order that keeps the file sound at every moment (counts before mappings where clusters were taken, the other way round where they were
-//! freed) and syncs. A process that is killed between leaves at worst clusters that are counted and not used ("leaked"), which
+//! freed) and syncs; the upper tables come last (`gate`). A process that is killed between leaves at worst clusters that are counted and not used ("leaked"), which
 //! `qemu-img check -r leaks` gives back.
 //!
 //! **Guest RAM.** Where the disk is mapped to a piece of a file as it is, whichever image of the chain that file is, the host's kernel reads and
@@ -16,10 +16,12 @@
 //! What takes mappings away (discard) has the image for itself, since a request might be on its way to a cluster that it would free.
 
 mod chain;
+mod gate;
 mod header;
 mod refcounts;
 mod storage_unsafe;
 
+use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -32,6 +34,7 @@ use crate::backend::{
 use crate::file::HostFile;
 use crate::guest::{Pieces, gather, guest_len, scatter, zero};
 pub(crate) use chain::{Chain, create, create_over, open, open_over};
+use gate::{ENTRY, Gate};
 pub use header::Header;
 use storage_unsafe::ImageFile;
 
@@ -56,15 +59,17 @@ enum Patience {
 pub struct Qcow2 {
     image: RwLock<FormatAccess<ImageFile>>,
     file: Arc<HostFile>,
+    gate: Gate,
     header: Header,
     backed: bool,
 }
 
 impl Qcow2 {
-    fn new(chain: Chain, header: Header) -> Qcow2 {
+    fn new(chain: Chain, header: Header, gate: Gate) -> Qcow2 {
         Qcow2 {
             image: RwLock::new(chain.image),
             file: chain.file,
+            gate,
             header,
             backed: chain.backing.is_some(),
         }
@@ -209,6 +214,23 @@ impl Qcow2 {
         Ok(pieces)
     }
 
+    /// Writes tables out, counts first. With `sync` the counts are on the host's disk before what depends on them.
+    fn write_tables(&self, sync: bool) -> io::Result<()> {
+        let counts = || match sync {
+            // A write that has its count and not its mapping yet would be in between.
+            true => self.alone().flush(),
+            false => self.shared().flush(),
+        };
+        let entries = |held: &BTreeMap<u64, [u8; ENTRY]>| {
+            if sync {
+                self.shared().sync()?;
+            }
+            let mut each = held.iter();
+            each.try_for_each(|(at, entry)| self.file.write_at(*at, vec![IoSlice::new(entry)]))
+        };
+        self.gate.write_out(counts, entries)
+    }
+
     fn write_zeros(&self, mut offset: u64, len: u64) -> io::Result<()> {
         let end = offset + len;
         while offset < end {
@@ -307,7 +329,7 @@ impl BlockBackend for Qcow2 {
     fn settle(&self) -> io::Result<()> {
         match self.read_only() {
             true => Ok(()),
-            false => self.shared().flush(),
+            false => self.write_tables(false),
         }
     }
 
@@ -315,9 +337,8 @@ impl BlockBackend for Qcow2 {
         if self.read_only() {
             return Ok(());
         }
-        let image = self.shared();
-        image.flush()?;
-        image.sync()
+        self.write_tables(true)?;
+        self.shared().sync()
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -334,8 +355,16 @@ impl BlockBackend for Qcow2 {
         check_range(offset, len, self.len())?;
         match (self.has_zero_clusters(), may_unmap) {
             (true, true) => self.unmap(offset, len, true),
-            (true, false) => self.shared().write_zeroes(offset, len),
+            // The crate looks at the edges before it takes them: a write to the rest of such a cluster must not come between.
+            (true, false) => self.alone().write_zeroes(offset, len),
             (false, _) => self.write_zeros(offset, len),
         }
+    }
+}
+
+impl Drop for Qcow2 {
+    /// Who lets go of an image without a flush has been promised nothing; but what he wrote is there if the host takes it.
+    fn drop(&mut self) {
+        let _ = self.settle();
     }
 }

@@ -1,6 +1,6 @@
 //! Reference counts of an image that is to be written to: its header and tables must be counted, and what is counted must be in the file.
 //!
-//! A cluster whose count is 0 is free, and the next write takes it. Where that is the header, or a table, the image is lost; and where the block
+//! A cluster whose count is 0 is free, and the next write takes it. Where that is the header, or a table (of any level, or of counts), the image is lost; and where the block
 //! of counts for the header is missing, the crate that writes images looks for a place for one without end. QEMU's `check` says of such an image
 //! that it is corrupt.
 //!
@@ -72,13 +72,18 @@ pub(super) fn check(head: &[u8], file_len: u64, read: &Read<'_>) -> Result<(), S
     ] {
         for n in offset / cluster..(offset + len).div_ceil(cluster) {
             if !counts.is_counted(n)? {
-                return Err(format!(
-                    "its {name} is not counted as used, and the next write would destroy it; {REPAIR}"
-                ));
+                return Err(uncounted(&format!("its {name}")));
             }
         }
     }
-    counts.check_blocks(file_len)
+    let blocks = counts.check_blocks(file_len)?;
+    counts.check_counted("a block of counts", &blocks)?;
+    let tables = counts.tables_of_l1(l1, l1_len)?;
+    counts.check_counted("a table of its second level", &tables)
+}
+
+fn uncounted(name: &str) -> String {
+    format!("{name} is not counted as used, and the next write would destroy it; {REPAIR}")
 }
 
 impl Refcounts<'_> {
@@ -87,7 +92,33 @@ impl Refcounts<'_> {
         self.cluster * 8 / self.bits
     }
 
-    fn check_blocks(&self, file_len: u64) -> Result<(), String> {
+    /// Where the L1 table has tables, in their order.
+    fn tables_of_l1(&self, l1: u64, len: u64) -> Result<Vec<u64>, String> {
+        let mut tables = Vec::new();
+        for at in (0..len).step_by(PIECE as usize) {
+            let mut piece = vec![0; PIECE.min(len - at) as usize];
+            (self.read)(l1 + at, &mut piece).map_err(|error| error.to_string())?;
+            let entries = piece.as_chunks().0.iter();
+            let places = entries.map(|entry| u64::from_be_bytes(*entry) & OFFSET);
+            tables.extend(places.filter(|place| *place != 0));
+        }
+        // Those of one block of counts come one after the other.
+        tables.sort_unstable();
+        Ok(tables)
+    }
+
+    /// Checks that clusters at these places are counted.
+    fn check_counted(&mut self, name: &str, places: &[u64]) -> Result<(), String> {
+        for place in places {
+            if !self.is_counted(place / self.cluster)? {
+                return Err(uncounted(name));
+            }
+        }
+        Ok(())
+    }
+
+    /// Says where the blocks are, in their order.
+    fn check_blocks(&self, file_len: u64) -> Result<Vec<u64>, String> {
         let end = file_len.div_ceil(self.cluster).div_ceil(self.per_block());
         let (mut blocks, mut beyond) = (Vec::new(), 0);
         for at in (0..self.len * 8).step_by(PIECE as usize) {
@@ -115,7 +146,7 @@ impl Refcounts<'_> {
             true => Err(format!(
                 "it has too many clusters; {CONVERT} -o cluster_size=2M"
             )),
-            false => Ok(()),
+            false => Ok(blocks),
         }
     }
 
@@ -222,6 +253,21 @@ mod tests {
     }
 
     #[test]
+    fn tables_and_blocks_that_are_not_counted_are_an_error() {
+        let mut image = image(4);
+        count(&mut image, 4, 3, false);
+        assert!(checked(&image).unwrap_err().contains("a block of counts"));
+        count(&mut image, 4, 3, true);
+        // The second entry of the L1 table, in whose cluster there is room.
+        let table = (5 * CLUSTER as u64) | 1 << 63;
+        image[36..40].copy_from_slice(&2u32.to_be_bytes());
+        image[CLUSTER + 8..CLUSTER + 16].copy_from_slice(&table.to_be_bytes());
+        assert!(checked(&image).unwrap_err().contains("second level"));
+        count(&mut image, 4, 5, true);
+        assert_eq!(checked(&image), Ok(()));
+    }
+
+    #[test]
     fn a_missing_block_of_counts_is_an_error() {
         for entry in [0u64, 0x1ff, 1 << 63] {
             let mut image = image(4);
@@ -257,7 +303,8 @@ mod tests {
         head[48..56].copy_from_slice(&(2u64 << 16).to_be_bytes());
         let with = |blocks: u64| {
             check(&head[..104], 1 << 50, &|at, into| {
-                into.fill(0xff);
+                // The L1 table has nothing.
+                into.fill(if at >> 16 == 1 { 0 } else { 0xff });
                 for (entry, n) in into.chunks_mut(8).zip(at / 8..) {
                     if at >> 16 == 2 {
                         let n = n % 8192;

@@ -3,10 +3,6 @@
 //! The crate has a driver for files of its own, but that one locks out all other requests during a sync, and reads beyond the end of a
 //! file as zeros, so that a truncated image would lose data silently. Here a read that starts beyond the cluster that the file ends in
 //! is an error (`qemu-img check` calls such an image corrupt too).
-//!
-//! The tables of a hostile image may lead its guest to the header: the block of counts can be a piece of the disk, and a cluster whose count is 0 is taken
-//! for the next write. A header names a backing file, which the next start opens with the user's rights. So the first cluster is sealed when the
-//! image has been opened: nothing is written there but the numbers that the crate itself changes. What else such an image overwrites is its own.
 
 use std::fmt;
 use std::io;
@@ -21,7 +17,7 @@ use imago::storage::{PreallocateMode, Storage};
 
 use crate::file::HostFile;
 use crate::guest::guest_len;
-use crate::qcow2::header::LEN_V2;
+use crate::qcow2::gate::{Gate, Write};
 
 /// The file of an image.
 #[derive(Debug)]
@@ -31,30 +27,8 @@ pub(crate) struct ImageFile {
     end: AtomicU64,
     /// Reads may go beyond the end up to a multiple of this.
     grain: u64,
-    seal: Seal,
+    gate: Gate,
     helper: CommonStorageHelper,
-}
-
-/// Bytes at the start of an image that are not written to any more.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Seal(Arc<AtomicU64>);
-
-impl Seal {
-    /// From now on, the first `len` bytes are the header's alone.
-    pub fn close(&self, len: u64) {
-        self.0.store(len, Ordering::Relaxed);
-    }
-
-    /// Whether `len` bytes may be written at `offset`. Of the header the crate writes what version 2 has, and no guest writes so few bytes.
-    fn check(&self, offset: u64, len: u64) -> io::Result<()> {
-        let of_crate = offset == 0 && len == LEN_V2 as u64;
-        if offset < self.0.load(Ordering::Relaxed) && len > 0 && !of_crate {
-            return Err(io::Error::other(
-                "the image leads to its own header; repair it: qemu-img check -r all",
-            ));
-        }
-        Ok(())
-    }
 }
 
 impl ImageFile {
@@ -64,14 +38,14 @@ impl ImageFile {
             end: AtomicU64::new(file.len()),
             file,
             grain,
-            seal: Seal::default(),
+            gate: Gate::default(),
             helper: CommonStorageHelper::default(),
         }
     }
 
-    /// What seals the header.
-    pub fn seal(&self) -> Seal {
-        self.seal.clone()
+    /// What decides about writes to header and tables.
+    pub(super) fn gate(&self) -> Gate {
+        self.gate.clone()
     }
 
     fn grown(&self, end: u64) {
@@ -91,7 +65,7 @@ impl ImageFile {
 
     /// Writes guest RAM at `offset`.
     pub fn write_from_guest(&self, offset: u64, from: &[GuestSlice<'_>]) -> io::Result<()> {
-        self.seal.check(offset, guest_len(from))?;
+        self.gate.ask(offset, guest_len(from))?;
         self.file.write_from_guest(offset, from)?;
         self.grown(offset.saturating_add(guest_len(from)));
         Ok(())
@@ -123,6 +97,15 @@ impl fmt::Display for ImageFile {
     }
 }
 
+/// A few bytes in one piece.
+fn whole(bytes: IoVector<'_>) -> Vec<u8> {
+    let pieces = bytes.into_inner();
+    pieces
+        .iter()
+        .flat_map(|piece| piece.iter().copied())
+        .collect()
+}
+
 impl Storage for ImageFile {
     fn size(&self) -> io::Result<u64> {
         Ok(self.end.load(Ordering::Relaxed))
@@ -138,7 +121,18 @@ impl Storage for ImageFile {
     }
 
     unsafe fn pure_writev(&self, bufv: IoVector<'_>, offset: u64) -> io::Result<()> {
-        self.seal.check(offset, bufv.len())?;
+        match self.gate.ask(offset, bufv.len())? {
+            Write::Now => {}
+            Write::Later => {
+                self.gate.hold(offset, &whole(bufv));
+                return Ok(());
+            }
+            Write::OfHeader => {
+                let head = whole(bufv);
+                self.gate.follow_header(&head);
+                return self.file.write_at(offset, vec![io::IoSlice::new(&head)]);
+            }
+        }
         let end = offset.saturating_add(bufv.len());
         self.file.write_at(offset, bufv.into_inner())?;
         self.grown(end);
@@ -146,7 +140,7 @@ impl Storage for ImageFile {
     }
 
     unsafe fn pure_write_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
-        self.seal.check(offset, length)?;
+        self.gate.ask(offset, length)?;
         // Not a hole: the image must not run out of storage where it was given some.
         self.file.write_zeroes(offset, length)?;
         let end = offset.saturating_add(length);
@@ -158,7 +152,7 @@ impl Storage for ImageFile {
     }
 
     unsafe fn pure_discard(&self, offset: u64, length: u64) -> io::Result<()> {
-        self.seal.check(offset, length)?;
+        self.gate.ask(offset, length)?;
         self.file.punch_hole(offset, length).map(|_| ())
     }
 
