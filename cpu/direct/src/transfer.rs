@@ -95,6 +95,8 @@ pub(crate) fn raised(cpu: &mut Cpu, user: &UserState, vector: u8, dr6: u64) -> O
         XM => return Some(Exception::XM),
         DB if before(1) == Some(0xf1) => 1,
         BP if before(1) == Some(0xcc) => 1,
+        // INTO, of 32-bit code.
+        OF if before(1) == Some(0xce) => 1,
         BP | OF if before(2) == Some(0xcd) => 2,
         _ => 0,
     };

@@ -25,6 +25,7 @@ use doppel_x86::{
 };
 use rustc_hash::FxHashMap;
 
+use crate::Change;
 use crate::counts::{Counts, nanoseconds};
 use crate::hazard::{Hazards, Verdict};
 use crate::patched::PatchedPage;
@@ -278,10 +279,14 @@ impl Direct {
             space.empty();
         }
         space.follow_flushes(cpu, counts);
-        space.mappings += space.changes.list().len();
+        let changes = space.changes.list().iter();
+        space.mappings += changes.map(most_new_mappings).sum::<usize>();
         space.used = counts.runs;
         counts.runs += 1;
         transfer::load(user, cpu);
+        if !user.is_runnable() {
+            return Err(DirectError::State);
+        }
         let child = space.child.as_mut().ok_or(DirectError::Gone)?;
         self.pin.here();
         let began = host_tsc();
@@ -299,6 +304,10 @@ impl Direct {
                 counts.gone += 1;
                 space.child = None;
                 space.empty();
+                if matches!(stop, Err(DirectError::Memory)) {
+                    // Code was run, up to the access for which the host had no memory.
+                    transfer::store(user, cpu);
+                }
             }
             Ok(_) => {
                 transfer::store(user, cpu);
@@ -499,6 +508,7 @@ impl UserCode for Direct {
         self.ambition = MAPPINGS.0;
         self.follow_number(cpu);
         self.map_missed(cpu, root);
+        let mut crowded = false;
         loop {
             self.kicker.0.clear();
             self.measure_stops(root);
@@ -511,7 +521,19 @@ impl UserCode for Direct {
                 return self.sensitive(root);
             }
             let (stop, stretch) = match self.run_child(cpu, root) {
-                Ok(done) => done,
+                Ok(done) => {
+                    self.failures = 0;
+                    done
+                }
+                // User code may load selectors, and the guest's kernel go to addresses, that a child is not let run with.
+                Err(DirectError::State) => return Left::Declined,
+                // More mappings than were counted: it begins again with none.
+                Err(DirectError::Change { source, .. })
+                    if source.raw_os_error() == Some(ENOMEM) && !crowded =>
+                {
+                    crowded = true;
+                    continue;
+                }
                 Err(e) => {
                     self.failures += 1;
                     if self.failures == MOST_FAILURES {
@@ -611,6 +633,15 @@ impl Kick for Kicker {
 
 /// Children that cannot be had until no more are tried.
 const MOST_FAILURES: u32 = 8;
+const ENOMEM: i32 = rustix::io::Errno::NOMEM.raw_os_error();
+
+/// Mappings of the host that a change adds, at most about: a piece within a longer one makes three of it.
+fn most_new_mappings(change: &Change) -> usize {
+    match change {
+        Change::Protect { .. } => 2,
+        _ => 1,
+    }
+}
 
 /// What tells address spaces apart: where their page tables are. (Linux gives one of them different PCIDs over time.)
 fn root(cpu: &Cpu) -> u64 {

@@ -306,6 +306,38 @@ fn a_large_page_is_dropped_as_a_whole_after_a_flush_of_everything() {
     assert_eq!(runs(&mut rig), 2);
 }
 
+/// Nothing stops user code from loading a selector that no child is started with; that is no fault of the host's.
+#[test]
+fn a_state_that_user_code_made_unusual_is_translated() {
+    const CODE_SELECTOR: u32 = 0x33;
+    let loads = |a: &mut CodeAssembler| {
+        a.mov(eax, CODE_SELECTOR).unwrap();
+        a.mov(ds, eax).unwrap();
+        a.mov(rbx, DATA).unwrap();
+        a.mov(al, byte_ptr(rbx)).unwrap();
+        a.syscall().unwrap();
+    };
+    let Some(mut rig) = Rig::new(DirectOptions::always(), loads) else {
+        return;
+    };
+    for _ in 0..2 * MOST_FAILURES {
+        rig.cpu.rip = CODE;
+        rig.cpu.seg[Seg::Ds as usize].selector = 0;
+        // Nobody has accessed the page that it reads.
+        const PRESENT: u64 = 1;
+        let entry = DATA | PRESENT | US | XD;
+        let ram = &rig.cpu.ram;
+        ram.store(TABLE + DATA / PAGE_SIZE * 8, entry).unwrap();
+        let root = root(&rig.cpu);
+        if let Some(space) = rig.direct.space(root) {
+            space.shadow.unmap(DATA, &mut space.changes);
+        }
+        assert_eq!(rig.run(), Some(Left::Declined));
+        assert_eq!(rig.cpu.gpr[3], DATA);
+    }
+    assert_eq!((rig.direct.failures, rig.direct.counts.gone), (0, 0));
+}
+
 #[test]
 fn a_fault_that_stays_leads_to_translation() {
     const WRITE: u32 = 6;
