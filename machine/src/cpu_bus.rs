@@ -296,6 +296,7 @@ impl Bus for CpuBus {
         Some(match self.apic.take_start()? {
             doppel_pc::Start::Init => {
                 (self.pv_eoi, self.end_lent) = (None, false);
+                self.clock_pages.set(self.cpu, None);
                 Start::Init
             }
             doppel_pc::Start::Startup(page) => Start::StartUp(page),

@@ -491,7 +491,7 @@ impl CpuidModel {
         CpuidLeaf {
             eax: host.eax,
             ebx: host.ebx & 0xf000_0000,
-            ecx: self.without_disabled(ecx, f::NEEDS_AVX_EXTENDED_ECX, 0),
+            ecx,
             edx,
         }
     }

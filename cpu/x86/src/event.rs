@@ -94,7 +94,10 @@ impl Cpu {
         self.interrupt_shadow = false;
         self.mov_ss_shadow = false;
         self.nmi_blocked = false;
+        self.breakpoint_hits = 0;
         self.msr.kvm_pv_eoi = 0;
+        self.msr.kvm_steal_time = 0;
+        self.msr.kvm_system_time = 0;
         self.flush_tlb(true);
         self.peer.disarm();
         self.activity = if self.id == 0 {

@@ -112,9 +112,6 @@ const OWN: &[(CpuidFeature, Place)] = &[
     (CpuidFeature::XSAVEC, at(0xd, 1, Reg::A, 1)),
     (CpuidFeature::XSAVES, at(0xd, 1, Reg::A, 3)),
     (CpuidFeature::LZCNT, at(0x8000_0001, 0, Reg::C, 5)),
-    (CpuidFeature::XOP, at(0x8000_0001, 0, Reg::C, 11)),
-    (CpuidFeature::FMA4, at(0x8000_0001, 0, Reg::C, 16)),
-    (CpuidFeature::TBM, at(0x8000_0001, 0, Reg::C, 21)),
 ];
 
 /// Sets that every processor of 64 bits has, and instructions that do nothing where the processor lacks them.

@@ -63,9 +63,9 @@ pub const LEAF7_2_EDX_INTEL: u32 = bits(&[4, 5]);
 /// XSAVEOPT, XSAVEC, XGETBV with ECX = 1.
 pub const LEAF_D_1_EAX: u32 = bits(&[0, 1, 2]);
 pub const LEAF_D_1_EAX_XINUSE: u32 = 1 << 2;
-/// LAHF, ABM, SSE4A, MISALIGNSSE, 3DNOWPREFETCH, XOP, FMA4, TBM.
+/// LAHF, ABM, SSE4A, MISALIGNSSE, 3DNOWPREFETCH.
 pub const EXTENDED_ECX: Word = Word {
-    keep: bits(&[0, 5, 6, 7, 8, 11, 16, 21]),
+    keep: bits(&[0, 5, 6, 7, 8]),
     set: 0,
 };
 /// AMD: CMP_LEGACY where there are several CPUs, TOPOEXT.
@@ -104,8 +104,6 @@ pub const NEEDS_AVX512_LEAF7_ECX: u32 = bits(&[1, 6, 11, 12, 14]);
 pub const NEEDS_AVX512_LEAF7_EDX: u32 = bits(&[8, 23]);
 pub const NEEDS_AVX_LEAF7_1_EAX: u32 = bits(&[0, 1, 2, 4, 23]) | NEEDS_AVX512_LEAF7_1_EAX;
 pub const NEEDS_AVX512_LEAF7_1_EAX: u32 = bits(&[5]);
-/// XOP, FMA4.
-pub const NEEDS_AVX_EXTENDED_ECX: u32 = bits(&[11, 16]);
 
 /// MONITOR, on request alone.
 pub const LEAF1_ECX_MONITOR: u32 = bits(&[3]);

@@ -33,7 +33,11 @@ const STATE: [fn(&Instruction) -> Option<Handler>; 4] = [
 
 /// The function that executes the instruction, and whether it may make an interrupt deliverable.
 pub(super) fn resolve(i: &Instruction, mode: CpuMode) -> (Handler, bool) {
-    let vex = i.code().encoding() != EncodingKind::Legacy;
+    // XOP and TBM are not offered; some of their instructions have the names of others.
+    if i.encoding() == EncodingKind::XOP {
+        return (hint::undefined, false);
+    }
+    let vex = i.encoding() != EncodingKind::Legacy;
     if vex && matches!(mode, CpuMode::Real | CpuMode::V86) {
         return (hint::undefined, false);
     }
