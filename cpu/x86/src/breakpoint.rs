@@ -148,6 +148,10 @@ impl Cpu {
         self.breakpoint_hits & TASK_SWITCHED != 0
     }
 
+    pub(crate) fn has_hits(&self) -> bool {
+        self.breakpoint_hits != 0
+    }
+
     /// What was hit, as bits of DR6; it is forgotten.
     pub(crate) fn take_hits(&mut self) -> u64 {
         std::mem::take(&mut self.breakpoint_hits) & !TASK_SWITCHED

@@ -169,21 +169,21 @@ pub fn raise(cpu: &mut Cpu, bus: &mut dyn Bus, e: Exception, next_rip: u64) -> O
 /// #AC may meet #AC without end, where its handler is user code with a misaligned stack; a processor then does nothing else any more. Here what is delivered is given
 /// up after a while, so that whoever has to can stop the CPU: an instruction that faults does so again at once.
 pub(crate) fn deliver_or_fault(cpu: &mut Cpu, bus: &mut dyn Bus, mut event: Event) -> Outcome {
-    const MOST_TASK_TRAPS: u32 = 4;
+    const MOST_TRAPS: u32 = 4;
     /// Without #AC a chain of faults has a few.
     const MOST_FAULTS: u32 = 16;
-    let (mut task_traps, mut faults) = (0, 0);
+    let (mut traps, mut faults) = (0, 0);
     loop {
         let Err(second) = deliver(cpu, bus, &event) else {
-            // #DB's own task may have T set, and the TSS be made to look idle again: what is left then waits for an instruction.
-            if task_traps == MOST_TASK_TRAPS || !cpu.has_switched_task() {
+            // What was pushed is watched, or the task's TSS has T set. So may #DB's own be: what is left then waits for an instruction.
+            if traps == MOST_TRAPS || !cpu.has_hits() {
                 return Outcome::Continue;
             }
             let hits = cpu.take_hits();
             if hits == 0 {
                 return Outcome::Continue;
             }
-            task_traps += 1;
+            traps += 1;
             let trap = Exception::db(hits, true);
             note(cpu, &trap);
             event = Event::exception(cpu, &trap, cpu.rip);

@@ -376,6 +376,26 @@ fn data_breakpoints_trap_after_the_access() {
     });
 }
 
+/// What the delivery of an exception pushes is an access like any other, and the trap comes before the handler's first instruction.
+#[test]
+fn a_data_breakpoint_on_the_stack_of_a_handler_comes_before_it() {
+    const UD: u64 = 6;
+    const RETURN_ADDRESS: u64 = KERNEL_STACK - 40;
+    each_engine(|m| {
+        m.run_code(|a| {
+            set_dr(a, dr6, 0)?;
+            set_dr(a, dr0, RETURN_ADDRESS)?;
+            set_dr(a, dr7, enable(0, WRITE, LEN[3]))
+        });
+        m.action(UD as u8, Action::Stop);
+        m.run_user(|a| a.ud2());
+        let r = m.records();
+        assert_eq!(m.vectors(), [1, UD]);
+        assert_eq!((r[0].rip, r[0].dr6 & 0xf), (HANDLERS + 16 * UD, 1));
+        assert_eq!(r[1].rip, USER_CODE);
+    });
+}
+
 #[test]
 fn breakpoints_have_lengths() {
     each_engine(|m| {
