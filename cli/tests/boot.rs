@@ -127,7 +127,7 @@ fn the_cloud_kernel_reaches_its_first_process_interpreted() {
         .says("the first process runs");
 }
 
-/// Sleeps until its alarm clock wakes it; processor and devices are then as they were.
+/// Sleeps until its alarm clock wakes it; processor and devices are then as they were. What the kernel says of that has a second to be said, lest it come between two letters.
 const SUSPEND: &str = "\
     set -e\n\
     echo +2 >/sys/class/rtc/rtc0/wakealarm\n\
@@ -136,6 +136,7 @@ const SUSPEND: &str = "\
     after=$(cut -d . -f 1 /proc/uptime)\n\
     [ $((after - before)) -ge 1 ]\n\
     [ \"$(cat /sys/power/suspend_stats/success)\" = 1 ]\n\
+    sleep 1\n\
     echo awake\n";
 
 #[test]
