@@ -273,6 +273,11 @@ impl Direct {
             counts,
             ..
         } = self;
+        transfer::load(user, cpu);
+        // Before anything is counted: the changes are still to be made then.
+        if !user.is_runnable() {
+            return Err(DirectError::State);
+        }
         let space = spaces.get_mut(&root).ok_or(DirectError::Gone)?;
         if space.mappings > self.host.most_mappings() {
             counts.emptied += 1;
@@ -283,10 +288,6 @@ impl Direct {
         space.mappings += changes.map(most_new_mappings).sum::<usize>();
         space.used = counts.runs;
         counts.runs += 1;
-        transfer::load(user, cpu);
-        if !user.is_runnable() {
-            return Err(DirectError::State);
-        }
         let child = space.child.as_mut().ok_or(DirectError::Gone)?;
         self.pin.here();
         let began = host_tsc();

@@ -663,28 +663,16 @@ fn vectors_that_32_bit_code_has_not_stay_as_they_are() {
     const UNTOUCHED: u8 = 0xcc;
     const VECTORS: u32 = 0xe6;
     const HEADER: u64 = 512;
+    fn restore<const AREA: u64>(a: &mut CodeAssembler) -> Result<(), IcedError> {
+        a.mov(edi, AREA as u32)?;
+        a.xrstor(ptr(edi))
+    }
     /// What it does, what is then in XMM0 to XMM7, in the rest of registers 0 to 7, and whether it saves.
     const CODES: &[(Emit, u8, u8, bool)] = &[
         (|a| a.vzeroall(), 0, 0, false),
         (|a| a.vzeroupper(), 0x77, 0, false),
-        (
-            |a| {
-                a.mov(edi, OTHER as u32)?;
-                a.xrstor(ptr(edi))
-            },
-            0x55,
-            0x55,
-            false,
-        ),
-        (
-            |a| {
-                a.mov(edi, INITIAL as u32)?;
-                a.xrstor(ptr(edi))
-            },
-            0,
-            0,
-            false,
-        ),
+        (restore::<OTHER>, 0x55, 0x55, false),
+        (restore::<INITIAL>, 0, 0, false),
         (
             |a| {
                 a.mov(edi, SAVED as u32)?;
